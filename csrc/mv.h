@@ -1,0 +1,193 @@
+/* mv.h: the C interface of minivllm.
+ *
+ * Fused decoder-layer kernels on tensors somebody else owns, on the CPU or on an NVIDIA GPU. Valid C11 and C++17.
+ * An op is one args struct and one entry. Zero-initialise the struct, fill in what the op needs, and call; a view left
+ * at zero is an absent tensor. Entries check every argument, pick the cheapest kernel that fits, and either return
+ * MV_OK or leave one sentence in the caller's mv_error that names the argument, what it is and what it should be.
+ * Nothing here allocates device memory, synchronises, or keeps a pointer after it returns, except where it says so.
+ */
+#ifndef MV_H
+#define MV_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MV_VERSION "0.1.0"
+
+typedef enum { MV_F32, MV_F16, MV_BF16 } mv_dtype;
+typedef enum { MV_CPU, MV_CUDA } mv_device_kind;
+
+typedef enum {
+    MV_OK,
+    MV_BAD_TYPE,     /* a dtype is not supported, or two do not go together     */
+    MV_BAD_VALUE,    /* a shape, stride, device, overlap, number or kernel name */
+    MV_DEVICE_ERROR, /* CUDA said no, or this build or machine has no CUDA      */
+    MV_NO_MEMORY
+} mv_status;
+
+typedef enum {
+    MV_ROUNDING_HF,  /* y = rn(rn(x * r) * (offset + w)): what HF Llama/Qwen, vLLM and nano-vllm do */
+    MV_ROUNDING_FP32 /* y = rn(x * r * (offset + w)): one rounding (FlashInfer, TE, Gemma)            */
+} mv_rounding;
+
+typedef enum {
+    MV_LAYOUT_AUTO,   /* the shape decides; for a square weight the strides, where they can */
+    MV_LAYOUT_OUT_IN, /* [qkv, hidden], as nn.Linear keeps it                               */
+    MV_LAYOUT_IN_OUT  /* [hidden, qkv]                                                      */
+} mv_weight_layout;
+
+typedef struct {
+    mv_device_kind kind;
+    int32_t index; /* of the GPU; 0 on the CPU */
+} mv_device;
+
+/* The text of a refusal. The caller owns it; an entry writes it only when it does not return MV_OK. */
+typedef struct {
+    char text[512];
+} mv_error;
+
+/* A tensor somebody else owns. Strides count elements and may be anything, also 0 or negative; NULL means C-contiguous.
+ * The stride of a dimension of size 0 or 1 is never read. All zero (no dimensions and no data): absent. */
+typedef struct {
+    void *data;
+    const int64_t *shape;
+    const int64_t *strides;
+    int32_t ndim;
+    mv_dtype dtype;
+    mv_device device;
+    bool read_only; /* refused as an output */
+} mv_view;
+
+/* What every call carries beside its tensors. */
+typedef struct {
+    const char *op;     /* the name in messages; NULL: the entry's own                                        */
+    const char *kernel; /* a row of mv_kernel_at() by name, to force it; NULL: the cheapest that fits         */
+    void *stream;       /* cudaStream_t to launch on; ignored on the CPU                                      */
+    void *workspace;    /* mv_<op>_workspace() bytes on x's device, 256-byte aligned, free again when the
+                           stream has passed the call; may be NULL when that is 0 bytes                       */
+} mv_call;
+
+/* ---- rms_norm, add_rms_norm -----------------------------------------------------------------------------------
+ *
+ *   s   = x, or rn(x + residual) when there is a residual
+ *   r   = 1 / sqrt(mean(s^2) + eps)
+ *   out = s * r * (weight_offset + weight), rounded as `rounding` says;  residual_out = s
+ *
+ * rn rounds to x's dtype, sums are float32. x, residual, out, residual_out: [..., hidden], one shape and dtype, any
+ * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32. An output may be
+ * exactly x or exactly residual (in place); any other overlap is refused. */
+typedef struct {
+    mv_call call;
+    mv_view x, residual, weight;
+    mv_view out, residual_out; /* residual_out: with residual only */
+    double eps, weight_offset;
+    mv_rounding rounding;
+} mv_rms_norm_args;
+
+mv_status mv_rms_norm(const mv_rms_norm_args *args, mv_error *error);
+mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_error *error);
+
+/* ---- rms_norm_qkv ---------------------------------------------------------------------------------------------
+ *
+ *   out[t][n] = rn(sum_k y[t][k] * W[n][k] + bias[n]),  y = rms_norm of x (or of s = rn(x + residual)) as above
+ *
+ * x, residual, residual_out: [..., hidden]. out: [..., qkv], packed q | k | v, where qkv = (num_heads + 2 num_kv_heads)
+ * * head_dim. qkv_weight: one packed matrix in [0] (the other two absent), or wq, wk, wv; each [out, hidden] or its
+ * transpose, of any strides, x's dtype or float32. bias: packed [qkv] in [0], or three, or absent. No output may
+ * overlap an input or the other output. */
+typedef struct {
+    mv_call call;
+    mv_view x, residual, norm_weight;
+    mv_view qkv_weight[3];
+    mv_view bias[3];
+    mv_view out, residual_out;
+    int64_t num_heads, num_kv_heads;
+    int64_t head_dim; /* 0: qkv / (num_heads + 2 num_kv_heads) */
+    double eps, weight_offset;
+    mv_rounding rounding;
+    mv_weight_layout weight_layout;
+    bool batch_invariant; /* a row's bits do not depend on how many other rows there are          */
+    bool allow_tf32;      /* float32 products may be rounded to TF32                              */
+    bool dynamic_weights; /* the previous kernel in the stream may write weights and trigger early */
+} mv_rms_norm_qkv_args;
+
+mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *args, mv_error *error);
+
+/* What the caller must know to allocate `out`: checks the inputs (outputs may still be absent) and gives the columns. */
+typedef struct {
+    int64_t qkv, head_dim; /* out: [..., qkv]; q, k, v: [..., num_heads or num_kv_heads, head_dim] */
+} mv_qkv_shape;
+mv_status mv_rms_norm_qkv_shape(const mv_rms_norm_qkv_args *args, mv_qkv_shape *shape, mv_error *error);
+
+/* Bytes of workspace the chosen kernel wants; args as for the op itself, outputs included. */
+mv_status mv_rms_norm_workspace(const mv_rms_norm_args *args, size_t *bytes, mv_error *error);
+mv_status mv_rms_norm_qkv_workspace(const mv_rms_norm_qkv_args *args, size_t *bytes, mv_error *error);
+
+/* ---- what exists, what ran ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const char *op, *name, *isa;
+    mv_dtype dtype; /* of x */
+    bool usable;
+    char why_not[192]; /* empty when usable */
+} mv_kernel_info;
+
+/* The rows of all ops, by index from 0; false past the end. May initialise CUDA when the build has it. */
+bool mv_kernel_at(int index, mv_kernel_info *info);
+
+/* The last kernel that ran in this thread, or false when none did. */
+typedef struct {
+    const char *op, *name;
+    char why[192];
+} mv_ran;
+bool mv_last_kernel(mv_ran *ran);
+
+/* ---- the CPU backend ------------------------------------------------------------------------------------------ */
+
+/* Threads used by CPU kernels. Default: the cores this process may run on, or OMP_NUM_THREADS when that is less.
+ * Setting n < 1 brings the default back; more than the cores this process may run on is allowed. */
+void mv_set_num_threads(int n);
+int mv_get_num_threads(void);
+
+/* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16", separated by spaces. */
+const char *mv_cpu_features(void);
+
+/* True when a call on these args computes on the CPU for more than some tens of microseconds (release the GIL). */
+bool mv_is_long_on_cpu(int64_t tokens, int64_t hidden, int64_t outputs);
+
+/* ---- the CUDA backend; in a build without it each returns MV_DEVICE_ERROR and says how to get one ---------------- */
+
+typedef struct {
+    char name[128];
+    int32_t compute_capability; /* 90 for 9.0 */
+    int32_t sm_count;
+    int32_t driver_version, runtime_version; /* 13000 for 13.0 */
+    int64_t total_memory_bytes, l2_bytes;
+    bool usable;     /* this build has code for it    */
+    bool programmatic_launch; /* and the code uses programmatic dependent launch there */
+} mv_cuda_info;
+
+const char *mv_cuda_archs(void); /* such as "sm_80 compute_80 sm_90a"; "" in a build without CUDA */
+mv_status mv_cuda_device_count(int32_t *count, mv_error *error);
+mv_status mv_cuda_device_info(int32_t device, mv_cuda_info *info, mv_error *error);
+
+/* Device memory for DeviceArray: allocated and freed in the order of the legacy default stream of that device. */
+mv_status mv_cuda_malloc(int32_t device, size_t bytes, void **data, mv_error *error);
+mv_status mv_cuda_free(int32_t device, void *data, mv_error *error);
+/* Copies between host and device or on the device, on `stream`; waits until a copy from or to the host is done. */
+mv_status mv_cuda_copy(int32_t device, void *to, const void *from, size_t bytes, void *stream, mv_error *error);
+/* Makes `waiting` wait for what `producing` was given so far. */
+mv_status mv_cuda_stream_wait(int32_t device, void *waiting, void *producing, mv_error *error);
+mv_status mv_cuda_synchronize(int32_t device, void *stream, mv_error *error);
+/* The GPU that a device pointer belongs to: for protocols that do not say. */
+mv_status mv_cuda_pointer_device(const void *data, int32_t *device, mv_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
