@@ -1,0 +1,9 @@
+"""What tests and benchmarks share: named shapes, float64 references, tolerances, and the only timer.
+
+Importing this package needs NumPy alone. Each module is imported by its own name:
+
+    shapes      the model shapes and the edge shapes, each with its reason
+    reference   every op in float64, in both roundings
+    numeric     one tolerance formula, error figures, and an assertion that names the first bad coordinate
+    timing      the clock
+"""
