@@ -33,6 +33,8 @@ typedef struct {
     void *stream;
     void *workspace;
     int32_t sm_count, compute_capability; /* of the GPU; 0 on the CPU */
+    int32_t smem_bytes;                   /* shared memory a block may ask for */
+    bool programmatic_launch;             /* the GPU and this binary's code for it know griddepcontrol */
 
     /* The norm, which every op begins with. */
     mv_dtype dtype; /* of x, residual, out, residual_out */

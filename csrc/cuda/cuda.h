@@ -1,0 +1,30 @@
+/* cuda.h: what the ops ask of the CUDA backend beside its kernels. Plain C. */
+#ifndef MV_CUDA_H
+#define MV_CUDA_H
+
+#include "../kernel.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What the ops know of a GPU. Asked of the driver once per device. */
+typedef struct {
+    int32_t compute_capability, sm_count, smem_bytes;
+    bool programmatic_launch;
+} mv_gpu;
+
+/* MV_OK when kernels of this build can run on that device; otherwise the sentence that says why not. */
+mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error);
+
+/* Legality of the projection kernels: NULL, or the reason why this task is not for them. */
+const char *mv_decode_fits(const mv_task *task);
+const char *mv_mma_fits(const mv_task *task);
+
+/* Workspace of the plans that write the normalised rows before the product. */
+size_t mv_norm_plan_workspace(const mv_task *task);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,85 @@
+/* launch.cuh: one way to launch a kernel: on the task's device and stream, with programmatic dependent launch where
+ * the GPU has it, safe inside a stream capture even as the first call of the process. */
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../kernel.h"
+
+static inline mv_status cuda_failed(mv_error *error, const char *what, cudaError_t status) {
+    return mv_fail(error, MV_DEVICE_ERROR, "%s: %s (%s)", what, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+/* Makes `device` current, and on leave() what was current before. */
+struct DeviceGuard {
+    int previous, device;
+    cudaError_t enter(int wanted) {
+        device = wanted;
+        cudaError_t status = cudaGetDevice(&previous);
+        if (status == cudaSuccess && previous != device) status = cudaSetDevice(device);
+        return status;
+    }
+    void leave() const {
+        if (previous != device) cudaSetDevice(previous);
+    }
+};
+
+/* Loading a kernel and raising its shared memory limit are not stream work, but a capture in its strictest mode forbids
+ * loading; for this thread that check is lifted while we do it. */
+static inline cudaError_t prepare_kernel(const void *kernel, size_t smem_bytes) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t status = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (status != cudaSuccess) return status;
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status == cudaSuccess && smem_bytes > 48 * 1024)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return status;
+}
+
+/* The largest dynamic shared memory prepared so far, by kernel and device: a cache of what the driver already knows. */
+constexpr int kMaxDevices = 64;
+template <auto kernel> struct Prepared { static inline int32_t smem_bytes[kMaxDevices]; }; /* plus one; 0: never */
+
+struct Grid {
+    dim3 blocks;
+    int threads;
+    size_t smem_bytes;
+};
+
+template <auto kernel, typename... Args>
+static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args... args) {
+    const void *function = reinterpret_cast<const void *>(kernel);
+    DeviceGuard guard;
+    cudaError_t status = guard.enter(task->device.index);
+    if (status != cudaSuccess) return cuda_failed(error, "cudaSetDevice", status);
+
+    int32_t *prepared = &Prepared<kernel>::smem_bytes[task->device.index % kMaxDevices];
+    const int32_t wanted = static_cast<int32_t>(grid.smem_bytes) + 1;
+    if (task->device.index >= kMaxDevices || __atomic_load_n(prepared, __ATOMIC_ACQUIRE) < wanted) {
+        status = prepare_kernel(function, grid.smem_bytes);
+        if (status == cudaSuccess) __atomic_store_n(prepared, wanted, __ATOMIC_RELEASE);
+    }
+
+    if (status == cudaSuccess) {
+        cudaLaunchAttribute programmatic = {};
+        programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        programmatic.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = grid.blocks;
+        config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+        config.dynamicSmemBytes = grid.smem_bytes;
+        config.stream = static_cast<cudaStream_t>(task->stream);
+        config.attrs = &programmatic;
+        config.numAttrs = task->programmatic_launch ? 1 : 0;
+        void *pointers[] = {static_cast<void *>(&args)...};
+        status = cudaLaunchKernelExC(&config, function, pointers);
+    }
+    guard.leave();
+    if (status != cudaSuccess) {
+        cudaGetLastError(); /* it is reported here; the next call must not see it again */
+        return cuda_failed(error, "kernel launch", status);
+    }
+    return MV_OK;
+}
