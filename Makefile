@@ -1,0 +1,48 @@
+# make demo and make test do all their own set-up in .venv; the other targets use $(PYTHON) as it is.
+PYTHON ?= python3
+WITH ?=          # more packages for .venv, such as WITH="torch jax"
+ARGS ?=          # passed on to pytest
+VENV = .venv/bin/python
+CFLAGS_TEST = -std=c11 -O2 -Wall -Wextra -Icsrc
+
+.PHONY: help demo test inplace gpu-test bench ctest asan format lint clean
+
+help:
+	@echo 'make demo      set up, build, and run the fused layer on real model shapes'
+	@echo 'make test      set up, build, and run all tests (WITH="torch==2.13.0 jax" tests those frameworks too)'
+	@echo 'make inplace   build in place with $(PYTHON): no network, no set-up'
+	@echo 'make gpu-test  build in place and run the GPU tests with $(PYTHON): no network, no set-up'
+	@echo 'make bench     build in place and measure every op, JSON into build/bench'
+	@echo 'make ctest     the kernels from plain C, without Python'
+	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make format    format Python and C;  make lint checks both'
+	@echo 'make clean     remove what was built'
+
+# What pyproject.toml names, and nothing else. Packages that $(PYTHON) already has, such as torch, are seen.
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "minivllm needs Python >= 3.11; set PYTHON="'
+	@echo 'setting up .venv'
+	@$(PYTHON) -m venv --system-site-packages .venv
+	@$(VENV) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], \
+	    *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["test"], sep="\n")' > .venv/requirements.txt
+	@$(VENV) -m pip install -q --disable-pip-version-check -r .venv/requirements.txt
+	@touch $@
+
+.venv/with: .venv/ready
+	@$(if $(strip $(WITH)),$(VENV) -m pip install -q --disable-pip-version-check $(WITH))
+
+.PHONY: .venv/with
+
+demo: .venv/ready
+	@$(VENV) setup.py -q build_ext --inplace
+	@$(VENV) -m examples.demo
+
+test: .venv/with
+	@$(VENV) setup.py -q build_ext --inplace
+	$(VENV) -m pytest $(ARGS)
+
+inplace:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+gpu-test: inplace
+	$(PYTHON) -m pytest -m gpu $(ARGS)

@@ -1,0 +1,201 @@
+"""Builds minivllm._C: plain C by the C compiler, CUDA C by nvcc where there is one, linked by the C compiler.
+
+Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_SANITIZE=1, CC, CFLAGS,
+NVCC, CUDA_HOME. A source file is compiled again when it, a header it includes, or its command line changed.
+"""
+
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = re.search(r'#define MV_VERSION "(.+)"', (ROOT / "csrc/mv.h").read_text())[1]
+C_SOURCES = ["csrc/python/*.c", "csrc/ops/*.c", "csrc/cpu/*.c"]
+CUDA_SOURCES = ["csrc/cuda/*.cu"]
+
+# sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
+DEFAULT_ARCHS = "80;90a"
+
+# Free-threaded CPython has no stable ABI before 3.15: it gets an extension of its own.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def flag(name):
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def sources(patterns):
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+class Cuda:
+    """The toolkit, and what to build with it."""
+
+    def __init__(self, nvcc):
+        self.nvcc = nvcc
+        self.release = re.search(r"release ([\d.]+)", self.ask("--version"))[1]
+        self.library_dirs = re.findall(r'"-L([^"]+)"', self.ask("--dryrun", "-x", "cu", os.devnull))
+        known = set(re.findall(r"sm_(\d+)", self.ask("--list-gpu-code")))
+        wanted = re.split(r"[;,\s]+", os.environ.get("MINIVLLM_CUDA_ARCHS") or DEFAULT_ARCHS)
+        self.archs = [arch for arch in wanted if arch.rstrip("af") in known]
+        self.generic = [arch for arch in self.archs if arch.isdigit()]
+        if not self.generic:
+            raise SystemExit(f"minivllm: none of MINIVLLM_CUDA_ARCHS={';'.join(wanted)} is a plain architecture that "
+                             f"{nvcc} knows: at least one is needed, such as 80. It knows {sorted(known, key=int)}.")
+        self.ptx = max(self.generic, key=int)
+
+    def ask(self, *arguments):
+        return subprocess.run([self.nvcc, *arguments], check=True, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT).stdout
+
+    @staticmethod
+    def find():
+        """nvcc by NVCC, CUDA_HOME, CUDA_PATH, PATH, then the usual place; None where there is none."""
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+        candidates = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes), "nvcc",
+                      "/usr/local/cuda/bin/nvcc"]
+        return next(filter(None, map(shutil.which, filter(None, candidates))), None)
+
+    @staticmethod
+    def wanted():
+        choice = os.environ.get("MINIVLLM_CUDA", "auto")
+        if choice not in ("auto", "0", "1"):
+            raise SystemExit(f"minivllm: MINIVLLM_CUDA={choice}, expected auto, 0 or 1")
+        if choice == "0":
+            return None
+        nvcc = Cuda.find()
+        if nvcc is None and choice == "1":
+            raise SystemExit("minivllm: MINIVLLM_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or "
+                             "/usr/local/cuda")
+        return Cuda(nvcc) if nvcc else None
+
+    def names(self):
+        """What the binary holds, such as "sm_80 compute_80 sm_90a"."""
+        return " ".join(f"sm_{arch} compute_{arch}" if arch == self.ptx else f"sm_{arch}" for arch in self.archs)
+
+    def gencode(self, source):
+        """*_sm90a.cu is for that architecture alone; everything else is for all of them. Where a plain architecture
+        and its special one are both asked for, generic code needs only the plain one."""
+        special = re.search(r"_sm(\d+[af])\.cu$", source)
+        for arch in self.archs:
+            if special and arch != special[1] or not special and arch[:-1] in self.generic:
+                continue
+            code = f"[sm_{arch},compute_{arch}]" if arch == self.ptx else f"sm_{arch}"
+            yield f"-gencode=arch=compute_{arch},code={code}"
+
+    def command(self, source):
+        # Launch stubs of the runtime hold function-local statics. The two -fno flags keep __cxa_guard_* and the
+        # unwinder out, so that the binary needs no libstdc++ (docs/decisions/0001).
+        host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"
+        command = [self.nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", f"-Xcompiler={host}",
+                   *self.gencode(source), "-Icsrc"]
+        if source.endswith("/device.cu"):
+            command.append(f'-DMV_CUDA_ARCHS="{self.names()}"')
+        if flag("MINIVLLM_WERROR"):
+            command += ["--Werror=all-warnings", "-Xcompiler=-Werror"]
+        return command
+
+
+class BuildExtension(build_ext):
+    """Compiles what changed, in parallel, and links it."""
+
+    def build_extension(self, extension):
+        os.chdir(ROOT)
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise SystemExit("minivllm: Python.h is missing: install the headers of this Python, such as python3-dev")
+        cuda = Cuda.wanted()
+        self.objects_dir = Path(self.build_temp, "minivllm")
+        self.objects_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.objects_dir / "lock", "w") as lock:  # a second build of this tree waits here
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            jobs = [(source, self.c_command(source, cuda)) for source in sources(C_SOURCES)]
+            if cuda:  # the slow ones first
+                jobs = [(source, cuda.command(source)) for source in sources(CUDA_SOURCES)] + jobs
+            with ThreadPoolExecutor(self.parallel or len(os.sched_getaffinity(0))) as pool:
+                objects = list(pool.map(lambda job: self.compile(*job), jobs))
+            self.link(objects, extension, cuda)
+        built = f"with CUDA {cuda.release} for {cuda.names()}" if cuda else f"WITHOUT CUDA ({self.why_no_cuda()})"
+        self.say(f"======== minivllm {VERSION}: built the CPU backend, {built} ========")
+
+    @staticmethod
+    def why_no_cuda():
+        return "MINIVLLM_CUDA=0" if os.environ.get("MINIVLLM_CUDA") == "0" else "no nvcc in PATH, CUDA_HOME or NVCC"
+
+    @staticmethod
+    def say(line):
+        print(line, file=sys.stderr, flush=True)
+
+    def c_command(self, source, cuda):
+        command = [*self.compiler.compiler_so, "-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
+                   "-ffp-contract=off", "-Wall", "-Wextra", "-Icsrc"]
+        if source.startswith("csrc/python/"):
+            command += [f"-I{path}" for path in self.include_dirs]
+            command += ["-DPy_LIMITED_API=0x030B0000"] * LIMITED_API
+        command += ["-DMV_WITH_CUDA=1"] * bool(cuda)
+        command += ["-Werror"] * flag("MINIVLLM_WERROR")
+        return command + self.sanitize_flags()
+
+    @staticmethod
+    def sanitize_flags():
+        if not flag("MINIVLLM_SANITIZE"):
+            return []
+        return ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
+                "-fno-sanitize-recover=undefined"]
+
+    def compile(self, source, command):
+        """Object file of one source; the stamp beside it holds the command that made it, and is written last."""
+        target = self.objects_dir / (source.replace("/", ".") + ".o")
+        depfile, stamp = target.with_suffix(".d"), target.with_suffix(".command")
+        command = [*command, "-MMD", "-MF", str(depfile), "-c", source, "-o", str(target)]
+        line = shlex.join(command)
+        if self.is_current(target, depfile, stamp, line):
+            return str(target)
+        stamp.unlink(missing_ok=True)
+        started = time.time_ns()
+        self.say(f"{os.path.basename(command[0])} {source}")
+        run = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if run.returncode:
+            raise SystemExit(f"{line}\n{run.stdout}minivllm: {source} does not compile")
+        if run.stdout:
+            self.say(run.stdout.rstrip())
+        os.utime(target, ns=(started, started))  # an edit made meanwhile is newer
+        stamp.write_text(line)
+        return str(target)
+
+    @staticmethod
+    def is_current(target, depfile, stamp, line):
+        if not (target.exists() and depfile.exists() and stamp.exists()) or stamp.read_text() != line:
+            return False
+        inputs = re.sub(r"^.*?:\s", "", depfile.read_text().replace("\\\n", " "), count=1).split()
+        built = target.stat().st_mtime_ns
+        return all(os.path.exists(path) and os.stat(path).st_mtime_ns <= built for path in inputs)
+
+    def link(self, objects, extension, cuda):
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [*self.compiler.linker_so, *objects, *self.sanitize_flags()]
+        if cuda:
+            command += [f"-L{path}" for path in cuda.library_dirs]
+            command += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
+        fresh = target.with_name(f"{target.name}.new")
+        subprocess.run([*command, "-lpthread", "-lm", "-o", str(fresh)], check=True)
+        os.replace(fresh, target)  # a process that has the old one mapped keeps it
+
+
+setup(
+    version=VERSION,
+    ext_modules=[Extension("minivllm._C", sources(C_SOURCES + CUDA_SOURCES), py_limited_api=LIMITED_API)],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
+)
