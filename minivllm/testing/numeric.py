@@ -1,0 +1,134 @@
+"""How wrong a result may be, how wrong it is, and where.
+
+The one tolerance
+-----------------
+A result t = sum_k y_k W_k (a norm op is the case of one term with W = 1), rounded to a dtype with `bits` significant bits and spacing
+q(.) of its numbers, is held to
+
+    |got - t| <= q(t)/2 + 2 u |t| + spread,   spread = min(L * ||e W||_2, ||e W||_1),   L = 6,  u = 2^-24
+
+    e_k = roundings * h_k + (sqrt(length)/2 + 4) u |y_k| [+ 2^-10 |y_k| when products are rounded to TF32]
+    h_k = max(2^-bits |y_k|, gain_k * smallest subnormal / 2)
+
+q(t)/2 is the last rounding. e_k is what each term may have lost before it is summed: `roundings` roundings to the dtype on the way to
+y_k, each followed by a factor of at most gain_k (of the norm weight, for "hf"), and the float32 arithmetic, of which the sum over
+`length` numbers has an error that grows like a random walk (N. J. Higham and T. Mary, "A new approach to probabilistic rounding error
+analysis", SIAM J. Sci. Comput. 41, 2019; halved by the square root in r); 4 u is for r itself and the products. Independent errors
+bounded by |e_k W_k| add up to more than L ||e W||_2 with a probability below 2 exp(-L^2/2) = 3e-8 (Hoeffding), and never to more than
+||e W||_1.
+
+Held against a reference that makes the same roundings, y_k differs only where float32 noise moves it across a tie, which happens to a
+share p of the elements (`share_of_flips`) and then costs 2 h_k; so there e_k has `sqrt(p) 2 h_k` in place of `roundings * h_k`, and
+spread has one such flip of the largest term on top.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minivllm.testing.reference import FORMATS, namespace, quantum, round_to
+
+UNIT_F32 = 2.0**-24
+UNIT_TF32 = 2.0**-11
+LAMBDA = 6.0
+
+
+def _noise(length: int) -> float:
+    """Relative error of y after float32 arithmetic with one sum over `length` squares."""
+    return (length**0.5 / 2 + 4) * UNIT_F32
+
+
+def share_of_flips(dtype: str, length: int, roundings: int = 2) -> float:
+    """The share of elements that float32 noise may move to the neighbour in dtype, in expectation.
+
+    A number is within relative distance d of a tie with probability at most 2 d / (q / |y|) <= 2 d 2^bits; d is bounded by the noise of
+    the formula above, and its mean is about a quarter of that bound.
+    """
+    bits, _, _ = FORMATS[dtype]
+    return min(1.0, roundings * _noise(length) / 4 * 2.0 ** (bits + 1))
+
+
+def tolerance(
+    result, y, dtype: str, *, length: int, weight=None, gain=1.0, roundings: int = 0, flips: bool = False, tf32: bool = False
+):
+    """The bound above, for each element of `result`.
+
+    result [..., n] and y [..., k] are float64, result not rounded at the end; weight [n, k], or None for a norm op (y is result).
+    gain: |weight_offset + norm weight| [k]. roundings: to dtype, before the last. flips: the reference made these roundings as well.
+    tf32: products of TF32 numbers.
+    """
+    xp = namespace(result)
+    bits, lowest, _ = FORMATS[dtype]
+    error = (_noise(length) + (2 * UNIT_TF32 if tf32 else 0.0)) * abs(y)
+    half = xp.maximum(2.0**-bits * abs(y), xp.zeros_like(y) + gain * 2.0 ** (lowest - bits))
+    error = error + (2 * share_of_flips(dtype, length) ** 0.5 if flips else roundings) * half
+    if weight is None:
+        spread = error + 2 * half if flips else error
+    else:
+        spread = xp.minimum(LAMBDA * xp.sqrt(error**2 @ (weight**2).T), error @ abs(weight).T)
+        if flips:
+            spread = spread + 2 * xp.amax(half, axis=-1, keepdims=True) * xp.amax(abs(weight), axis=-1)
+    return quantum(result, dtype) / 2 + 2 * UNIT_F32 * abs(result) + spread
+
+
+class Errors(NamedTuple):
+    """How far `got` is from `expected`; ulp counts spacings of the dtype at the expected value."""
+
+    max: float
+    rms: float
+    max_ulp: float
+    correctly_rounded: float
+
+    def __str__(self):
+        return (
+            f"max error {self.max:.3g}, RMS error {self.rms:.3g}, max {self.max_ulp:.3g} ulp, "
+            f"{100 * self.correctly_rounded:.3f} % correctly rounded"
+        )
+
+
+def errors(got, expected, dtype: str) -> Errors:
+    """Error figures of float64 arrays `got` against the unrounded `expected`; all zero and 1.0 for empty ones."""
+    xp = namespace(expected)
+    if got.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    if 0 in expected.shape:
+        return Errors(0.0, 0.0, 0.0, 1.0)
+    difference = abs(got - expected)
+    right = got == round_to(expected, dtype)
+    return Errors(
+        float(difference.max()),
+        float(xp.sqrt((difference**2).mean())),
+        float((difference / quantum(expected, dtype)).max()),
+        float(right.sum()) / got.reshape(-1).shape[0],
+    )
+
+
+def rms_error(got, expected) -> float:
+    """Root mean square of got - expected, over float64 arrays; NaN when either holds one."""
+    return float(namespace(expected).sqrt(((got - expected) ** 2).mean()))
+
+
+def assert_within(got, expected, bound, what: str = "result"):
+    """Every |got - expected| <= bound, NaN only where expected is NaN, infinities equal; otherwise AssertionError names the first
+    bad coordinate in C order, both values, the bound, and how many are bad."""
+    xp = namespace(expected)
+    if tuple(got.shape) != tuple(expected.shape):
+        raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    with np.errstate(invalid="ignore"):
+        good = (abs(got - expected) <= bound) | (got == expected) | (xp.isnan(got) & xp.isnan(expected))
+    if bool(good.all()):
+        return
+    flat = int((~good).reshape(-1).nonzero()[0][0])
+    at = np.unravel_index(flat, tuple(expected.shape))
+    where = tuple(int(i) for i in at)
+    total = good.reshape(-1).shape[0]
+    allowed = bound[where] if hasattr(bound, "shape") and tuple(bound.shape) == tuple(expected.shape) else bound
+    raise AssertionError(
+        f"{what}[{', '.join(map(str, where))}] is {float(got[where])!r}, expected {float(expected[where])!r} "
+        f"+- {float(allowed):.3g}; {total - int(good.sum())} of {total} are wrong"
+    )
+
+
+def assert_equal(got, expected, what: str = "result"):
+    """Every element equal, NaN to NaN; the message is that of `assert_within`."""
+    assert_within(got, expected, 0.0, what)

@@ -1,0 +1,110 @@
+"""Every op in float64: the executable specification.
+
+Arrays hold float64 values of whatever they stand for; `to_float64` makes them from any framework's tensor. The functions work on
+NumPy arrays and on torch tensors alike (the latter to be quick on large shapes on a GPU).
+
+Each op comes in two forms, chosen by `dtype`:
+    dtype=None                     the true value: no rounding anywhere. What accuracy is judged by.
+    dtype="f32" | "f16" | "bf16"   every rounding step of the contract, exactly, and float64 between them. What the bits should be, but
+                                   for ties that float32 sums flip. round_last=False leaves out the last one.
+"""
+
+import numpy as np
+
+# Significant bits (the hidden one included) and the exponents of the smallest and largest normal number, 1.0 having exponent 0.
+FORMATS = {"f32": (24, -126, 127), "f16": (11, -14, 15), "bf16": (8, -126, 127)}
+
+
+def namespace(x):
+    """The module whose functions work on x: torch for its tensors, otherwise numpy."""
+    if type(x).__module__.split(".")[0] == "torch":
+        import torch
+
+        return torch
+    return np
+
+
+def to_float64(x, keep_on_device: bool = False):
+    """x, widened exactly: a float64 NumPy array, or with keep_on_device a float64 torch tensor where x is one."""
+    if namespace(x) is not np:
+        wide = x.detach().double()
+        return wide if keep_on_device else wide.cpu().numpy()
+    if hasattr(x, "numpy"):  # a DeviceArray
+        x = x.numpy()
+    elif hasattr(x, "get"):  # CuPy
+        x = x.get()
+    return np.asarray(x).astype(np.float64)
+
+
+def quantum(x, dtype: str):
+    """The spacing of dtype's numbers at x (at a power of two: the one above it), which is that of the subnormals near zero."""
+    xp = namespace(x)
+    bits, lowest, _ = FORMATS[dtype]
+    exponent = (x.view(xp.int64) >> 52) & 0x7FF  # of a float64, biased by 1023
+    return ((xp.clip(exponent, lowest + 1023, 2046) - (bits - 1)) << 52).view(xp.float64)
+
+
+def round_to(x, dtype: str):
+    """x rounded once to dtype: to nearest, ties to even, subnormals kept, overflow to infinity; the result is float64 still."""
+    xp = namespace(x)
+    bits, _, highest = FORMATS[dtype]
+    step = quantum(x, dtype)
+    rounded = xp.round(x / step) * step
+    largest = 2.0**highest * (2.0 - 2.0 ** (1 - bits))
+    infinity = float("inf")
+    return xp.where(rounded > largest, infinity, xp.where(rounded < -largest, -infinity, rounded))
+
+
+def _rounder(dtype):
+    return (lambda x: x) if dtype is None else (lambda x: round_to(x, dtype))
+
+
+def rms_norm(
+    x, weight, eps=1e-6, *, residual=None, rounding="hf", weight_offset=0.0, dtype=None, round_last=True
+):
+    """(y, s) of x [..., hidden], weight [hidden], residual [..., hidden]:
+
+    s = rn(x + residual), or x;  r = 1 / sqrt(mean(s^2) + eps)
+    hf:    y = rn(rn(s r) (weight_offset + weight));  fp32:  y = rn(s r (weight_offset + weight))
+    """
+    if rounding not in ("hf", "fp32"):
+        raise ValueError(f"rounding is {rounding!r}, expected 'hf' or 'fp32'")
+    xp, rn = namespace(x), _rounder(dtype)
+    s = x if residual is None else rn(x + residual)
+    r = 1.0 / xp.sqrt((s * s).mean(axis=-1, keepdims=True) + eps)
+    normed = rn(s * r) if rounding == "hf" else s * r
+    y = normed * (weight_offset + weight)
+    return (rn(y) if round_last else y), s
+
+
+def rms_norm_qkv(
+    x,
+    norm_weight,
+    qkv_weight,
+    eps=1e-6,
+    *,
+    bias=None,
+    residual=None,
+    rounding="hf",
+    weight_offset=0.0,
+    dtype=None,
+    round_last=True,
+):
+    """(out, y, s): out [..., qkv] = rn(y @ qkv_weight.T + bias) with y and s of `rms_norm`; qkv_weight [qkv, hidden].
+
+    With rounding="fp32" y is not rounded: the contract allows it to be, and asks for nothing.
+    """
+    y, s = rms_norm(
+        x,
+        norm_weight,
+        eps,
+        residual=residual,
+        rounding=rounding,
+        weight_offset=weight_offset,
+        dtype=dtype,
+        round_last=rounding == "hf",
+    )
+    out = y @ qkv_weight.T
+    if bias is not None:
+        out = out + bias
+    return (_rounder(dtype)(out) if round_last else out), y, s
