@@ -1,0 +1,220 @@
+"""The clock: what a call costs, beside its peers, in one run. No other file of the project reads a clock.
+
+A variant is a callable that takes the number of the call, 0, 1, 2, ..., and does the work once; it uses the number to walk
+over more copies of its weights than a cache holds. Variants of one dictionary are timed in turns, so that a machine that
+slows down slows all of them down. The figure is the median; its spread is the quartiles beside it. A variant that raises
+becomes a Failed, and the others go on.
+
+CPU: every sample is one call (or a batch of them, for calls under 200 us). Before each turn the variant runs untimed until
+the threads that another library left spinning have gone to sleep.
+
+CUDA (through torch): every sample is one replay of a CUDA graph that holds many calls, divided by their number. A replay
+of the same graph runs right before it, so the host is never what is measured.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+Variant = Callable[[int], object]
+
+BATCH_US = 200.0  # a CPU sample lasts at least this long: 1000 times what reading the clock costs
+SETTLE_SECONDS = 0.02  # how long OpenMP threads of other libraries spin before they sleep, with a margin
+GRAPH_US = 1000.0  # a CUDA graph lasts about this long: the gap between two replays is then under 1 %
+GRAPH_CALLS = 512  # and holds at most so many calls
+TOO_SLOW = 200.0  # a CUDA variant this many times slower than the fastest conceivable one is not timed
+
+
+class Timing(NamedTuple):
+    """Microseconds per call: the median of `samples`, the quartiles around it, the fastest."""
+
+    us: float
+    low_us: float
+    high_us: float
+    best_us: float
+    samples: int
+
+
+class Failed(NamedTuple):
+    """A variant that did not run, and what it said."""
+
+    error: str
+
+
+def summary(samples_us: list[float]) -> Timing:
+    """Median and quartiles of some samples."""
+    low, middle, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else samples_us * 3
+    return Timing(middle, low, high, min(samples_us), len(samples_us))
+
+
+def failure(error: BaseException) -> Failed:
+    """The first cause of an error in one line: a broken capture hides the error that broke it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = " ".join(str(error).split())
+    return Failed(f"{type(error).__name__}: {text}"[:400])
+
+
+def in_turns(names: list[str], rounds: int):
+    """Each name once per round, every round beginning one further on."""
+    for turn in range(rounds):
+        first = turn % max(len(names), 1)
+        yield from names[first:] + names[:first]
+
+
+class Host:
+    """A variant on the host: counts its calls, and keeps its samples."""
+
+    def __init__(self, call: Variant, batch: int | None, between: Callable[[], object] | None):
+        self.call, self.between, self.calls, self.samples = call, between, 0, []
+        self.batch = 1
+        self.sample()  # lazy initialisation
+        if batch is None:
+            batch = math.ceil(BATCH_US / max(min(self.sample(), self.sample()), 0.01))
+        self.batch = batch
+
+    def sample(self) -> float:
+        """Microseconds per call of one batch."""
+        if self.between is not None:
+            self.between()
+        call, first = self.call, self.calls
+        self.calls += self.batch
+        begin = time.perf_counter_ns()
+        for number in range(first, self.calls):
+            call(number)
+        return (time.perf_counter_ns() - begin) / self.batch / 1e3
+
+    def turn(self, seconds: float, settle: float) -> None:
+        """Untimed calls for `settle` seconds, then samples for `seconds`, two at least."""
+        now = time.perf_counter()
+        settled, end = now + settle, now + settle + seconds
+        while time.perf_counter() < settled:
+            self.sample()
+        count = 0
+        while count < 2 or time.perf_counter() < end:
+            self.samples.append(self.sample())
+            count += 1
+
+
+def time_cpu(
+    variants: Mapping[str, Variant],
+    *,
+    seconds: float = 0.5,
+    rounds: int = 5,
+    batch: int | None = None,
+    between: Callable[[], object] | None = None,
+    settle: float = SETTLE_SECONDS,
+) -> dict[str, Timing | Failed]:
+    """Times variants that are done when they return (or, for the cost of a launch, when the host is free again).
+
+    seconds: per variant, split over `rounds` turns. batch: calls per sample; None: enough for 200 us. between: called
+    before every sample, off the clock (such as a device synchronisation).
+    """
+    results: dict[str, Timing | Failed] = {}
+    hosts: dict[str, Host] = {}
+    for name, call in variants.items():
+        try:
+            hosts[name] = Host(call, batch, between)
+        except Exception as error:
+            results[name] = failure(error)
+    for name in in_turns(list(hosts), rounds):
+        if name in results:
+            continue
+        try:
+            hosts[name].turn(seconds / rounds, settle)
+        except Exception as error:
+            results[name] = failure(error)
+    return {name: results.get(name) or summary(hosts[name].samples) for name in variants}
+
+
+def copies_needed(bytes_each: int, cache_bytes: int, least: int = 2, most: int = 512) -> int:
+    """How many copies of some weights a call must walk over so that no cache of that size ever helps (four times it)."""
+    return min(max(math.ceil(4 * cache_bytes / max(bytes_each, 1)), least), most)
+
+
+def calls_per_graph(floor_us: float, copies: int) -> int:
+    """Calls in one CUDA graph: about GRAPH_US of them at the fastest conceivable time, whole walks over the copies."""
+    calls = min(max(GRAPH_US / max(floor_us, 0.5), 4), GRAPH_CALLS)
+    return copies * max(1, round(calls / copies))
+
+
+def event_us(torch, call: Callable[[], object]) -> float:
+    """Microseconds on the device from before a call to after its work, behind what is queued already."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def captured(torch, call: Variant, calls: int, floor_us: float):
+    """A CUDA graph of `calls` calls, after three untimed ones on the same stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(3):
+            call(number)
+        side.synchronize()
+        once_us = event_us(torch, lambda: call(3))
+        if once_us > TOO_SLOW * max(floor_us, 5.0):
+            raise RuntimeError(f"one call takes {once_us:.0f} us, over {TOO_SLOW:.0f} times the floor of {floor_us:.1f}")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for number in range(calls):
+                call(number)
+    side.synchronize()
+    return graph
+
+
+def time_cuda(
+    variants: Mapping[str, Variant], *, calls: int, floor_us: float = 1.0, replays: int = 7
+) -> dict[str, Timing | Failed]:
+    """Times variants that launch on torch's current CUDA stream, as nodes of a replayed CUDA graph.
+
+    calls: per graph. To time a dependent chain, let each call read what the call before it wrote: the nodes of a graph
+    captured from one stream run in order, and only programmatic launch lets two of them overlap.
+    floor_us: a lower bound on one call; a variant TOO_SLOW times slower is refused.
+    """
+    import torch
+
+    results: dict[str, Timing | Failed] = {}
+    graphs, samples = {}, {}
+    for name, call in variants.items():
+        try:
+            graphs[name] = captured(torch, call, calls, floor_us)
+            samples[name] = []
+        except Exception as error:
+            results[name] = failure(error)
+    for name in in_turns(list(graphs), replays):
+        try:
+            graphs[name].replay()
+            samples[name].append(event_us(torch, graphs[name].replay) / calls)
+        except Exception as error:
+            results[name] = failure(error)
+    return {name: results.get(name) or summary(samples[name]) for name in variants}
+
+
+def busy_cuda(seconds: float = 0.3) -> None:
+    """Keeps the GPU busy so that its clocks are up before the first sample."""
+    import torch
+
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def now() -> str:
+    """Date and time, UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def stopwatch() -> Callable[[], float]:
+    """Seconds since this call: for progress lines, not for figures."""
+    begin = time.perf_counter()
+    return lambda: time.perf_counter() - begin
