@@ -3,7 +3,7 @@ PYTHON ?= python3
 WITH ?=          # more packages for .venv, such as WITH="torch jax"
 ARGS ?=          # passed on to pytest
 VENV = .venv/bin/python
-CFLAGS_TEST = -std=c11 -O2 -Wall -Wextra -Icsrc
+C_FILES = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh')
 
 .PHONY: help demo test inplace gpu-test bench ctest asan format lint clean
 
@@ -46,3 +46,37 @@ inplace:
 
 gpu-test: inplace
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench: inplace
+	@mkdir -p build/bench
+	for op in rms_norm add_rms_norm rms_norm_qkv; do $(PYTHON) -m benchmarks $$op --json build/bench/$$op.json || exit; done
+
+ctest:
+	$(PYTHON) setup.py -q build_c
+	build/c/test_rms_norm
+
+# Without CUDA, and in a directory of its own. libstdc++ comes along because torch throws exceptions.
+ASAN_LIB = $(CURDIR)/build/asan/lib
+asan: .venv/with
+	CC=gcc MINIVLLM_SANITIZE=1 MINIVLLM_CUDA=0 $(VENV) setup.py -q build_py --build-lib $(ASAN_LIB) \
+	    build_ext --build-lib $(ASAN_LIB) --build-temp build/asan/temp
+	PYTHONPATH=$(ASAN_LIB) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    .venv/bin/pytest $(ARGS)
+
+.venv/bin/ruff: .venv/ready
+	@$(VENV) -m pip install -q --disable-pip-version-check 'ruff==0.17.5'
+
+format: .venv/bin/ruff
+	.venv/bin/ruff check --fix --quiet .
+	.venv/bin/ruff format --quiet .
+	clang-format -i $(C_FILES)
+
+lint: .venv/bin/ruff
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	clang-format --dry-run -Werror $(C_FILES)
+
+clean:
+	rm -rf build dist *.egg-info minivllm/*.so
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,5 +1,7 @@
 """Builds minivllm._C: plain C by the C compiler, CUDA C by nvcc where there is one, linked by the C compiler.
 
+`setup.py build_c` links the same objects, less Python's, with tests/c/ into stand-alone programs under build/c.
+
 Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_SANITIZE=1, CC, CFLAGS,
 NVCC, CUDA_HOME. A source file is compiled again when it, a header it includes, or its command line changed.
 """
@@ -21,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'#define MV_VERSION "(.+)"', (ROOT / "csrc/mv.h").read_text())[1]
-C_SOURCES = ["csrc/python/*.c", "csrc/ops/*.c", "csrc/cpu/*.c"]
+BINDING_SOURCES = ["csrc/python/*.c"]
+C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/*.c"]
 CUDA_SOURCES = ["csrc/cuda/*.cu"]
 
 # sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
@@ -111,20 +114,23 @@ class BuildExtension(build_ext):
     """Compiles what changed, in parallel, and links it."""
 
     def build_extension(self, extension):
-        os.chdir(ROOT)
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             raise SystemExit("minivllm: Python.h is missing: install the headers of this Python, such as python3-dev")
+        self.build(BINDING_SOURCES, self.compiler.linker_so, self.get_ext_fullpath(extension.name))
+
+    def build(self, more_sources, linker, target):
+        os.chdir(ROOT)
         cuda = Cuda.wanted()
         self.objects_dir = Path(self.build_temp, "minivllm")
         self.objects_dir.mkdir(parents=True, exist_ok=True)
         with open(self.objects_dir / "lock", "w") as lock:  # a second build of this tree waits here
             fcntl.flock(lock, fcntl.LOCK_EX)
-            jobs = [(source, self.c_command(source, cuda)) for source in sources(C_SOURCES)]
+            jobs = [(source, self.c_command(source, cuda)) for source in sources(C_SOURCES + more_sources)]
             if cuda:  # the slow ones first
                 jobs = [(source, cuda.command(source)) for source in sources(CUDA_SOURCES)] + jobs
             with ThreadPoolExecutor(self.parallel or len(os.sched_getaffinity(0))) as pool:
                 objects = list(pool.map(lambda job: self.compile(*job), jobs))
-            self.link(objects, extension, cuda)
+            self.link([*linker, *objects], Path(target), cuda)
         built = f"with CUDA {cuda.release} for {cuda.names()}" if cuda else f"WITHOUT CUDA ({self.why_no_cuda()})"
         self.say(f"======== minivllm {VERSION}: built the CPU backend, {built} ========")
 
@@ -138,9 +144,9 @@ class BuildExtension(build_ext):
 
     def c_command(self, source, cuda):
         command = [*self.compiler.compiler_so, "-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-                   "-ffp-contract=off", "-Wall", "-Wextra", "-Icsrc"]
+                   "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Icsrc"]
         if source.startswith("csrc/python/"):
-            command += [f"-I{path}" for path in self.include_dirs]
+            command += [f"-isystem{path}" for path in self.include_dirs]
             command += ["-DPy_LIMITED_API=0x030B0000"] * LIMITED_API
         command += ["-DMV_WITH_CUDA=1"] * bool(cuda)
         command += ["-Werror"] * flag("MINIVLLM_WERROR")
@@ -181,10 +187,9 @@ class BuildExtension(build_ext):
         built = target.stat().st_mtime_ns
         return all(os.path.exists(path) and os.stat(path).st_mtime_ns <= built for path in inputs)
 
-    def link(self, objects, extension, cuda):
-        target = Path(self.get_ext_fullpath(extension.name))
+    def link(self, command, target, cuda):
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.compiler.linker_so, *objects, *self.sanitize_flags()]
+        command += self.sanitize_flags()
         if cuda:
             command += [f"-L{path}" for path in cuda.library_dirs]
             command += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
@@ -193,9 +198,18 @@ class BuildExtension(build_ext):
         os.replace(fresh, target)  # a process that has the old one mapped keeps it
 
 
+class BuildC(BuildExtension):
+    description = "build the stand-alone C programs of tests/c"
+
+    def build_extensions(self):
+        for program in sources(["tests/c/*.c"]):
+            self.build([program], self.compiler.linker_exe, f"build/c/{Path(program).stem}")
+
+
 setup(
     version=VERSION,
-    ext_modules=[Extension("minivllm._C", sources(C_SOURCES + CUDA_SOURCES), py_limited_api=LIMITED_API)],
-    cmdclass={"build_ext": BuildExtension},
+    license="Apache-2.0",
+    ext_modules=[Extension("minivllm._C", sources(BINDING_SOURCES + C_SOURCES + CUDA_SOURCES), py_limited_api=LIMITED_API)],
+    cmdclass={"build_ext": BuildExtension, "build_c": BuildC},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
 )
