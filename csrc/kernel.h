@@ -46,11 +46,11 @@ typedef struct {
     mv_rounding rounding;
 
     /* The projection: rms_norm_qkv only, zero otherwise. q, k and v are three blocks, adjacent in memory when packed;
-     * blocks of one task share the weight dtype and the strides' roles (packed: col_stride 1 in all, or row_stride 1). */
+     * blocks of one task share the weight dtype, and col_stride is 1 in all of them or in none. A task may have fewer. */
     mv_block block[3];
     int64_t outputs; /* of all blocks */
     mv_dtype weight_dtype;
-    bool packed; /* the three blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
+    bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
     bool batch_invariant, allow_tf32, dynamic_weights;
 } mv_task;
 

@@ -7,6 +7,7 @@
 #include "../kernel.h"
 
 static inline mv_status cuda_failed(mv_error *error, const char *what, cudaError_t status) {
+    cudaGetLastError(); /* it is reported here; the next call must not see it again */
     return mv_fail(error, MV_DEVICE_ERROR, "%s: %s (%s)", what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
@@ -26,40 +27,41 @@ struct DeviceGuard {
 
 /* Loading a kernel and raising its shared memory limit are not stream work, but a capture in its strictest mode forbids
  * loading; for this thread that check is lifted while we do it. */
-static inline cudaError_t prepare_kernel(const void *kernel, size_t smem_bytes) {
+static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem_bytes) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaError_t status = cudaThreadExchangeStreamCaptureMode(&mode);
     if (status != cudaSuccess) return status;
     cudaFuncAttributes attributes;
     status = cudaFuncGetAttributes(&attributes, kernel);
-    if (status == cudaSuccess && smem_bytes > 48 * 1024)
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    if (status == cudaSuccess)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      device_smem_bytes - static_cast<int32_t>(attributes.sharedSizeBytes));
     cudaThreadExchangeStreamCaptureMode(&mode);
     return status;
 }
 
-/* The largest dynamic shared memory prepared so far, by kernel and device: a cache of what the driver already knows. */
+/* Which kernels are prepared on which device: a cache of what the driver knows, so races only repeat the work. */
 constexpr int kMaxDevices = 64;
-template <auto kernel> struct Prepared { static inline int32_t smem_bytes[kMaxDevices]; }; /* plus one; 0: never */
+template <auto kernel> struct Prepared { static inline bool on[kMaxDevices]; };
 
 struct Grid {
     dim3 blocks;
-    int threads;
+    unsigned threads;
     size_t smem_bytes;
 };
 
 template <auto kernel, typename... Args>
 static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args... args) {
     const void *function = reinterpret_cast<const void *>(kernel);
+    const int device = task->device.index;
     DeviceGuard guard;
-    cudaError_t status = guard.enter(task->device.index);
+    cudaError_t status = guard.enter(device);
     if (status != cudaSuccess) return cuda_failed(error, "cudaSetDevice", status);
 
-    int32_t *prepared = &Prepared<kernel>::smem_bytes[task->device.index % kMaxDevices];
-    const int32_t wanted = static_cast<int32_t>(grid.smem_bytes) + 1;
-    if (task->device.index >= kMaxDevices || __atomic_load_n(prepared, __ATOMIC_ACQUIRE) < wanted) {
-        status = prepare_kernel(function, grid.smem_bytes);
-        if (status == cudaSuccess) __atomic_store_n(prepared, wanted, __ATOMIC_RELEASE);
+    bool *prepared = &Prepared<kernel>::on[device % kMaxDevices];
+    if (device >= kMaxDevices || !__atomic_load_n(prepared, __ATOMIC_ACQUIRE)) {
+        status = prepare_kernel(function, task->smem_bytes);
+        __atomic_store_n(prepared, status == cudaSuccess, __ATOMIC_RELEASE);
     }
 
     if (status == cudaSuccess) {
@@ -68,7 +70,7 @@ static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args...
         programmatic.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config = {};
         config.gridDim = grid.blocks;
-        config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+        config.blockDim = dim3(grid.threads);
         config.dynamicSmemBytes = grid.smem_bytes;
         config.stream = static_cast<cudaStream_t>(task->stream);
         config.attrs = &programmatic;
@@ -77,9 +79,5 @@ static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args...
         status = cudaLaunchKernelExC(&config, function, pointers);
     }
     guard.leave();
-    if (status != cudaSuccess) {
-        cudaGetLastError(); /* it is reported here; the next call must not see it again */
-        return cuda_failed(error, "kernel launch", status);
-    }
-    return MV_OK;
+    return status == cudaSuccess ? MV_OK : cuda_failed(error, "kernel launch", status);
 }

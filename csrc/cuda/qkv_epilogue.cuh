@@ -1,0 +1,43 @@
+/* qkv_epilogue.cuh: where the outputs of the projection live, and how a finished sum becomes one of them.
+ *
+ * The outputs of a task are numbered through q | k | v. When the three blocks are one packed matrix the number is the
+ * row of that matrix; otherwise it has to be looked up, which a kernel does once per output of its tile. */
+#pragma once
+
+#include "../kernel.h"
+#include "vec.cuh"
+
+/* Output n of a task: row `row` of block `block`. */
+struct OutputPlace {
+    int block;
+    int64_t row;
+};
+
+__device__ __forceinline__ OutputPlace find_output(const mv_task &task, int64_t n) {
+    OutputPlace place = {0, n};
+    if (task.packed) return place;
+    while (place.block < 2 && place.row >= task.block[place.block].outputs)
+        place.row -= task.block[place.block++].outputs;
+    return place;
+}
+
+/* The address of W[n][0]. */
+template <typename W> __device__ __forceinline__ const W *weight_row(const mv_task &task, OutputPlace place) {
+    const mv_block &block = task.block[place.block];
+    return static_cast<const W *>(block.weight) + place.row * block.row_stride;
+}
+
+template <typename T> __device__ __forceinline__ float load_bias(const mv_task &task, OutputPlace place) {
+    const mv_block &block = task.block[place.block];
+    return block.bias ? load_as<T>(block.bias, block.bias_dtype, place.row) : 0.0f;
+}
+
+/* The epilogue: the bias joins in float32, then the one rounding. */
+template <typename T> __device__ __forceinline__ T finish_output(float sum, float bias) {
+    return from_float<T>(sum + bias);
+}
+
+/* The address of row r of a matrix. */
+template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, int64_t inner, int64_t r) {
+    return static_cast<T *>(rows.data) + (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
+}

@@ -1,0 +1,240 @@
+/* checks.c: see checks.h. Every message says what was got, what was expected, and where it helps, the fix. */
+#include "checks.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error->text, sizeof error->text, format, values);
+    va_end(values);
+    return status;
+}
+
+const char *mv_dtype_name(mv_dtype dtype) {
+    static const char *const names[] = {"float32", "float16", "bfloat16"};
+    return names[dtype];
+}
+
+bool mv_is_empty(const mv_view *view) {
+    for (int d = 0; d < view->ndim; d++)
+        if (view->shape[d] == 0) return true;
+    return false;
+}
+
+int64_t mv_stride(const mv_view *view, int dim) {
+    if (view->shape[dim] <= 1) return 0;
+    if (view->strides) return view->strides[dim];
+    int64_t stride = 1;
+    for (int d = view->ndim - 1; d > dim; d--) stride *= view->shape[d];
+    return stride;
+}
+
+mv_text mv_shape_text(const mv_view *view) {
+    mv_text out = {"["};
+    size_t used = 1;
+    for (int d = 0; d < view->ndim && used < sizeof out.text - 28; d++)
+        used += (size_t)snprintf(out.text + used, sizeof out.text - used, d ? ", %lld" : "%lld",
+                                 (long long)view->shape[d]);
+    snprintf(out.text + used, sizeof out.text - used, "]");
+    return out;
+}
+
+mv_text mv_device_text(mv_device device) {
+    mv_text out = {"cpu"};
+    if (device.kind == MV_CUDA) snprintf(out.text, sizeof out.text, "cuda:%d", (int)device.index);
+    return out;
+}
+
+static bool same_device(mv_device a, mv_device b) { return a.kind == b.kind && a.index == b.index; }
+
+static mv_status check_device(mv_named t, const mv_view *x, mv_error *error) {
+    MV_REQUIRE(same_device(t.view->device, x->device), MV_BAD_VALUE, "%s: %s is on %s, expected %s (where x is)", t.op,
+               t.name, mv_device_text(t.view->device).text, mv_device_text(x->device).text);
+    return MV_OK;
+}
+
+static mv_status check_dims(mv_named t, mv_error *error) {
+    MV_REQUIRE(t.view->ndim <= MV_MAX_DIMS, MV_BAD_VALUE, "%s: %s has %d dimensions, expected at most %d", t.op, t.name,
+               (int)t.view->ndim, MV_MAX_DIMS);
+    return MV_OK;
+}
+
+static mv_status check_last_contiguous(mv_named t, mv_error *error) {
+    const int last = t.view->ndim - 1;
+    MV_REQUIRE(t.view->shape[last] <= 1 || mv_stride(t.view, last) == 1, MV_BAD_VALUE,
+               "%s: %s must be contiguous in its last dimension, got stride %lld; pass a contiguous copy", t.op, t.name,
+               (long long)mv_stride(t.view, last));
+    return MV_OK;
+}
+
+mv_status mv_check_x(mv_named x, mv_error *error) {
+    MV_TRY(check_dims(x, error));
+    MV_REQUIRE(x.view->ndim >= 1, MV_BAD_VALUE, "%s: %s has no dimensions, expected [..., hidden]", x.op, x.name);
+    MV_REQUIRE(x.view->shape[x.view->ndim - 1] >= 1, MV_BAD_VALUE, "%s: %s has shape %s, expected a hidden size >= 1",
+               x.op, x.name, mv_shape_text(x.view).text);
+    return check_last_contiguous(x, error);
+}
+
+mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
+    MV_REQUIRE(t.view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", t.op, t.name,
+               mv_dtype_name(t.view->dtype), mv_dtype_name(x->dtype));
+    MV_TRY(check_device(t, x, error));
+    MV_REQUIRE(t.view->ndim == x->ndim &&
+                   memcmp(t.view->shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
+               MV_BAD_VALUE, "%s: %s has shape %s, expected %s (the shape of x)", t.op, t.name,
+               mv_shape_text(t.view).text, mv_shape_text(x).text);
+    return check_last_contiguous(t, error);
+}
+
+/* Sorted by stride, each dimension must step past everything inside it. */
+static bool elements_are_distinct(const mv_view *view) {
+    int64_t stride[MV_MAX_DIMS], size[MV_MAX_DIMS];
+    int count = 0;
+    for (int d = 0; d < view->ndim; d++) {
+        if (view->shape[d] <= 1) continue;
+        int64_t step = mv_stride(view, d);
+        if (step < 0) step = -step;
+        int at = count++;
+        for (; at > 0 && stride[at - 1] > step; at--) {
+            stride[at] = stride[at - 1];
+            size[at] = size[at - 1];
+        }
+        stride[at] = step;
+        size[at] = view->shape[d];
+    }
+    int64_t reach = 0;
+    for (int i = 0; i < count; i++) {
+        if (stride[i] <= reach) return false;
+        reach += (size[i] - 1) * stride[i];
+    }
+    return true;
+}
+
+mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
+    const mv_view *view = out.view;
+    MV_REQUIRE(view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", out.op, out.name,
+               mv_dtype_name(view->dtype), mv_dtype_name(x->dtype));
+    MV_TRY(check_device(out, x, error));
+    int64_t expected_shape[MV_MAX_DIMS];
+    memcpy(expected_shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
+    expected_shape[x->ndim - 1] = columns;
+    const mv_view expected = {.shape = expected_shape, .ndim = x->ndim};
+    MV_REQUIRE(view->ndim == x->ndim && memcmp(view->shape, expected_shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
+               MV_BAD_VALUE, "%s: %s has shape %s, expected %s", out.op, out.name, mv_shape_text(view).text,
+               mv_shape_text(&expected).text);
+    MV_TRY(check_last_contiguous(out, error));
+    MV_REQUIRE(!view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", out.op, out.name);
+    MV_REQUIRE(mv_is_empty(view) || elements_are_distinct(view), MV_BAD_VALUE,
+               "%s: %s has elements that share memory (strides of a broadcast or sliding view); pass a fresh array",
+               out.op, out.name);
+    return MV_OK;
+}
+
+mv_status mv_check_parameter(mv_named t, const mv_view *x, mv_error *error) {
+    MV_REQUIRE(t.view->dtype == x->dtype || t.view->dtype == MV_F32, MV_BAD_TYPE,
+               x->dtype == MV_F32 ? "%s: %s is %s, expected %s (the dtype of x)"
+                                  : "%s: %s is %s, expected %s (the dtype of x) or float32",
+               t.op, t.name, mv_dtype_name(t.view->dtype), mv_dtype_name(x->dtype));
+    MV_TRY(check_device(t, x, error));
+    return check_dims(t, error);
+}
+
+mv_status mv_check_vector(mv_named t, const mv_view *x, int64_t size, const char *meaning, mv_error *error) {
+    MV_TRY(mv_check_parameter(t, x, error));
+    MV_REQUIRE(t.view->ndim == 1, MV_BAD_VALUE, "%s: %s has shape %s, expected [%lld] (%s)", t.op, t.name,
+               mv_shape_text(t.view).text, (long long)size, meaning);
+    MV_REQUIRE(t.view->shape[0] == size, MV_BAD_VALUE, "%s: %s has %lld elements, expected %lld (%s)", t.op, t.name,
+               (long long)t.view->shape[0], (long long)size, meaning);
+    return check_last_contiguous(t, error);
+}
+
+/* ---- overlap --------------------------------------------------------------------------------------------------
+ * Both tensors are sets of bytes base + sum(i_d * stride_d) + [0, width). Walk the strides of both from the largest
+ * down. At stride S, one tensor's index minus the other's is some t; only those t matter for which what is left of
+ * both can still meet, and where layouts nest those are one or two. */
+
+typedef struct {
+    int64_t stride, count_a, count_b;
+} shared_dim;
+
+typedef struct {
+    shared_dim dim[2 * MV_MAX_DIMS];
+    int dims;
+    int budget; /* of steps, so that a tangled layout cannot take forever */
+} overlap_search;
+
+static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+/* Can a's bytes from 0 meet b's bytes from delta, over the dimensions from d on? reach_*: the last byte of each. */
+static bool meets(overlap_search *search, int d, int64_t delta, int64_t reach_a, int64_t reach_b) {
+    if (delta > reach_a || delta + reach_b < 0) return false;
+    if (d == search->dims || --search->budget < 0) return true;
+    const shared_dim dim = search->dim[d];
+    const int64_t rest_a = reach_a - (dim.count_a - 1) * dim.stride;
+    const int64_t rest_b = reach_b - (dim.count_b - 1) * dim.stride;
+    /* t * S + [0, rest_a] must meet delta + [0, rest_b] */
+    int64_t t_low = floor_div(delta - rest_a + dim.stride - 1, dim.stride);
+    int64_t t_high = floor_div(delta + rest_b, dim.stride);
+    if (t_low < -(dim.count_b - 1)) t_low = -(dim.count_b - 1);
+    if (t_high > dim.count_a - 1) t_high = dim.count_a - 1;
+    for (int64_t t = t_low; t <= t_high; t++)
+        if (meets(search, d + 1, delta - t * dim.stride, rest_a, rest_b)) return true;
+    return false;
+}
+
+/* Adds a view's strides in bytes, largest first; gives its first byte and the distance to its last. */
+static uintptr_t add_dims(overlap_search *search, const mv_view *view, bool is_a, int64_t *reach) {
+    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
+    uintptr_t first = (uintptr_t)view->data;
+    *reach = width - 1;
+    for (int d = 0; d < view->ndim; d++) {
+        int64_t stride = mv_stride(view, d) * width;
+        if (stride == 0) continue;
+        const int64_t span = (view->shape[d] - 1) * stride;
+        if (stride < 0) {
+            first -= (uintptr_t)-span;
+            stride = -stride;
+        }
+        *reach += span < 0 ? -span : span;
+        int at = 0;
+        while (at < search->dims && search->dim[at].stride > stride) at++;
+        const bool exists = at < search->dims && search->dim[at].stride == stride &&
+                            (is_a ? search->dim[at].count_a : search->dim[at].count_b) == 1;
+        if (!exists) {
+            memmove(&search->dim[at + 1], &search->dim[at], (size_t)(search->dims - at) * sizeof search->dim[0]);
+            search->dim[at] = (shared_dim){stride, 1, 1};
+            search->dims++;
+        }
+        *(is_a ? &search->dim[at].count_a : &search->dim[at].count_b) = view->shape[d];
+    }
+    return first;
+}
+
+bool mv_overlap(const mv_view *a, const mv_view *b) {
+    if (mv_is_empty(a) || mv_is_empty(b)) return false;
+    overlap_search search;
+    search.dims = 0;
+    search.budget = 4096;
+    int64_t reach_a, reach_b;
+    const uintptr_t first_a = add_dims(&search, a, true, &reach_a);
+    const uintptr_t first_b = add_dims(&search, b, false, &reach_b);
+    return meets(&search, 0, (int64_t)(first_b - first_a), reach_a, reach_b);
+}
+
+bool mv_same_elements(const mv_view *a, const mv_view *b) {
+    if (a->data != b->data || a->ndim != b->ndim || a->dtype != b->dtype) return false;
+    for (int d = 0; d < a->ndim; d++)
+        if (a->shape[d] != b->shape[d] || mv_stride(a, d) != mv_stride(b, d)) return false;
+    return true;
+}
+
+mv_status mv_check_apart(mv_named out, mv_named other, bool allow_same, mv_error *error) {
+    if (!mv_present(out.view) || !mv_present(other.view)) return MV_OK;
+    if (!mv_overlap(out.view, other.view)) return MV_OK;
+    if (allow_same && mv_same_elements(out.view, other.view)) return MV_OK;
+    return mv_fail(error, MV_BAD_VALUE, "%s: %s overlaps %s%s; pass memory of its own", out.op, out.name, other.name,
+                   allow_same ? " in part (being exactly the same tensor is fine)" : "");
+}

@@ -1,0 +1,183 @@
+/* dispatch.c: which kernels exist, which can run here, which one serves a task, and which one did. */
+#include "dispatch.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../cpu/cpu.h"
+#ifdef MV_WITH_CUDA
+#include "../cuda/cuda.h"
+#endif
+
+const char *mv_fits_any(const mv_task *task) {
+    (void)task;
+    return NULL;
+}
+
+size_t mv_no_workspace(const mv_task *task) {
+    (void)task;
+    return 0;
+}
+
+mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
+    if (task->device.kind == MV_CPU) return MV_OK;
+#ifdef MV_WITH_CUDA
+    (void)op;
+    mv_gpu gpu;
+    const mv_status status = mv_gpu_ready(task->device.index, &gpu, error);
+    if (status != MV_OK) return status;
+    task->compute_capability = gpu.compute_capability;
+    task->sm_count = gpu.sm_count;
+    task->smem_bytes = gpu.smem_bytes;
+    task->programmatic_launch = gpu.programmatic_launch;
+    return MV_OK;
+#else
+    return mv_fail(error, MV_DEVICE_ERROR,
+                   "%s: x is on cuda:%d, but this build of minivllm has no CUDA backend (nvcc was not found when it was "
+                   "built); install nvcc and rebuild with MINIVLLM_CUDA=1",
+                   op, (int)task->device.index);
+#endif
+}
+
+/* Can rows of this backend and ISA run at all? NULL, or why not; `text` holds the reason where it must be made. */
+static const char *unusable(const mv_row *row, int32_t device, mv_error *text) {
+    if (row->backend == MV_CPU) {
+        if (mv_cpu_supports(row->isa)) return NULL;
+        snprintf(text->text, sizeof text->text, "this CPU has no %s", row->isa);
+        return text->text;
+    }
+#ifdef MV_WITH_CUDA
+    mv_gpu gpu;
+    return mv_gpu_ready(device, &gpu, text) == MV_OK ? NULL : text->text;
+#else
+    (void)device;
+    return "built without CUDA";
+#endif
+}
+
+static const char *does_not_fit(const mv_row *row, const mv_task *task) {
+    if (task->batch_invariant && !row->batch_invariant) return "it is not batch invariant";
+    return row->fits(task);
+}
+
+static mv_status find_forced(const mv_list *list, const char *op, const mv_task *task, const char *name,
+                             const mv_row **found, mv_error *error) {
+    const mv_row *row = NULL;
+    for (int i = 0; i < list->count; i++)
+        if (strcmp(list->rows[i].name, name) == 0) row = &list->rows[i];
+    if (!row)
+        return mv_fail(error, MV_BAD_VALUE, "%s: no kernel is called '%s'; minivllm.kernels('%s') lists what exists", op,
+                       name, op);
+    if (row->dtype != task->dtype || row->backend != task->device.kind)
+        return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' is for another %s than x's", op, name,
+                       row->dtype != task->dtype ? "dtype" : "device");
+    mv_error text;
+    const char *reason = row->backend == MV_CPU ? unusable(row, 0, &text) : NULL; /* a GPU is bound already */
+    if (!reason) reason = does_not_fit(row, task);
+    if (reason) return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' cannot serve this call: %s", op, name, reason);
+    *found = row;
+    return MV_OK;
+}
+
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **best,
+                    mv_error *error) {
+    if (forced) return find_forced(list, op, task, forced, best, error);
+    double lowest = 0;
+    *best = NULL;
+    for (int i = 0; i < list->count; i++) {
+        const mv_row *row = &list->rows[i];
+        if (row->dtype != task->dtype || row->backend != task->device.kind) continue;
+        if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
+        if (does_not_fit(row, task)) continue;
+        const double cost = row->cost(task);
+        if (!*best || cost < lowest) {
+            *best = row;
+            lowest = cost;
+        }
+    }
+    if (*best) return MV_OK;
+    return mv_fail(error, MV_DEVICE_ERROR, "%s: no kernel fits this call; minivllm.kernels('%s') lists what exists", op,
+                   op);
+}
+
+/* ---- what ran ------------------------------------------------------------------------------------------------- */
+
+static _Thread_local struct {
+    const char *op;
+    const mv_row *row;
+    int64_t tokens, hidden, outputs;
+    double cost;
+    bool forced;
+} last;
+
+static bool logging(void) {
+    static int wanted = -1; /* MINIVLLM_LOG as it was at the first call; a race reads the same environment twice */
+    int now = __atomic_load_n(&wanted, __ATOMIC_RELAXED);
+    if (now < 0) {
+        const char *value = getenv("MINIVLLM_LOG");
+        now = value && *value && strcmp(value, "0") != 0;
+        __atomic_store_n(&wanted, now, __ATOMIC_RELAXED);
+    }
+    return now;
+}
+
+bool mv_last_kernel(mv_ran *ran) {
+    if (!last.row) return false;
+    ran->op = last.op;
+    ran->name = last.row->name;
+    int used = snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens,
+                        (long long)last.hidden);
+    if (last.outputs)
+        used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, " outputs=%lld", (long long)last.outputs);
+    if (last.forced)
+        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": forced by name");
+    else
+        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us", last.cost);
+    return true;
+}
+
+mv_status mv_run(const char *op, const mv_row *row, const mv_task *task, bool forced, mv_error *error) {
+    const mv_status status = row->run(task, error);
+    if (status != MV_OK) return status;
+    last.op = op;
+    last.row = row;
+    last.tokens = task->tokens;
+    last.hidden = task->hidden;
+    last.outputs = task->outputs;
+    last.forced = forced;
+    last.cost = forced ? 0 : row->cost(task);
+    if (logging()) {
+        mv_ran ran;
+        mv_last_kernel(&ran);
+        fprintf(stderr, "minivllm: %s ran %s (%s)\n", ran.op, ran.name, ran.why);
+    }
+    return MV_OK;
+}
+
+/* ---- what exists ---------------------------------------------------------------------------------------------- */
+
+bool mv_kernel_at(int index, mv_kernel_info *info) {
+    /* rms_norm and add_rms_norm are one list: a kernel of the norm serves both. */
+    const struct {
+        const char *op;
+        const mv_list *list;
+    } ops[] = {{"rms_norm", &mv_rms_norm_list},
+               {"add_rms_norm", &mv_rms_norm_list},
+               {"rms_norm_qkv", &mv_rms_norm_qkv_list}};
+    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; index -= ops[i].list->count, i++) {
+        if (index < 0) return false;
+        if (index >= ops[i].list->count) continue;
+        const mv_row *row = &ops[i].list->rows[index];
+        mv_error text;
+        const char *reason = unusable(row, 0, &text);
+        info->op = ops[i].op;
+        info->name = row->name;
+        info->isa = row->isa;
+        info->dtype = row->dtype;
+        info->usable = reason == NULL;
+        snprintf(info->why_not, sizeof info->why_not, "%.190s", reason ? reason : "");
+        return true;
+    }
+    return false;
+}

@@ -1,0 +1,63 @@
+/* dispatch.h: the list of kernels of an op, and the choice among them. */
+#ifndef MV_DISPATCH_H
+#define MV_DISPATCH_H
+
+#include "../kernel.h"
+
+/* One kernel. To add one: write it in its own file, then add its row to the list of its op. */
+typedef struct {
+    const char *name; /* <dtype>[_<variant>]_<isa> */
+    const char *isa;
+    mv_device_kind backend;
+    mv_dtype dtype;
+    bool batch_invariant;                   /* a row's bits do not depend on the number of rows            */
+    const char *(*fits)(const mv_task *);   /* NULL when the task is legal for it, else the reason         */
+    double (*cost)(const mv_task *);        /* estimated microseconds; the cheapest row that fits wins     */
+    size_t (*workspace)(const mv_task *);   /* bytes of scratch memory                                     */
+    mv_kernel *run;
+} mv_row;
+
+typedef struct {
+    const char *op;
+    const mv_row *rows;
+    int count;
+} mv_list;
+
+/* What most rows answer. */
+const char *mv_fits_any(const mv_task *task);
+size_t mv_no_workspace(const mv_task *task);
+
+/* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) each. These
+ * two meanings of K declare the kernels and fill the table. A build or machine without a backend has no rows of it. */
+#define MV_DECLARE_KERNEL(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) \
+    mv_kernel mv_##op##_##dtype##_##name;
+#define MV_TABLE_ROW(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) \
+    {#dtype "_" #name, #isa, backend, DTYPE, invariant, fits, cost, workspace, mv_##op##_##dtype##_##name},
+#define MV_ALL_DTYPES(K, op, ...) \
+    K(op, f32, MV_F32, __VA_ARGS__) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
+#define MV_16BIT_DTYPES(K, op, ...) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
+
+#if defined(__x86_64__)
+#define MV_X86(...) __VA_ARGS__
+#else
+#define MV_X86(...)
+#endif
+#ifdef MV_WITH_CUDA
+#define MV_GPU(...) __VA_ARGS__
+#else
+#define MV_GPU(...)
+#endif
+
+/* Fills in what a task must know of its device, or says why no kernel can run there. */
+mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error);
+
+/* The row for a task: the one named `forced`, or the cheapest that fits. */
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **row,
+                    mv_error *error);
+
+/* Runs a row and remembers, for this thread, that it did and why. */
+mv_status mv_run(const char *op, const mv_row *row, const mv_task *task, bool forced, mv_error *error);
+
+extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
+
+#endif

@@ -1,0 +1,95 @@
+/* rms_norm.c: rms_norm and add_rms_norm: what they require, and the kernels that serve both. */
+#include "task.h"
+
+/* ---- the kernels ---------------------------------------------------------------------------------------------- */
+
+/* On one machine the widest registers win at every shape; the numbers only order the rows. */
+static double cost_wide(const mv_task *task) { return 1e-5 * (double)task->tokens * (double)task->hidden; }
+static double cost_half(const mv_task *task) { return 2 * cost_wide(task); }
+static double cost_scalar(const mv_task *task) { return 10 * cost_wide(task); }
+
+/*                      name        isa       backend  invariant  fits         cost         workspace */
+#define RMS_NORM_KERNELS(K)                                                                                            \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, mv_fits_any, cost_wide, mv_no_workspace))             \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_scalar, mv_no_workspace))     \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, mv_fits_any, cost_wide, mv_no_workspace))          \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, mv_fits_any, cost_half, mv_no_workspace))              \
+    MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, mv_fits_any, cost_scalar, mv_no_workspace)
+
+RMS_NORM_KERNELS(MV_DECLARE_KERNEL)
+static const mv_row rows[] = {RMS_NORM_KERNELS(MV_TABLE_ROW)};
+const mv_list mv_rms_norm_list = {"rms_norm", rows, sizeof rows / sizeof rows[0]};
+
+/* ---- the ops -------------------------------------------------------------------------------------------------- */
+
+static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *error) {
+    const mv_named x = {op, "x", &a->x}, residual = {op, "residual", &a->residual}, weight = {op, "weight", &a->weight};
+    const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
+    MV_TRY(mv_check_numbers(op, a->eps, a->weight_offset, a->rounding, error));
+    MV_TRY(mv_check_x(x, error));
+    const int64_t hidden = a->x.shape[a->x.ndim - 1];
+    if (mv_present(&a->residual)) MV_TRY(mv_check_like_x(residual, &a->x, error));
+    MV_TRY(mv_check_vector(weight, &a->x, hidden, "= x.shape[-1]", error));
+    MV_TRY(mv_check_output(out, &a->x, hidden, error));
+    if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, hidden, error));
+    MV_TRY(mv_check_apart(out, x, true, error));
+    MV_TRY(mv_check_apart(out, residual, true, error));
+    MV_TRY(mv_check_apart(out, weight, false, error));
+    MV_TRY(mv_check_apart(residual_out, x, true, error));
+    MV_TRY(mv_check_apart(residual_out, residual, true, error));
+    MV_TRY(mv_check_apart(residual_out, weight, false, error));
+    return mv_check_apart(out, residual_out, false, error);
+}
+
+/* Everything short of running: the tasks and the kernel that serves them. No row when there are no tokens. */
+static mv_status plan(const char *op, const mv_rms_norm_args *a, mv_tasks *tasks, const mv_row **row, mv_error *error) {
+    MV_TRY(check(op, a, error));
+    mv_task *task = &tasks->task;
+    *task = (mv_task){0};
+    *row = NULL;
+    if (mv_is_empty(&a->x)) return MV_OK;
+    mv_plan_rows(tasks, &a->x, &a->residual, &a->out, &a->residual_out);
+    task->stream = a->call.stream;
+    task->workspace = a->call.workspace;
+    task->norm_weight = a->weight.data;
+    task->norm_weight_dtype = a->weight.dtype;
+    task->eps = (float)a->eps;
+    task->weight_offset = (float)a->weight_offset;
+    task->rounding = a->rounding;
+    MV_TRY(mv_bind_device(op, task, error));
+    return mv_choose(&mv_rms_norm_list, op, task, a->call.kernel, row, error);
+}
+
+static mv_status run(const char *op, const mv_rms_norm_args *a, mv_error *error) {
+    mv_tasks tasks;
+    const mv_row *row;
+    MV_TRY(plan(op, a, &tasks, &row, error));
+    if (!row) return MV_OK;
+    const int64_t count = mv_task_count(&tasks);
+    for (int64_t i = 0; i < count; i++) {
+        const mv_task task = mv_task_at(&tasks, i);
+        MV_TRY(mv_run(op, row, &task, a->call.kernel != NULL, error));
+    }
+    return MV_OK;
+}
+
+mv_status mv_rms_norm(const mv_rms_norm_args *a, mv_error *error) {
+    const char *op = a->call.op ? a->call.op : "rms_norm";
+    MV_REQUIRE(!mv_present(&a->residual) && !mv_present(&a->residual_out), MV_BAD_VALUE,
+               "%s: a residual was given; mv_add_rms_norm takes one", op);
+    return run(op, a, error);
+}
+
+mv_status mv_add_rms_norm(const mv_rms_norm_args *a, mv_error *error) {
+    const char *op = a->call.op ? a->call.op : "add_rms_norm";
+    MV_REQUIRE(mv_present(&a->residual), MV_BAD_VALUE, "%s: residual is missing", op);
+    return run(op, a, error);
+}
+
+mv_status mv_rms_norm_workspace(const mv_rms_norm_args *a, size_t *bytes, mv_error *error) {
+    mv_tasks tasks;
+    const mv_row *row;
+    MV_TRY(plan(a->call.op ? a->call.op : "rms_norm", a, &tasks, &row, error));
+    *bytes = row ? row->workspace(&tasks.task) : 0;
+    return MV_OK;
+}

@@ -1,0 +1,368 @@
+/* rms_norm_qkv.c: RMSNorm and the q/k/v projection: what it requires, and its kernels. */
+#include <limits.h>
+
+#include "../cpu/cpu.h"
+#include "task.h"
+#ifdef MV_WITH_CUDA
+#include "../cuda/cuda.h"
+#endif
+
+/* ---- the kernels ---------------------------------------------------------------------------------------------- */
+
+static double weight_bytes(const mv_task *t) {
+    return (double)t->outputs * (double)t->hidden * (double)mv_dtype_bytes(t->weight_dtype);
+}
+static double flops(const mv_task *t) { return 2 * (double)t->tokens * (double)t->outputs * (double)t->hidden; }
+
+/* CPU. Decode streams the weights once for every few tokens and pays for each token on the way; prefill pays its tiles'
+ * set-up. The numbers are for two cores; what counts is where the curves cross. */
+static double cpu_scale(const mv_task *t, double per_flop) {
+    const double passes = (double)((t->tokens + MV_CPU_DECODE_TOKENS - 1) / MV_CPU_DECODE_TOKENS);
+    return passes * weight_bytes(t) / 2e4 + flops(t) * per_flop;
+}
+static double cost_decode_wide(const mv_task *t) { return cpu_scale(t, 1 / 1e5); }
+static double cost_decode_half(const mv_task *t) { return cpu_scale(t, 2 / 1e5); }
+static double cost_decode_scalar(const mv_task *t) { return cpu_scale(t, 20 / 1e5); }
+static double cost_prefill_wide(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 2e5; }
+static double cost_prefill_half(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 1e5; }
+static double cost_prefill_scalar(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 1e4; }
+/* With AVX512-BF16 the same at twice the rate. */
+static double cost_decode_bf16(const mv_task *t) { return 0.9 * cost_decode_wide(t); }
+static double cost_prefill_bf16(const mv_task *t) { return 0.5 * cost_prefill_wide(t); }
+
+#ifdef MV_WITH_CUDA
+/* GPU, in microseconds of an H100: a launch, the weights at memory speed, and the products at the kernel's rate. */
+static double larger(double a, double b) { return a > b ? a : b; }
+static double cost_decode_gpu(const mv_task *t) { return 2 + larger(weight_bytes(t) / 2.8e6, flops(t) / 1.5e7); }
+static double cost_mma(const mv_task *t) { return 5 + larger(weight_bytes(t) / 2.0e6, flops(t) / 2.5e8); }
+static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.0e6, flops(t) / 3.5e8); }
+static double cost_ffma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 1.5e6, flops(t) / 2.5e7); }
+static double cost_norm_ffma(const mv_task *t) { return 8 + larger(weight_bytes(t) / 1.5e6, flops(t) / 3.0e7); }
+#endif
+
+/*                      name, isa, backend, batch invariant, fits, cost, workspace */
+#define RMS_NORM_QKV_KERNELS(K)                                                                                        \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
+                         mv_no_workspace))                                                                             \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, true, mv_mma_fits, cost_mma, mv_no_workspace))    \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_norm_mma,           \
+                           mv_norm_plan_workspace))                                                                    \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_ffma, mv_no_workspace))    \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_norm_ffma,           \
+                         mv_norm_plan_workspace))                                                                      \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_fits_any,            \
+             cost_decode_bf16, mv_rms_norm_qkv_decode_cpu_workspace))                                                  \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_fits_any,                   \
+             cost_prefill_bf16, mv_rms_norm_qkv_prefill_cpu_workspace))                                                \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_fits_any,                    \
+                         cost_decode_wide, mv_rms_norm_qkv_decode_cpu_workspace))                                      \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_fits_any, cost_prefill_wide,        \
+                         mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_fits_any, cost_decode_half,      \
+                         mv_rms_norm_qkv_decode_cpu_workspace))                                                        \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_fits_any, cost_prefill_half,            \
+                         mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
+    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_fits_any, cost_decode_scalar,   \
+                  mv_rms_norm_qkv_decode_cpu_workspace)                                                                \
+    MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_fits_any, cost_prefill_scalar,         \
+                  mv_rms_norm_qkv_prefill_cpu_workspace)
+
+RMS_NORM_QKV_KERNELS(MV_DECLARE_KERNEL)
+static const mv_row rows[] = {RMS_NORM_QKV_KERNELS(MV_TABLE_ROW)};
+const mv_list mv_rms_norm_qkv_list = {"rms_norm_qkv", rows, sizeof rows / sizeof rows[0]};
+
+/* ---- the weights: one matrix or three, in either layout --------------------------------------------------------- */
+
+typedef struct {
+    mv_block block[3]; /* q, k, v */
+    mv_dtype weight_dtype[3];
+    int64_t qkv, head_dim;
+    bool packed;
+} mv_projection;
+
+static bool is_tuple(const mv_view view[3]) { return mv_present(&view[1]) || mv_present(&view[2]); }
+
+static const char *const weight_names[] = {"qkv_weight[0]", "qkv_weight[1]", "qkv_weight[2]"};
+static const char *const bias_names[] = {"bias[0]", "bias[1]", "bias[2]"};
+
+static mv_named weight_at(const char *op, const mv_rms_norm_qkv_args *a, int i) {
+    return (mv_named){op, is_tuple(a->qkv_weight) ? weight_names[i] : "qkv_weight", &a->qkv_weight[i]};
+}
+static mv_named bias_at(const char *op, const mv_rms_norm_qkv_args *a, int i) {
+    return (mv_named){op, is_tuple(a->bias) ? bias_names[i] : "bias", &a->bias[i]};
+}
+
+/* What a matrix's shape alone says: AUTO where it is square and fits both ways. */
+static mv_status layout_by_shape(mv_named w, int64_t hidden, mv_weight_layout *layout, mv_error *error) {
+    const mv_view *v = w.view;
+    const bool out_in = v->shape[1] == hidden, in_out = v->shape[0] == hidden;
+    MV_REQUIRE(out_in || in_out, MV_BAD_VALUE,
+               "%s: %s has shape %s, expected [qkv, %lld] (as nn.Linear keeps it) or its transpose (x.shape[-1] is "
+               "%lld)",
+               w.op, w.name, mv_shape_text(v).text, (long long)hidden, (long long)hidden);
+    *layout = out_in && in_out && hidden > 1 ? MV_LAYOUT_AUTO : out_in ? MV_LAYOUT_OUT_IN : MV_LAYOUT_IN_OUT;
+    return MV_OK;
+}
+
+/* The layout of all members: as told, else as any non-square member says, else AUTO for each square one's strides. */
+static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, int members, int64_t hidden,
+                               mv_weight_layout *common, mv_error *error) {
+    *common = a->weight_layout;
+    for (int i = 0; i < members; i++) {
+        const mv_named w = weight_at(op, a, i);
+        mv_weight_layout layout;
+        MV_TRY(layout_by_shape(w, hidden, &layout, error));
+        if (layout == MV_LAYOUT_AUTO) continue;
+        MV_REQUIRE(*common == MV_LAYOUT_AUTO || *common == layout, MV_BAD_VALUE,
+                   "%s: %s has shape %s, which does not fit the layout that %s (x.shape[-1] is %lld)", op, w.name,
+                   mv_shape_text(w.view).text,
+                   a->weight_layout == MV_LAYOUT_AUTO ? "the other weights have" : "weight_layout names",
+                   (long long)hidden);
+        *common = layout;
+    }
+    return MV_OK;
+}
+
+/* A square weight whose columns are contiguous is a .t() view; any other could be either. */
+static mv_status layout_by_strides(mv_named w, mv_weight_layout *layout, mv_error *error) {
+    *layout = MV_LAYOUT_IN_OUT;
+    MV_REQUIRE(mv_stride(w.view, 0) == 1, MV_BAD_VALUE,
+               "%s: %s is square (%s) and row-major, so it could be [qkv, hidden] or [hidden, qkv]; pass "
+               "weight_layout=\"out_in\" if it is as nn.Linear keeps it, \"in_out\" if it is transposed",
+               w.op, w.name, mv_shape_text(w.view).text);
+    return MV_OK;
+}
+
+static mv_status check_heads(const char *op, const mv_rms_norm_qkv_args *a, mv_error *error) {
+    MV_REQUIRE(a->num_heads >= 1 && a->num_heads <= INT_MAX, MV_BAD_VALUE, "%s: num_heads is %lld, expected at least 1",
+               op, (long long)a->num_heads);
+    MV_REQUIRE(a->num_kv_heads >= 1 && a->num_kv_heads <= INT_MAX, MV_BAD_VALUE,
+               "%s: num_kv_heads is %lld, expected at least 1", op, (long long)a->num_kv_heads);
+    MV_REQUIRE(a->head_dim >= 0, MV_BAD_VALUE, "%s: head_dim is %lld, expected at least 1", op,
+               (long long)a->head_dim);
+    return MV_OK;
+}
+
+static const char *bytes_at(const void *data, int64_t elements, mv_dtype dtype) {
+    return (const char *)data + elements * (int64_t)mv_dtype_bytes(dtype);
+}
+
+/* Reads the weights: three blocks, however they were given. */
+static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int64_t hidden, mv_projection *p,
+                              mv_error *error) {
+    const bool tuple = is_tuple(a->qkv_weight);
+    const int members = tuple ? 3 : 1;
+    for (int i = 0; i < members; i++) {
+        const mv_named w = weight_at(op, a, i);
+        MV_REQUIRE(mv_present(w.view), MV_BAD_VALUE, "%s: %s is missing", op, w.name);
+        MV_TRY(mv_check_parameter(w, &a->x, error));
+        MV_REQUIRE(w.view->ndim == 2, MV_BAD_VALUE, "%s: %s has shape %s, expected a matrix", op, w.name,
+                   mv_shape_text(w.view).text);
+    }
+    mv_weight_layout common;
+    MV_TRY(common_layout(op, a, members, hidden, &common, error));
+
+    mv_block member[3];
+    p->qkv = 0;
+    for (int i = 0; i < members; i++) {
+        const mv_named w = weight_at(op, a, i);
+        mv_weight_layout layout = common;
+        if (layout == MV_LAYOUT_AUTO) MV_TRY(layout_by_strides(w, &layout, error));
+        const int out_dim = layout == MV_LAYOUT_OUT_IN ? 0 : 1;
+        member[i] = (mv_block){.weight = w.view->data,
+                               .outputs = w.view->shape[out_dim],
+                               .row_stride = mv_stride(w.view, out_dim),
+                               .col_stride = hidden == 1 ? 1 : mv_stride(w.view, 1 - out_dim)};
+        p->qkv += member[i].outputs;
+    }
+
+    const int64_t total_heads = a->num_heads + 2 * a->num_kv_heads;
+    const mv_named whole = {op, "qkv_weight", &a->qkv_weight[0]};
+    MV_REQUIRE(p->qkv > 0 && p->qkv % total_heads == 0, MV_BAD_VALUE,
+               "%s: %s has %lld outputs, expected a multiple of %lld (= num_heads + 2 * num_kv_heads)", op, whole.name,
+               (long long)p->qkv, (long long)total_heads);
+    p->head_dim = p->qkv / total_heads;
+    MV_REQUIRE(a->head_dim == 0 || a->head_dim == p->head_dim, MV_BAD_VALUE,
+               "%s: head_dim is %lld, expected %lld (= %lld outputs of qkv_weight / (num_heads + 2 * num_kv_heads))", op,
+               (long long)a->head_dim, (long long)p->head_dim, (long long)p->qkv);
+
+    const int64_t outputs[] = {a->num_heads * p->head_dim, a->num_kv_heads * p->head_dim, a->num_kv_heads * p->head_dim};
+    int64_t first = 0;
+    p->packed = true;
+    for (int i = 0; i < 3; i++) {
+        const mv_dtype dtype = a->qkv_weight[tuple ? i : 0].dtype;
+        if (tuple) {
+            MV_REQUIRE(member[i].outputs == outputs[i], MV_BAD_VALUE,
+                       "%s: %s has %lld outputs, expected %lld (= %s * head_dim, where head_dim is %lld)", op,
+                       weight_names[i], (long long)member[i].outputs, (long long)outputs[i],
+                       i == 0 ? "num_heads" : "num_kv_heads", (long long)p->head_dim);
+            p->block[i] = member[i];
+        } else {
+            p->block[i] = member[0];
+            p->block[i].weight = bytes_at(member[0].weight, first * member[0].row_stride, dtype);
+            p->block[i].outputs = outputs[i];
+        }
+        p->weight_dtype[i] = dtype;
+        p->packed = p->packed && dtype == p->weight_dtype[0] && p->block[i].row_stride == p->block[0].row_stride &&
+                    p->block[i].col_stride == p->block[0].col_stride &&
+                    p->block[i].weight == bytes_at(p->block[0].weight, first * p->block[0].row_stride, dtype);
+        first += outputs[i];
+    }
+    return MV_OK;
+}
+
+static mv_status read_bias(const char *op, const mv_rms_norm_qkv_args *a, mv_projection *p, mv_error *error) {
+    const bool tuple = is_tuple(a->bias);
+    if (!tuple && !mv_present(&a->bias[0])) return MV_OK;
+    if (!tuple) MV_TRY(mv_check_vector(bias_at(op, a, 0), &a->x, p->qkv, "= the outputs of qkv_weight", error));
+    int64_t first = 0;
+    for (int i = 0; i < 3; i++) {
+        const mv_named bias = bias_at(op, a, i);
+        if (tuple) {
+            MV_REQUIRE(mv_present(bias.view), MV_BAD_VALUE, "%s: %s is missing", op, bias.name);
+            MV_TRY(mv_check_vector(bias, &a->x, p->block[i].outputs, "= the outputs of its weight", error));
+        }
+        const mv_view *view = tuple ? bias.view : &a->bias[0];
+        p->block[i].bias = tuple ? view->data : bytes_at(view->data, first, view->dtype);
+        p->block[i].bias_dtype = view->dtype;
+        p->packed = p->packed && p->block[i].bias_dtype == p->block[0].bias_dtype &&
+                    p->block[i].bias == bytes_at(p->block[0].bias, first, view->dtype);
+        first += p->block[i].outputs;
+    }
+    return MV_OK;
+}
+
+/* ---- the op --------------------------------------------------------------------------------------------------- */
+
+static mv_status check_inputs(const char *op, const mv_rms_norm_qkv_args *a, mv_projection *p, mv_error *error) {
+    MV_TRY(mv_check_numbers(op, a->eps, a->weight_offset, a->rounding, error));
+    MV_TRY(check_heads(op, a, error));
+    MV_TRY(mv_check_x((mv_named){op, "x", &a->x}, error));
+    const int64_t hidden = a->x.shape[a->x.ndim - 1];
+    if (mv_present(&a->residual)) MV_TRY(mv_check_like_x((mv_named){op, "residual", &a->residual}, &a->x, error));
+    MV_TRY(mv_check_vector((mv_named){op, "norm_weight", &a->norm_weight}, &a->x, hidden, "= x.shape[-1]", error));
+    MV_TRY(read_weights(op, a, hidden, p, error));
+    return read_bias(op, a, p, error);
+}
+
+/* No output may overlap anything else. */
+static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, int64_t qkv, mv_error *error) {
+    const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
+    MV_TRY(mv_check_output(out, &a->x, qkv, error));
+    MV_REQUIRE(!mv_present(&a->residual_out) || mv_present(&a->residual), MV_BAD_VALUE,
+               "%s: residual_out was given without a residual", op);
+    if (mv_present(&a->residual_out))
+        MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));
+    const mv_named inputs[] = {{op, "x", &a->x}, {op, "residual", &a->residual}, {op, "norm_weight", &a->norm_weight}};
+    for (int i = 0; i < 3; i++) {
+        MV_TRY(mv_check_apart(out, inputs[i], false, error));
+        MV_TRY(mv_check_apart(residual_out, inputs[i], false, error));
+        MV_TRY(mv_check_apart(out, weight_at(op, a, i), false, error));
+        MV_TRY(mv_check_apart(residual_out, weight_at(op, a, i), false, error));
+        MV_TRY(mv_check_apart(out, bias_at(op, a, i), false, error));
+        MV_TRY(mv_check_apart(residual_out, bias_at(op, a, i), false, error));
+    }
+    return mv_check_apart(out, residual_out, false, error);
+}
+
+/* Weights of several dtypes, or some transposed and some not, are computed in groups that share both. */
+typedef struct {
+    mv_tasks tasks;
+    mv_projection projection;
+    int groups, first_block[4]; /* group g: blocks first_block[g] .. first_block[g + 1] - 1 */
+} mv_plan;
+
+static void group_blocks(mv_plan *plan) {
+    const mv_projection *p = &plan->projection;
+    plan->groups = 0;
+    for (int i = 0; i < 3; i++) {
+        const bool same = i > 0 && p->weight_dtype[i] == p->weight_dtype[i - 1] &&
+                          (p->block[i].col_stride == 1) == (p->block[i - 1].col_stride == 1);
+        if (!same) plan->first_block[plan->groups++] = i;
+    }
+    plan->first_block[plan->groups] = 3;
+}
+
+/* The i-th task over the rows, restricted to a group of blocks. */
+static mv_task group_task(const mv_plan *plan, int64_t i, int group) {
+    mv_task task = mv_task_at(&plan->tasks, i);
+    const mv_projection *p = &plan->projection;
+    const int begin = plan->first_block[group], end = plan->first_block[group + 1];
+    int64_t skipped = 0;
+    for (int b = 0; b < begin; b++) skipped += p->block[b].outputs;
+    task.out.data = (char *)task.out.data + skipped * (int64_t)mv_dtype_bytes(task.dtype);
+    for (int b = begin; b < end; b++) {
+        task.block[b - begin] = p->block[b];
+        task.outputs += p->block[b].outputs;
+    }
+    task.weight_dtype = p->weight_dtype[begin];
+    task.packed = p->packed || end - begin == 1;
+    if (group > 0) task.residual_out.data = NULL; /* the first group has written it */
+    return task;
+}
+
+/* Everything short of choosing and running. `tokens` comes out 0 when there is nothing to do. */
+static mv_status make_plan(const char *op, const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error *error) {
+    plan->projection = (mv_projection){0};
+    MV_TRY(check_inputs(op, a, &plan->projection, error));
+    MV_TRY(check_outputs(op, a, plan->projection.qkv, error));
+    mv_task *task = &plan->tasks.task;
+    *task = (mv_task){0};
+    if (mv_is_empty(&a->x)) return MV_OK;
+    mv_plan_rows(&plan->tasks, &a->x, &a->residual, &a->out, &a->residual_out);
+    task->stream = a->call.stream;
+    task->workspace = a->call.workspace;
+    task->norm_weight = a->norm_weight.data;
+    task->norm_weight_dtype = a->norm_weight.dtype;
+    task->eps = (float)a->eps;
+    task->weight_offset = (float)a->weight_offset;
+    task->rounding = a->rounding;
+    task->batch_invariant = a->batch_invariant;
+    task->allow_tf32 = a->allow_tf32;
+    task->dynamic_weights = a->dynamic_weights;
+    group_blocks(plan);
+    return mv_bind_device(op, task, error);
+}
+
+static const char *op_name(const mv_rms_norm_qkv_args *a) { return a->call.op ? a->call.op : "rms_norm_qkv"; }
+
+mv_status mv_rms_norm_qkv_shape(const mv_rms_norm_qkv_args *a, mv_qkv_shape *shape, mv_error *error) {
+    mv_projection projection = {0};
+    MV_TRY(check_inputs(op_name(a), a, &projection, error));
+    shape->qkv = projection.qkv;
+    shape->head_dim = projection.head_dim;
+    return MV_OK;
+}
+
+mv_status mv_rms_norm_qkv_workspace(const mv_rms_norm_qkv_args *a, size_t *bytes, mv_error *error) {
+    const char *op = op_name(a);
+    mv_plan plan;
+    MV_TRY(make_plan(op, a, &plan, error));
+    *bytes = 0;
+    if (plan.tasks.task.tokens == 0) return MV_OK;
+    for (int group = 0; group < plan.groups; group++) {
+        const mv_task task = group_task(&plan, 0, group);
+        const mv_row *row;
+        MV_TRY(mv_choose(&mv_rms_norm_qkv_list, op, &task, a->call.kernel, &row, error));
+        const size_t wanted = row->workspace(&task);
+        if (wanted > *bytes) *bytes = wanted;
+    }
+    return MV_OK;
+}
+
+mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_error *error) {
+    const char *op = op_name(a);
+    mv_plan plan;
+    MV_TRY(make_plan(op, a, &plan, error));
+    if (plan.tasks.task.tokens == 0) return MV_OK;
+    const int64_t count = mv_task_count(&plan.tasks);
+    for (int64_t i = 0; i < count; i++) {
+        for (int group = 0; group < plan.groups; group++) {
+            const mv_task task = group_task(&plan, i, group);
+            const mv_row *row;
+            MV_TRY(mv_choose(&mv_rms_norm_qkv_list, op, &task, a->call.kernel, &row, error));
+            MV_TRY(mv_run(op, row, &task, a->call.kernel != NULL, error));
+        }
+    }
+    return MV_OK;
+}
