@@ -26,6 +26,7 @@ VERSION = re.search(r'#define MV_VERSION "(.+)"', (ROOT / "csrc/mv.h").read_text
 BINDING_SOURCES = ["csrc/python/*.c"]
 C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/*.c"]
 CUDA_SOURCES = ["csrc/cuda/*.cu"]
+ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES
 
 # sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
 DEFAULT_ARCHS = "80;90a"
@@ -54,20 +55,27 @@ class Cuda:
         self.archs = [arch for arch in wanted if arch.rstrip("af") in known]
         self.generic = [arch for arch in self.archs if arch.isdigit()]
         if not self.generic:
-            raise SystemExit(f"minivllm: none of MINIVLLM_CUDA_ARCHS={';'.join(wanted)} is a plain architecture that "
-                             f"{nvcc} knows: at least one is needed, such as 80. It knows {sorted(known, key=int)}.")
+            raise SystemExit(
+                f"minivllm: none of MINIVLLM_CUDA_ARCHS={';'.join(wanted)} is a plain architecture that "
+                f"{nvcc} knows: at least one is needed, such as 80. It knows {sorted(known, key=int)}."
+            )
         self.ptx = max(self.generic, key=int)
 
     def ask(self, *arguments):
-        return subprocess.run([self.nvcc, *arguments], check=True, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT).stdout
+        return subprocess.run(
+            [self.nvcc, *arguments], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ).stdout
 
     @staticmethod
     def find():
         """nvcc by NVCC, CUDA_HOME, CUDA_PATH, PATH, then the usual place; None where there is none."""
         homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-        candidates = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes), "nvcc",
-                      "/usr/local/cuda/bin/nvcc"]
+        candidates = [
+            os.environ.get("NVCC"),
+            *(f"{home}/bin/nvcc" for home in homes),
+            "nvcc",
+            "/usr/local/cuda/bin/nvcc",
+        ]
         return next(filter(None, map(shutil.which, filter(None, candidates))), None)
 
     @staticmethod
@@ -79,8 +87,9 @@ class Cuda:
             return None
         nvcc = Cuda.find()
         if nvcc is None and choice == "1":
-            raise SystemExit("minivllm: MINIVLLM_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or "
-                             "/usr/local/cuda")
+            raise SystemExit(
+                "minivllm: MINIVLLM_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+            )
         return Cuda(nvcc) if nvcc else None
 
     def names(self):
@@ -92,7 +101,7 @@ class Cuda:
         and its special one are both asked for, generic code needs only the plain one."""
         special = re.search(r"_sm(\d+[af])\.cu$", source)
         for arch in self.archs:
-            if special and arch != special[1] or not special and arch[:-1] in self.generic:
+            if arch != special[1] if special else arch[:-1] in self.generic:
                 continue
             code = f"[sm_{arch},compute_{arch}]" if arch == self.ptx else f"sm_{arch}"
             yield f"-gencode=arch=compute_{arch},code={code}"
@@ -101,8 +110,16 @@ class Cuda:
         # Launch stubs of the runtime hold function-local statics. The two -fno flags keep __cxa_guard_* and the
         # unwinder out, so that the binary needs no libstdc++ (docs/decisions/0001).
         host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"
-        command = [self.nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", f"-Xcompiler={host}",
-                   *self.gencode(source), "-Icsrc"]
+        command = [
+            self.nvcc,
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-Xfatbin=-compress-all",
+            f"-Xcompiler={host}",
+            *self.gencode(source),
+            "-Icsrc",
+        ]
         if source.endswith("/device.cu"):
             command.append(f'-DMV_CUDA_ARCHS="{self.names()}"')
         if flag("MINIVLLM_WERROR"):
@@ -143,8 +160,20 @@ class BuildExtension(build_ext):
         print(line, file=sys.stderr, flush=True)
 
     def c_command(self, source, cuda):
-        command = [*self.compiler.compiler_so, "-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-                   "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Icsrc"]
+        command = [
+            *self.compiler.compiler_so,
+            "-std=c11",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Wconversion",
+            "-Icsrc",
+        ]
         if source.startswith("csrc/python/"):
             command += [f"-isystem{path}" for path in self.include_dirs]
             command += ["-DPy_LIMITED_API=0x030B0000"] * LIMITED_API
@@ -156,8 +185,14 @@ class BuildExtension(build_ext):
     def sanitize_flags():
         if not flag("MINIVLLM_SANITIZE"):
             return []
-        return ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
-                "-fno-sanitize-recover=undefined"]
+        return [
+            "-O1",
+            "-g",
+            "-UNDEBUG",
+            "-fno-omit-frame-pointer",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=undefined",
+        ]
 
     def compile(self, source, command):
         """Object file of one source; the stamp beside it holds the command that made it, and is written last."""
@@ -209,7 +244,7 @@ class BuildC(BuildExtension):
 setup(
     version=VERSION,
     license="Apache-2.0",
-    ext_modules=[Extension("minivllm._C", sources(BINDING_SOURCES + C_SOURCES + CUDA_SOURCES), py_limited_api=LIMITED_API)],
+    ext_modules=[Extension("minivllm._C", sources(ALL_SOURCES), py_limited_api=LIMITED_API)],
     cmdclass={"build_ext": BuildExtension, "build_c": BuildC},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
 )

@@ -1,0 +1,7 @@
+"""python -m minivllm [--json]: what this installation is, what works here, and what does not."""
+
+import sys
+
+from minivllm.doctor import main
+
+sys.exit(main())
