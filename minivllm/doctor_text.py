@@ -48,7 +48,7 @@ def render_cuda(cuda: dict) -> list[str]:
     built = f"built for {' '.join(cuda['archs'])}" if cuda["built"] else "not built"
     gpus = [
         f"  cuda:{index}  {gpu['name']}, compute capability {gpu['compute_capability'] / 10:.1f}, "
-        f"{gpu['sm_count']} SMs, {gpu['total_memory_bytes'] / 2**30:.0f} GiB, {'usable' if gpu['usable'] else 'NOT usable'}"
+        f"{gpu['sm_count']} SMs, {gpu['total_memory_bytes'] / 2**30:.0f} GiB{'' if gpu['usable'] else ', NOT usable'}"
         for index, gpu in enumerate(cuda["gpus"])
     ]
     return [f"  {built}", *([f"  not usable: {cuda['why_not']}"] if cuda["why_not"] else []), *gpus]
