@@ -1,15 +1,15 @@
 """The clock: what a call costs, beside its peers, in one run. No other file of the project reads a clock.
 
-A variant is a callable that takes the number of the call, 0, 1, 2, ..., and does the work once; it uses the number to walk
-over more copies of its weights than a cache holds. Variants of one dictionary are timed in turns, so that a machine that
-slows down slows all of them down. The figure is the median; its spread is the quartiles beside it. A variant that raises
-becomes a Failed, and the others go on.
+A variant is a callable that takes the number of the call, 0, 1, 2, ..., and does the work once; it uses the number to
+walk over more copies of its weights than a cache holds. Variants of one dictionary are timed in turns, so that a
+machine that slows down slows all of them down. The figure is the median; its spread is the quartiles beside it. A
+variant that raises becomes a Failed, and the others go on.
 
-CPU: every sample is one call (or a batch of them, for calls under 200 us). Before each turn the variant runs untimed until
-the threads that another library left spinning have gone to sleep.
+CPU: every sample is one call (or a batch of them, for calls under 200 us). Before each turn the variant runs untimed
+until the threads that another library left spinning have gone to sleep.
 
-CUDA (through torch): every sample is one replay of a CUDA graph that holds many calls, divided by their number. A replay
-of the same graph runs right before it, so the host is never what is measured.
+CUDA (through torch): every sample is one replay of a CUDA graph that holds many calls, divided by their number. A
+replay of the same graph runs right before it, so the host is never what is measured.
 """
 
 import math
@@ -24,7 +24,8 @@ BATCH_US = 200.0  # a CPU sample lasts at least this long: 1000 times what readi
 SETTLE_SECONDS = 0.02  # how long OpenMP threads of other libraries spin before they sleep, with a margin
 GRAPH_US = 1000.0  # a CUDA graph lasts about this long: the gap between two replays is then under 1 %
 GRAPH_CALLS = 512  # and holds at most so many calls
-TOO_SLOW = 200.0  # a CUDA variant this many times slower than the fastest conceivable one is not timed
+TOO_SLOW = 20.0  # a CUDA variant this many times slower than the fastest conceivable one, and
+TOO_SLOW_US = 1000.0  # over this long, is not timed
 
 
 class Timing(NamedTuple):
@@ -130,7 +131,7 @@ def time_cpu(
 
 
 def copies_needed(bytes_each: int, cache_bytes: int, least: int = 2, most: int = 512) -> int:
-    """How many copies of some weights a call must walk over so that no cache of that size ever helps (four times it)."""
+    """How many copies of some weights to walk over so that no cache of that size ever helps: four times it."""
     return min(max(math.ceil(4 * cache_bytes / max(bytes_each, 1)), least), most)
 
 
@@ -159,8 +160,8 @@ def captured(torch, call: Variant, calls: int, floor_us: float):
             call(number)
         side.synchronize()
         once_us = event_us(torch, lambda: call(3))
-        if once_us > TOO_SLOW * max(floor_us, 5.0):
-            raise RuntimeError(f"one call takes {once_us:.0f} us, over {TOO_SLOW:.0f} times the floor of {floor_us:.1f}")
+        if once_us > max(TOO_SLOW * floor_us, TOO_SLOW_US):
+            raise RuntimeError(f"too slow to time: {once_us:.0f} us a call, where {floor_us:.1f} us is conceivable")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             for number in range(calls):

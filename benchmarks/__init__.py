@@ -1,0 +1,14 @@
+"""Benchmarks of minivllm, each beside its peers, in one run. `python -m benchmarks --help`; README.md has the method.
+
+__main__        the command line
+norms           rms_norm, add_rms_norm
+qkv             rms_norm_qkv
+host            what a call costs from Python
+accuracy        errors against float64
+plot, tables    what docs show, from committed JSON
+report          rows, the JSON file, the lines on the screen
+environment     what a figure depends on
+peers           torch, torch.compile, NumPy
+device_peers    the read floor and the copy (device_peers.cu), triton_peer: the Triton kernel of one output per program
+memory          peak memory of a call on the CPU
+"""

@@ -1,0 +1,111 @@
+"""python -m benchmarks OP: the command line of the benchmarks."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", "host", "accuracy")
+ALL_DTYPES = ("bf16", "f16", "f32")
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="minivllm beside its peers, in one run."
+    )
+    commands.add_argument("op", choices=(*OPS, "all", "plot", "tables"))
+    commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
+    commands.add_argument(
+        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names, or TOKENSxHIDDEN for the norms"
+    )
+    commands.add_argument("--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts")
+    commands.add_argument("--dtype", nargs="+", choices=ALL_DTYPES, help="default: those of the op's targets")
+    commands.add_argument(
+        "--kernel", nargs="+", metavar="ROW", help="rows to force as well, or all; default: all on CUDA"
+    )
+    commands.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile too (slow: name the shapes; for chains of a norm, the --tokens)",
+    )
+    commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
+    commands.add_argument("--json", metavar="FILE", help="where the rows go")
+    commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")
+    commands.add_argument(
+        "--onednn-isa", metavar="ISA", help="ONEDNN_MAX_CPU_ISA for torch on the CPU; ALL lifts the limit"
+    )
+    commands.add_argument(
+        "--results", default=str(RESULTS), metavar="DIR", help="with plot and tables: the JSON files to read"
+    )
+    return commands
+
+
+def hold_onednn(isa: str | None) -> None:
+    """Starts this process again with oneDNN held to an instruction set: it reads the variable once, at its first use.
+
+    The default holds torch to what minivllm's own CPU kernels use where the CPU has AMX, and changes nothing elsewhere.
+    """
+    from benchmarks.environment import cpu_field
+
+    if isa is None and "amx_tile" in cpu_field("flags"):
+        isa = "AVX512_CORE_BF16"
+    if isa is not None and os.environ.get("ONEDNN_MAX_CPU_ISA") != isa:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = isa
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
+
+
+def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
+    if args.dtype:
+        return tuple(args.dtype)
+    if op == "accuracy":
+        return ALL_DTYPES
+    if args.device == "cpu":
+        return ("bf16", "f32")
+    return ("bf16",) if args.quick or op in ("rms_norm_qkv", "host") else ALL_DTYPES
+
+
+def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
+    from benchmarks import accuracy, host, norms, qkv
+    from benchmarks.report import Report
+    from minivllm.testing.timing import busy_cuda
+
+    module = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv}.get(op, norms)
+    options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
+    if options.kernel is None:
+        options.kernel = ["all"] if args.device == "cuda" and not args.quick else []
+    if args.device == "cuda":
+        busy_cuda()
+    report = Report(op, args.device, sys.argv[1:], path, module.METHOD)
+    if module is norms:
+        norms.run(op, options, report)
+    else:
+        module.run(options, report)
+    report.close()
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.op == "plot":
+        from benchmarks import plot
+
+        return plot.draw(Path(args.results))
+    if args.op == "tables":
+        from benchmarks import tables
+
+        return tables.update(Path(args.results))
+
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cpu":
+        hold_onednn(args.onednn_isa)
+    for op in OPS if args.op == "all" else (args.op,):
+        path = f"{args.json_dir}/{args.device}_{op}.json" if args.json_dir else args.json
+        bench(op, args, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
