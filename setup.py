@@ -31,6 +31,15 @@ ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES
 # sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
 DEFAULT_ARCHS = "80;90a"
 
+C_FLAGS = """-std=c11 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Icsrc
+    -Wall -Wextra -Wpedantic -Wconversion"""
+SANITIZE_FLAGS = "-O1 -g -UNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+# Launch stubs of the runtime hold function-local statics. The two -fno flags keep __cxa_guard_* and the unwinder out,
+# so that the binary needs no libstdc++ (docs/decisions/0001).
+CUDA_FLAGS = """-std=c++17 -O3 -lineinfo -Icsrc -Xfatbin=-compress-all
+    -Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"""
+
 # Free-threaded CPython has no stable ABI before 3.15: it gets an extension of its own.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -107,19 +116,7 @@ class Cuda:
             yield f"-gencode=arch=compute_{arch},code={code}"
 
     def command(self, source):
-        # Launch stubs of the runtime hold function-local statics. The two -fno flags keep __cxa_guard_* and the
-        # unwinder out, so that the binary needs no libstdc++ (docs/decisions/0001).
-        host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"
-        command = [
-            self.nvcc,
-            "-std=c++17",
-            "-O3",
-            "-lineinfo",
-            "-Xfatbin=-compress-all",
-            f"-Xcompiler={host}",
-            *self.gencode(source),
-            "-Icsrc",
-        ]
+        command = [self.nvcc, *CUDA_FLAGS.split(), *self.gencode(source)]
         if source.endswith("/device.cu"):
             command.append(f'-DMV_CUDA_ARCHS="{self.names()}"')
         if flag("MINIVLLM_WERROR"):
@@ -133,21 +130,25 @@ class BuildExtension(build_ext):
     def build_extension(self, extension):
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             raise SystemExit("minivllm: Python.h is missing: install the headers of this Python, such as python3-dev")
-        self.build(BINDING_SOURCES, self.compiler.linker_so, self.get_ext_fullpath(extension.name))
+        target = self.get_ext_fullpath(extension.name)
+        self.build(self.compiler.linker_so, {target: sources(BINDING_SOURCES)})
 
-    def build(self, more_sources, linker, target):
+    def build(self, linker, targets):
+        """Links each target from its own sources and those that all of them share."""
         os.chdir(ROOT)
         cuda = Cuda.wanted()
         self.objects_dir = Path(self.build_temp, "minivllm")
         self.objects_dir.mkdir(parents=True, exist_ok=True)
+        shared, own = sources(CUDA_SOURCES) if cuda else [], [path for paths in targets.values() for path in paths]
+        shared += sources(C_SOURCES)  # after the slow ones
         with open(self.objects_dir / "lock", "w") as lock:  # a second build of this tree waits here
             fcntl.flock(lock, fcntl.LOCK_EX)
-            jobs = [(source, self.c_command(source, cuda)) for source in sources(C_SOURCES + more_sources)]
-            if cuda:  # the slow ones first
-                jobs = [(source, cuda.command(source)) for source in sources(CUDA_SOURCES)] + jobs
             with ThreadPoolExecutor(self.parallel or len(os.sched_getaffinity(0))) as pool:
-                objects = list(pool.map(lambda job: self.compile(*job), jobs))
-            self.link([*linker, *objects], Path(target), cuda)
+                objects = dict(
+                    zip(shared + own, pool.map(lambda path: self.compile(path, cuda), shared + own), strict=True)
+                )
+            for target, paths in targets.items():
+                self.link([*linker, *(objects[path] for path in shared + paths)], Path(target), cuda)
         built = f"with CUDA {cuda.release} for {cuda.names()}" if cuda else f"WITHOUT CUDA ({self.why_no_cuda()})"
         self.say(f"======== minivllm {VERSION}: built the CPU backend, {built} ========")
 
@@ -160,45 +161,20 @@ class BuildExtension(build_ext):
         print(line, file=sys.stderr, flush=True)
 
     def c_command(self, source, cuda):
-        command = [
-            *self.compiler.compiler_so,
-            "-std=c11",
-            "-O3",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fno-math-errno",
-            "-ffp-contract=off",
-            "-Wall",
-            "-Wextra",
-            "-Wpedantic",
-            "-Wconversion",
-            "-Icsrc",
-        ]
+        command = [*self.compiler.compiler_so, *C_FLAGS.split()]
         if source.startswith("csrc/python/"):
             command += [f"-isystem{path}" for path in self.include_dirs]
             command += ["-DPy_LIMITED_API=0x030B0000"] * LIMITED_API
         command += ["-DMV_WITH_CUDA=1"] * bool(cuda)
         command += ["-Werror"] * flag("MINIVLLM_WERROR")
-        return command + self.sanitize_flags()
+        return command + SANITIZE_FLAGS.split() * flag("MINIVLLM_SANITIZE")
 
-    @staticmethod
-    def sanitize_flags():
-        if not flag("MINIVLLM_SANITIZE"):
-            return []
-        return [
-            "-O1",
-            "-g",
-            "-UNDEBUG",
-            "-fno-omit-frame-pointer",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=undefined",
-        ]
-
-    def compile(self, source, command):
+    def compile(self, source, cuda):
         """Object file of one source; the stamp beside it holds the command that made it, and is written last."""
         target = self.objects_dir / (source.replace("/", ".") + ".o")
         depfile, stamp = target.with_suffix(".d"), target.with_suffix(".command")
-        command = [*command, "-MMD", "-MF", str(depfile), "-c", source, "-o", str(target)]
+        command = cuda.command(source) if source.endswith(".cu") else self.c_command(source, cuda)
+        command += ["-MMD", "-MF", str(depfile), "-c", source, "-o", str(target)]
         line = shlex.join(command)
         if self.is_current(target, depfile, stamp, line):
             return str(target)
@@ -224,7 +200,7 @@ class BuildExtension(build_ext):
 
     def link(self, command, target, cuda):
         target.parent.mkdir(parents=True, exist_ok=True)
-        command += self.sanitize_flags()
+        command += SANITIZE_FLAGS.split() * flag("MINIVLLM_SANITIZE")
         if cuda:
             command += [f"-L{path}" for path in cuda.library_dirs]
             command += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
@@ -237,8 +213,8 @@ class BuildC(BuildExtension):
     description = "build the stand-alone C programs of tests/c"
 
     def build_extensions(self):
-        for program in sources(["tests/c/*.c"]):
-            self.build([program], self.compiler.linker_exe, f"build/c/{Path(program).stem}")
+        programs = sources(["tests/c/*.c"])
+        self.build(self.compiler.linker_exe, {f"build/c/{Path(program).stem}": [program] for program in programs})
 
 
 setup(
