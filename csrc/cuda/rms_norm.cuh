@@ -1,28 +1,46 @@
-/* rms_norm.cuh: what every kernel that begins with the norm shares: its arguments, the formula, and its roundings. */
+/* rms_norm.cuh: what every kernel that begins with the norm shares: rows, norm weights, the formula, its roundings. */
 #pragma once
 
 #include "vec.cuh"
 
-/* A mv_rows of a known type. */
-template <typename T> struct Rows {
-    T *data;
-    int64_t outer_stride, inner_stride;
-
-    __device__ __forceinline__ T *row(int64_t r, int64_t inner, bool one_level) const {
-        if (one_level) return data + r * inner_stride;
-        return data + (r / inner) * outer_stride + (r % inner) * inner_stride;
-    }
-};
-
-template <typename T> static inline Rows<T> as_rows(mv_rows rows) {
-    return {static_cast<T *>(rows.data), rows.outer_stride, rows.inner_stride};
+/* The address of row r of a matrix. Most matrices have one stride: then inner is the number of rows, and no division
+ * is made. */
+template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, int64_t inner, int64_t r) {
+    T *data = static_cast<T *>(rows.data);
+    if (r < inner) return data + r * rows.inner_stride;
+    return data + (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
 }
 
-/* s * r * (offset + w) with the roundings of `rounding`; the result still has to be rounded to T. */
+/* As many norm weights as a packet has values, with the offset, as float; zeros past the hidden size. */
+template <typename T> struct NormWeights {
+    float v[Packet<T>::size];
+};
+
 template <typename T>
-__device__ __forceinline__ float apply_norm(float s, float r, float offset_weight, bool hf) {
-    const float normalised = s * r;
-    return (hf ? round_to<T>(normalised) : normalised) * offset_weight;
+__device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
+    constexpr int size = Packet<T>::size;
+    NormWeights<T> weights;
+    if (task.norm_weight_dtype == Dtype<T>::value) {
+        const T *p = static_cast<const T *>(task.norm_weight) + at;
+        const Packet<T> packet = load_packet(p, task.hidden - at, aligned);
+#pragma unroll
+        for (int i = 0; i < size; i++) weights.v[i] = task.weight_offset + to_float(packet.v[i]);
+    } else {
+        const float *p = static_cast<const float *>(task.norm_weight) + at;
+#pragma unroll
+        for (int part = 0; part < size; part += 4) {
+            const Packet<float> packet = load_packet(p + part, task.hidden - at - part, aligned);
+#pragma unroll
+            for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.v[i];
+        }
+    }
+    return weights;
+}
+
+/* Asks for them ahead of time; they are parameters, so this may come before the wait for the previous kernel. */
+template <typename T> __device__ __forceinline__ void prefetch_norm_weights(const mv_task &task, int64_t at) {
+    const int64_t bytes = at * (task.norm_weight_dtype == MV_F32 ? sizeof(float) : sizeof(T));
+    if (at < task.hidden) prefetch_l2(static_cast<const char *>(task.norm_weight) + bytes);
 }
 
 /* rn(x + residual): what the norm sees and residual_out gets. */
@@ -30,7 +48,29 @@ template <typename T> __device__ __forceinline__ T add_residual(T x, T residual)
     return from_float<T>(to_float(x) + to_float(residual));
 }
 
+template <typename T>
+__device__ __forceinline__ Packet<T> add_residual(Packet<T> x, const Packet<T> &residual) {
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) x.v[i] = add_residual(x.v[i], residual.v[i]);
+    return x;
+}
+
 /* 1 / sqrt(mean + eps) */
 __device__ __forceinline__ float row_factor(float sum_of_squares, float inverse_hidden, float eps) {
     return 1.0f / sqrtf(sum_of_squares * inverse_hidden + eps);
+}
+__device__ __forceinline__ float row_factor(float sum_of_squares, const mv_task &task) {
+    return row_factor(sum_of_squares, 1.0f / static_cast<float>(task.hidden), task.eps);
+}
+
+/* s * r * (offset + w), rounded on the way as "hf" asks; the result still has to be rounded to T. */
+template <typename T> __device__ __forceinline__ float apply_norm(float s, float r, float weight, bool hf) {
+    const float normalised = s * r;
+    return (hf ? round_to<T>(normalised) : normalised) * weight;
+}
+
+/* Host: are these rows, where they exist, all fit for 16-byte accesses? */
+template <typename T> static inline bool norm_rows_aligned(const mv_task *task) {
+    const auto fits = [](mv_rows rows) { return !rows.data || rows_aligned16(rows, sizeof(T)); };
+    return fits(task->x) && fits(task->residual) && fits(task->residual_out);
 }
