@@ -1,0 +1,42 @@
+/* outputs.h: the outputs of a projection as one range, though q, k and v may be three matrices. */
+#ifndef MV_OUTPUTS_H
+#define MV_OUTPUTS_H
+
+#include "isa.h"
+
+/* Some consecutive outputs of one block. */
+typedef struct {
+    const mv_block *block;
+    int64_t row;    /* of the block's weight: its first output */
+    int64_t count;
+    int64_t column; /* of `out` */
+} output_span;
+
+/* The part of the outputs [*column, end) that the block at *column has; moves *column past it. */
+MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t end) {
+    int64_t before = 0;
+    int b = 0;
+    if (!task->packed)
+        for (; *column >= before + task->block[b].outputs; b++)
+            before += task->block[b].outputs;
+    const int64_t block_end = task->packed ? task->outputs : before + task->block[b].outputs;
+    const output_span span = {&task->block[b], *column - before, least(end, block_end) - *column, *column};
+    *column += span.count;
+    return span;
+}
+
+/* Tokens that a prefill kernel normalises before it multiplies. */
+enum { CHUNK_TOKENS = 128 };
+
+/* Every block's weights are contiguous along hidden. */
+MV_INLINE bool rows_are_contiguous(const mv_task *task) {
+    for (int b = 0; b < (task->packed ? 1 : 3); b++)
+        if (task->block[b].outputs > 0 && task->block[b].col_stride != 1)
+            return false;
+    return true;
+}
+
+/* Columns of a row of y with the zeros after it, so that whole vectors may be read and written. */
+MV_INLINE int64_t padded_units(int64_t hidden) { return round_up(hidden, 64); }
+
+#endif

@@ -1,0 +1,31 @@
+/* rms_norm_body.h: mv_rms_norm_<DTYPE>_<ISA>: rms_norm, and with a residual add_rms_norm, one row after another.
+ *
+ * A row is read twice and written once; the second read comes from the nearest cache, as long as the row fits there.
+ * Outputs may lie exactly on x or residual: every element is read before its place is written, and s is read back
+ * from residual_out, which nothing else overlaps.
+ */
+#define ELEMENT MV_NAME(element, DTYPE)
+
+static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end) {
+    const mv_task *task = context;
+    const int64_t hidden = task->hidden;
+    for (int64_t token = begin; token < end; token++) {
+        ELEMENT *out = (ELEMENT *)task->out.data + mv_row_offset(task->out, task->inner, token);
+        MV_NAME(row, DTYPE) row = MV_NAME(row_of, DTYPE)(task, token);
+        const float scale = MV_NAME(row_scale, DTYPE)(task, row);
+        row = MV_NAME(row_after_scale, DTYPE)(row);
+        for (int64_t i = 0; i < hidden; i += LANES) {
+            const int n = (int)least(LANES, hidden - i);
+            const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
+            MV_NAME(v_store, DTYPE)(out + i, MV_NAME(row_norm, DTYPE)(task, s, scale, weight), n);
+        }
+    }
+}
+
+mv_status MV_NAME(MV_NAME(mv_rms_norm, DTYPE), ISA)(const mv_task *task, mv_error *error) {
+    (void)error;
+    mv_parallel_for(task->tokens, 1 + PARALLEL_ELEMENTS / task->hidden, MV_NAME(norm_rows, DTYPE), (void *)task);
+    return MV_OK;
+}
+
+#undef ELEMENT

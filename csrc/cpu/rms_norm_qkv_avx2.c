@@ -1,0 +1,35 @@
+/* rms_norm_qkv_avx2.c: rms_norm_qkv with AVX2. */
+#include "outputs.h"
+
+#if defined(__x86_64__)
+MV_TARGET_BEGIN("avx2,fma,f16c")
+
+#define ISA avx2
+#include "simd_avx2.h"
+
+#define DTYPE f32
+#include "norm_row.h"
+#include "unit_f32.h"
+#include "tile.h"
+#include "rms_norm_qkv_prefill_body.h"
+#include "rms_norm_qkv_decode_body.h"
+#undef DTYPE
+
+#define DTYPE f16
+#include "norm_row.h"
+#include "unit_f32.h"
+#include "tile.h"
+#include "rms_norm_qkv_prefill_body.h"
+#include "rms_norm_qkv_decode_body.h"
+#undef DTYPE
+
+#define DTYPE bf16
+#include "norm_row.h"
+#include "unit_f32.h"
+#include "tile.h"
+#include "rms_norm_qkv_prefill_body.h"
+#include "rms_norm_qkv_decode_body.h"
+#undef DTYPE
+
+MV_TARGET_END
+#endif

@@ -1,0 +1,13 @@
+/* workspace.c: the scratch that the projection kernels ask for. Everything else they need is on a thread's stack, so
+ * that no size here depends on the number of threads. */
+#include "outputs.h"
+
+size_t mv_rms_norm_qkv_prefill_cpu_workspace(const mv_task *task) {
+    const int64_t tokens = round_up(least(task->tokens, CHUNK_TOKENS), 16);
+    return sizeof(float) * (size_t)(CHUNK_TOKENS + tokens * padded_units(task->hidden));
+}
+
+size_t mv_rms_norm_qkv_decode_cpu_workspace(const mv_task *task) {
+    const size_t rows = sizeof(float) * (size_t)(task->tokens * padded_units(task->hidden));
+    return rows_are_contiguous(task) ? rows : mv_rms_norm_qkv_prefill_cpu_workspace(task);
+}
