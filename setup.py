@@ -109,9 +109,8 @@ class Cuda:
         """*_sm90a.cu is for that architecture alone; everything else is for all of them. Where a plain architecture
         and its special one are both asked for, generic code needs only the plain one."""
         special = re.search(r"_sm(\d+[af])\.cu$", source)
-        for arch in self.archs:
-            if arch != special[1] if special else arch[:-1] in self.generic:
-                continue
+        archs = [special[1]] if special else [arch for arch in self.archs if arch[:-1] not in self.generic]
+        for arch in archs:
             code = f"[sm_{arch},compute_{arch}]" if arch == self.ptx else f"sm_{arch}"
             yield f"-gencode=arch=compute_{arch},code={code}"
 
