@@ -1,0 +1,369 @@
+/* rms_norm_qkv_ffma_sm80.cu: the projection of many tokens on the CUDA cores, in plain float32. It takes anything: every
+ * dtype, float32 weights under 16-bit x, any strides and any alignment of x and of the weights.
+ *
+ * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 16; a thread keeps 8 x 8
+ * sums. While a step is multiplied out of one half of shared memory, the next one is on its way to registers as groups
+ * of four values, becomes float32 there (and x becomes y), and goes to the other half.
+ *
+ * Groups of x lie along k; those of the weight along k or along n, whichever is denser in memory. Where alignment
+ * allows a group is one load, otherwise four: the same values in the same places.
+ *
+ * An output's bits do not depend on the number of tokens: one float32 sum takes k in order whatever the tile, and r has
+ * its own fixed order (token_tile.cuh).
+ *
+ * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a warp
+ * that transpose groups of neighbouring rows write to 32 different banks. */
+#include "cuda.h"
+#include "launch.cuh"
+#include "norm_plan.cuh"
+#include "ptx.cuh"
+#include "qkv_epilogue.cuh"
+#include "rms_norm.cuh"
+#include "token_tile.cuh"
+#include "vec.cuh"
+
+namespace {
+
+constexpr int kStepK = 16;
+constexpr int kGroup = 4; /* values loaded together */
+constexpr int kGroupsK = kStepK / kGroup;
+
+/* A warp computes 64 x 32: its lanes are 8 x 4, and a lane has rows m + {0-3, 32-35} and columns n + {0-3, 16-19}. */
+template <int kTileM, int kTileN> struct Tile {
+    static constexpr int M = kTileM, N = kTileN, warps_n = N / 32, threads = M * N / 64;
+    static constexpr int x_groups = M * kGroupsK / threads, w_groups = N * kGroupsK / threads; /* of a thread */
+    static_assert(M % 64 == 0 && threads % 64 == 0, "whole warps, and rows of groups apart by a multiple of 16");
+};
+
+template <typename T> struct alignas(kGroup * sizeof(T)) Group {
+    T v[kGroup];
+};
+
+/* How groups are loaded: decided by the launcher. */
+struct Access {
+    bool x_whole, w_whole; /* in one load                       */
+    bool w_along_n;        /* the weight's groups, else along k */
+};
+
+template <typename Tile, typename T, typename W> struct Shared {
+    alignas(16) float x[2][kStepK][Tile::M];
+    alignas(16) float w[2][kStepK][Tile::N];
+    const T *x_row[Tile::M], *residual_row[Tile::M]; /* NULL past the last token */
+    const W *w_row[Tile::N];                         /* NULL past the last output */
+    int64_t w_step[Tile::N];                         /* from one k to the next    */
+    float bias[Tile::N];
+    float scale[Tile::M]; /* r */
+};
+
+__device__ __forceinline__ int column(int k, int c) { return c ^ (k / kGroup % 4 * 8); }
+
+/* Up to four values at p, the others zero. */
+template <typename T> __device__ __forceinline__ Group<T> load_group(const T *p, int64_t count, bool whole) {
+    Group<T> group = {};
+    if (whole) {
+        if (count > 0) group = *reinterpret_cast<const Group<T> *>(p);
+        return group;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; i++)
+        if (i < count) group.v[i] = p[i];
+    return group;
+}
+
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
+    for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
+        const int64_t token = tile.first_token + m;
+        const bool valid = token < task.tokens;
+        shared.x_row[m] = valid ? row_address<const T>(task.x, task.inner, token) : nullptr;
+        shared.residual_row[m] =
+            valid && task.residual.data ? row_address<const T>(task.residual, task.inner, token) : nullptr;
+    }
+    for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
+        const bool valid = tile.first_output + n < task.outputs;
+        const OutputPlace place = find_output(task, valid ? tile.first_output + n : 0);
+        shared.w_row[n] = valid ? weight_row<W>(task, place) : nullptr;
+        shared.w_step[n] = task.block[place.block].col_stride;
+        shared.bias[n] = load_bias<T>(task, place);
+    }
+}
+
+/* This thread's groups of x of a step; the residual joins on arrival. */
+template <typename Tile, typename T> struct TokenGroups {
+    Group<T> group[Tile::x_groups];
+
+    template <typename W>
+    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0, bool whole,
+                                         bool residual) {
+        const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup;
+#pragma unroll
+        for (int i = 0; i < Tile::x_groups; i++) {
+            const int m = (threadIdx.x + i * Tile::threads) / kGroupsK;
+            const T *row = shared.x_row[m];
+            const int64_t count = row ? task.hidden - k : 0;
+            group[i] = load_group(row + k, count, whole);
+            if (residual) {
+                const Group<T> other = load_group(shared.residual_row[m] + k, count, whole);
+#pragma unroll
+                for (int j = 0; j < kGroup; j++) group[i].v[j] = add_residual(group[i].v[j], other.v[j]);
+            }
+        }
+    }
+
+    template <typename W>
+    __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half, const float *weights, bool norm,
+                                          bool hf) const {
+        const int k = threadIdx.x % kGroupsK * kGroup;
+#pragma unroll
+        for (int i = 0; i < Tile::x_groups; i++) {
+            const int m = (threadIdx.x + i * Tile::threads) / kGroupsK;
+#pragma unroll
+            for (int j = 0; j < kGroup; j++) {
+                float y = to_float(group[i].v[j]);
+                if (norm) y = round_to<T>(apply_norm<T>(y, shared.scale[m], weights[j], hf));
+                shared.x[half][k + j][column(k, m)] = y;
+            }
+        }
+    }
+};
+
+template <typename Tile, typename W> struct WeightGroups {
+    Group<W> group[Tile::w_groups];
+
+    template <typename T>
+    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0,
+                                         Access access) {
+#pragma unroll
+        for (int i = 0; i < Tile::w_groups; i++) {
+            const int index = threadIdx.x + i * Tile::threads;
+            if (!access.w_along_n) {
+                const int n = index / kGroupsK;
+                const int64_t k = k0 + index % kGroupsK * kGroup;
+                const W *row = shared.w_row[n];
+                const int64_t count = row ? task.hidden - k : 0;
+                if (access.w_whole) {
+                    group[i] = load_group(row + k, count, true);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kGroup; j++)
+                        group[i].v[j] = j < count ? row[(k + j) * shared.w_step[n]] : W(0.0f);
+                }
+            } else {
+                const int n = index % (Tile::N / kGroup) * kGroup;
+                const int64_t k = k0 + index / (Tile::N / kGroup);
+                if (access.w_whole) {
+                    const W *row = shared.w_row[n];
+                    group[i] = load_group(row + k * shared.w_step[n], row ? task.hidden - k : 0, true);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kGroup; j++) {
+                        const W *row = shared.w_row[n + j];
+                        group[i].v[j] = row && k < task.hidden ? row[k * shared.w_step[n + j]] : W(0.0f);
+                    }
+                }
+            }
+        }
+    }
+
+    template <typename T>
+    __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half, bool along_n) const {
+#pragma unroll
+        for (int i = 0; i < Tile::w_groups; i++) {
+            const int index = threadIdx.x + i * Tile::threads;
+            if (!along_n) {
+                const int n = index / kGroupsK, k = index % kGroupsK * kGroup;
+#pragma unroll
+                for (int j = 0; j < kGroup; j++) shared.w[half][k + j][column(k, n)] = to_float(group[i].v[j]);
+            } else {
+                const int n = index % (Tile::N / kGroup) * kGroup, k = index / (Tile::N / kGroup);
+                *reinterpret_cast<float4 *>(&shared.w[half][k][column(k, n)]) =
+                    make_float4(to_float(group[i].v[0]), to_float(group[i].v[1]), to_float(group[i].v[2]),
+                                to_float(group[i].v[3]));
+            }
+        }
+    }
+};
+
+/* offset + weight of this thread's four columns of x; anything past hidden, where x is zero. */
+template <typename T>
+__device__ __forceinline__ void load_group_weights(const mv_task &task, int64_t k0, float (&weights)[kGroup]) {
+#pragma unroll
+    for (int j = 0; j < kGroup; j++) {
+        const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup + j;
+        weights[j] = task.weight_offset +
+                     load_as<T>(task.norm_weight, task.norm_weight_dtype, k < task.hidden ? k : task.hidden - 1);
+    }
+}
+
+/* sum[8][8] += x[8] w[8] for the 16 k of a step. */
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void multiply(float (&sum)[8][8], const Shared<Tile, T, W> &shared, int half, int m, int n) {
+#pragma unroll
+    for (int k = 0; k < kStepK; k++) {
+        float x[8], w[8];
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            *reinterpret_cast<float4 *>(x + part * 4) =
+                *reinterpret_cast<const float4 *>(&shared.x[half][k][column(k, m + part * 32)]);
+            *reinterpret_cast<float4 *>(w + part * 4) =
+                *reinterpret_cast<const float4 *>(&shared.w[half][k][column(k, n + part * 16)]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[i][j] = fmaf(x[i], w[j], sum[i][j]);
+    }
+}
+
+/* Rows m + {0-3, 32-35}, columns n + {0-3, 16-19} of the tile, a group at a time. */
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Shared<Tile, T, W> &shared, int m, int n,
+                                              TilePlace tile, const mv_task &task) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
+        if (token >= task.tokens) continue;
+        T *row = row_address<T>(task.out, task.inner, token);
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            const int column = n + part * 16;
+            const int64_t output = tile.first_output + column;
+            Group<T> group;
+#pragma unroll
+            for (int j = 0; j < kGroup; j++)
+                group.v[j] = finish_output<T>(sum[i][part * 4 + j], shared.bias[column + j]);
+            if (output + kGroup <= task.outputs && reinterpret_cast<uintptr_t>(row + output) % sizeof(group) == 0) {
+                *reinterpret_cast<Group<T> *>(row + output) = group;
+            } else {
+#pragma unroll
+                for (int j = 0; j < kGroup; j++)
+                    if (output + j < task.outputs) row[output + j] = group.v[j];
+            }
+        }
+    }
+}
+
+/* Registers: 8 warps on an SM may have 255; 12, 168; 16, 128. */
+template <typename T, typename W, typename Tile, bool kNorm>
+__global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 6 : kNorm || sizeof(T) != sizeof(W) ? 1 : 2)
+    rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
+    __shared__ Shared<Tile, T, W> shared;
+    const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
+    const int64_t steps = (task.hidden + kStepK - 1) / kStepK;
+    const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.residual.data;
+
+    /* Weights do not depend on the kernel before, x does. */
+    if (task.dynamic_weights) griddepcontrol_wait();
+    find_rows(task, tile, shared);
+    __syncthreads();
+    WeightGroups<Tile, W> w_next;
+    w_next.load(task, shared, 0, access);
+    griddepcontrol_wait();
+    griddepcontrol_launch();
+    TokenGroups<Tile, T> x_next;
+    x_next.load(task, shared, 0, access.x_whole, residual);
+    float norm_weights[kGroup] = {};
+    if (kNorm) {
+        load_group_weights<T>(task, 0, norm_weights);
+        tile_row_scales<T, Tile::M, Tile::threads>(task, tile.first_token, tile.first_output == 0, shared.scale);
+        __syncthreads();
+    }
+    x_next.store(shared, 0, norm_weights, kNorm, hf);
+    w_next.store(shared, 0, access.w_along_n);
+    __syncthreads();
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int m = warp / Tile::warps_n * 64 + lane / 4 * kGroup, n = warp % Tile::warps_n * 32 + lane % 4 * kGroup;
+    float sum[8][8] = {};
+#pragma unroll 1
+    for (int64_t step = 0; step < steps; step++) {
+        const int half = step % 2;
+        const bool more = step + 1 < steps;
+        if (more) {
+            w_next.load(task, shared, (step + 1) * kStepK, access);
+            x_next.load(task, shared, (step + 1) * kStepK, access.x_whole, residual);
+            if (kNorm) load_group_weights<T>(task, (step + 1) * kStepK, norm_weights);
+        }
+        multiply(sum, shared, half, m, n);
+        if (more) { /* the half that all warps have left at the last barrier */
+            x_next.store(shared, half ^ 1, norm_weights, kNorm, hf);
+            w_next.store(shared, half ^ 1, access.w_along_n);
+        }
+        __syncthreads();
+    }
+    store_outputs(sum, shared, m, n, tile, task);
+}
+
+/* ---- launch ---------------------------------------------------------------------------------------------------- */
+
+template <typename T> bool groups_fit(const void *data, int64_t stride, int64_t row_length) {
+    return reinterpret_cast<uintptr_t>(data) % sizeof(Group<T>) == 0 && stride % kGroup == 0 && row_length % kGroup == 0;
+}
+
+template <typename T> bool rows_fit(mv_rows rows, int64_t row_length) {
+    return !rows.data || (groups_fit<T>(rows.data, rows.inner_stride, row_length) && rows.outer_stride % kGroup == 0);
+}
+
+int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
+
+template <typename T, typename W> Access find_access(const mv_task *task) {
+    Access access = {};
+    access.x_whole = rows_fit<T>(task->x, task->hidden) && rows_fit<T>(task->residual, task->hidden);
+    access.w_along_n = magnitude(task->block[0].row_stride) < magnitude(task->block[0].col_stride);
+    access.w_whole = true;
+    for (const mv_block &block : task->block) {
+        if (block.outputs == 0) continue;
+        const int64_t outputs = task->packed ? task->outputs : block.outputs;
+        access.w_whole = access.w_whole &&
+                         (access.w_along_n
+                              ? block.row_stride == 1 && groups_fit<W>(block.weight, block.col_stride, outputs)
+                              : block.col_stride == 1 && groups_fit<W>(block.weight, block.row_stride, task->hidden));
+        if (task->packed) break;
+    }
+    return access;
+}
+
+template <typename T, typename W, typename Tile, bool kNorm>
+mv_status launch_tile(const mv_task *task, mv_error *error) {
+    const int64_t tiles = tile_count(task, Tile::M, Tile::N);
+    if (tiles > INT32_MAX)
+        return mv_fail(error, MV_BAD_VALUE, "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
+                       static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
+    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, 0};
+    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm>>(task, grid, error, *task, find_access<T, W>(task));
+}
+
+/* The large tile needs half the loads per product, and takes four times as long: worth it with two for every SM. */
+template <typename T, typename W, bool kNorm> mv_status launch_product(const mv_task *task, mv_error *error) {
+    return tile_count(task, 128, 128) >= 2 * task->sm_count ? launch_tile<T, W, Tile<128, 128>, kNorm>(task, error)
+                                                            : launch_tile<T, W, Tile<64, 64>, kNorm>(task, error);
+}
+
+template <typename T, bool kNorm> mv_status run(const mv_task *task, mv_error *error) {
+    return task->weight_dtype == MV_F32 ? launch_product<T, float, kNorm>(task, error)
+                                        : launch_product<T, T, kNorm>(task, error);
+}
+
+} // namespace
+
+/* ---- the rows -------------------------------------------------------------------------------------------------- */
+
+extern "C" {
+mv_kernel mv_rms_norm_f32_sm80, mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
+
+mv_status mv_rms_norm_qkv_f32_ffma_sm80(const mv_task *task, mv_error *error) { return run<float, true>(task, error); }
+mv_status mv_rms_norm_qkv_f16_ffma_sm80(const mv_task *task, mv_error *error) { return run<__half, true>(task, error); }
+mv_status mv_rms_norm_qkv_bf16_ffma_sm80(const mv_task *task, mv_error *error) {
+    return run<__nv_bfloat16, true>(task, error);
+}
+
+mv_status mv_rms_norm_qkv_f32_norm_ffma_sm80(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_f32_sm80, run<float, false>, error);
+}
+mv_status mv_rms_norm_qkv_f16_norm_ffma_sm80(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_f16_sm80, run<__half, false>, error);
+}
+mv_status mv_rms_norm_qkv_bf16_norm_ffma_sm80(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_bf16_sm80, run<__nv_bfloat16, false>, error);
+}
+}

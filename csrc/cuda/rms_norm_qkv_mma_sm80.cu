@@ -1,0 +1,431 @@
+/* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores, for 16-bit x and weights.
+ *
+ * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 64, which cp.async brings to
+ * a ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
+ * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones.
+ *
+ * The norm is a template flag. With it the CTA first computes r of its tokens (once per tile, never per output), and
+ * each thread turns the pieces of x it has copied itself into y, in place, before the barrier that shows the stage to
+ * the others: the product sees exactly the rounded y. Without it x is multiplied as it is: the second launch of the plan
+ * whose first is the norm kernel.
+ *
+ * An output's bits do not depend on the number of tokens: every tile shape adds the same groups of 16 k in the same
+ * order into one float32 sum, k is never split, and r has its own fixed order (token_tile.cuh).
+ *
+ * Shared memory rows are 128 bytes, or a multiple of it, and the 16-byte piece c of row r lies at c ^ (r % 8): the eight
+ * rows an 8x8 matrix load touches, and the eight pieces a copy writes, then cover all 32 banks. */
+#include "cuda.h"
+#include "launch.cuh"
+#include "mma.cuh"
+#include "norm_plan.cuh"
+#include "ptx.cuh"
+#include "qkv_epilogue.cuh"
+#include "rms_norm.cuh"
+#include "token_tile.cuh"
+#include "vec.cuh"
+
+namespace {
+
+constexpr int kStepK = 64;      /* of one stage: 128-byte rows */
+constexpr int kPiece = 8;       /* 16-bit values in 16 bytes   */
+constexpr int kRowPieces = 8;   /* kStepK / kPiece             */
+constexpr int kRowBytes = 128;  /* kStepK * 2                  */
+
+/* m x n of the tile, how many warps share it, and the depth of the ring. */
+template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct Tile {
+    static constexpr int M = kTileM, N = kTileN, stages = kRing;
+    static constexpr int warps_n = kWarpsN, threads = 32 * kWarpsM * kWarpsN;
+    static constexpr int ctas_per_sm = kCtas; /* that the registers must leave room for */
+    static constexpr int warp_m = M / kWarpsM, warp_n = N / kWarpsN;
+    static constexpr int x_bytes = M * kRowBytes, w_bytes = N * kRowBytes; /* of a stage */
+    static_assert(warp_m % 16 == 0 && warp_n % 16 == 0, "fragments are 16 x 16");
+    static_assert(M * kRowPieces % threads == 0 && N * kRowPieces % threads == 0, "equal copies for all threads");
+    static_assert(N % 64 == 0, "the swizzle wants rows of whole 128 bytes in both weight layouts");
+    static_assert(warp_m * (warp_n + kPiece) * 2 * (threads / 32) <= stages * (x_bytes + w_bytes), "the epilogue fits");
+};
+
+/* Where the rows of the tile are, looked up once. Weights: the address at k = 0 of output n, or in the in_out layout of
+ * the 8 outputs from 8 n on, and the bytes from there to the next k. */
+template <typename Tile> struct Places {
+    const char *x[Tile::M], *residual[Tile::M];
+    char *out[Tile::M];
+    const char *weight[Tile::N];
+    int64_t weight_step[Tile::N / kPiece];
+    float bias[Tile::N];
+    float scale[Tile::M]; /* r */
+};
+
+template <typename Tile> constexpr size_t smem_bytes(bool residual) {
+    return Tile::stages * (Tile::x_bytes + Tile::w_bytes + (residual ? Tile::x_bytes : 0)) + sizeof(Places<Tile>);
+}
+
+__device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Rows past the end repeat the last one: what they give is not stored. */
+template <typename T, typename Tile, bool kInOut>
+__device__ __forceinline__ void find_weights(const mv_task &task, int64_t first, Places<Tile> &places) {
+    for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
+        const OutputPlace place = find_output(task, least(first + n, task.outputs - 1));
+        places.bias[n] = load_bias<T>(task, place);
+        if constexpr (!kInOut) places.weight[n] = reinterpret_cast<const char *>(weight_row<T>(task, place));
+    }
+    if constexpr (kInOut)
+        for (int c = threadIdx.x; c < Tile::N / kPiece; c += Tile::threads) {
+            const OutputPlace place = find_output(task, least(first + c * kPiece, task.outputs - kPiece));
+            places.weight[c] = reinterpret_cast<const char *>(weight_row<T>(task, place));
+            places.weight_step[c] = task.block[place.block].col_stride * static_cast<int64_t>(sizeof(T));
+        }
+}
+
+template <typename T, typename Tile>
+__device__ __forceinline__ void find_tokens(const mv_task &task, int64_t first, Places<Tile> &places) {
+    for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
+        const int64_t token = least(first + m, task.tokens - 1);
+        places.x[m] = reinterpret_cast<const char *>(row_address<const T>(task.x, task.inner, token));
+        places.out[m] = reinterpret_cast<char *>(row_address<T>(task.out, task.inner, token));
+        if (task.residual.data)
+            places.residual[m] = reinterpret_cast<const char *>(row_address<const T>(task.residual, task.inner, token));
+    }
+}
+
+/* Starts the copies of 64 k of M rows of x (or residual); this thread's pieces. Past hidden: zeros. */
+template <typename Tile>
+__device__ __forceinline__ void copy_rows(const char *const *rows, uint32_t to, int64_t k0, int64_t hidden) {
+    const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
+    const int64_t k = k0 + piece * kPiece;
+    const bool valid = k < hidden;
+    to += first * kRowBytes + ((piece ^ (first % 8)) << 4);
+#pragma unroll
+    for (int i = 0; i < Tile::M * kRowPieces / Tile::threads; i++) {
+        constexpr int kRowsApart = Tile::threads / kRowPieces; /* a multiple of 8: the swizzle repeats */
+        cp_async16(to + i * kRowsApart * kRowBytes, rows[first + i * kRowsApart] + (valid ? k * 2 : 0), valid);
+    }
+}
+
+/* The same for the weights: N rows of 64 k, or in_out 64 rows of N outputs. */
+template <typename Tile, bool kInOut>
+__device__ __forceinline__ void copy_weights(const Places<Tile> &places, uint32_t to, int64_t k0, int64_t hidden) {
+    if constexpr (!kInOut) {
+        const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
+        const int64_t k = k0 + piece * kPiece;
+        const bool valid = k < hidden;
+        to += first * kRowBytes + ((piece ^ (first % 8)) << 4);
+#pragma unroll
+        for (int i = 0; i < Tile::N * kRowPieces / Tile::threads; i++) {
+            constexpr int kRowsApart = Tile::threads / kRowPieces;
+            cp_async16(to + i * kRowsApart * kRowBytes, places.weight[first + i * kRowsApart] + (valid ? k * 2 : 0),
+                       valid);
+        }
+    } else {
+        constexpr int kLinePieces = Tile::N / kPiece;
+#pragma unroll
+        for (int i = 0; i < Tile::N * kRowPieces / Tile::threads; i++) {
+            const int index = threadIdx.x + i * Tile::threads;
+            const int line = index / kLinePieces, piece = index % kLinePieces;
+            const int64_t k = k0 + line;
+            const bool valid = k < hidden;
+            cp_async16(to + line * (Tile::N * 2) + ((piece ^ (line % 8)) << 4),
+                       places.weight[piece] + (valid ? k * places.weight_step[piece] : 0), valid);
+        }
+    }
+}
+
+/* x -> y in place, on the pieces that this thread has copied and therefore already sees. */
+template <typename T, typename Tile>
+__device__ __forceinline__ void normalise_pieces(char *x, const char *residual, const float *scale,
+                                                 const NormWeights<T> &weights, bool hf) {
+    const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
+    const int at = first * kRowBytes + ((piece ^ (first % 8)) << 4);
+#pragma unroll
+    for (int i = 0; i < Tile::M * kRowPieces / Tile::threads; i++) {
+        constexpr int kRowsApart = Tile::threads / kRowPieces;
+        const int offset = at + i * kRowsApart * kRowBytes;
+        Packet<T> *packet = reinterpret_cast<Packet<T> *>(x + offset);
+        Packet<T> s = *packet;
+        if (residual) s = add_residual(s, *reinterpret_cast<const Packet<T> *>(residual + offset));
+        const float r = scale[first + i * kRowsApart];
+#pragma unroll
+        for (int j = 0; j < kPiece; j++)
+            s.v[j] = from_float<T>(apply_norm<T>(to_float(s.v[j]), r, weights.v[j], hf));
+        *packet = s;
+    }
+}
+
+/* A warp's operands for 16 k. Lane l supplies the address of one row of the matrices (mma.cuh says which lane). */
+template <typename Tile, bool kInOut> struct Fragments {
+    uint32_t x[Tile::warp_m / 16][4];
+    uint32_t w[Tile::warp_n / 16][4]; /* two columns of n8 tiles: {k 0-7, k 8-15} of the first, then of the second */
+
+    __device__ __forceinline__ void load(uint32_t x_stage, uint32_t w_stage, int step) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
+        /* rows 0-15 of k 0-7, then of k 8-15 */
+        const uint32_t x_row = x_stage + (first_m + lane % 16) * kRowBytes;
+        const uint32_t x_piece = ((2 * step + lane / 16) ^ (lane % 8)) << 4;
+#pragma unroll
+        for (int i = 0; i < Tile::warp_m / 16; i++) ldmatrix_x4(x[i], x_row + x_piece + i * 16 * kRowBytes);
+
+        if constexpr (!kInOut) {
+            const uint32_t w_row = w_stage + (first_n + lane / 16 * 8 + lane % 8) * kRowBytes;
+            const uint32_t w_piece = ((2 * step + lane / 8 % 2) ^ (lane % 8)) << 4;
+#pragma unroll
+            for (int j = 0; j < Tile::warp_n / 16; j++) ldmatrix_x4(w[j], w_row + w_piece + j * 16 * kRowBytes);
+        } else {
+            const uint32_t w_row = w_stage + (step * 16 + lane % 16) * (Tile::N * 2);
+#pragma unroll
+            for (int j = 0; j < Tile::warp_n / 16; j++)
+                ldmatrix_x4_trans(w[j], w_row + (((first_n / kPiece + 2 * j + lane / 16) ^ (lane % 8)) << 4));
+        }
+    }
+};
+
+template <typename T, typename Tile, bool kInOut>
+__device__ __forceinline__ void multiply(float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4],
+                                         const Fragments<Tile, kInOut> &f) {
+#pragma unroll
+    for (int i = 0; i < Tile::warp_m / 16; i++)
+#pragma unroll
+        for (int j = 0; j < Tile::warp_n / 8; j++)
+            mma_m16n8k16<T>(sum[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
+}
+
+/* The warp's sums become outputs: through its own corner of shared memory, so that they leave 16 bytes at a time. */
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_outputs(const float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4],
+                                              const Places<Tile> &places, char *smem, int64_t first_token,
+                                              int64_t first_output, const mv_task &task) {
+    constexpr int kPitch = Tile::warp_n + kPiece; /* the extra piece spreads the rows over the banks */
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
+    T *corner = reinterpret_cast<T *>(smem) + warp * Tile::warp_m * kPitch;
+#pragma unroll
+    for (int i = 0; i < Tile::warp_m / 16; i++)
+#pragma unroll
+        for (int j = 0; j < Tile::warp_n / 8; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const int m = i * 16 + lane / 4 + c / 2 * 8, n = j * 8 + lane % 4 * 2 + c % 2;
+                corner[m * kPitch + n] = finish_output<T>(sum[i][j][c], places.bias[first_n + n]);
+            }
+    __syncwarp();
+    constexpr int kPieces = Tile::warp_n / kPiece;
+#pragma unroll 4
+    for (int i = lane; i < Tile::warp_m * kPieces; i += 32) {
+        const int m = i / kPieces, n = i % kPieces * kPiece;
+        const int64_t output = first_output + first_n + n;
+        if (first_token + first_m + m >= task.tokens || output >= task.outputs) continue;
+        T *to = reinterpret_cast<T *>(places.out[first_m + m]) + output;
+        store_packet(to, *reinterpret_cast<const Packet<T> *>(corner + m * kPitch + n), task.outputs - output,
+                     reinterpret_cast<uintptr_t>(to) % 16 == 0);
+    }
+}
+
+template <typename T, typename Tile, bool kInOut, bool kNorm>
+__global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
+    rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task) {
+    extern __shared__ __align__(1024) char smem[];
+    constexpr int kRing = Tile::stages;
+    char *const x_stages = smem, *const w_stages = x_stages + kRing * Tile::x_bytes;
+    Places<Tile> &places = *reinterpret_cast<Places<Tile> *>(w_stages + kRing * Tile::w_bytes);
+    char *const residual_stages = reinterpret_cast<char *>(&places + 1);
+    const uint32_t x_address = shared_address(x_stages), w_address = shared_address(w_stages);
+    const uint32_t residual_address = shared_address(residual_stages);
+    const bool has_residual = kNorm && task.residual.data, hf = task.rounding == MV_ROUNDING_HF;
+    const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
+    const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
+
+    const auto copy_x = [&](int step) {
+        const int slot = step % kRing;
+        copy_rows<Tile>(places.x, x_address + slot * Tile::x_bytes, step * int64_t{kStepK}, task.hidden);
+        if (has_residual)
+            copy_rows<Tile>(places.residual, residual_address + slot * Tile::x_bytes, step * int64_t{kStepK},
+                            task.hidden);
+    };
+    const auto copy_w = [&](int step) {
+        copy_weights<Tile, kInOut>(places, w_address + step % kRing * Tile::w_bytes, step * int64_t{kStepK},
+                                   task.hidden);
+    };
+
+    /* Weights do not depend on the kernel before, x does. */
+    if (task.dynamic_weights) griddepcontrol_wait();
+    find_weights<T, Tile, kInOut>(task, tile.first_output, places);
+    find_tokens<T, Tile>(task, tile.first_token, places);
+    const bool norm_weight_aligned = reinterpret_cast<uintptr_t>(task.norm_weight) % 16 == 0;
+    const int own_column = threadIdx.x % kRowPieces * kPiece; /* of a step: where this thread's pieces of x begin */
+    NormWeights<T> norm_weights = {};
+    if (kNorm) norm_weights = load_norm_weights<T>(task, own_column, norm_weight_aligned);
+    __syncthreads();
+    for (int step = 0; step < kRing - 1; step++)
+        if (step < steps) copy_w(step);
+    griddepcontrol_wait();
+    griddepcontrol_launch();
+    for (int step = 0; step < kRing - 1; step++) {
+        if (step < steps) copy_x(step);
+        cp_async_commit();
+    }
+    if (kNorm) {
+        tile_row_scales<T, Tile::M, Tile::threads>(task, tile.first_token, tile.first_output == 0, places.scale);
+        __syncthreads();
+    }
+
+    /* Step `step` has arrived: this thread's copies of it are visible to this thread, and y takes x's place. */
+    const auto receive = [&](int step) {
+        cp_async_wait<kRing - 2>();
+        if (kNorm && step < steps) {
+            const int offset = step % kRing * Tile::x_bytes;
+            normalise_pieces<T, Tile>(x_stages + offset, has_residual ? residual_stages + offset : nullptr,
+                                      places.scale, norm_weights, hf);
+            norm_weights = load_norm_weights<T>(task, (step + 1) * int64_t{kStepK} + own_column, norm_weight_aligned);
+        }
+    };
+    receive(0);
+    __syncthreads();
+
+    constexpr int kFragments = kStepK / 16;
+    float sum[Tile::warp_m / 16][Tile::warp_n / 8][4] = {};
+    Fragments<Tile, kInOut> fragments[2];
+    fragments[0].load(x_address, w_address, 0);
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+#pragma unroll
+        for (int f = 0; f < kFragments; f++) {
+            if (f == 0) { /* into the slot of the step before, which all warps have left */
+                if (step + kRing - 1 < steps) {
+                    copy_w(step + kRing - 1);
+                    copy_x(step + kRing - 1);
+                }
+                cp_async_commit();
+            }
+            if (f == kFragments - 2) receive(step + 1);
+            /* All threads' copies of the next step are in, and all warps hold their last fragments of this one. */
+            if (f == kFragments - 1) __syncthreads();
+            const int slot = (f == kFragments - 1 ? step + 1 : step) % kRing;
+            if (f < kFragments - 1 || step + 1 < steps)
+                fragments[(f + 1) % 2].load(x_address + slot * Tile::x_bytes, w_address + slot * Tile::w_bytes,
+                                            (f + 1) % kFragments);
+            multiply<T, Tile, kInOut>(sum, fragments[f % 2]);
+        }
+    }
+    __syncthreads(); /* the stages become the epilogue's */
+    store_outputs<T, Tile>(sum, places, smem, tile.first_token, tile.first_output, task);
+}
+
+/* ---- launch ---------------------------------------------------------------------------------------------------- */
+
+/* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. */
+using Tile128x256 = Tile<128, 256, 2, 4, 4, 1>;
+using Tile128x128 = Tile<128, 128, 2, 2, 3, 2>;
+using Tile64x128 = Tile<64, 128, 2, 2, 4, 2>;
+using Tile64x64 = Tile<64, 64, 2, 2, 4, 2>;
+using Tile32x64 = Tile<32, 64, 2, 2, 6, 2>;
+/* With the norm: more warps, so that some normalise while others multiply. */
+using NormTile128x128 = Tile<128, 128, 2, 4, 4, 1>;
+
+/* Clocks per k on the SM with the most tiles, on an H100: the tensor cores do about 1,200 products per clock through
+ * mma.sync, and about 50 bytes per clock arrive from L2. */
+template <typename Tile> double tile_cost(const mv_task *task) {
+    if (smem_bytes<Tile>(task->residual.data) > static_cast<size_t>(task->smem_bytes)) return 1e30;
+    const int64_t tiles = tile_count(task, Tile::M, Tile::N);
+    const int64_t tiles_per_sm = (tiles + task->sm_count - 1) / task->sm_count;
+    const double multiply = Tile::M * Tile::N / 1200.0, load = (Tile::M + Tile::N) * 2 / 50.0;
+    return static_cast<double>(tiles_per_sm) * (multiply > load ? multiply : load);
+}
+
+template <typename T, typename Tile, bool kNorm> mv_status launch_tile(const mv_task *task, mv_error *error) {
+    const int64_t tiles = tile_count(task, Tile::M, Tile::N);
+    if (tiles > INT32_MAX)
+        return mv_fail(error, MV_BAD_VALUE, "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
+                       static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
+    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, smem_bytes<Tile>(task->residual.data)};
+    return task->block[0].col_stride == 1
+               ? launch<rms_norm_qkv_mma_kernel<T, Tile, false, kNorm>>(task, grid, error, *task)
+               : launch<rms_norm_qkv_mma_kernel<T, Tile, true, kNorm>>(task, grid, error, *task);
+}
+
+struct Choice {
+    double cost;
+    mv_status (*launch)(const mv_task *, mv_error *);
+};
+
+template <typename T, typename Tile, bool kNorm> Choice choice(const mv_task *task) {
+    return {tile_cost<Tile>(task), launch_tile<T, Tile, kNorm>};
+}
+
+mv_status launch_cheapest(const Choice *choices, int count, const mv_task *task, mv_error *error) {
+    const Choice *best = choices;
+    for (int i = 1; i < count; i++)
+        if (choices[i].cost < best->cost) best = choices + i;
+    return best->launch(task, error);
+}
+
+template <typename T> mv_status norm_and_product(const mv_task *task, mv_error *error) {
+    const Choice choices[] = {choice<T, NormTile128x128, true>(task), choice<T, Tile64x64, true>(task),
+                              choice<T, Tile32x64, true>(task)};
+    return launch_cheapest(choices, 3, task, error);
+}
+
+template <typename T> mv_status product(const mv_task *task, mv_error *error) {
+    const Choice choices[] = {choice<T, Tile128x256, false>(task), choice<T, Tile128x128, false>(task),
+                              choice<T, Tile64x128, false>(task), choice<T, Tile64x64, false>(task),
+                              choice<T, Tile32x64, false>(task)};
+    return launch_cheapest(choices, 5, task, error);
+}
+
+/* ---- what these kernels can take ------------------------------------------------------------------------------- */
+
+bool pieces_fit(const void *data, int64_t stride) { return is_aligned16(data) && stride % kPiece == 0; }
+
+} // namespace
+
+extern "C" const char *mv_norm_mma_fits(const mv_task *task) {
+    if (task->dtype == MV_F32 || task->weight_dtype != task->dtype)
+        return "the tensor cores take 16-bit x with weights of its dtype";
+    if (task->hidden % kPiece != 0) return "hidden is no multiple of 8";
+    if (task->packed && task->block[0].row_stride == 1 && task->outputs % kPiece != 0)
+        return "the outputs of the in_out weight are no multiple of 8";
+    for (const mv_block &block : task->block) {
+        if (block.outputs == 0) continue;
+        const bool out_in = block.col_stride == 1;
+        if (out_in != (task->block[0].col_stride == 1) || (!out_in && block.row_stride != 1))
+            return "the weight is contiguous along neither outputs nor hidden";
+        if (!pieces_fit(block.weight, out_in ? block.row_stride : block.col_stride))
+            return "the rows of the weight are not 16-byte aligned";
+        if (!out_in && !task->packed && block.outputs % kPiece != 0)
+            return "the outputs of an in_out weight are no multiple of 8";
+        if (task->packed) break;
+    }
+    return nullptr;
+}
+
+extern "C" const char *mv_mma_fits(const mv_task *task) {
+    const char *why_not = mv_norm_mma_fits(task);
+    if (why_not) return why_not;
+    if (!rows_aligned16(task->x, 2)) return "the rows of x are not 16-byte aligned";
+    if (task->residual.data && !rows_aligned16(task->residual, 2))
+        return "the rows of the residual are not 16-byte aligned";
+    return nullptr;
+}
+
+extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
+    return static_cast<size_t>(task->tokens) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+}
+
+/* ---- the rows -------------------------------------------------------------------------------------------------- */
+
+extern "C" {
+mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
+
+mv_status mv_rms_norm_qkv_f16_mma_sm80(const mv_task *task, mv_error *error) { return norm_and_product<__half>(task, error); }
+
+mv_status mv_rms_norm_qkv_bf16_mma_sm80(const mv_task *task, mv_error *error) {
+    return norm_and_product<__nv_bfloat16>(task, error);
+}
+
+mv_status mv_rms_norm_qkv_f16_norm_mma_sm80(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_f16_sm80, product<__half>, error);
+}
+
+mv_status mv_rms_norm_qkv_bf16_norm_mma_sm80(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_bf16_sm80, product<__nv_bfloat16>, error);
+}
+}
