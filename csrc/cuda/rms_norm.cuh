@@ -24,14 +24,14 @@ __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task,
         const T *p = static_cast<const T *>(task.norm_weight) + at;
         const Packet<T> packet = load_packet(p, task.hidden - at, aligned);
 #pragma unroll
-        for (int i = 0; i < size; i++) weights.v[i] = task.weight_offset + to_float(packet.v[i]);
+        for (int i = 0; i < size; i++) weights.v[i] = task.weight_offset + packet.get(i);
     } else {
         const float *p = static_cast<const float *>(task.norm_weight) + at;
 #pragma unroll
         for (int part = 0; part < size; part += 4) {
             const Packet<float> packet = load_packet(p + part, task.hidden - at - part, aligned);
 #pragma unroll
-            for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.v[i];
+            for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.get(i);
         }
     }
     return weights;
@@ -49,10 +49,11 @@ template <typename T> __device__ __forceinline__ T add_residual(T x, T residual)
 }
 
 template <typename T>
-__device__ __forceinline__ Packet<T> add_residual(Packet<T> x, const Packet<T> &residual) {
+__device__ __forceinline__ Packet<T> add_residual(const Packet<T> &x, const Packet<T> &residual) {
+    float sum[Packet<T>::size];
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++) x.v[i] = add_residual(x.v[i], residual.v[i]);
-    return x;
+    for (int i = 0; i < Packet<T>::size; i++) sum[i] = x.get(i) + residual.get(i);
+    return pack<T>(sum);
 }
 
 /* 1 / sqrt(mean + eps) */
@@ -67,6 +68,14 @@ __device__ __forceinline__ float row_factor(float sum_of_squares, const mv_task 
 template <typename T> __device__ __forceinline__ float apply_norm(float s, float r, float weight, bool hf) {
     const float normalised = s * r;
     return (hf ? round_to<T>(normalised) : normalised) * weight;
+}
+
+template <typename T>
+__device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, const NormWeights<T> &weights, bool hf) {
+    float y[Packet<T>::size];
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) y[i] = apply_norm<T>(s.get(i), r, weights.v[i], hf);
+    return pack<T>(y);
 }
 
 /* Host: are these rows, where they exist, all fit for 16-byte accesses? */

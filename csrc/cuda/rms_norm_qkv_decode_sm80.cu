@@ -82,7 +82,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
             }
 #pragma unroll
             for (int i = 0; i < size; i++) {
-                const float value = to_float(s.v[i]);
+                const float value = s.get(i);
                 squares[t] = fmaf(value, value, squares[t]);
                 if (k + i < tokens.stride) *tokens.at(t, k + i) = hf ? value : value * weights.v[i];
             }
@@ -156,7 +156,7 @@ template <typename W> struct Stream {
         for (int u = 0; u < kUnroll; u++) {
             const int64_t k = column(p, u);
             if (aligned) /* then the hidden size is a whole number of packets */
-                packets[u] = k < task.hidden ? as_packet<W>(load_streaming(row + k)) : zero_packet<W>();
+                packets[u] = k < task.hidden ? as_packet<W>(load_streaming(row + k)) : Packet<W>{};
             else
                 packets[u] = load_packet(row + k, task.hidden - k, false);
         }
@@ -171,10 +171,10 @@ __device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<
 #pragma unroll
         for (int part = 0; part < Packet<W>::size; part += 4) {
             const float4 y = tokens.quad(t, k, part);
-            sum[t] = fmaf(y.x, to_float(weights.v[part + 0]), sum[t]);
-            sum[t] = fmaf(y.y, to_float(weights.v[part + 1]), sum[t]);
-            sum[t] = fmaf(y.z, to_float(weights.v[part + 2]), sum[t]);
-            sum[t] = fmaf(y.w, to_float(weights.v[part + 3]), sum[t]);
+            sum[t] = fmaf(y.x, weights.get(part + 0), sum[t]);
+            sum[t] = fmaf(y.y, weights.get(part + 1), sum[t]);
+            sum[t] = fmaf(y.z, weights.get(part + 2), sum[t]);
+            sum[t] = fmaf(y.w, weights.get(part + 3), sum[t]);
         }
     }
 }

@@ -22,19 +22,10 @@ template <typename T> __device__ __forceinline__ float sum_of_squares(const Pack
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) {
-        const float value = to_float(packet.v[i]);
+        const float value = packet.get(i);
         sum = fmaf(value, value, sum);
     }
     return sum;
-}
-
-template <typename T>
-__device__ __forceinline__ Packet<T> normalise(const Packet<T> &s, float r, const NormWeights<T> &weights, bool hf) {
-    Packet<T> y;
-#pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++)
-        y.v[i] = from_float<T>(apply_norm<T>(to_float(s.v[i]), r, weights.v[i], hf));
-    return y;
 }
 
 /* The sum over the kThreads threads of a row. */
@@ -96,7 +87,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
     for (int p = 0; p < kPackets; p++) {
         const int at = (p * kThreads + lane) * size;
         if (at < hidden)
-            store_packet(out + at, normalise(s[p], r, load_norm_weights<T>(task, at, aligned.weight), hf), hidden - at, aligned.rows);
+            store_packet(out + at, apply_norm(s[p], r, load_norm_weights<T>(task, at, aligned.weight), hf), hidden - at, aligned.rows);
     }
 }
 
@@ -134,7 +125,7 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
         Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, aligned.rows);
         if constexpr (kAdd)
             if (!residual_out) s = add_residual(s, load_packet(residual + at, left, aligned.rows));
-        store_packet(out + at, normalise(s, r, load_norm_weights<T>(task, at, aligned.weight), hf), left, aligned.rows);
+        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, aligned.weight), hf), left, aligned.rows);
     }
 }
 

@@ -33,39 +33,80 @@ template <typename T> __device__ __forceinline__ float load_as(const void *p, mv
     return dtype == MV_F32 ? static_cast<const float *>(p)[i] : to_float(static_cast<const T *>(p)[i]);
 }
 
-/* 16 bytes of consecutive values. */
+/* 16 bytes of consecutive values, kept as they come from memory: taking a packet apart is left to where a value is
+ * used, because it would make the thread wait for the load. */
 template <typename T> struct alignas(16) Packet {
     static constexpr int size = 16 / sizeof(T);
-    T v[size];
+    static constexpr int per_word = 4 / sizeof(T);
+    uint32_t word[4];
+
+    __device__ __forceinline__ float get(int i) const;
 };
 
-template <typename T> __device__ __forceinline__ Packet<T> as_packet(uint4 bits) {
-    Packet<T> p;
-    *reinterpret_cast<uint4 *>(&p) = bits;
-    return p;
+template <> __device__ __forceinline__ float Packet<float>::get(int i) const { return __uint_as_float(word[i]); }
+template <> __device__ __forceinline__ float Packet<__half>::get(int i) const {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))));
+}
+template <> __device__ __forceinline__ float Packet<__nv_bfloat16>::get(int i) const {
+    return __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
 }
 
-template <typename T> __device__ __forceinline__ Packet<T> zero_packet() { return as_packet<T>(make_uint4(0, 0, 0, 0)); }
+/* Two values, rounded, in one word; for float32 one value. */
+template <typename T> __device__ __forceinline__ uint32_t pack_word(const float *v);
+template <> __device__ __forceinline__ uint32_t pack_word<float>(const float *v) { return __float_as_uint(v[0]); }
+template <> __device__ __forceinline__ uint32_t pack_word<__half>(const float *v) {
+    const __half2 pair = __floats2half2_rn(v[0], v[1]);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+template <> __device__ __forceinline__ uint32_t pack_word<__nv_bfloat16>(const float *v) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(v[0], v[1]);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+template <typename T> __device__ __forceinline__ Packet<T> pack(const float (&v)[Packet<T>::size]) {
+    Packet<T> packet;
+#pragma unroll
+    for (int w = 0; w < 4; w++) packet.word[w] = pack_word<T>(v + w * Packet<T>::per_word);
+    return packet;
+}
+
+template <typename T> __device__ __forceinline__ Packet<T> as_packet(uint4 bits) {
+    return {{bits.x, bits.y, bits.z, bits.w}};
+}
 
 /* `count` values from p, zeros after them; one 16-byte load when `aligned` (p is, and count is at least a packet). */
 template <typename T> __device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned) {
     if (aligned && count >= Packet<T>::size) return as_packet<T>(*reinterpret_cast<const uint4 *>(p));
-    Packet<T> packet = zero_packet<T>();
+    Packet<T> packet = {};
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++)
-        if (i < count) packet.v[i] = p[i];
+        for (int i = 0; i < 4; i++)
+            if (i < count) packet.word[i] = __float_as_uint(p[i]);
+    } else {
+        const uint16_t *halves = reinterpret_cast<const uint16_t *>(p);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < count) packet.word[i / 2] |= static_cast<uint32_t>(halves[i]) << (i % 2 * 16);
+    }
     return packet;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_packet(T *p, const Packet<T> &packet, int64_t count, bool aligned) {
     if (aligned && count >= Packet<T>::size) {
-        *reinterpret_cast<uint4 *>(p) = *reinterpret_cast<const uint4 *>(&packet);
+        *reinterpret_cast<uint4 *>(p) = make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]);
         return;
     }
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++)
-        if (i < count) p[i] = packet.v[i];
+        for (int i = 0; i < 4; i++)
+            if (i < count) p[i] = __uint_as_float(packet.word[i]);
+    } else {
+        uint16_t *halves = reinterpret_cast<uint16_t *>(p);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < count) halves[i] = static_cast<uint16_t>(packet.word[i / 2] >> (i % 2 * 16));
+    }
 }
 
 /* Host: may rows that start at data + a multiple of the strides be read 16 bytes at a time? */
