@@ -1,0 +1,196 @@
+"""python -m benchmarks plot: draws docs/img/*.png from committed results."""
+
+from pathlib import Path
+
+from benchmarks.cases import OURS
+from benchmarks.results import Case, Results, machine
+from benchmarks.tables import COMPILED, ROOT
+
+IMAGES = ROOT / "docs" / "img"
+INK, FAINT = "#1a1a1a", "#d9d9d9"
+COLORS = {
+    "minivllm": "#c2410c",
+    "naive": "#fdba74",
+    "torch": "#64748b",
+    "torch.compile": "#94a3b8",
+    "GEMM alone": "#cbd5e1",
+    "Triton, one output per program": "#0369a1",
+    "NumPy": "#7dd3fc",
+    "copy": "#334155",
+}
+MODEL_COLORS = ("#fbbf24", "#f59e0b", "#ea580c", "#c2410c", "#7c2d12", "#1a1a1a")
+
+
+def figure(columns: int = 1, height: float = 4.2):
+    """A figure and its axes: white, dark text, no box, a faint grid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK}
+    plt.rcParams.update(style | {"font.size": 10, "axes.titlesize": 11, "figure.facecolor": "white"})
+    drawing, axes = plt.subplots(1, columns, figsize=(10, height), squeeze=False, layout="constrained")
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color=FAINT, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return drawing, axes[0]
+
+
+def save(drawing, name: str, cases: list[Case]) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    drawing.text(0.995, -0.01, machine(cases[0].run), ha="right", va="top", fontsize=7, color="#595959")
+    drawing.savefig(IMAGES / name, dpi=150, bbox_inches="tight", pad_inches=0.15)
+    print(f"drew {(IMAGES / name).relative_to(ROOT)}")
+
+
+def bars(axis, cases: list[Case], labels: list[str], series: dict, value, text) -> None:
+    """Groups of bars, one per case. series: legend name -> variants, the fastest of which counts; text(us): a label."""
+    shown = {name: variants for name, variants in series.items() if any(case.us(*variants) for case in cases)}
+    width = 0.86 / len(shown)
+    for number, (name, variants) in enumerate(shown.items()):
+        timed = [(group, case, case.us(*variants)) for group, case in enumerate(cases) if case.us(*variants)]
+        at = [group + (number - (len(shown) - 1) / 2) * width for group, _, _ in timed]
+        drawn = axis.bar(at, [value(case, us) for _, case, us in timed], width * 0.92, color=COLORS[name], label=name)
+        axis.bar_label(drawn, [text(us) for _, _, us in timed], fontsize=6.5, padding=2, rotation=90)
+    axis.set_xticks(range(len(cases)), labels)
+
+
+def legend(drawing, axes) -> None:
+    """One row above everything, of what any of the axes shows."""
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawing.legend(
+        entries.values(), entries.keys(), loc="outside upper left", ncols=len(entries), frameon=False, fontsize=9
+    )
+
+
+def shape_label(case: Case) -> str:
+    return f"{case.shape}\n{case.any('hidden')} → {case.any('outputs')}"
+
+
+def short(us: float) -> str:
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+PEERS = {
+    "minivllm": (OURS,),
+    "torch": ("torch",),
+    "torch.compile": COMPILED,
+    "GEMM alone": ("gemm alone",),
+    "Triton, one output per program": ("triton per output",),
+    "NumPy": ("numpy",),
+}
+
+
+def decode(results: Results) -> None:
+    """One token: time over the time of only reading the weights."""
+    cases = [
+        case
+        for case in results.of("cuda", "rms_norm_qkv", tokens=1, dtype="bf16")
+        if case.us("read_floor_pdl") and case.us(OURS)
+    ]
+    if not cases:
+        return
+    drawing, (axis,) = figure()
+    bars(
+        axis,
+        cases,
+        [shape_label(case) for case in cases],
+        PEERS,
+        lambda case, us: us / case.us("read_floor_pdl"),
+        short,
+    )
+    axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+    axis.set_ylabel("time / read floor")
+    axis.margins(y=0.12)
+    axis.set_title(
+        "RMSNorm + QKV, one token, bfloat16: microseconds, over the time to read the weights once (dashed)", loc="left"
+    )
+    legend(drawing, [axis])
+    save(drawing, "decode.png", cases)
+
+
+def tokens(results: Results) -> None:
+    """Speed relative to the torch pair, by the number of tokens."""
+    cases = [case for case in results.of("cuda", "rms_norm_qkv", dtype="bf16") if case.us(OURS) and case.us("torch")]
+    if not cases:
+        return
+    drawing, (left, right) = figure(2)
+    counts = sorted({case.tokens for case in cases})
+    for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
+        points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
+        at = [case.tokens for case in points]
+        line = {"color": MODEL_COLORS[number % len(MODEL_COLORS)], "marker": "o", "markersize": 3.5, "linewidth": 1.6}
+        left.plot(at, [case.us("torch") / case.us(OURS) for case in points], label=shape, **line)
+        with_gemm = [case for case in points if case.us("gemm alone")]
+        rates = [case.us("gemm alone") / case.us(OURS) for case in with_gemm]
+        right.plot([case.tokens for case in with_gemm], rates, label=shape, **line)
+    for axis, title in (
+        (left, "speed relative to the torch pair"),
+        (right, "speed, norm included, relative to torch's GEMM alone"),
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
+        axis.minorticks_off()
+        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens")
+        axis.set_title(title, loc="left")
+    legend(drawing, [left])
+    save(drawing, "tokens.png", cases)
+
+
+def norms(results: Results) -> None:
+    """Rate of the norms, read and written once, beside a copy."""
+    pick = {"dtype": "bf16", "mode": "walk"}
+    plain, added = (results.of("cuda", op, **pick) for op in ("rms_norm", "add_rms_norm"))
+    if not plain:
+        return
+    drawing, axes = figure(2 if added else 1)
+    for axis, cases in zip(axes, (plain, added), strict=False):
+        naive = tuple(dict.fromkeys(name for case in cases for name in case.rows if "naive" in name))
+        series = {
+            "copy": ("torch copy", "16-byte copy"),
+            "minivllm": (OURS,),
+            "torch.compile": COMPILED,
+            "torch": ("torch",),
+            "naive": naive,
+        }
+        labels = [case.shape.replace("x", "\n× ") for case in cases]
+        bars(axis, cases, labels, series, lambda case, us: case.any("bytes") / us / 1e6, lambda us: "")
+        axis.set_title(f"{cases[0].op}, bfloat16", loc="left")
+        axis.set_ylabel("TB/s read and written")
+        axis.tick_params(axis="x", labelsize=8)
+    legend(drawing, axes)
+    save(drawing, "rms_norm.png", plain)
+
+
+def cpu(results: Results) -> None:
+    """Speed on the CPU relative to torch's pair."""
+    cases = [case for case in results.of("cpu", "rms_norm_qkv") if case.us(OURS) and case.us("torch")]
+    groups = [(dtype, count) for dtype in ("bf16", "f32") for count in (1, 128)]
+    groups = [group for group in groups if any((case.dtype, case.tokens) == group for case in cases)]
+    if not groups:
+        return
+    drawing, axes = figure(len(groups), height=3.6)
+    for axis, (dtype, count) in zip(axes, groups, strict=True):
+        chosen = [case for case in cases if (case.dtype, case.tokens) == (dtype, count)]
+        series = {name: PEERS[name] for name in ("minivllm", "torch.compile", "NumPy")}
+        bars(
+            axis, chosen, [case.shape for case in chosen], series, lambda case, us: case.us("torch") / us, lambda us: ""
+        )
+        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        axis.tick_params(axis="x", labelrotation=60, labelsize=8)
+        axis.set_title(f"{dtype}, {count} token{'s' if count > 1 else ''}", loc="left")
+    axes[0].set_ylabel("speed relative to torch eager (dashed)")
+    legend(drawing, axes)
+    save(drawing, "cpu.png", cases)
+
+
+def draw(directory: Path) -> int:
+    """Draws what there are results for."""
+    results = Results(directory)
+    for drawn in (decode, tokens, norms, cpu):
+        drawn(results)
+    return 0
