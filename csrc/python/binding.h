@@ -1,0 +1,197 @@
+/* binding.h: what the files of the CPython binding share.
+ *
+ * One Python call is one `call`. It takes each tensor argument apart into an mv_view, remembers what must be given back
+ * (references, DLPack exports), knows the stream to launch on, and is released at the end whatever happened:
+ *
+ *     begin -> parse (arguments.c, which takes tensors through buffers.c) -> results (results.c) -> mv_<op> -> end
+ *
+ * How one framework's tensors are read and made is a `framework`: one file and one row in buffers.c.
+ */
+#ifndef MV_BINDING_H
+#define MV_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "dlpack_abi.h"
+#include "mv.h"
+
+enum { MAX_DIMS = 64, MAX_TENSORS = 12 };
+
+/* ---- the module's state ----------------------------------------------------------------------------------------- */
+
+/* Objects of other modules, looked up at first use and kept: see the table in module.c. */
+typedef enum {
+    TORCH_TENSOR,
+    TORCH_EMPTY,
+    TORCH_DTYPES, /* three, in the order of mv_dtype */
+    TORCH_UINT8 = TORCH_DTYPES + 3,
+    TORCH_DEVICE,
+    TORCH_SPLIT,
+    TORCH_SPLIT_FRESH,
+    TORCH_IS_GRAD_ENABLED,
+    TORCH_CURRENT_STREAM,
+    NUMPY_EMPTY,
+    NUMPY_DTYPE,
+    NUMPY_TYPES, /* three, in the order of mv_dtype */
+    CUPY_EMPTY = NUMPY_TYPES + 3,
+    CUPY_DEVICE,
+    CUPY_CURRENT_STREAM,
+    JAX_DEVICE_PUT,
+    JAX_FROM_DLPACK,
+    DEVICE_ARRAY_EMPTY,
+    KNOWN_OBJECTS
+} known_object;
+
+/* Interned names: see the table in module.c. */
+typedef enum {
+    NAME_ARRAY_STRUCT,
+    NAME_CUDA_ARRAY_INTERFACE,
+    NAME_DATA,
+    NAME_DETACH,
+    NAME_DEVICE,
+    NAME_DEVICE_ID,
+    NAME_DLPACK,
+    NAME_DLPACK_DEVICE,
+    NAME_DTYPE,
+    NAME_IS_NEG,
+    NAME_PTR,
+    NAME_REQUIRES_GRAD,
+    NAME_RESHAPE,
+    NAME_SHAPE,
+    NAME_STRIDES,
+    NAME_VIEW,
+    KNOWN_NAMES
+} known_name;
+
+enum { MAX_SIGNATURES = 6, MAX_PARAMETERS = 20 };
+
+typedef struct framework framework;
+
+/* What is known about a type of tensor. A slot is filled once, then published by storing `type`. */
+typedef struct {
+    _Atomic(PyTypeObject *) type;
+    const framework *framework;
+    const dl_exchange_api *api; /* or NULL */
+} type_slot;
+
+enum { MAX_TYPES = 64, MAX_CUDA_DEVICES = 64 };
+
+typedef struct {
+    _Atomic(PyObject *) objects[KNOWN_OBJECTS];
+    PyObject *names[KNOWN_NAMES];
+    PyObject *keywords[MAX_SIGNATURES][MAX_PARAMETERS]; /* interned: see arguments.c */
+    /* torch.empty's keywords by dtype (3: uint8) and device (0: the CPU, then the GPUs) */
+    _Atomic(PyObject *) torch_options[4][1 + MAX_CUDA_DEVICES];
+    _Atomic(PyObject *) numpy_dtypes[3];
+    type_slot types[MAX_TYPES];
+    atomic_int types_used;
+} module_state;
+
+PyObject *known(module_state *state, int object); /* borrowed; NULL with an error set when the import fails */
+/* Stores `value` (stolen, may be NULL) unless another thread was first; gives back what is stored, borrowed. */
+PyObject *keep_first(_Atomic(PyObject *) *slot, PyObject *value);
+
+/* ---- one call --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject *object; /* owned reference */
+    const char *name; /* as the user knows it */
+    int member;       /* of a tuple given under that name, or -1 */
+    const framework *framework;
+    const dl_exchange_api *api;
+    mv_view *slot;    /* where in the op's args its view went */
+    mv_view view;     /* shape and strides point to the arrays below */
+    void *managed;    /* a DLPack export to give back: dl_managed_versioned when `versioned`, else dl_managed */
+    bool versioned;
+    bool fresh;        /* a result that we made */
+    bool has_producer; /* another framework's stream, which wrote the data and will go on with it */
+    void *producer;
+    int64_t shape[MAX_DIMS], strides[MAX_DIMS];
+} tensor;
+
+typedef struct {
+    module_state *state;
+    const char *op;
+    bool forbid_grad;            /* refuse torch tensors that require grad while grad mode is on */
+    signed char grad_mode;       /* torch's, asked once a call; -1: not yet */
+    const framework *streams_of; /* the framework whose current stream is `stream`; NULL: none on a GPU yet */
+    void *stream;
+    int32_t device; /* of that stream; -1: not known yet */
+    bool synchronize; /* before returning: a producer that says nothing about streams is involved */
+    void *scratch; /* the workspace on the CPU; on a GPU the object that owns it */
+    PyObject *scratch_owner;
+    int count;
+    tensor tensors[MAX_TENSORS];
+} call;
+
+void begin(call *c, PyObject *module, const char *op);
+void end(call *c); /* gives everything back; keeps a Python error that is set */
+
+/* ---- frameworks ------------------------------------------------------------------------------------------------- */
+
+/* The packed projection's shape: [..., heads[0] + heads[1] + heads[2], head_dim]. */
+typedef struct {
+    int64_t heads[3], head_dim;
+} head_counts;
+
+struct framework {
+    const char *name;
+    /* Fills t->view from t->object. */
+    bool (*view)(call *c, tensor *t);
+    /* The stream that the framework is working on. NULL: it has none, the legacy default stream serves. */
+    bool (*stream)(call *c, const tensor *t, void **stream);
+    /* A new C-contiguous array on like's device, in like's dtype. */
+    PyObject *(*empty)(call *c, const tensor *like, int ndim, const int64_t *shape);
+    /* `bytes` bytes of scratch on like's GPU, as an object that owns them; *data: where. */
+    PyObject *(*scratch)(call *c, const tensor *like, size_t bytes, void **data);
+    /* q, k and v: a tuple of views of `packed`, given as [..., heads, head_dim] when fresh, else as [..., qkv]. */
+    PyObject *(*split)(call *c, PyObject *packed, const tensor *out, const head_counts *counts, bool fresh);
+    /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
+    PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
+};
+
+extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework;
+extern const framework exchange_framework, dlpack_framework, device_array_framework, cuda_array_framework;
+
+/* ---- status.c: every way to refuse ------------------------------------------------------------------------------ */
+
+/* Turns a status other than MV_OK into an exception; gives back status == MV_OK. */
+bool accept(mv_status status, const mv_error *error);
+/* "<op>: <name of t> <text>" as an exception of `type`; always false. */
+bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, ...);
+/* The same, with the exception now set as its cause, whose text it ends with. */
+bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...);
+/* "<op>: <name> <text>" for what is no tensor. */
+bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...);
+bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got NULL: ask the object */
+
+/* ---- helpers of more than one framework ------------------------------------------------------------------------- */
+
+bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);
+bool check_view(call *c, tensor *t); /* what every view must be: data where there are elements, aligned, few dims */
+bool view_of_dlpack(call *c, tensor *t, PyObject *stream); /* by t->object.__dlpack__; stream NULL: none is passed */
+void release_dlpack(tensor *t);
+/* Strides in bytes -> t->strides in elements; false with an error when they do not divide. */
+bool strides_from_bytes(call *c, tensor *t, int64_t itemsize);
+
+PyObject *shape_tuple(int ndim, const int64_t *shape);
+bool ints_of_tuple(PyObject *tuple, int64_t *values, int *count); /* at most MAX_DIMS */
+bool take_pointer(PyObject *object, const char *attribute, void **pointer); /* object.attribute; steals object */
+
+/* By a NumPy dtype object, whose arrays CuPy's are too. False and no error set: unsupported. */
+bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out);
+PyObject *numpy_dtype(module_state *state, mv_dtype dtype); /* borrowed */
+PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t *shape);
+
+/* For objects whose makers cannot make one for us: NumPy arrays on the CPU, DeviceArray on a GPU. */
+PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape);
+PyObject *plain_scratch(call *c, const tensor *like, size_t bytes, void **data);
+PyObject *split_by_slices(call *c, PyObject *packed, const tensor *out, const head_counts *counts, bool fresh);
+/* The shape of `out`, [..., qkv], with qkv split: [..., all heads, head_dim]. */
+PyObject *split_shape(const tensor *out, const head_counts *counts);
+
+#endif

@@ -1,0 +1,289 @@
+/* buffers.c: from any object to an mv_view.
+ *
+ * A type is classified once and remembered: looking up an attribute that a type lacks costs more than a whole call.
+ * No framework is imported for it: an object of a framework that is not in sys.modules cannot exist. */
+#include "buffers.h"
+
+/* ---- classification --------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *module, *type;
+    const framework *framework;
+} known_types[] = {
+    {"torch", "Tensor", &torch_framework},
+    {"numpy", "ndarray", &numpy_framework},
+    {"minivllm.device_array", "DeviceArray", &device_array_framework},
+    {"cupy", "ndarray", &cupy_framework},
+    {"jax", "Array", &jax_framework},
+};
+
+/* 1 when `object` is of the type module.name, 0 when not (or when the module is not loaded), -1 on an error. */
+static int is_of_type(PyObject *object, const char *module_name, const char *type_name) {
+    PyObject *name = PyUnicode_FromString(module_name);
+    PyObject *module = name ? PyImport_GetModule(name) : NULL;
+    Py_XDECREF(name);
+    if (!module) return PyErr_Occurred() ? -1 : 0;
+    PyObject *type = PyObject_GetAttrString(module, type_name);
+    Py_DECREF(module);
+    if (!type) { /* half imported */
+        PyErr_Clear();
+        return 0;
+    }
+    const int answer = PyObject_IsSubclass((PyObject *)Py_TYPE(object), type);
+    Py_DECREF(type);
+    return answer;
+}
+
+static const dl_exchange_api *exchange_api_of(PyTypeObject *type) {
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
+    const dl_exchange_header *header = NULL;
+    if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+        header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    PyErr_Clear();
+    Py_XDECREF(capsule);
+    while (header && header->version.major != DL_MAJOR) header = header->previous;
+    return (const dl_exchange_api *)header;
+}
+
+static bool has(PyObject *object, PyObject *name) {
+    PyObject *value = PyObject_GetAttr(object, name);
+    if (!value) PyErr_Clear();
+    Py_XDECREF(value);
+    return value != NULL;
+}
+
+/* Fills framework and api; *cacheable: they follow from the type alone. NULL framework: no tensor. */
+static bool classify(call *c, PyObject *object, type_slot *found, bool *cacheable) {
+    PyTypeObject *type = Py_TYPE(object);
+    *found = (type_slot){.api = exchange_api_of(type)};
+    *cacheable = true;
+    for (size_t i = 0; i < sizeof known_types / sizeof known_types[0]; i++) {
+        const int is = is_of_type(object, known_types[i].module, known_types[i].type);
+        if (is < 0) return false;
+        if (is) {
+            found->framework = known_types[i].framework;
+            return true;
+        }
+    }
+    PyObject *const *names = c->state->names;
+    if (found->api && found->api->borrow_from_object) {
+        found->framework = &exchange_framework;
+    } else if (has((PyObject *)type, names[NAME_DLPACK])) {
+        found->framework = &dlpack_framework;
+    } else {
+        *cacheable = has((PyObject *)type, names[NAME_CUDA_ARRAY_INTERFACE]);
+        if (!PyType_Check(object) && (*cacheable || has(object, names[NAME_CUDA_ARRAY_INTERFACE])))
+            found->framework = &cuda_array_framework;
+    }
+    return true;
+}
+
+/* A slot is reserved, filled and then published, so readers need no lock; two threads may fill two for one type. */
+static void remember(module_state *state, PyTypeObject *type, const type_slot *found) {
+    if (atomic_load(&state->types_used) >= MAX_TYPES) return;
+    const int i = atomic_fetch_add(&state->types_used, 1);
+    if (i >= MAX_TYPES) return;
+    Py_INCREF((PyObject *)type); /* the address of a type that died could come back as another one's */
+    state->types[i].framework = found->framework;
+    state->types[i].api = found->api;
+    atomic_store_explicit(&state->types[i].type, type, memory_order_release);
+}
+
+static bool find_framework(call *c, tensor *t) {
+    PyTypeObject *type = Py_TYPE(t->object);
+    module_state *state = c->state;
+    type_slot found = {0};
+    for (int i = 0; i < MAX_TYPES; i++) {
+        const type_slot *slot = &state->types[i];
+        PyTypeObject *known_type = atomic_load_explicit(&slot->type, memory_order_acquire);
+        if (!known_type) break;
+        if (known_type == type) {
+            t->framework = slot->framework;
+            t->api = slot->api;
+            return true;
+        }
+    }
+    bool cacheable;
+    if (!classify(c, t->object, &found, &cacheable)) return false;
+    if (!found.framework) {
+        PyObject *name = PyType_GetQualName(type);
+        if (name)
+            refuse(c, t, PyExc_TypeError,
+                   "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), "
+                   "got %U", name);
+        Py_XDECREF(name);
+        return false;
+    }
+    if (cacheable) remember(state, type, &found);
+    t->framework = found.framework;
+    t->api = found.api;
+    return true;
+}
+
+/* ---- views ------------------------------------------------------------------------------------------------------ */
+
+static int64_t itemsize_of(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
+
+bool check_view(call *c, tensor *t) {
+    bool empty = false;
+    for (int d = 0; d < t->view.ndim; d++) {
+        if (t->shape[d] < 0) return refuse(c, t, PyExc_BufferError, "was exported with a negative size");
+        empty = empty || t->shape[d] == 0;
+    }
+    if (empty) return true;
+    if (!t->view.data)
+        return refuse(c, t, PyExc_BufferError, "has no data: its exporter gave a null pointer for its elements");
+    const int itemsize = (int)itemsize_of(t->view.dtype);
+    if ((uintptr_t)t->view.data % (uintptr_t)itemsize != 0)
+        return refuse(c, t, PyExc_ValueError, "starts at an address that is no multiple of its %d-byte elements; pass "
+                      "a copy", itemsize);
+    return true;
+}
+
+bool strides_from_bytes(call *c, tensor *t, int64_t itemsize) {
+    bool empty = false;
+    for (int d = 0; d < t->view.ndim; d++) empty = empty || t->shape[d] == 0;
+    for (int d = 0; d < t->view.ndim; d++) {
+        if (t->shape[d] > 1 && !empty && t->strides[d] % itemsize != 0)
+            return refuse(c, t, PyExc_ValueError, "has a stride of %lld bytes in dimension %d, expected a multiple of "
+                          "its %d-byte elements; pass a contiguous copy", (long long)t->strides[d], d, (int)itemsize);
+        t->strides[d] /= itemsize;
+    }
+    return true;
+}
+
+static const char *dl_dtype_text(dl_dtype dtype, char *text, size_t size) {
+    static const char *const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    const char *kind = dtype.code < sizeof kinds / sizeof kinds[0] ? kinds[dtype.code] : "float8 or smaller, ";
+    PyOS_snprintf(text, size, dtype.lanes == 1 ? "dtype %s%d" : "dtype %s%d in vectors of %d", kind, (int)dtype.bits,
+                  (int)dtype.lanes);
+    return text;
+}
+
+bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
+    mv_view *view = &t->view;
+    switch (source->device.type) {
+    case DL_CPU:
+    case DL_CUDA_HOST: /* pinned */
+        view->device = (mv_device){MV_CPU, 0};
+        break;
+    case DL_CUDA:
+    case DL_CUDA_MANAGED:
+        view->device = (mv_device){MV_CUDA, source->device.id};
+        break;
+    default:
+        return refuse(c, t, PyExc_ValueError, "is on a device of DLPack type %d, expected the CPU or a CUDA device",
+                      (int)source->device.type);
+    }
+    const dl_dtype dtype = source->dtype;
+    if (dtype.code == DL_FLOAT && dtype.bits == 32 && dtype.lanes == 1) view->dtype = MV_F32;
+    else if (dtype.code == DL_FLOAT && dtype.bits == 16 && dtype.lanes == 1) view->dtype = MV_F16;
+    else if (dtype.code == DL_BFLOAT && dtype.bits == 16 && dtype.lanes == 1) view->dtype = MV_BF16;
+    else {
+        char text[64];
+        return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
+    }
+    if (source->ndim < 0 || source->ndim > MAX_DIMS)
+        return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);
+    view->ndim = source->ndim;
+    for (int d = 0; d < source->ndim; d++) {
+        t->shape[d] = source->shape[d];
+        if (source->strides) t->strides[d] = source->strides[d];
+    }
+    view->strides = source->strides ? t->strides : NULL;
+    view->data = source->data ? (char *)source->data + source->byte_offset : NULL;
+    return check_view(c, t);
+}
+
+/* ---- streams ---------------------------------------------------------------------------------------------------- */
+
+/* The legacy default stream has two names. */
+static void *plain_stream(void *stream) { return stream == (void *)1 ? NULL : stream; }
+
+/* The first tensor on a GPU decides the stream; later ones that live on another stream are waited for. */
+static bool join_stream(call *c, tensor *t) {
+    const framework *from = t->framework;
+    void *stream = NULL;
+    if (from == c->streams_of && !t->has_producer) return true;
+    if (!t->has_producer && from->stream) {
+        if (!from->stream(c, t, &stream)) return false;
+        t->producer = stream;
+        t->has_producer = c->streams_of != NULL;
+    }
+    if (!c->streams_of) {
+        c->streams_of = from;
+        c->stream = plain_stream(stream);
+    }
+    if (c->device < 0) c->device = t->view.device.index;
+    t->producer = plain_stream(t->producer);
+    t->has_producer = t->has_producer && t->producer != c->stream && t->view.device.index == c->device;
+    mv_error error;
+    return !t->has_producer || accept(mv_cuda_stream_wait(c->device, c->stream, t->producer, &error), &error);
+}
+
+bool settle(call *c) {
+    mv_error error;
+    for (int i = 0; i < c->count; i++) {
+        const tensor *t = &c->tensors[i];
+        if (t->has_producer && !accept(mv_cuda_stream_wait(c->device, t->producer, c->stream, &error), &error))
+            return false;
+    }
+    if (!c->synchronize || !c->streams_of) return true;
+    mv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mv_cuda_synchronize(c->device, c->stream, &error);
+    Py_END_ALLOW_THREADS
+    return accept(status, &error);
+}
+
+/* ---- one tensor, one call --------------------------------------------------------------------------------------- */
+
+bool take(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
+    tensor *t = &c->tensors[c->count++];
+    Py_INCREF(object);
+    t->object = object;
+    t->name = name;
+    t->member = member;
+    t->slot = slot;
+    t->managed = NULL;
+    t->fresh = false;
+    t->has_producer = false;
+    t->view = (mv_view){.shape = t->shape, .strides = t->strides};
+    if (!find_framework(c, t) || !t->framework->view(c, t)) return false;
+    if (t->view.device.kind == MV_CUDA && !join_stream(c, t)) return false;
+    *slot = t->view;
+    return true;
+}
+
+tensor *tensor_of(call *c, const mv_view *slot) {
+    for (int i = 0; i < c->count; i++)
+        if (c->tensors[i].slot == slot) return &c->tensors[i];
+    return NULL;
+}
+
+void begin(call *c, PyObject *module, const char *op) {
+    c->state = PyModule_GetState(module);
+    c->op = op;
+    c->forbid_grad = true;
+    c->grad_mode = -1;
+    c->streams_of = NULL;
+    c->stream = NULL;
+    c->device = -1;
+    c->synchronize = false;
+    c->scratch = NULL;
+    c->scratch_owner = NULL;
+    c->count = 0;
+}
+
+void end(call *c) {
+    PyObject *type, *value, *traceback;
+    const bool failed = PyErr_Occurred() != NULL;
+    if (failed) PyErr_Fetch(&type, &value, &traceback);
+    PyMem_Free(c->scratch);
+    Py_XDECREF(c->scratch_owner);
+    for (int i = 0; i < c->count; i++) {
+        release_dlpack(&c->tensors[i]);
+        Py_DECREF(c->tensors[i].object);
+    }
+    if (failed) PyErr_Restore(type, value, traceback);
+}

@@ -1,0 +1,15 @@
+/* buffers.h: from any object to an mv_view. */
+#ifndef MV_BUFFERS_H
+#define MV_BUFFERS_H
+
+#include "binding.h"
+
+/* Takes `object` (borrowed) as the tensor argument `name` and writes its view to *slot. member: its place in a tuple
+ * given under that name, or -1. The first tensor taken decides the stream. */
+bool take(call *c, const char *name, int member, PyObject *object, mv_view *slot);
+/* The tensor whose view went to `slot`; NULL when that argument is absent. */
+tensor *tensor_of(call *c, const mv_view *slot);
+/* After the op: makes other frameworks' streams wait for it, and the host where somebody cannot. */
+bool settle(call *c);
+
+#endif

@@ -1,0 +1,83 @@
+/* cuda_array.c: objects that have only __cuda_array_interface__ (version 2 or 3). It carries no device, so this is the
+ * one place where a pointer is queried. Launches go to the legacy default stream and wait for the exporter's stream. */
+#include "binding.h"
+
+static PyObject *item(PyObject *interface, const char *key) { /* borrowed; NULL when absent or None */
+    PyObject *value = PyDict_GetItemString(interface, key);
+    return value == Py_None ? NULL : value;
+}
+
+static bool read_dtype(call *c, tensor *t, PyObject *interface) {
+    PyObject *typestr = item(interface, "typestr");
+    if (!typestr || !PyUnicode_Check(typestr))
+        return refuse(c, t, PyExc_BufferError, "has a __cuda_array_interface__ without typestr");
+    if (PyUnicode_CompareWithASCIIString(typestr, "<f4") == 0) t->view.dtype = MV_F32;
+    else if (PyUnicode_CompareWithASCIIString(typestr, "<f2") == 0) t->view.dtype = MV_F16;
+    else
+        return refuse(c, t, PyExc_TypeError, "has typestr %R, expected '<f4' or '<f2' (bfloat16 has none: pass an object "
+                      "with __dlpack__)", typestr);
+    return true;
+}
+
+static bool read_stream(call *c, tensor *t, PyObject *interface) {
+    PyObject *stream = item(interface, "stream");
+    if (!stream) return true; /* the exporter asks for no ordering */
+    t->producer = PyLong_AsVoidPtr(stream);
+    if (PyErr_Occurred()) return false;
+    t->has_producer = true;
+    return t->producer || refuse(c, t, PyExc_ValueError, "has a __cuda_array_interface__ with stream 0, expected None, "
+                                 "1 (the legacy default stream), 2 (per thread) or a handle");
+}
+
+/* data: (pointer, read_only). */
+static bool read_data(call *c, tensor *t, PyObject *interface) {
+    PyObject *data = item(interface, "data");
+    PyObject *pointer;
+    int read_only;
+    if (!data || !PyTuple_Check(data) || !PyArg_ParseTuple(data, "Op", &pointer, &read_only)) {
+        PyErr_Clear();
+        return refuse(c, t, PyExc_BufferError, "has a __cuda_array_interface__ whose data is not (pointer, read_only)");
+    }
+    t->view.data = PyLong_AsVoidPtr(pointer);
+    t->view.read_only = read_only;
+    return !PyErr_Occurred();
+}
+
+static bool read_interface(call *c, tensor *t, PyObject *interface) {
+    PyObject *shape = item(interface, "shape"), *strides = item(interface, "strides");
+    int ndim = 0, stride_count = 0;
+    if (item(interface, "mask")) return refuse(c, t, PyExc_ValueError, "is masked; pass an array without a mask");
+    if (!shape || !ints_of_tuple(shape, t->shape, &ndim)) return false;
+    t->view.ndim = ndim;
+    if (!read_dtype(c, t, interface) || !read_data(c, t, interface) || !read_stream(c, t, interface)) return false;
+    if (!strides) {
+        t->view.strides = NULL;
+    } else {
+        if (!ints_of_tuple(strides, t->strides, &stride_count) || stride_count != ndim) return false;
+        if (!strides_from_bytes(c, t, t->view.dtype == MV_F32 ? 4 : 2)) return false;
+    }
+    if (!check_view(c, t)) return false;
+    t->view.device = (mv_device){MV_CUDA, c->device < 0 ? 0 : c->device}; /* an empty array may have no pointer to ask */
+    mv_error error;
+    return !t->view.data ||
+           accept(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
+}
+
+static bool cuda_array_view(call *c, tensor *t) {
+    PyObject *interface = PyObject_GetAttr(t->object, c->state->names[NAME_CUDA_ARRAY_INTERFACE]);
+    if (!interface || !PyDict_Check(interface)) {
+        Py_XDECREF(interface);
+        return refuse_because(c, t, PyExc_BufferError, "has a __cuda_array_interface__ that is no dict");
+    }
+    const bool ok = read_interface(c, t, interface);
+    Py_DECREF(interface);
+    return ok || PyErr_Occurred() != NULL ? ok
+                                          : refuse(c, t, PyExc_BufferError,
+                                                   "has a malformed shape or strides in its __cuda_array_interface__");
+}
+
+const framework cuda_array_framework = {.name = "CUDA array interface",
+                                        .view = cuda_array_view,
+                                        .empty = plain_empty,
+                                        .scratch = plain_scratch,
+                                        .split = split_by_slices};

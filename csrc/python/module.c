@@ -1,0 +1,172 @@
+/* module.c: minivllm._C: its methods, its state, its birth and death. */
+#include "device.h"
+#include "docstrings.h"
+#include "info.h"
+#include "ops.h"
+
+/* ---- objects of other modules ----------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *module, *attribute;
+} object_places[KNOWN_OBJECTS] = {
+    [TORCH_TENSOR] = {"torch", "Tensor"},
+    [TORCH_EMPTY] = {"torch", "empty"},
+    [TORCH_DTYPES + MV_F32] = {"torch", "float32"},
+    [TORCH_DTYPES + MV_F16] = {"torch", "float16"},
+    [TORCH_DTYPES + MV_BF16] = {"torch", "bfloat16"},
+    [TORCH_UINT8] = {"torch", "uint8"},
+    [TORCH_DEVICE] = {"torch", "device"},
+    [TORCH_SPLIT] = {"torch", "split_with_sizes"},
+    [TORCH_SPLIT_FRESH] = {"torch", "unsafe_split_with_sizes"},
+    [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
+    [TORCH_CURRENT_STREAM] = {"torch.cuda", "current_stream"},
+    [NUMPY_EMPTY] = {"numpy", "empty"},
+    [NUMPY_DTYPE] = {"numpy", "dtype"},
+    [NUMPY_TYPES + MV_F32] = {"numpy", "float32"},
+    [NUMPY_TYPES + MV_F16] = {"numpy", "float16"},
+    [NUMPY_TYPES + MV_BF16] = {"ml_dtypes", "bfloat16"},
+    [CUPY_EMPTY] = {"cupy", "empty"},
+    [CUPY_DEVICE] = {"cupy.cuda", "Device"},
+    [CUPY_CURRENT_STREAM] = {"cupy.cuda", "get_current_stream"},
+    [JAX_DEVICE_PUT] = {"jax", "device_put"},
+    [JAX_FROM_DLPACK] = {"jax.dlpack", "from_dlpack"},
+    [DEVICE_ARRAY_EMPTY] = {"minivllm.device_array", "empty"},
+};
+
+static const char *const name_texts[KNOWN_NAMES] = {
+    [NAME_ARRAY_STRUCT] = "__array_struct__",
+    [NAME_CUDA_ARRAY_INTERFACE] = "__cuda_array_interface__",
+    [NAME_DATA] = "data",
+    [NAME_DETACH] = "detach",
+    [NAME_DEVICE] = "device",
+    [NAME_DEVICE_ID] = "device_id",
+    [NAME_DLPACK] = "__dlpack__",
+    [NAME_DLPACK_DEVICE] = "__dlpack_device__",
+    [NAME_DTYPE] = "dtype",
+    [NAME_IS_NEG] = "is_neg",
+    [NAME_PTR] = "ptr",
+    [NAME_REQUIRES_GRAD] = "requires_grad",
+    [NAME_RESHAPE] = "reshape",
+    [NAME_SHAPE] = "shape",
+    [NAME_STRIDES] = "strides",
+    [NAME_VIEW] = "view",
+};
+
+PyObject *keep_first(_Atomic(PyObject *) *slot, PyObject *value) {
+    PyObject *stored = NULL;
+    if (!value || atomic_compare_exchange_strong(slot, &stored, value)) return value;
+    Py_DECREF(value);
+    return stored;
+}
+
+PyObject *known(module_state *state, int object) {
+    PyObject *made = atomic_load_explicit(&state->objects[object], memory_order_acquire);
+    if (made) return made;
+    PyObject *module = PyImport_ImportModule(object_places[object].module);
+    if (!module) return NULL;
+    PyObject *value = PyObject_GetAttrString(module, object_places[object].attribute);
+    Py_DECREF(module);
+    return keep_first(&state->objects[object], value);
+}
+
+/* ---- the module ------------------------------------------------------------------------------------------------- */
+
+#define FAST(name, function, doc) {name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS, doc}
+
+static PyMethodDef methods[] = {
+    FAST("rms_norm", py_rms_norm, DOC_RMS_NORM),
+    FAST("add_rms_norm", py_add_rms_norm, DOC_ADD_RMS_NORM),
+    FAST("fused_add_rms_norm", py_fused_add_rms_norm, DOC_FUSED_ADD_RMS_NORM),
+    FAST("rms_norm_qkv", py_rms_norm_qkv, DOC_RMS_NORM_QKV),
+    FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim) of a layer's weights"),
+    {"kernels", py_kernels, METH_NOARGS, "[(op, name, dtype, isa, usable, why_not), ...]"},
+    {"last_kernel", py_last_kernel, METH_NOARGS, "(op, name, why) of this thread's last call, or None"},
+    {"set_num_threads", py_set_num_threads, METH_O,
+     "set_num_threads($module, n, /)\n--\n\nThreads used by CPU kernels; n < 1: the default, all cores of this process "
+     "or OMP_NUM_THREADS where that is less."},
+    {"get_num_threads", py_get_num_threads, METH_NOARGS,
+     "get_num_threads($module, /)\n--\n\nThreads used by CPU kernels."},
+    {"cpu_features", py_cpu_features, METH_NOARGS, "The instruction sets that kernels may use here, such as "
+                                                   "'avx2 avx512'."},
+    {"cuda_archs", py_cuda_archs, METH_NOARGS, "The GPU code in this build, such as 'sm_80 compute_80 sm_90a'; '' "
+                                               "without CUDA."},
+    {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
+    {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
+    {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
+    {"_address", py_address, METH_O, "(memory) -> int"},
+    {"_copy_from_host", py_copy_from_host, METH_VARARGS, "(device, address, host buffer, stream)"},
+    {"_copy_to_host", py_copy_to_host, METH_VARARGS, "(device, address, writable host buffer, stream)"},
+    {"_stream_wait", py_stream_wait, METH_VARARGS, "(device, waiting, producing)"},
+    {"_to_dlpack", py_to_dlpack, METH_VARARGS, "(owner, device, address, dtype, shape, strides, versioned) -> capsule"},
+    {"_view", py_view, METH_O, "(array) -> (address, shape, strides, dtype, device, read_only, keeper)"},
+    {"_empty", py_empty, METH_VARARGS, "(like, shape) -> a new array of like's framework, device and dtype"},
+    {NULL, NULL, 0, NULL},
+};
+
+static int execute(PyObject *module) {
+    module_state *state = PyModule_GetState(module); /* zeroed by CPython */
+    for (int i = 0; i < KNOWN_NAMES; i++) {
+        state->names[i] = PyUnicode_InternFromString(name_texts[i]);
+        if (!state->names[i]) return -1;
+    }
+    for (int i = 0; all_signatures[i]; i++)
+        if (!intern_keywords(state, all_signatures[i])) return -1;
+    return PyModule_AddStringConstant(module, "version", MV_VERSION);
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg) {
+    module_state *state = PyModule_GetState(module);
+    for (int i = 0; i < KNOWN_OBJECTS; i++) Py_VISIT(atomic_load(&state->objects[i]));
+    for (int i = 0; i < MAX_TYPES; i++) Py_VISIT(atomic_load(&state->types[i].type));
+    return 0;
+}
+
+static void clear_slot(_Atomic(PyObject *) *slot) {
+    PyObject *value = atomic_exchange(slot, NULL);
+    Py_XDECREF(value);
+}
+
+static int clear(PyObject *module) {
+    module_state *state = PyModule_GetState(module);
+    for (int i = 0; i < KNOWN_OBJECTS; i++) clear_slot(&state->objects[i]);
+    for (int i = 0; i < 3; i++) clear_slot(&state->numpy_dtypes[i]);
+    for (int i = 0; i < 4; i++)
+        for (int d = 0; d <= MAX_CUDA_DEVICES; d++) clear_slot(&state->torch_options[i][d]);
+    for (int i = 0; i < MAX_TYPES; i++) {
+        PyTypeObject *type = atomic_exchange(&state->types[i].type, NULL);
+        Py_XDECREF((PyObject *)type);
+    }
+    for (int i = 0; i < KNOWN_NAMES; i++) Py_CLEAR(state->names[i]);
+    for (int i = 0; i < MAX_SIGNATURES; i++)
+        for (int p = 0; p < MAX_PARAMETERS; p++) Py_CLEAR(state->keywords[i][p]);
+    return 0;
+}
+
+static void destroy(void *module) {
+    if (PyModule_GetState(module)) clear(module);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, __extension__(void *)execute}, /* as CPython wants it, and ISO C does not */
+#if !defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030C0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "minivllm._C",
+    .m_doc = "The ops of minivllm, and what it knows about this machine.",
+    .m_size = sizeof(module_state),
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = destroy,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,255 @@
+/* ops.c: one function per op: its table, the args struct, outputs where none were given, the call, the result. */
+#include "ops.h"
+
+#include "buffers.h"
+#include "results.h"
+
+#define LENGTH(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+static int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
+
+/* Long enough on the CPU to let other Python threads run meanwhile? */
+static bool is_long(const mv_view *x, int64_t outputs) {
+    int64_t tokens = 1;
+    for (int d = 0; d + 1 < x->ndim; d++) tokens *= x->shape[d];
+    return x->device.kind == MV_CPU && mv_is_long_on_cpu(tokens, hidden_of(x), outputs);
+}
+
+/* ---- the norms -------------------------------------------------------------------------------------------------- */
+
+typedef mv_status norm_entry(const mv_rms_norm_args *args, mv_error *error);
+
+static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
+    mv_error error;
+    mv_status status;
+    size_t bytes;
+    a->call.stream = c->stream;
+    if (!accept(mv_rms_norm_workspace(a, &bytes, &error), &error)) return false;
+    if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
+    if (is_long(&a->x, 0)) {
+        Py_BEGIN_ALLOW_THREADS
+        status = entry(a, &error);
+        Py_END_ALLOW_THREADS
+    } else {
+        status = entry(a, &error);
+    }
+    return accept(status, &error) && settle(c);
+}
+
+#define NORM(name, convert, field) {name, convert, offsetof(mv_rms_norm_args, field)}
+
+static const parameter rms_norm_parameters[] = {
+    NORM("x", to_tensor, x),
+    NORM("weight", to_tensor, weight),
+    NORM("eps", to_number, eps),
+    NORM("out", to_optional_tensor, out),
+    NORM("rounding", to_rounding, rounding),
+    NORM("weight_offset", to_number, weight_offset),
+    NORM("kernel", to_optional_text, call.kernel),
+};
+static const signature rms_norm_signature = {"rms_norm", 0, 2, 3, LENGTH(rms_norm_parameters), rms_norm_parameters};
+
+PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_args a = {.call.op = "rms_norm", .eps = 1e-6};
+    PyObject *result = NULL;
+    call c;
+    begin(&c, module, a.call.op);
+    if (parse(&c, &rms_norm_signature, &a, given, count, names)) {
+        const int64_t hidden = hidden_of(&a.x);
+        if (provide(&c, "out", &a.out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_rms_norm))
+            result = returned(&c, &a.out, &a.x);
+    }
+    end(&c);
+    return result;
+}
+
+/* (out, residual_out) */
+static PyObject *returned_pair(call *c, const mv_view *first, const mv_view *second, const mv_view *x) {
+    PyObject *out = returned(c, first, x);
+    PyObject *residual_out = out ? returned(c, second, x) : NULL;
+    PyObject *pair = residual_out ? PyTuple_Pack(2, out, residual_out) : NULL;
+    Py_XDECREF(residual_out);
+    Py_XDECREF(out);
+    return pair;
+}
+
+static const parameter add_rms_norm_parameters[] = {
+    NORM("x", to_tensor, x),
+    NORM("residual", to_tensor, residual),
+    NORM("weight", to_tensor, weight),
+    NORM("eps", to_number, eps),
+    NORM("out", to_optional_tensor, out),
+    NORM("residual_out", to_optional_tensor, residual_out),
+    NORM("rounding", to_rounding, rounding),
+    NORM("weight_offset", to_number, weight_offset),
+    NORM("kernel", to_optional_text, call.kernel),
+};
+static const signature add_rms_norm_signature = {
+    "add_rms_norm", 1, 3, 4, LENGTH(add_rms_norm_parameters), add_rms_norm_parameters};
+
+PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
+    PyObject *result = NULL;
+    call c;
+    begin(&c, module, a.call.op);
+    if (parse(&c, &add_rms_norm_signature, &a, given, count, names)) {
+        const int64_t hidden = hidden_of(&a.x);
+        if (provide(&c, "out", &a.out, &a.x, 1, &hidden) &&
+            provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_add_rms_norm))
+            result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
+    }
+    end(&c);
+    return result;
+}
+
+static const parameter fused_add_rms_norm_parameters[] = {
+    NORM("x", to_tensor, x),
+    NORM("residual", to_tensor, residual),
+    NORM("weight", to_tensor, weight),
+    NORM("eps", to_number, eps),
+};
+static const signature fused_add_rms_norm_signature = {
+    "fused_add_rms_norm", 2, 3, 4, LENGTH(fused_add_rms_norm_parameters), fused_add_rms_norm_parameters};
+
+/* In the op's own messages the outputs would have names that nobody gave. */
+static bool check_writable(call *c, const mv_view *slot) {
+    return !slot->read_only || refuse(c, tensor_of(c, slot), PyExc_ValueError,
+                                      "is read-only, and this op works in place; pass a writable tensor, or use "
+                                      "add_rms_norm");
+}
+
+PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_args a = {.call.op = "fused_add_rms_norm", .eps = 1e-6};
+    PyObject *result = NULL;
+    call c;
+    begin(&c, module, a.call.op);
+    if (parse(&c, &fused_add_rms_norm_signature, &a, given, count, names) && check_writable(&c, &a.x) &&
+        check_writable(&c, &a.residual)) {
+        a.out = a.x;
+        a.residual_out = a.residual;
+        if (run_norm(&c, &a, mv_add_rms_norm)) result = returned_pair(&c, &a.x, &a.residual, &a.x);
+    }
+    end(&c);
+    return result;
+}
+
+/* ---- rms_norm_qkv ----------------------------------------------------------------------------------------------- */
+
+static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
+    mv_error error;
+    mv_status status;
+    size_t bytes;
+    a->call.stream = c->stream;
+    if (!accept(mv_rms_norm_qkv_workspace(a, &bytes, &error), &error)) return false;
+    if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
+    if (is_long(&a->x, outputs)) {
+        Py_BEGIN_ALLOW_THREADS
+        status = mv_rms_norm_qkv(a, &error);
+        Py_END_ALLOW_THREADS
+    } else {
+        status = mv_rms_norm_qkv(a, &error);
+    }
+    return accept(status, &error) && settle(c);
+}
+
+#define QKV(name, convert, field) {name, convert, offsetof(mv_rms_norm_qkv_args, field)}
+
+static const parameter rms_norm_qkv_parameters[] = {
+    QKV("x", to_tensor, x),
+    QKV("norm_weight", to_tensor, norm_weight),
+    QKV("qkv_weight", to_tensors, qkv_weight),
+    QKV("num_heads", to_integer, num_heads),
+    QKV("num_kv_heads", to_integer, num_kv_heads),
+    QKV("eps", to_number, eps),
+    QKV("bias", to_optional_tensors, bias),
+    QKV("residual", to_optional_tensor, residual),
+    QKV("head_dim", to_optional_integer, head_dim),
+    QKV("out", to_optional_tensor, out),
+    QKV("residual_out", to_optional_tensor, residual_out),
+    QKV("weight_layout", to_weight_layout, weight_layout),
+    QKV("rounding", to_rounding, rounding),
+    QKV("weight_offset", to_number, weight_offset),
+    QKV("batch_invariant", to_flag, batch_invariant),
+    QKV("allow_tf32", to_flag, allow_tf32),
+    QKV("static_weights", to_negated_flag, dynamic_weights),
+    QKV("kernel", to_optional_text, call.kernel),
+};
+static const signature rms_norm_qkv_signature = {
+    "rms_norm_qkv", 3, 5, 6, LENGTH(rms_norm_qkv_parameters), rms_norm_qkv_parameters};
+
+/* (q, k, v), or with a residual (q, k, v, residual_out) */
+static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t head_dim) {
+    const head_counts counts = {{a->num_heads, a->num_kv_heads, a->num_kv_heads}, head_dim};
+    PyObject *parts = returned_parts(c, &a->out, &a->x, &counts);
+    if (!parts || !tensor_of(c, &a->residual)) return parts;
+    PyObject *residual_out = returned(c, &a->residual_out, &a->x);
+    PyObject *result = residual_out ? PyTuple_Pack(4, PyTuple_GetItem(parts, 0), PyTuple_GetItem(parts, 1),
+                                                   PyTuple_GetItem(parts, 2), residual_out)
+                                    : NULL;
+    Py_XDECREF(residual_out);
+    Py_DECREF(parts);
+    return result;
+}
+
+PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
+    mv_qkv_shape shape;
+    mv_error error;
+    PyObject *result = NULL;
+    call c;
+    begin(&c, module, a.call.op);
+    if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names) &&
+        accept(mv_rms_norm_qkv_shape(&a, &shape, &error), &error)) {
+        const int64_t hidden = hidden_of(&a.x), heads[2] = {shape.qkv / shape.head_dim, shape.head_dim};
+        const bool adds = tensor_of(&c, &a.residual) != NULL;
+        if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
+            (!adds || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
+            run_qkv(&c, &a, shape.qkv))
+            result = returned_qkv(&c, &a, shape.head_dim);
+    }
+    end(&c);
+    return result;
+}
+
+/* ---- for the layer object --------------------------------------------------------------------------------------- */
+
+static const parameter check_parameters[] = {
+    QKV("norm_weight", to_tensor, norm_weight),
+    QKV("qkv_weight", to_tensors, qkv_weight),
+    QKV("num_heads", to_integer, num_heads),
+    QKV("num_kv_heads", to_integer, num_kv_heads),
+    QKV("eps", to_number, eps),
+    QKV("bias", to_optional_tensors, bias),
+    QKV("head_dim", to_optional_integer, head_dim),
+    QKV("weight_layout", to_weight_layout, weight_layout),
+    QKV("rounding", to_rounding, rounding),
+    QKV("weight_offset", to_number, weight_offset),
+    QKV("batch_invariant", to_flag, batch_invariant),
+    QKV("allow_tf32", to_flag, allow_tf32),
+};
+static const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
+
+/* Everything that can be known before there is an x: (hidden, qkv, head_dim). Parameters are not read, so gradients do
+ * not matter. Any weight that is not float32 tells x's dtype. */
+PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
+    mv_qkv_shape shape;
+    mv_error error;
+    PyObject *result = NULL;
+    call c;
+    begin(&c, module, a.call.op);
+    c.forbid_grad = false;
+    if (parse(&c, &check_signature, &a, given, count, names)) {
+        const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
+        a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
+        for (int i = 0; i < c.count; i++)
+            if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
+        if (accept(mv_rms_norm_qkv_shape(&a, &shape, &error), &error))
+            result = Py_BuildValue("(LLL)", (long long)sizes[1], (long long)shape.qkv, (long long)shape.head_dim);
+    }
+    end(&c);
+    return result;
+}
+
+const signature *const all_signatures[] = {&rms_norm_signature,     &add_rms_norm_signature, &fused_add_rms_norm_signature,
+                                           &rms_norm_qkv_signature, &check_signature,        NULL};

@@ -1,0 +1,177 @@
+/* results.c: see results.h. */
+#include "results.h"
+
+#include <string.h>
+
+#include "buffers.h"
+
+bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last) {
+    if (tensor_of(c, slot)) return true;
+    const tensor *like = tensor_of(c, x);
+    int64_t shape[MAX_DIMS + 1];
+    const int lead = x->ndim - 1;
+    if (lead < 0 || lead + last_count > MAX_DIMS)
+        return refuse(c, like, PyExc_ValueError, "has %d dimensions, expected 1 to %d", (int)x->ndim,
+                      MAX_DIMS + 1 - last_count);
+    memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
+    memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
+    PyObject *object = like->framework->empty(c, like, lead + last_count, shape);
+    if (!object) return false;
+    c->forbid_grad = false;
+    const bool ok = take(c, name, -1, object, slot);
+    Py_DECREF(object);
+    if (!ok) return false;
+    tensor *result = &c->tensors[c->count - 1];
+    result->fresh = true;
+    if (last_count == 2) { /* the op sees [..., qkv] */
+        result->shape[lead] = last[0] * last[1];
+        result->strides[lead] = 1;
+        slot->ndim = lead + 1;
+    }
+    return true;
+}
+
+bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t bytes) {
+    enum { ALIGNMENT = 256 };
+    if (bytes == 0) return true;
+    void *data = NULL;
+    if (x->device.kind == MV_CPU) {
+        data = c->scratch = PyMem_Malloc(bytes + ALIGNMENT);
+        if (!data) PyErr_NoMemory();
+    } else {
+        const tensor *like = tensor_of(c, x);
+        c->scratch_owner = like->framework->scratch(c, like, bytes + ALIGNMENT, &data);
+    }
+    if (!data) return false;
+    call_args->workspace = (void *)(((uintptr_t)data + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    return true;
+}
+
+static PyObject *finished(call *c, const tensor *result, const tensor *like) {
+    if (result->fresh && like->framework->finish) return like->framework->finish(c, like, result->object);
+    Py_INCREF(result->object);
+    return result->object;
+}
+
+PyObject *returned(call *c, const mv_view *slot, const mv_view *x) {
+    return finished(c, tensor_of(c, slot), tensor_of(c, x));
+}
+
+PyObject *returned_parts(call *c, const mv_view *slot, const mv_view *x, const head_counts *counts) {
+    const tensor *result = tensor_of(c, slot), *like = tensor_of(c, x);
+    PyObject *packed = finished(c, result, like);
+    if (!packed) return NULL;
+    const framework *from = packed == result->object ? result->framework : like->framework;
+    PyObject *parts = from->split(c, packed, result, counts, result->fresh);
+    Py_DECREF(packed);
+    return parts;
+}
+
+/* ---- for several frameworks ------------------------------------------------------------------------------------- */
+
+PyObject *shape_tuple(int ndim, const int64_t *shape) {
+    PyObject *tuple = PyTuple_New(ndim);
+    for (int d = 0; tuple && d < ndim; d++) {
+        PyObject *size = PyLong_FromLongLong(shape[d]);
+        if (!size || PyTuple_SetItem(tuple, d, size) < 0) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+bool ints_of_tuple(PyObject *object, int64_t *values, int *count) {
+    PyObject *tuple = PySequence_Tuple(object);
+    const Py_ssize_t size = tuple ? PyTuple_Size(tuple) : 0;
+    bool ok = tuple && size <= MAX_DIMS;
+    if (tuple && !ok) PyErr_Format(PyExc_ValueError, "%zd dimensions, expected at most %d", size, MAX_DIMS);
+    for (int d = 0; ok && d < size; d++) {
+        values[d] = PyLong_AsLongLong(PyTuple_GetItem(tuple, d));
+        ok = values[d] != -1 || !PyErr_Occurred();
+    }
+    Py_XDECREF(tuple);
+    *count = (int)size;
+    return ok;
+}
+
+bool take_pointer(PyObject *object, const char *attribute, void **pointer) {
+    PyObject *value = PyObject_GetAttrString(object, attribute);
+    Py_DECREF(object);
+    if (!value) return false;
+    *pointer = PyLong_AsVoidPtr(value);
+    Py_DECREF(value);
+    return *pointer || !PyErr_Occurred();
+}
+
+static const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
+
+static PyObject *new_device_array(call *c, int32_t device, const char *dtype, int ndim, const int64_t *shape) {
+    PyObject *make = known(c->state, DEVICE_ARRAY_EMPTY);
+    PyObject *sizes = make ? shape_tuple(ndim, shape) : NULL;
+    PyObject *where = sizes ? PyUnicode_FromFormat("cuda:%d", (int)device) : NULL;
+    PyObject *result = where ? PyObject_CallFunction(make, "OsO", sizes, dtype, where) : NULL;
+    Py_XDECREF(where);
+    Py_XDECREF(sizes);
+    return result;
+}
+
+PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+    const mv_dtype dtype = like->view.dtype;
+    if (like->view.device.kind == MV_CUDA)
+        return new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape);
+    PyObject *result = numpy_new(c->state, dtype, ndim, shape);
+    if (!result && dtype == MV_BF16)
+        refuse_because(c, like, PyExc_RuntimeError, "is bfloat16, and a NumPy result of that dtype needs ml_dtypes "
+                       "(pip install ml_dtypes), or pass out=");
+    return result;
+}
+
+PyObject *plain_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+    const int64_t size = (int64_t)((bytes + 3) / 4);
+    PyObject *object = new_device_array(c, like->view.device.index, "float32", 1, &size);
+    if (!object) return NULL;
+    Py_INCREF(object);
+    if (!take_pointer(object, "_pointer", data)) Py_CLEAR(object);
+    return object;
+}
+
+PyObject *split_shape(const tensor *out, const head_counts *n) {
+    int64_t shape[MAX_DIMS + 1];
+    const int lead = out->view.ndim - 1;
+    memcpy(shape, out->shape, (size_t)lead * sizeof shape[0]);
+    shape[lead] = n->heads[0] + n->heads[1] + n->heads[2];
+    shape[lead + 1] = n->head_dim;
+    return shape_tuple(lead + 2, shape);
+}
+
+/* base[..., first:last, :] */
+static PyObject *slice_heads(PyObject *base, int64_t first, int64_t last) {
+    PyObject *start = PyLong_FromLongLong(first), *stop = PyLong_FromLongLong(last);
+    PyObject *heads = start && stop ? PySlice_New(start, stop, NULL) : NULL, *all = PySlice_New(NULL, NULL, NULL);
+    PyObject *key = heads && all ? PyTuple_Pack(3, Py_Ellipsis, heads, all) : NULL;
+    PyObject *part = key ? PyObject_GetItem(base, key) : NULL;
+    Py_XDECREF(key);
+    Py_XDECREF(all);
+    Py_XDECREF(heads);
+    Py_XDECREF(stop);
+    Py_XDECREF(start);
+    return part;
+}
+
+PyObject *split_by_slices(call *c, PyObject *packed, const tensor *out, const head_counts *n, bool fresh) {
+    PyObject *base = packed;
+    if (fresh) {
+        Py_INCREF(base);
+    } else {
+        PyObject *shape = split_shape(out, n);
+        base = shape ? PyObject_CallMethodObjArgs(packed, c->state->names[NAME_RESHAPE], shape, NULL) : NULL;
+        Py_XDECREF(shape);
+    }
+    PyObject *parts = base ? PyTuple_New(3) : NULL;
+    int64_t first = 0;
+    for (int i = 0; parts && i < 3; i++) {
+        PyObject *part = slice_heads(base, first, first + n->heads[i]);
+        if (!part || PyTuple_SetItem(parts, i, part) < 0) Py_CLEAR(parts);
+        first += n->heads[i];
+    }
+    Py_XDECREF(base);
+    return parts;
+}

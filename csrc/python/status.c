@@ -1,0 +1,95 @@
+/* status.c: every way in which the binding refuses. One function turns a status into an exception; the others make the
+ * sentences about Python objects, which the ops below never see. */
+#include "binding.h"
+
+#include <stdarg.h>
+#include <string.h>
+
+bool accept(mv_status status, const mv_error *error) {
+    if (status == MV_OK) return true;
+    PyObject *const types[] = {[MV_BAD_TYPE] = PyExc_TypeError,
+                               [MV_BAD_VALUE] = PyExc_ValueError,
+                               [MV_DEVICE_ERROR] = PyExc_RuntimeError,
+                               [MV_NO_MEMORY] = PyExc_MemoryError};
+    /* The text may quote the caller and be cut in the middle of a character. */
+    PyObject *text = PyUnicode_DecodeUTF8(error->text, (Py_ssize_t)strlen(error->text), "replace");
+    if (text) PyErr_SetObject(types[status], text);
+    Py_XDECREF(text);
+    return false;
+}
+
+static PyObject *sentence(const call *c, const char *name, int member, const char *format, va_list values) {
+    PyObject *text = PyUnicode_FromFormatV(format, values);
+    if (!text) return NULL;
+    PyObject *whole = member < 0 ? PyUnicode_FromFormat("%s: %s %U", c->op, name, text)
+                                 : PyUnicode_FromFormat("%s: %s[%d] %U", c->op, name, member, text);
+    Py_DECREF(text);
+    return whole;
+}
+
+bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    PyObject *text = sentence(c, name, -1, format, values);
+    va_end(values);
+    if (text) PyErr_SetObject(type, text);
+    Py_XDECREF(text);
+    return false;
+}
+
+bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    PyObject *text = sentence(c, t->name, t->member, format, values);
+    va_end(values);
+    if (text) PyErr_SetObject(type, text);
+    Py_XDECREF(text);
+    return false;
+}
+
+bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...) {
+    PyObject *cause_type, *cause, *traceback;
+    PyErr_Fetch(&cause_type, &cause, &traceback);
+    PyErr_NormalizeException(&cause_type, &cause, &traceback);
+    if (traceback) PyException_SetTraceback(cause, traceback);
+    Py_XDECREF(traceback);
+    /* KeyboardInterrupt, SystemExit and MemoryError are not about this tensor. */
+    if (cause && (!PyErr_GivenExceptionMatches(cause_type, PyExc_Exception) ||
+                  PyErr_GivenExceptionMatches(cause_type, PyExc_MemoryError))) {
+        PyErr_Restore(cause_type, cause, NULL);
+        return false;
+    }
+
+    va_list values;
+    va_start(values, format);
+    PyObject *text = sentence(c, t->name, t->member, format, values);
+    va_end(values);
+    PyObject *whole = text && cause ? PyUnicode_FromFormat("%U: %S", text, cause) : text;
+    if (whole) PyErr_SetObject(type, whole);
+    if (whole != text) Py_XDECREF(whole);
+    Py_XDECREF(text);
+    if (!cause) return false;
+
+    PyObject *new_type, *new_value, *new_traceback;
+    PyErr_Fetch(&new_type, &new_value, &new_traceback);
+    PyErr_NormalizeException(&new_type, &new_value, &new_traceback);
+    Py_INCREF(cause);
+    PyException_SetContext(new_value, cause); /* both steal */
+    PyException_SetCause(new_value, cause);
+    Py_DECREF(cause_type);
+    PyErr_Restore(new_type, new_value, new_traceback);
+    return false;
+}
+
+bool refuse_dtype(const call *c, const tensor *t, const char *got) {
+    static const char wanted[] = "expected float32, float16 or bfloat16";
+    PyObject *dtype = got ? NULL : PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
+    if (dtype) {
+        refuse(c, t, PyExc_TypeError, "has dtype %S, %s", dtype, wanted);
+        Py_DECREF(dtype);
+    } else {
+        PyErr_Clear();
+        refuse(c, t, PyExc_TypeError, "has %s, %s", got ? got : "another dtype", wanted);
+    }
+    return false;
+}

@@ -1,0 +1,158 @@
+/* torch.c: torch tensors, through the C exchange API (torch 2.10 and later) or __dlpack__.
+ *
+ * The exchange API checks neither requires_grad nor the negative bit, and knows no subclass that holds no memory of its
+ * own: those checks are here. Results are torch.empty's, with torch's own storages: record_stream does nothing for a
+ * tensor that was wrapped from elsewhere. */
+#include "binding.h"
+
+/* A subclass that overrides __torch_dispatch__ (FakeTensor, DTensor) need not have memory behind it. */
+static bool is_plain(call *c, tensor *t) {
+    PyObject *tensor_type = known(c->state, TORCH_TENSOR);
+    PyTypeObject *type = Py_TYPE(t->object);
+    if (!tensor_type || (PyObject *)type == tensor_type) return tensor_type != NULL;
+    PyObject *own = PyObject_GetAttrString((PyObject *)type, "__torch_dispatch__");
+    PyObject *usual = PyObject_GetAttrString(tensor_type, "__torch_dispatch__");
+    const bool plain = own && own == usual;
+    Py_XDECREF(usual);
+    Py_XDECREF(own);
+    PyErr_Clear();
+    if (plain) return true;
+    PyObject *name = PyType_GetQualName(type);
+    if (name)
+        refuse(c, t, PyExc_TypeError, "is a %U, which is no plain memory (it overrides __torch_dispatch__), expected a "
+               "torch.Tensor; pass the local tensor behind it", name);
+    Py_XDECREF(name);
+    return false;
+}
+
+/* Outputs without a gradient where one is expected would train a model wrongly and silently. */
+static bool check_grad(call *c, tensor *t) {
+    if (c->grad_mode < 0) {
+        PyObject *function = known(c->state, TORCH_IS_GRAD_ENABLED);
+        PyObject *enabled = function ? PyObject_CallNoArgs(function) : NULL;
+        if (!enabled) return false;
+        c->grad_mode = enabled == Py_True;
+        Py_DECREF(enabled);
+    }
+    if (!c->grad_mode) return true;
+    PyObject *requires_grad = PyObject_GetAttr(t->object, c->state->names[NAME_REQUIRES_GRAD]);
+    if (!requires_grad) return false;
+    const bool refused = requires_grad == Py_True;
+    Py_DECREF(requires_grad);
+    return !refused || refuse(c, t, PyExc_RuntimeError,
+                              "requires grad and grad mode is on, but minivllm computes no gradients; call it under "
+                              "torch.no_grad() or torch.inference_mode(), or pass a detach()ed tensor");
+}
+
+/* Lazy negation is a property of views of conjugated complex tensors, and those never have unit strides. */
+static bool check_not_negated(call *c, tensor *t) {
+    for (int d = 0; d < t->view.ndim; d++)
+        if (t->shape[d] == 0 || (t->shape[d] > 1 && t->strides[d] == 1)) return true;
+    PyObject *negated = PyObject_CallMethodObjArgs(t->object, c->state->names[NAME_IS_NEG], NULL);
+    if (!negated) return false;
+    Py_DECREF(negated);
+    return negated != Py_True || refuse(c, t, PyExc_ValueError, "is lazily negated; pass x.resolve_neg()");
+}
+
+/* torch before 2.10. __dlpack__ refuses whatever requires grad, also in no_grad mode. */
+static bool view_by_protocol(call *c, tensor *t) {
+    PyObject *detached = PyObject_CallMethodObjArgs(t->object, c->state->names[NAME_DETACH], NULL);
+    if (!detached) return refuse_because(c, t, PyExc_BufferError, "cannot be read");
+    PyObject *const given = t->object;
+    PyObject *no_wait = PyLong_FromLong(-1);
+    t->object = detached;
+    const bool ok = no_wait && view_of_dlpack(c, t, no_wait);
+    t->object = given;
+    Py_XDECREF(no_wait);
+    Py_DECREF(detached);
+    return ok;
+}
+
+static bool torch_view(call *c, tensor *t) {
+    if (!is_plain(c, t)) return false;
+    if (c->forbid_grad && !check_grad(c, t)) return false;
+    if (!t->api) return view_by_protocol(c, t);
+    dl_tensor borrowed;
+    if (t->api->borrow_from_object(t->object, &borrowed) != 0)
+        return refuse_because(c, t, PyExc_BufferError, "is no tensor in plain memory");
+    return view_of_dl_tensor(c, t, &borrowed) && check_not_negated(c, t);
+}
+
+static bool torch_stream(call *c, const tensor *t, void **stream) {
+    if (t->api) return t->api->current_stream(DL_CUDA, t->view.device.index, stream) == 0;
+    PyObject *function = known(c->state, TORCH_CURRENT_STREAM);
+    PyObject *object = function ? PyObject_CallFunction(function, "i", (int)t->view.device.index) : NULL;
+    return object && take_pointer(object, "cuda_stream", stream);
+}
+
+/* dtype=, device= for torch.empty. dtype 3: uint8. Borrowed. */
+static PyObject *options_for(module_state *state, int dtype, mv_device device) {
+    const int place = device.kind == MV_CPU ? 0 : 1 + device.index;
+    if (place > MAX_CUDA_DEVICES)
+        return PyErr_Format(PyExc_RuntimeError, "minivllm: only the first %d GPUs can be used", MAX_CUDA_DEVICES);
+    PyObject *made = atomic_load_explicit(&state->torch_options[dtype][place], memory_order_acquire);
+    if (made) return made;
+    PyObject *type = known(state, TORCH_DTYPES + dtype);
+    PyObject *make_device = known(state, TORCH_DEVICE);
+    if (!type || !make_device) return NULL;
+    PyObject *where = device.kind == MV_CPU ? PyObject_CallFunction(make_device, "s", "cpu")
+                                            : PyObject_CallFunction(make_device, "si", "cuda", (int)device.index);
+    PyObject *options = where ? Py_BuildValue("{sOsO}", "dtype", type, "device", where) : NULL;
+    Py_XDECREF(where);
+    return keep_first(&state->torch_options[dtype][place], options);
+}
+
+static PyObject *torch_new(call *c, int dtype, mv_device device, int ndim, const int64_t *shape) {
+    PyObject *empty = known(c->state, TORCH_EMPTY);
+    PyObject *options = empty ? options_for(c->state, dtype, device) : NULL;
+    PyObject *sizes = options ? shape_tuple(ndim, shape) : NULL;
+    PyObject *arguments = sizes ? PyTuple_Pack(1, sizes) : NULL;
+    PyObject *result = arguments ? PyObject_Call(empty, arguments, options) : NULL;
+    Py_XDECREF(arguments);
+    Py_XDECREF(sizes);
+    return result;
+}
+
+static PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+    return torch_new(c, (int)like->view.dtype, like->view.device, ndim, shape);
+}
+
+static PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+    const int64_t size = (int64_t)bytes;
+    PyObject *object = torch_new(c, TORCH_UINT8 - TORCH_DTYPES, like->view.device, 1, &size);
+    PyObject *pointer = object ? PyObject_CallMethod(object, "data_ptr", NULL) : NULL;
+    *data = pointer ? PyLong_AsVoidPtr(pointer) : NULL;
+    Py_XDECREF(pointer);
+    if (PyErr_Occurred()) Py_CLEAR(object);
+    return object;
+}
+
+/* Nobody else holds a fresh packed buffer, so its parts need no autograd record of being views of one tensor. */
+static PyObject *torch_split(call *c, PyObject *packed, const tensor *out, const head_counts *n, bool fresh) {
+    PyObject *base = packed;
+    if (fresh) {
+        Py_INCREF(base);
+    } else {
+        PyObject *shape = split_shape(out, n);
+        base = shape ? PyObject_CallMethodObjArgs(packed, c->state->names[NAME_VIEW], shape, NULL) : NULL;
+        Py_XDECREF(shape);
+    }
+    PyObject *function = known(c->state, fresh ? TORCH_SPLIT_FRESH : TORCH_SPLIT);
+    PyObject *parts = NULL;
+    if (base && function) {
+        PyObject *sizes = shape_tuple(3, n->heads);
+        PyObject *dim = PyLong_FromLong(-2);
+        if (sizes && dim) parts = PyObject_CallFunctionObjArgs(function, base, sizes, dim, NULL);
+        Py_XDECREF(dim);
+        Py_XDECREF(sizes);
+    }
+    Py_XDECREF(base);
+    return parts;
+}
+
+const framework torch_framework = {.name = "torch",
+                                   .view = torch_view,
+                                   .stream = torch_stream,
+                                   .empty = torch_empty,
+                                   .scratch = torch_scratch,
+                                   .split = torch_split};

@@ -1,0 +1,127 @@
+"""Types of the extension module. The docstrings of the ops themselves say what they compute."""
+
+from collections.abc import Buffer, Sequence
+from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeVar, overload
+
+class _Tensor(Protocol):
+    """What every framework's tensors have in common; at run time more is asked for (see rms_norm)."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+_T = TypeVar("_T", bound=_Tensor)  # results are of x's framework
+_Rounding = Literal["hf", "fp32"]
+_WeightLayout = Literal["auto", "out_in", "in_out"]
+_Tensors = _Tensor | tuple[_Tensor, _Tensor, _Tensor] | list[_Tensor]
+
+version: str
+
+def rms_norm(
+    x: _T,
+    weight: _Tensor,
+    eps: SupportsFloat = 1e-6,
+    *,
+    out: _T | None = None,
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    kernel: str | None = None,
+) -> _T: ...
+def add_rms_norm(
+    x: _T,
+    residual: _Tensor,
+    weight: _Tensor,
+    eps: SupportsFloat = 1e-6,
+    *,
+    out: _T | None = None,
+    residual_out: _T | None = None,
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    kernel: str | None = None,
+) -> tuple[_T, _T]: ...
+def fused_add_rms_norm(x: _T, residual: _T, weight: _Tensor, eps: SupportsFloat = 1e-6) -> tuple[_T, _T]: ...
+@overload
+def rms_norm_qkv(
+    x: _T,
+    norm_weight: _Tensor,
+    qkv_weight: _Tensors,
+    num_heads: SupportsIndex,
+    num_kv_heads: SupportsIndex,
+    eps: SupportsFloat = 1e-6,
+    *,
+    bias: _Tensors | None = None,
+    residual: None = None,
+    head_dim: SupportsIndex | None = None,
+    out: _T | None = None,
+    residual_out: None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = True,
+    kernel: str | None = None,
+) -> tuple[_T, _T, _T]: ...
+@overload
+def rms_norm_qkv(
+    x: _T,
+    norm_weight: _Tensor,
+    qkv_weight: _Tensors,
+    num_heads: SupportsIndex,
+    num_kv_heads: SupportsIndex,
+    eps: SupportsFloat = 1e-6,
+    *,
+    bias: _Tensors | None = None,
+    residual: _Tensor,
+    head_dim: SupportsIndex | None = None,
+    out: _T | None = None,
+    residual_out: _T | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = True,
+    kernel: str | None = None,
+) -> tuple[_T, _T, _T, _T]: ...
+def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
+def last_kernel() -> tuple[str, str, str] | None: ...
+def set_num_threads(n: SupportsIndex, /) -> None: ...
+def get_num_threads() -> int: ...
+def cpu_features() -> str: ...
+def cuda_archs() -> str: ...
+def cuda_device_count() -> int: ...
+def cuda_device_info(device: int, /) -> dict[str, Any]: ...
+def _check_rms_norm_qkv(
+    norm_weight: _Tensor,
+    qkv_weight: _Tensors,
+    num_heads: SupportsIndex,
+    num_kv_heads: SupportsIndex,
+    eps: SupportsFloat = 1e-6,
+    *,
+    bias: _Tensors | None = None,
+    head_dim: SupportsIndex | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+) -> tuple[int, int, int]: ...
+def _allocate(device: int, bytes: int, /) -> object: ...
+def _address(memory: object, /) -> int: ...
+def _copy_from_host(device: int, address: int, host: Buffer, stream: int, /) -> None: ...
+def _copy_to_host(device: int, address: int, host: Buffer, stream: int, /) -> None: ...
+def _stream_wait(device: int, waiting: int, producing: int, /) -> None: ...
+def _to_dlpack(
+    owner: object,
+    device: int,
+    address: int,
+    dtype: str,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    versioned: bool,
+    /,
+) -> object: ...
+def _view(array: _Tensor, /) -> tuple[int, tuple[int, ...], tuple[int, ...], str, str, bool, object]: ...
+def _empty(like: _T, shape: Sequence[int], /) -> _T: ...

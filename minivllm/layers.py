@@ -1,0 +1,118 @@
+"""Layers: an op together with its weights."""
+
+import sys
+
+from minivllm import _C
+from minivllm.device_array import DeviceArray, to_device
+
+
+class FusedRMSNormQKV:
+    """RMSNorm and the q, k, v projection of an attention layer, in one kernel.
+
+        q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias)
+
+    `FusedRMSNormQKV.forward` is `minivllm.rms_norm_qkv`, for calls that bring their own weights. An instance holds them:
+    it checks shapes and dtypes once, and then `layer(x)` is cheap.
+
+    norm_weight: [hidden]. qkv_weight: [qkv, hidden] or [hidden, qkv], with qkv = (num_heads + 2 num_kv_heads) head_dim,
+    or a tuple (wq, wk, wv). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
+
+    The layer keeps the very tensors it was given and reads their addresses anew at each call, so weights that are
+    updated in place, or whose storage is replaced, are seen. With `prepack=True` the projection is instead copied once
+    into one contiguous [qkv, hidden] matrix of `prepacked_bytes` bytes; `refresh()` renews that copy.
+    """
+
+    forward = staticmethod(_C.rms_norm_qkv)
+
+    def __init__(
+        self,
+        *,
+        norm_weight,
+        qkv_weight,
+        num_heads,
+        num_kv_heads,
+        eps=1e-6,
+        bias=None,
+        head_dim=None,
+        weight_layout="auto",
+        rounding="hf",
+        weight_offset=0.0,
+        batch_invariant=False,
+        allow_tf32=False,
+        prepack=False,
+    ):
+        self.hidden, self.qkv, self.head_dim = _C._check_rms_norm_qkv(
+            norm_weight, qkv_weight, num_heads, num_kv_heads, eps, bias=bias, head_dim=head_dim,
+            weight_layout=weight_layout, rounding=rounding, weight_offset=weight_offset,
+            batch_invariant=batch_invariant, allow_tf32=allow_tf32)  # fmt: skip
+        self.norm_weight = norm_weight
+        self.qkv_weight = qkv_weight
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.eps = eps
+        self.bias = bias
+        self.weight_layout = weight_layout
+        self.rounding = rounding
+        self.weight_offset = weight_offset
+        self.batch_invariant = batch_invariant
+        self.allow_tf32 = allow_tf32
+        self.prepack = prepack
+        self.prepacked_bytes = 0
+        self._packed = None
+        self.refresh()
+
+    def __call__(self, x, *, residual=None, out=None, residual_out=None):
+        """x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."""
+        packed = self._packed
+        return _C.rms_norm_qkv(
+            x, self.norm_weight, self.qkv_weight if packed is None else packed, self.num_heads, self.num_kv_heads,
+            self.eps, bias=self.bias, residual=residual, head_dim=self.head_dim, out=out, residual_out=residual_out,
+            weight_layout=self.weight_layout if packed is None else "out_in", rounding=self.rounding,
+            weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
+            allow_tf32=self.allow_tf32)  # fmt: skip
+
+    def refresh(self):
+        """Renews the copy of the weights that `prepack=True` made (torch, NumPy, CuPy: at the same address, as a CUDA graph
+        needs it). Without one: does nothing."""
+        if not self.prepack:
+            return
+        members = self.qkv_weight if isinstance(self.qkv_weight, (tuple, list)) else (self.qkv_weight,)
+        in_out = self._is_in_out(members)
+        if isinstance(members[0], DeviceArray):
+            blocks = [weight.numpy() for weight in members]
+            host = _concatenate([block.T if in_out else block for block in blocks], (self.qkv, self.hidden))
+            self._packed = to_device(host, members[0].device, members[0].dtype)
+        else:
+            blocks = [weight.T if in_out else weight for weight in members]
+            self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
+        self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
+
+    def _is_in_out(self, members):
+        """Whether the weights are [hidden, out]. By then the op has accepted them, so a square one that is left to its
+        strides is a .t() view."""
+        if self.weight_layout != "auto":
+            return self.weight_layout == "in_out"
+        for weight in members:
+            if weight.shape[0] != weight.shape[1]:
+                return weight.shape[0] == self.hidden
+        return True
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}(hidden={self.hidden}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, eps={self.eps}, rounding={self.rounding!r}, "
+            f"prepacked_bytes={self.prepacked_bytes})"
+        )
+
+
+def _concatenate(blocks, shape, packed=None):
+    """The blocks' rows below each other in one C-contiguous array of their framework: `packed` where there is one."""
+    if type(blocks[0]).__module__.partition(".")[0] in ("jax", "jaxlib"):  # immutable
+        return sys.modules["jax"].numpy.concatenate(blocks)
+    packed = _C._empty(blocks[0], shape) if packed is None else packed
+    row = 0
+    for block in blocks:
+        rows = block.shape[0]
+        packed[row : row + rows] = block.detach() if hasattr(block, "detach") else block
+        row += rows
+    return packed
