@@ -9,8 +9,9 @@ import argparse
 
 import minivllm
 from benchmarks import peers
-from benchmarks.cases import OURS, rows
+from benchmarks.cases import rows
 from benchmarks.report import Report
+from benchmarks.results import OURS
 from minivllm.testing import numeric, reference
 from minivllm.testing.shapes import QKVShape, model
 from minivllm.testing.timing import failure

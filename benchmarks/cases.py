@@ -5,19 +5,19 @@ from collections.abc import Callable, Mapping
 import minivllm
 from benchmarks import memory
 from benchmarks.peers import DTYPES
+from benchmarks.results import OURS
 from minivllm.testing.timing import Failed, Timing, calls_per_graph, time_cpu, time_cuda
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 CUDA_BYTES_PER_US = 3.2e6  # faster than any H100: bounds only how many calls a graph holds
 CUDA_FLOPS_PER_US = {"f32": 60e6, "f16": 900e6, "bf16": 900e6}
-OURS = "minivllm"
 
 
 def rows(op: str, dtype: str, device: str, wanted: list[str]) -> list[str]:
     """The usable kernels of an op for a dtype and a device, by name; wanted: names, "all", or [] for none."""
     there = [
         kernel.name
-        for kernel in minivllm.kernels("rms_norm" if op == "add_rms_norm" else op)
+        for kernel in minivllm.kernels(op)
         if kernel.usable
         and kernel.dtype in (dtype, DTYPES[dtype])
         and kernel.isa.startswith("sm") == (device == "cuda")

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.cases import OURS
-from benchmarks.results import Case, Results, machine
+from benchmarks.results import OURS, Case, Results, machine
 from benchmarks.tables import COMPILED, ROOT
 
 IMAGES = ROOT / "docs" / "img"

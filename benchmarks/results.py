@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+OURS = "minivllm"  # the variant that is minivllm's own choice; others of it begin with this name
 CASE = ("op", "shape", "tokens", "dtype", "mode", "kind")
 
 

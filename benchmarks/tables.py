@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.cases import OURS
 from benchmarks.peers import COMPILE_MODES
-from benchmarks.results import Case, Results, machine
+from benchmarks.results import OURS, Case, Results, machine
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
@@ -164,8 +163,8 @@ def qkv_page(results: Results) -> str:
 
 
 def numerics(results: Results) -> str:
-    """Op x dtype x backend: the worst of each figure over shapes and one-token or many-token calls, normal data, and the
-    largest RMS error relative to torch's over all kinds of data."""
+    """Op x dtype x backend: the worst of each figure over shapes and one-token or many-token calls, normal data; and
+    the largest RMS error relative to torch's over all kinds of data."""
     head = ["op", "dtype", "backend", "rounding", "max error", "RMS error", "torch's RMS error"]
     head += ["RMS / torch's, worst of all data", "correctly rounded", "torch's"]
     lines, used = [], []
