@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")
+    commands.add_argument("--commit", metavar="SHA", help="the commit measured, where the tree has no .git")
     commands.add_argument(
         "--onednn-isa", metavar="ISA", help="ONEDNN_MAX_CPU_ISA for torch on the CPU; ALL lifts the limit"
     )
@@ -77,7 +78,7 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
         options.kernel = ["all"] if args.device == "cuda" and not args.quick else []
     if args.device == "cuda":
         busy_cuda()
-    report = Report(op, args.device, sys.argv[1:], path, module.METHOD)
+    report = Report(op, args.device, sys.argv[1:], path, module.METHOD, args.commit)
     if module is norms:
         norms.run(op, options, report)
     else:

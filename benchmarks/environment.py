@@ -13,10 +13,13 @@ VARIABLES = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "T
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, or None when it is absent or fails."""
+    """What a command prints, or None when it is absent, fails, or hangs."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -28,10 +31,10 @@ def version(package: str) -> str | None:
         return None
 
 
-def git_state() -> dict:
-    """The commit, and whether tracked files differ from it; None where there is no git."""
+def git_state(commit: str | None) -> dict:
+    """The commit (`commit` where the tree has no .git), and whether tracked files differ from it; None: not known."""
     status = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return {"sha": output_of("git", "rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return {"sha": output_of("git", "rev-parse", "HEAD") or commit, "dirty": None if status is None else bool(status)}
 
 
 def cpu_field(name: str) -> str:
@@ -55,7 +58,7 @@ def gpu_state() -> dict | None:
     return dict(zip(GPU_FIELDS, (field.strip() for field in text.split(",")), strict=False)) if text else None
 
 
-def environment(device: str) -> dict:
+def environment(device: str, commit: str | None) -> dict:
     """Everything of this module, as JSON holds it."""
     import minivllm
 
@@ -73,7 +76,7 @@ def environment(device: str) -> dict:
         "minivllm_threads": minivllm.get_num_threads(),
         "packages": {package: version(package) for package in PACKAGES if version(package)},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "git": git_state(),
+        "git": git_state(commit),
     }
     if device == "cuda":
         import torch

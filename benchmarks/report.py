@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class Report:
-    def __init__(self, op: str, device: str, command: list[str], path: str | None, method: dict):
+    def __init__(self, op: str, device: str, command: list[str], path: str | None, method: dict, commit: str | None):
         self.path = Path(path) if path else None
         self.elapsed = stopwatch()
         self.data = {
@@ -30,7 +30,7 @@ class Report:
             "date": now(),
             "seconds": 0.0,
             "command": " ".join(["python", "-m", "benchmarks", *command]),
-            "environment": environment(device),
+            "environment": environment(device, commit),
             "method": method,
             "rows": [],
         }
