@@ -1,0 +1,91 @@
+"""Fixtures: the kernels that exist, the devices that do, and why the others are skipped."""
+
+import pytest
+from frameworks import TORCH_CUDA, native
+
+import minivllm
+
+
+def why_no_gpu() -> str | None:
+    """None when GPU tests can run; otherwise what is missing."""
+    if minivllm._C.cuda_archs() == "":
+        return "needs a GPU: this build has no CUDA backend"
+    try:
+        if minivllm._C.cuda_device_count() == 0:
+            return "needs a GPU: the driver reports none"
+        info = minivllm._C.cuda_device_info(0)
+    except RuntimeError as error:
+        return f"needs a GPU: {error}"
+    return None if info["usable"] else f"needs a GPU this build has code for: {info['name']}"
+
+
+NO_GPU = why_no_gpu()
+ROWS = {op: [row for row in minivllm.kernels(op)] for op in ("rms_norm", "rms_norm_qkv")}
+
+
+def device_of(row) -> str:
+    return "cuda" if row.isa.startswith("sm") else "cpu"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    config.addinivalue_line("markers", "sanitize: the reduced GPU suite that compute-sanitizer runs over")
+    config.addinivalue_line("markers", "rows(op): the fixture `kernel` runs over the kernels of this op")
+
+
+def pytest_report_header():
+    usable = sum(row.usable for rows in ROWS.values() for row in rows)
+    total = sum(len(rows) for rows in ROWS.values())
+    return f"minivllm {minivllm.__version__}: {usable} of {total} kernels usable here; GPU: {NO_GPU or 'yes'}"
+
+
+def _kernel_param(row):
+    marks = [pytest.mark.gpu] if device_of(row) == "cuda" else []
+    if not row.usable:
+        marks.append(pytest.mark.skip(reason=f"{row.name}: {row.why_not}"))
+    return pytest.param(row, id=row.name, marks=marks)
+
+
+@pytest.hookimpl(trylast=True)  # so that kernels vary fastest, and what a test's other parameters cost is shared by them
+def pytest_generate_tests(metafunc):
+    if "kernel" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("rows")
+        metafunc.parametrize("kernel", [_kernel_param(row) for row in ROWS[marker.args[0]]])
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def pytest_collection_modifyitems(items):
+    if NO_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture
+def framework(request):
+    """The framework native to the device of the test's `kernel` or `device`."""
+    values = request.node.callspec.params
+    device = device_of(values["kernel"]) if "kernel" in values else values["device"]
+    chosen = native(device)
+    dtype = values["kernel"].dtype if "kernel" in values else values.get("dtype", "f32")
+    if reason := chosen.why_not(short_dtype(dtype)):
+        pytest.skip(reason)
+    return chosen
+
+
+def short_dtype(name: str) -> str:
+    """ "f32" of "float32" and so on; the short names stay."""
+    return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(name, name)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="compares with torch, which is not installed")
+
+
+@pytest.fixture
+def cuda_torch():
+    if reason := TORCH_CUDA.why_not():
+        pytest.skip(reason)
+    return TORCH_CUDA.torch
