@@ -82,8 +82,17 @@ class Op:
             return function(self.x, self.residual, self.gamma)[0]
         return function(self.x, self.gamma, self.weight, self.bias)
 
+    def triton(self):
+        from benchmarks import triton_peer
+
+        out = self.x.new_empty(self.x.shape[0], self.shape.qkv)
+        triton_peer.rms_norm_qkv(self.x, self.gamma, self.weight, self.bias, out, peers.EPS)
+        return out
+
     def variants(self, kernels: list[str]) -> dict:
         found = {"torch": lambda: self.torch(""), "torch hf": lambda: self.torch("hf_")}
+        if self.op == "rms_norm_qkv" and self.x.is_cuda:
+            found["triton per output"] = self.triton
         for rounding in ("hf", "fp32"):
             call = lambda x, residual, rounding=rounding: self.fused(x, residual, rounding=rounding)  # noqa: E731
             found[f"{OURS} {rounding}"] = lambda call=call: call(self.x, self.residual)

@@ -106,10 +106,10 @@ class Chain:
         _, weight, bias = self.layer(i)
         F.linear(self.fixed, weight, bias)
 
-    def triton(self):
+    def triton(self, i: int) -> None:
         from benchmarks import triton_peer
 
-        return lambda i: triton_peer.rms_norm_qkv(self.xs[i % 2], *self.layer(i), self.outs[1 - i % 2], peers.EPS)
+        triton_peer.rms_norm_qkv(self.xs[i % 2], *self.layer(i), self.outs[1 - i % 2], peers.EPS)
 
     def numpy(self):
         layers = [tuple(None if t is None else t.numpy() for t in layer) for layer in self.layers]
@@ -126,7 +126,7 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
         for name, function in peers.compiled(peers.rms_norm_qkv).items():
             found[name] = chain.torch_pair(function)
     if cuda and tokens == 1 and "triton" in environment["packages"]:
-        found["triton per output"] = chain.triton()
+        found["triton per output"] = chain.triton
     if cuda and tokens <= FEW_TOKENS:
         from benchmarks import device_peers
 
