@@ -100,7 +100,7 @@ static mv_status layout_by_shape(mv_named w, int64_t hidden, mv_weight_layout *l
                "%s: %s has shape %s, expected [qkv, %lld] (as nn.Linear keeps it) or its transpose (x.shape[-1] is "
                "%lld)",
                w.op, w.name, mv_shape_text(v).text, (long long)hidden, (long long)hidden);
-    *layout = out_in && in_out && hidden > 1 ? MV_LAYOUT_AUTO : out_in ? MV_LAYOUT_OUT_IN : MV_LAYOUT_IN_OUT;
+    *layout = out_in && in_out ? MV_LAYOUT_AUTO : out_in ? MV_LAYOUT_OUT_IN : MV_LAYOUT_IN_OUT;
     return MV_OK;
 }
 
@@ -123,10 +123,10 @@ static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, in
     return MV_OK;
 }
 
-/* A square weight whose columns are contiguous is a .t() view; any other could be either. */
+/* A square weight whose columns are contiguous is a .t() view; any other could be either, unless it is a single value. */
 static mv_status layout_by_strides(mv_named w, mv_weight_layout *layout, mv_error *error) {
     *layout = MV_LAYOUT_IN_OUT;
-    MV_REQUIRE(mv_stride(w.view, 0) == 1, MV_BAD_VALUE,
+    MV_REQUIRE(mv_stride(w.view, 0) == 1 || w.view->shape[0] == 1, MV_BAD_VALUE,
                "%s: %s is square (%s) and row-major, so it could be [qkv, hidden] or [hidden, qkv]; pass "
                "weight_layout=\"out_in\" if it is as nn.Linear keeps it, \"in_out\" if it is transposed",
                w.op, w.name, mv_shape_text(w.view).text);
