@@ -1,7 +1,7 @@
 """DeviceArray: a minimal buffer on a GPU, for people who have NumPy and a GPU and nothing else.
 
-It computes nothing. It goes in and out of NumPy, is an argument and a result of every op, and speaks DLPack and the CUDA
-array interface to everybody else. All its work is ordered on the legacy default stream of its GPU, memory included.
+It computes nothing. It goes in and out of NumPy, is an argument and a result of every op, and speaks DLPack and the
+CUDA array interface to everybody else. All its work, memory included, is ordered on its GPU's legacy default stream.
 """
 
 import operator
@@ -57,7 +57,7 @@ class DeviceArray:
         bits = numpy.uint32 if self.dtype == "float32" else numpy.uint16
         if 0 in self.shape:
             return _from_bits(numpy.empty(self.shape, bits), self.dtype)
-        reach = [(size - 1) * stride for size, stride in zip(self.shape, self._strides)]
+        reach = [(size - 1) * stride for size, stride in zip(self.shape, self._strides, strict=True)]
         before = -sum(min(r, 0) for r in reach)  # elements in front of the first one, by negative strides
         span = numpy.empty(before + sum(max(r, 0) for r in reach) + 1, bits)
         _C._copy_to_host(self._index, self._pointer - before * span.itemsize, span, 0)
@@ -77,7 +77,7 @@ class DeviceArray:
             raise BufferError("DeviceArray is exported without a copy: copy=True cannot be served")
         if stream not in (None, -1, 1):
             if stream == 0:
-                raise ValueError("stream 0 is ambiguous: pass None or 1 for the legacy default stream, 2 for the thread's")
+                raise ValueError("stream 0 is ambiguous, expected None or 1 (legacy default stream) or 2 (per thread)")
             _C._stream_wait(self._index, stream, 0)
         versioned = max_version is not None and max_version[0] >= 1
         return _C._to_dlpack(self, self._index, self._pointer, self.dtype, self.shape, self._strides, versioned)
@@ -126,8 +126,8 @@ def empty(shape, dtype="float32", device="cuda:0"):
 def to_device(array, device="cuda:0", dtype=None, stream=None):
     """A copy of `array` (anything that numpy.asarray takes, or a DeviceArray) on a GPU, as a DeviceArray.
 
-    dtype: that of `array` unless given; a conversion rounds to nearest, ties to even. stream: the handle of a CUDA stream
-    to copy on, which the legacy default stream then waits for. The host memory is free again on return.
+    dtype: that of `array` unless given; a conversion rounds to nearest, ties to even. stream: the handle of a CUDA
+    stream to copy on, which the legacy default stream then waits for. The host memory is free again on return.
     """
     import numpy
 
@@ -149,13 +149,11 @@ def _to_bits(array, dtype):
     """The elements as C-contiguous unsigned integers of the width of `dtype`."""
     import numpy
 
-    if array.dtype.name == dtype:
-        array = numpy.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    if dtype != "bfloat16" or array.dtype.name == dtype:
+        array = numpy.ascontiguousarray(array, array.dtype.newbyteorder("=") if dtype == "bfloat16" else dtype)
         return array.reshape(-1).view(numpy.uint32 if dtype == "float32" else numpy.uint16)
-    if dtype != "bfloat16":
-        return numpy.ascontiguousarray(array, dtype).reshape(-1).view(numpy.uint32 if dtype == "float32" else numpy.uint16)
-    # To float32 first, rounding to odd: an inexact value keeps its lowest bit set, so that rounding again cannot take it
-    # for a tie (Boldo and Melquiond, 2008).
+    # To float32 first, rounding to odd: an inexact value keeps its lowest bit set, so that rounding again cannot take
+    # it for a tie (Boldo and Melquiond, 2008).
     exact = numpy.ascontiguousarray(array, numpy.float64).reshape(-1)
     with numpy.errstate(over="ignore"):
         single = exact.astype(numpy.float32)

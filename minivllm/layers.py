@@ -11,8 +11,8 @@ class FusedRMSNormQKV:
 
         q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias)
 
-    `FusedRMSNormQKV.forward` is `minivllm.rms_norm_qkv`, for calls that bring their own weights. An instance holds them:
-    it checks shapes and dtypes once, and then `layer(x)` is cheap.
+    `FusedRMSNormQKV.forward` is `minivllm.rms_norm_qkv`, for calls that bring their own weights. An instance holds
+    them: it checks shapes and dtypes once, and then `layer(x)` is cheap.
 
     norm_weight: [hidden]. qkv_weight: [qkv, hidden] or [hidden, qkv], with qkv = (num_heads + 2 num_kv_heads) head_dim,
     or a tuple (wq, wk, wv). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
@@ -72,8 +72,8 @@ class FusedRMSNormQKV:
             allow_tf32=self.allow_tf32)  # fmt: skip
 
     def refresh(self):
-        """Renews the copy of the weights that `prepack=True` made (torch, NumPy, CuPy: at the same address, as a CUDA graph
-        needs it). Without one: does nothing."""
+        """Renews the copy of the weights that `prepack=True` made, at the same address (as a CUDA graph needs it) for
+        torch, NumPy and CuPy. Without a copy: does nothing."""
         if not self.prepack:
             return
         members = self.qkv_weight if isinstance(self.qkv_weight, (tuple, list)) else (self.qkv_weight,)

@@ -154,8 +154,8 @@ bool to_optional_integer(call *c, const parameter *p, PyObject *value, void *tar
     if (value == Py_None) return true;
     if (!to_integer(c, p, value, target)) return false;
     const int64_t number = *(int64_t *)target;
-    return number > 0 || refuse_argument(c, p->name, PyExc_ValueError, "is %lld, expected at least 1",
-                                         (long long)number);
+    return number > 0 ||
+           refuse_argument(c, p->name, PyExc_ValueError, "is %lld, expected at least 1", (long long)number);
 }
 
 bool to_flag(call *c, const parameter *p, PyObject *value, void *target) {

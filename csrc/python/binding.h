@@ -103,9 +103,9 @@ typedef struct {
     int member;       /* of a tuple given under that name, or -1 */
     const framework *framework;
     const dl_exchange_api *api;
-    mv_view *slot;    /* where in the op's args its view went */
-    mv_view view;     /* shape and strides point to the arrays below */
-    void *managed;    /* a DLPack export to give back: dl_managed_versioned when `versioned`, else dl_managed */
+    mv_view *slot; /* where in the op's args its view went */
+    mv_view view;  /* shape and strides point to the arrays below */
+    void *managed; /* a DLPack export to give back: dl_managed_versioned when `versioned`, else dl_managed */
     bool versioned;
     bool fresh;        /* a result that we made */
     bool has_producer; /* another framework's stream, which wrote the data and will go on with it */
@@ -120,9 +120,9 @@ typedef struct {
     signed char grad_mode;       /* torch's, asked once a call; -1: not yet */
     const framework *streams_of; /* the framework whose current stream is `stream`; NULL: none on a GPU yet */
     void *stream;
-    int32_t device; /* of that stream; -1: not known yet */
+    int32_t device;   /* of that stream; -1: not known yet */
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
-    void *scratch; /* the workspace on the CPU; on a GPU the object that owns it */
+    void *scratch;    /* the workspace on the CPU; on a GPU the object that owns it */
     PyObject *scratch_owner;
     int count;
     tensor tensors[MAX_TENSORS];
@@ -154,7 +154,7 @@ struct framework {
     PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
 };
 
-extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework;
+extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework, jax_tracer_framework;
 extern const framework exchange_framework, dlpack_framework, device_array_framework, cuda_array_framework;
 
 /* ---- status.c: every way to refuse ------------------------------------------------------------------------------ */
@@ -179,7 +179,7 @@ void release_dlpack(tensor *t);
 bool strides_from_bytes(call *c, tensor *t, int64_t itemsize);
 
 PyObject *shape_tuple(int ndim, const int64_t *shape);
-bool ints_of_tuple(PyObject *tuple, int64_t *values, int *count); /* at most MAX_DIMS */
+bool ints_of_tuple(PyObject *tuple, int64_t *values, int *count);           /* at most MAX_DIMS */
 bool take_pointer(PyObject *object, const char *attribute, void **pointer); /* object.attribute; steals object */
 
 /* By a NumPy dtype object, whose arrays CuPy's are too. False and no error set: unsupported. */

@@ -15,6 +15,7 @@ static const struct {
     {"minivllm.device_array", "DeviceArray", &device_array_framework},
     {"cupy", "ndarray", &cupy_framework},
     {"jax", "Array", &jax_framework},
+    {"jax.core", "Tracer", &jax_tracer_framework},
 };
 
 /* 1 when `object` is of the type module.name, 0 when not (or when the module is not loaded), -1 on an error. */
@@ -110,7 +111,8 @@ static bool find_framework(call *c, tensor *t) {
         if (name)
             refuse(c, t, PyExc_TypeError,
                    "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), "
-                   "got %U", name);
+                   "got %U",
+                   name);
         Py_XDECREF(name);
         return false;
     }
@@ -130,13 +132,18 @@ bool check_view(call *c, tensor *t) {
         if (t->shape[d] < 0) return refuse(c, t, PyExc_BufferError, "was exported with a negative size");
         empty = empty || t->shape[d] == 0;
     }
-    if (empty) return true;
+    if (empty) { /* nothing to step over, and NumPy's strides may be zero then */
+        t->view.strides = NULL;
+        return true;
+    }
     if (!t->view.data)
         return refuse(c, t, PyExc_BufferError, "has no data: its exporter gave a null pointer for its elements");
     const int itemsize = (int)itemsize_of(t->view.dtype);
     if ((uintptr_t)t->view.data % (uintptr_t)itemsize != 0)
-        return refuse(c, t, PyExc_ValueError, "starts at an address that is no multiple of its %d-byte elements; pass "
-                      "a copy", itemsize);
+        return refuse(c, t, PyExc_ValueError,
+                      "starts at an address that is no multiple of its %d-byte elements; pass "
+                      "a copy",
+                      itemsize);
     return true;
 }
 
@@ -145,8 +152,10 @@ bool strides_from_bytes(call *c, tensor *t, int64_t itemsize) {
     for (int d = 0; d < t->view.ndim; d++) empty = empty || t->shape[d] == 0;
     for (int d = 0; d < t->view.ndim; d++) {
         if (t->shape[d] > 1 && !empty && t->strides[d] % itemsize != 0)
-            return refuse(c, t, PyExc_ValueError, "has a stride of %lld bytes in dimension %d, expected a multiple of "
-                          "its %d-byte elements; pass a contiguous copy", (long long)t->strides[d], d, (int)itemsize);
+            return refuse(c, t, PyExc_ValueError,
+                          "has a stride of %lld bytes in dimension %d, expected a multiple of "
+                          "its %d-byte elements; pass a contiguous copy",
+                          (long long)t->strides[d], d, (int)itemsize);
         t->strides[d] /= itemsize;
     }
     return true;
@@ -164,21 +173,20 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
     mv_view *view = &t->view;
     switch (source->device.type) {
     case DL_CPU:
-    case DL_CUDA_HOST: /* pinned */
-        view->device = (mv_device){MV_CPU, 0};
-        break;
+    case DL_CUDA_HOST: /* pinned */ view->device = (mv_device){MV_CPU, 0}; break;
     case DL_CUDA:
-    case DL_CUDA_MANAGED:
-        view->device = (mv_device){MV_CUDA, source->device.id};
-        break;
+    case DL_CUDA_MANAGED: view->device = (mv_device){MV_CUDA, source->device.id}; break;
     default:
         return refuse(c, t, PyExc_ValueError, "is on a device of DLPack type %d, expected the CPU or a CUDA device",
                       (int)source->device.type);
     }
     const dl_dtype dtype = source->dtype;
-    if (dtype.code == DL_FLOAT && dtype.bits == 32 && dtype.lanes == 1) view->dtype = MV_F32;
-    else if (dtype.code == DL_FLOAT && dtype.bits == 16 && dtype.lanes == 1) view->dtype = MV_F16;
-    else if (dtype.code == DL_BFLOAT && dtype.bits == 16 && dtype.lanes == 1) view->dtype = MV_BF16;
+    if (dtype.code == DL_FLOAT && dtype.bits == 32 && dtype.lanes == 1)
+        view->dtype = MV_F32;
+    else if (dtype.code == DL_FLOAT && dtype.bits == 16 && dtype.lanes == 1)
+        view->dtype = MV_F16;
+    else if (dtype.code == DL_BFLOAT && dtype.bits == 16 && dtype.lanes == 1)
+        view->dtype = MV_BF16;
     else {
         char text[64];
         return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
@@ -230,10 +238,8 @@ bool settle(call *c) {
     }
     if (!c->synchronize || !c->streams_of) return true;
     mv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = mv_cuda_synchronize(c->device, c->stream, &error);
-    Py_END_ALLOW_THREADS
-    return accept(status, &error);
+    Py_BEGIN_ALLOW_THREADS status = mv_cuda_synchronize(c->device, c->stream, &error);
+    Py_END_ALLOW_THREADS return accept(status, &error);
 }
 
 /* ---- one tensor, one call --------------------------------------------------------------------------------------- */

@@ -11,11 +11,15 @@ static bool read_dtype(call *c, tensor *t, PyObject *interface) {
     PyObject *typestr = item(interface, "typestr");
     if (!typestr || !PyUnicode_Check(typestr))
         return refuse(c, t, PyExc_BufferError, "has a __cuda_array_interface__ without typestr");
-    if (PyUnicode_CompareWithASCIIString(typestr, "<f4") == 0) t->view.dtype = MV_F32;
-    else if (PyUnicode_CompareWithASCIIString(typestr, "<f2") == 0) t->view.dtype = MV_F16;
+    if (PyUnicode_CompareWithASCIIString(typestr, "<f4") == 0)
+        t->view.dtype = MV_F32;
+    else if (PyUnicode_CompareWithASCIIString(typestr, "<f2") == 0)
+        t->view.dtype = MV_F16;
     else
-        return refuse(c, t, PyExc_TypeError, "has typestr %R, expected '<f4' or '<f2' (bfloat16 has none: pass an object "
-                      "with __dlpack__)", typestr);
+        return refuse(c, t, PyExc_TypeError,
+                      "has typestr %R, expected '<f4' or '<f2' (bfloat16 has none: pass an object "
+                      "with __dlpack__)",
+                      typestr);
     return true;
 }
 
@@ -25,7 +29,8 @@ static bool read_stream(call *c, tensor *t, PyObject *interface) {
     t->producer = PyLong_AsVoidPtr(stream);
     if (PyErr_Occurred()) return false;
     t->has_producer = true;
-    return t->producer || refuse(c, t, PyExc_ValueError, "has a __cuda_array_interface__ with stream 0, expected None, "
+    return t->producer || refuse(c, t, PyExc_ValueError,
+                                 "has a __cuda_array_interface__ with stream 0, expected None, "
                                  "1 (the legacy default stream), 2 (per thread) or a handle");
 }
 
@@ -57,10 +62,10 @@ static bool read_interface(call *c, tensor *t, PyObject *interface) {
         if (!strides_from_bytes(c, t, t->view.dtype == MV_F32 ? 4 : 2)) return false;
     }
     if (!check_view(c, t)) return false;
-    t->view.device = (mv_device){MV_CUDA, c->device < 0 ? 0 : c->device}; /* an empty array may have no pointer to ask */
+    t->view.device =
+        (mv_device){MV_CUDA, c->device < 0 ? 0 : c->device}; /* an empty array may have no pointer to ask */
     mv_error error;
-    return !t->view.data ||
-           accept(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
+    return !t->view.data || accept(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
 }
 
 static bool cuda_array_view(call *c, tensor *t) {
@@ -71,9 +76,9 @@ static bool cuda_array_view(call *c, tensor *t) {
     }
     const bool ok = read_interface(c, t, interface);
     Py_DECREF(interface);
-    return ok || PyErr_Occurred() != NULL ? ok
-                                          : refuse(c, t, PyExc_BufferError,
-                                                   "has a malformed shape or strides in its __cuda_array_interface__");
+    return ok || PyErr_Occurred() != NULL
+               ? ok
+               : refuse(c, t, PyExc_BufferError, "has a malformed shape or strides in its __cuda_array_interface__");
 }
 
 const framework cuda_array_framework = {.name = "CUDA array interface",

@@ -54,11 +54,9 @@ static PyObject *copy(PyObject *args, bool to_host) {
     if (!PyArg_ParseTuple(args, "iKOK", &device, &address, &host, &stream)) return NULL;
     if (PyObject_GetBuffer(host, &buffer, to_host ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return NULL;
     void *const there = (void *)(uintptr_t)address;
-    Py_BEGIN_ALLOW_THREADS
-    status = mv_cuda_copy(device, to_host ? buffer.buf : there, to_host ? there : buffer.buf, (size_t)buffer.len,
-                          (void *)(uintptr_t)stream, &error);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&buffer);
+    Py_BEGIN_ALLOW_THREADS status = mv_cuda_copy(device, to_host ? buffer.buf : there, to_host ? there : buffer.buf,
+                                                 (size_t)buffer.len, (void *)(uintptr_t)stream, &error);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&buffer);
     if (!accept(status, &error)) return NULL;
     Py_RETURN_NONE;
 }
@@ -130,20 +128,21 @@ PyObject *py_to_dlpack(PyObject *module, PyObject *args) {
     const char *dtype;
     int64_t sizes[2 * MAX_DIMS];
     (void)module;
-    if (!PyArg_ParseTuple(args, "OiKsOOp", &owner, &device, &address, &dtype, &shape, &strides, &versioned)) return NULL;
+    if (!PyArg_ParseTuple(args, "OiKsOOp", &owner, &device, &address, &dtype, &shape, &strides, &versioned))
+        return NULL;
     if (!ints_of_tuple(shape, sizes, &ndim) || !ints_of_tuple(strides, sizes + ndim, &stride_count)) return NULL;
     if (ndim != stride_count) return PyErr_Format(PyExc_ValueError, "_to_dlpack: shape and strides differ in length");
 
     exported *e = malloc(sizeof *e + 2 * (size_t)ndim * sizeof e->sizes[0]);
     if (!e) return PyErr_NoMemory();
     memcpy(e->sizes, sizes, 2 * (size_t)ndim * sizeof sizes[0]);
-    const dl_tensor tensor = {.data = (void *)(uintptr_t)address,
-                              .device = {DL_CUDA, device},
-                              .ndim = ndim,
-                              .dtype = {strcmp(dtype, "bfloat16") == 0 ? DL_BFLOAT : DL_FLOAT,
-                                        strcmp(dtype, "float32") == 0 ? 32 : 16, 1},
-                              .shape = e->sizes,
-                              .strides = e->sizes + ndim};
+    const dl_tensor tensor = {
+        .data = (void *)(uintptr_t)address,
+        .device = {DL_CUDA, device},
+        .ndim = ndim,
+        .dtype = {strcmp(dtype, "bfloat16") == 0 ? DL_BFLOAT : DL_FLOAT, strcmp(dtype, "float32") == 0 ? 32 : 16, 1},
+        .shape = e->sizes,
+        .strides = e->sizes + ndim};
     e->plain = (dl_managed){tensor, e, drop_plain};
     e->versioned = (dl_managed_versioned){{DL_MAJOR, DL_MINOR}, e, drop_versioned, 0, tensor};
     Py_INCREF(owner);

@@ -36,8 +36,10 @@ static bool view_of_capsule(call *c, tensor *t, PyObject *capsule) {
         t->versioned = false;
         return view_of_dl_tensor(c, t, &managed->tensor);
     }
-    return refuse(c, t, PyExc_BufferError, "has a __dlpack__ that gave %R, expected a capsule named \"dltensor\" or "
-                  "\"dltensor_versioned\"", capsule);
+    return refuse(c, t, PyExc_BufferError,
+                  "has a __dlpack__ that gave %R, expected a capsule named \"dltensor\" or "
+                  "\"dltensor_versioned\"",
+                  capsule);
 }
 
 bool view_of_dlpack(call *c, tensor *t, PyObject *stream) {
@@ -143,8 +145,7 @@ static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, cons
         step *= shape[d];
     }
     const bool cuda = like->view.device.kind == MV_CUDA;
-    dl_tensor prototype = {NULL,  {cuda ? DL_CUDA : DL_CPU, like->view.device.index}, ndim, dtype, sizes,
-                           strides, 0};
+    dl_tensor prototype = {NULL, {cuda ? DL_CUDA : DL_CPU, like->view.device.index}, ndim, dtype, sizes, strides, 0};
     dl_managed_versioned *managed = NULL;
     void *object = NULL;
     if (like->api->allocate(&prototype, &managed, PyExc_MemoryError, set_error) != 0) return NULL;

@@ -8,7 +8,8 @@
 
 #define DOC_ERRORS                                                                                                     \
     "Raises TypeError for what is no tensor, wrong dtypes and unknown arguments; ValueError for shapes, devices,\n"    \
-    "strides, values, read-only or overlapping outputs; BufferError where an exporter refuses; RuntimeError for CUDA,\n"\
+    "strides, values, read-only or overlapping outputs; BufferError where an exporter refuses; RuntimeError for "      \
+    "CUDA,\n"                                                                                                          \
     "and for tensors that require grad while grad mode is on.\n"
 
 #define DOC_RMS_NORM                                                                                                   \
@@ -17,8 +18,8 @@
     "x: [..., hidden], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"    \
     "weight: [hidden], of x's dtype or float32. out: like x; may be x itself. Returns out, or a new tensor.\n"         \
     "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM); 'fp32'\n"   \
-    "rounds once, at the end (FlashInfer, TE, Gemma). weight_offset=1.0 is Gemma's. kernel: a name of kernels().\n\n"  \
-    DOC_TENSORS "\n" DOC_ERRORS
+    "rounds once, at the end (FlashInfer, TE, Gemma). weight_offset=1.0 is Gemma's. kernel: a name of "                \
+    "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_ADD_RMS_NORM                                                                                               \
     "add_rms_norm($module, x, residual, weight, eps=1e-06, *, out=None, residual_out=None, rounding='hf', "            \
@@ -37,15 +38,17 @@
     "residual=None, head_dim=None, out=None, residual_out=None, weight_layout='auto', rounding='hf', "                 \
     "weight_offset=0.0, batch_invariant=False, allow_tf32=False, static_weights=True, kernel=None)\n--\n\n"            \
     "q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias), in one call\n\n"                                 \
-    "x: [..., hidden]. norm_weight: [hidden]. qkv_weight: [qkv, hidden] as nn.Linear keeps it, or [hidden, qkv] (its\n"\
+    "x: [..., hidden]. norm_weight: [hidden]. qkv_weight: [qkv, hidden] as nn.Linear keeps it, or [hidden, qkv] "      \
+    "(its\n"                                                                                                           \
     ".t(), also contiguous), where qkv = (num_heads + 2 * num_kv_heads) * head_dim; or a tuple (wq, wk, wv). bias:\n"  \
     "[qkv], or a tuple. Weights and biases are of x's dtype or float32; none is copied.\n"                             \
     "Returns (q, k, v): [..., num_heads, head_dim] and twice [..., num_kv_heads, head_dim], views of one packed\n"     \
     "buffer [..., qkv], which out= may give. With a residual the norm sees x + residual, and the sum comes back as\n"  \
     "well: (q, k, v, residual_out).\n"                                                                                 \
     "weight_layout: 'auto' decides by shape, for a square weight by strides where they can tell, else 'out_in' or\n"   \
-    "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: for float32 on\n"\
-    "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n\n"                        \
-    DOC_TENSORS "\n" DOC_ERRORS
+    "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: for float32 "   \
+    "on\n"                                                                                                             \
+    "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n\n" DOC_TENSORS            \
+    "\n" DOC_ERRORS
 
 #endif

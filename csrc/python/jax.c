@@ -28,3 +28,12 @@ const framework jax_framework = {.name = "JAX",
                                  .scratch = plain_scratch,
                                  .split = split_by_slices,
                                  .finish = jax_finish};
+
+/* What jit, vmap and grad pass instead of an array. */
+static bool refuse_tracer(call *c, tensor *t) {
+    return refuse(c, t, PyExc_TypeError,
+                  "is a tracer, which has no values yet, expected an array; minivllm runs JAX "
+                  "arrays eagerly: call it outside jit, vmap and grad");
+}
+
+const framework jax_tracer_framework = {.name = "JAX tracer", .view = refuse_tracer};

@@ -71,7 +71,8 @@ PyObject *known(module_state *state, int object) {
 
 /* ---- the module ------------------------------------------------------------------------------------------------- */
 
-#define FAST(name, function, doc) {name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS, doc}
+#define FAST(name, function, doc)                                                                                      \
+    { name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS, doc }
 
 static PyMethodDef methods[] = {
     FAST("rms_norm", py_rms_norm, DOC_RMS_NORM),
@@ -86,10 +87,12 @@ static PyMethodDef methods[] = {
      "or OMP_NUM_THREADS where that is less."},
     {"get_num_threads", py_get_num_threads, METH_NOARGS,
      "get_num_threads($module, /)\n--\n\nThreads used by CPU kernels."},
-    {"cpu_features", py_cpu_features, METH_NOARGS, "The instruction sets that kernels may use here, such as "
-                                                   "'avx2 avx512'."},
-    {"cuda_archs", py_cuda_archs, METH_NOARGS, "The GPU code in this build, such as 'sm_80 compute_80 sm_90a'; '' "
-                                               "without CUDA."},
+    {"cpu_features", py_cpu_features, METH_NOARGS,
+     "The instruction sets that kernels may use here, such as "
+     "'avx2 avx512'."},
+    {"cuda_archs", py_cuda_archs, METH_NOARGS,
+     "The GPU code in this build, such as 'sm_80 compute_80 sm_90a'; '' "
+     "without CUDA."},
     {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
     {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
     {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
@@ -147,7 +150,7 @@ static void destroy(void *module) {
 }
 
 static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, __extension__(void *)execute}, /* as CPython wants it, and ISO C does not */
+    {Py_mod_exec, __extension__(void *) execute}, /* as CPython wants it, and ISO C does not */
 #if !defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030C0000
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif

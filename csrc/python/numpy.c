@@ -47,18 +47,29 @@ bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
     return false;
 }
 
+static bool refuse_byte_order(call *c, tensor *t) {
+    PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
+    if (dtype)
+        refuse(c, t, PyExc_TypeError,
+               "is not in this machine's byte order (dtype %S); pass "
+               "x.astype(x.dtype.newbyteorder('='))",
+               dtype);
+    Py_XDECREF(dtype);
+    return false;
+}
+
 static bool dtype_of_struct(call *c, tensor *t, const array_struct *array) {
-    const bool swapped = !(array->flags & NATIVE_ORDER);
-    if (array->typekind == 'f' && array->itemsize == 4) t->view.dtype = MV_F32;
-    else if (array->typekind == 'f' && array->itemsize == 2) t->view.dtype = MV_F16;
+    if (array->typekind == 'f' && array->itemsize == 4)
+        t->view.dtype = MV_F32;
+    else if (array->typekind == 'f' && array->itemsize == 2)
+        t->view.dtype = MV_F16;
     else {
         PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
         const bool found = dtype && dtype_of_numpy(c->state, dtype, &t->view.dtype);
         Py_XDECREF(dtype);
         if (!found) return refuse_dtype(c, t, NULL);
     }
-    return !swapped || refuse(c, t, PyExc_TypeError, "is not in this machine's byte order; pass "
-                              "x.astype(x.dtype.newbyteorder('='))");
+    return (array->flags & NATIVE_ORDER) || refuse_byte_order(c, t);
 }
 
 static bool numpy_view(call *c, tensor *t) {

@@ -27,8 +27,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     if (!accept(mv_rms_norm_workspace(a, &bytes, &error), &error)) return false;
     if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
     if (is_long(&a->x, 0)) {
-        Py_BEGIN_ALLOW_THREADS
-        status = entry(a, &error);
+        Py_BEGIN_ALLOW_THREADS status = entry(a, &error);
         Py_END_ALLOW_THREADS
     } else {
         status = entry(a, &error);
@@ -36,7 +35,8 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     return accept(status, &error) && settle(c);
 }
 
-#define NORM(name, convert, field) {name, convert, offsetof(mv_rms_norm_args, field)}
+#define NORM(name, convert, field)                                                                                     \
+    { name, convert, offsetof(mv_rms_norm_args, field) }
 
 static const parameter rms_norm_parameters[] = {
     NORM("x", to_tensor, x),
@@ -84,8 +84,8 @@ static const parameter add_rms_norm_parameters[] = {
     NORM("weight_offset", to_number, weight_offset),
     NORM("kernel", to_optional_text, call.kernel),
 };
-static const signature add_rms_norm_signature = {
-    "add_rms_norm", 1, 3, 4, LENGTH(add_rms_norm_parameters), add_rms_norm_parameters};
+static const signature add_rms_norm_signature = {"add_rms_norm",         1, 3, 4, LENGTH(add_rms_norm_parameters),
+                                                 add_rms_norm_parameters};
 
 PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
@@ -143,8 +143,7 @@ static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
     if (!accept(mv_rms_norm_qkv_workspace(a, &bytes, &error), &error)) return false;
     if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
     if (is_long(&a->x, outputs)) {
-        Py_BEGIN_ALLOW_THREADS
-        status = mv_rms_norm_qkv(a, &error);
+        Py_BEGIN_ALLOW_THREADS status = mv_rms_norm_qkv(a, &error);
         Py_END_ALLOW_THREADS
     } else {
         status = mv_rms_norm_qkv(a, &error);
@@ -152,7 +151,8 @@ static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
     return accept(status, &error) && settle(c);
 }
 
-#define QKV(name, convert, field) {name, convert, offsetof(mv_rms_norm_qkv_args, field)}
+#define QKV(name, convert, field)                                                                                      \
+    { name, convert, offsetof(mv_rms_norm_qkv_args, field) }
 
 static const parameter rms_norm_qkv_parameters[] = {
     QKV("x", to_tensor, x),
@@ -174,8 +174,8 @@ static const parameter rms_norm_qkv_parameters[] = {
     QKV("static_weights", to_negated_flag, dynamic_weights),
     QKV("kernel", to_optional_text, call.kernel),
 };
-static const signature rms_norm_qkv_signature = {
-    "rms_norm_qkv", 3, 5, 6, LENGTH(rms_norm_qkv_parameters), rms_norm_qkv_parameters};
+static const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),
+                                                 rms_norm_qkv_parameters};
 
 /* (q, k, v), or with a residual (q, k, v, residual_out) */
 static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t head_dim) {
@@ -203,8 +203,7 @@ PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t c
         const int64_t hidden = hidden_of(&a.x), heads[2] = {shape.qkv / shape.head_dim, shape.head_dim};
         const bool adds = tensor_of(&c, &a.residual) != NULL;
         if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
-            (!adds || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
-            run_qkv(&c, &a, shape.qkv))
+            (!adds || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) && run_qkv(&c, &a, shape.qkv))
             result = returned_qkv(&c, &a, shape.head_dim);
     }
     end(&c);
@@ -251,5 +250,6 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
     return result;
 }
 
-const signature *const all_signatures[] = {&rms_norm_signature,     &add_rms_norm_signature, &fused_add_rms_norm_signature,
-                                           &rms_norm_qkv_signature, &check_signature,        NULL};
+const signature *const all_signatures[] = {
+    &rms_norm_signature,     &add_rms_norm_signature, &fused_add_rms_norm_signature,
+    &rms_norm_qkv_signature, &check_signature,        NULL};

@@ -6,12 +6,12 @@
 #include "buffers.h"
 
 bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last) {
-    if (tensor_of(c, slot)) return true;
+    if (tensor_of(c, slot) || x->ndim == 0) return true; /* the op refuses an x without dimensions */
     const tensor *like = tensor_of(c, x);
     int64_t shape[MAX_DIMS + 1];
     const int lead = x->ndim - 1;
-    if (lead < 0 || lead + last_count > MAX_DIMS)
-        return refuse(c, like, PyExc_ValueError, "has %d dimensions, expected 1 to %d", (int)x->ndim,
+    if (lead + last_count > MAX_DIMS)
+        return refuse(c, like, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)x->ndim,
                       MAX_DIMS + 1 - last_count);
     memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
     memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
@@ -119,7 +119,8 @@ PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shap
         return new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape);
     PyObject *result = numpy_new(c->state, dtype, ndim, shape);
     if (!result && dtype == MV_BF16)
-        refuse_because(c, like, PyExc_RuntimeError, "is bfloat16, and a NumPy result of that dtype needs ml_dtypes "
+        refuse_because(c, like, PyExc_RuntimeError,
+                       "is bfloat16, and a NumPy result of that dtype needs ml_dtypes "
                        "(pip install ml_dtypes), or pass out=");
     return result;
 }

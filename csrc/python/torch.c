@@ -19,8 +19,10 @@ static bool is_plain(call *c, tensor *t) {
     if (plain) return true;
     PyObject *name = PyType_GetQualName(type);
     if (name)
-        refuse(c, t, PyExc_TypeError, "is a %U, which is no plain memory (it overrides __torch_dispatch__), expected a "
-               "torch.Tensor; pass the local tensor behind it", name);
+        refuse(c, t, PyExc_TypeError,
+               "is a %U, which is no plain memory (it overrides __torch_dispatch__), expected a "
+               "torch.Tensor; pass the local tensor behind it",
+               name);
     Py_XDECREF(name);
     return false;
 }
