@@ -122,7 +122,7 @@ class Doctor:
 
 def host() -> dict:
     return {
-        "minivllm": importlib.metadata.version("minivllm") if installed_version("minivllm") else "not installed",
+        "minivllm": installed_version("minivllm") or "in a source tree",
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(),
@@ -138,8 +138,11 @@ def extension() -> dict:
 
 
 def driver() -> dict:
-    """Asks the driver itself, so that it works without the extension: OSError where there is none."""
-    library = ctypes.CDLL("libcuda.so.1")
+    """Asks the driver itself, so that it works without the extension."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(f"there is none ({error})") from error
     version = ctypes.c_int()
     if status := library.cuDriverGetVersion(ctypes.byref(version)):
         raise RuntimeError(f"cuDriverGetVersion: error {status}")

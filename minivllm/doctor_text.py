@@ -7,7 +7,8 @@ def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
     """Lines of a table; columns maps a title to a format of the row."""
     cells = [list(columns)] + [[text.format(**row) for text in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return [f"  {line.rstrip()}" for line in padded]
 
 
 def render(report: dict, problems: list[str]) -> str:
@@ -37,7 +38,7 @@ def render(report: dict, problems: list[str]) -> str:
         ),
     )
     verdict = [f"  {problem}" for problem in problems] if problems else ["  none"]
-    return "\n".join([f"minivllm {report['host'].get('minivllm', '')}", *lines, "", "problems", *verdict])
+    return "\n".join(["minivllm, as seen by its doctor", *lines, "", "problems", *verdict])
 
 
 def render_cpu(cpu: dict) -> list[str]:
