@@ -68,6 +68,8 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
+    import torch
+
     from benchmarks import accuracy, host, norms, qkv
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
@@ -79,15 +81,18 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     if args.device == "cuda":
         busy_cuda()
     report = Report(op, args.device, sys.argv[1:], path, module.METHOD, args.commit)
-    if module is norms:
-        norms.run(op, options, report)
-    else:
-        module.run(options, report)
+    with torch.inference_mode():
+        if module is norms:
+            norms.run(op, options, report)
+        else:
+            module.run(options, report)
     report.close()
 
 
 def main() -> int:
     args = parser().parse_args()
+    if args.op == "all" and (args.shapes or args.tokens):
+        parser().error("all takes no --shapes and no --tokens: they mean different things to different ops")
     if args.op == "plot":
         from benchmarks import plot
 

@@ -156,8 +156,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
                     "kind": kind,
                     "tokens": TOKENS,
                 }
-                with torch.inference_mode():
-                    problem = Op(op, shape, kind, dtype, args.device)
-                    found = measured(problem, rows(op, dtype, args.device, args.kernel), dtype, case)
+                problem = Op(op, shape, kind, dtype, args.device)
+                found = measured(problem, rows(op, dtype, args.device, args.kernel), dtype, case)
                 print_rows(case, found)
                 report.add_rows(found)

@@ -72,6 +72,7 @@ def environment(device: str, commit: str | None) -> dict:
         "cpu_has_amx": "amx_tile" in cpu_field("flags"),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "cpu_cache_bytes": cpu_cache_bytes(),
+        "load_average": os.getloadavg()[0],
         "minivllm": minivllm._C.version,
         "minivllm_threads": minivllm.get_num_threads(),
         "packages": {package: version(package) for package in PACKAGES if version(package)},

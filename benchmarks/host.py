@@ -63,8 +63,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     for dtype in args.dtype:
         case = {"op": "host", "shape": shape.name, "tokens": 1, "hidden": shape.hidden, "outputs": shape.qkv}
         case |= {"dtype": dtype, "mode": "host", "copies": 1, "bytes": 0, "flops": 0}
-        with torch.inference_mode():
-            variants = variants_of(shape, dtype, args.device)
-            between, batch = (torch.cuda.synchronize, 100) if args.device == "cuda" else (None, None)
-            results = time_cpu(variants, seconds=0.2 if args.quick else 0.5, between=between, batch=batch)
+        variants = variants_of(shape, dtype, args.device)
+        between, batch = (torch.cuda.synchronize, 100) if args.device == "cuda" else (None, None)
+        results = time_cpu(variants, seconds=0.2 if args.quick else 0.5, between=between, batch=batch)
         report.add(case, results)

@@ -137,8 +137,6 @@ def cases(args: argparse.Namespace) -> list[tuple[int, int, bool]]:
 
 def run(op: str, args: argparse.Namespace, report: Report) -> None:
     """Every dtype x case of the command line."""
-    import torch
-
     for dtype in args.dtype:
         for tokens, hidden, chain in cases(args):
             case = case_of(op, tokens, hidden, dtype, chain, 2)
@@ -149,7 +147,6 @@ def run(op: str, args: argparse.Namespace, report: Report) -> None:
                 else:
                     case["copies"] = copies_needed(case["bytes"], cache)
             buffers = Buffers(op, tokens, hidden, dtype, args.device, chain, case["copies"])
-            with torch.inference_mode():
-                variants = variants_of(op, buffers, dtype, args)
-                results, columns = time_case(case, variants, args.device, case["copies"], args.quick)
+            variants = variants_of(op, buffers, dtype, args)
+            results, columns = time_case(case, variants, args.device, case["copies"], args.quick)
             report.add(case, results, columns)

@@ -138,8 +138,6 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
 
 def run(args: argparse.Namespace, report: Report) -> None:
     """Every shape x dtype x token count of the command line."""
-    import torch
-
     environment = report.data["environment"]
     shapes = [model(name) for name in args.shapes] if args.shapes else MODELS
     default_tokens = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else CUDA_TOKENS
@@ -150,9 +148,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
             for each in args.tokens or default_tokens:
                 chain = Chain(shape, each, dtype, args.device, layers)
                 case = case_of(shape, each, dtype, count)
-                with torch.inference_mode():
-                    variants = variants_of(chain, dtype, args, environment)
-                    results, columns = time_case(case, variants, args.device, count, args.quick)
+                variants = variants_of(chain, dtype, args, environment)
+                results, columns = time_case(case, variants, args.device, count, args.quick)
                 if args.device == "cuda":
                     from benchmarks.device_peers import fastest
 
