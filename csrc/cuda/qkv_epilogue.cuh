@@ -4,8 +4,7 @@
  * row of that matrix; otherwise it has to be looked up, which a kernel does once per output of its tile. */
 #pragma once
 
-#include "../kernel.h"
-#include "vec.cuh"
+#include "rms_norm.cuh"
 
 /* Output n of a task: row `row` of block `block`. */
 struct OutputPlace {
@@ -35,9 +34,4 @@ template <typename T> __device__ __forceinline__ float load_bias(const mv_task &
 /* The epilogue: the bias joins in float32, then the one rounding. */
 template <typename T> __device__ __forceinline__ T finish_output(float sum, float bias) {
     return from_float<T>(sum + bias);
-}
-
-/* The address of row r of a matrix. */
-template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, int64_t inner, int64_t r) {
-    return static_cast<T *>(rows.data) + (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
 }

@@ -48,9 +48,10 @@ struct Access {
 template <typename Tile, typename T, typename W> struct Shared {
     alignas(16) float x[2][kStepK][Tile::M];
     alignas(16) float w[2][kStepK][Tile::N];
-    const T *x_row[Tile::M], *residual_row[Tile::M]; /* NULL past the last token */
-    const W *w_row[Tile::N];                         /* NULL past the last output */
-    int64_t w_step[Tile::N];                         /* from one k to the next    */
+    /* Where rows begin, in bytes from the first row of x, of the residual and of the first block's weight: pointers
+     * would lose on their way through shared memory that they point to global memory. */
+    int64_t x_row[Tile::M], residual_row[Tile::M], w_row[Tile::N];
+    int64_t w_step[Tile::N]; /* in elements, from one k to the next */
     float bias[Tile::N];
     float scale[Tile::M]; /* r */
 };
@@ -70,22 +71,38 @@ template <typename T> __device__ __forceinline__ Group<T> load_group(const T *p,
     return group;
 }
 
+template <typename T> __device__ __forceinline__ int64_t bytes_between(const void *from, const T *to) {
+    return reinterpret_cast<const char *>(to) - static_cast<const char *>(from);
+}
+
+template <typename T> __device__ __forceinline__ const T *bytes_after(const void *from, int64_t bytes) {
+    return reinterpret_cast<const T *>(static_cast<const char *>(from) + bytes);
+}
+
+/* Rows of the tile that exist. */
+struct Extent {
+    int tokens, outputs;
+};
+
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
-    for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
+__device__ __forceinline__ Extent find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
+    const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
+    const Extent extent = {tokens < Tile::M ? static_cast<int>(tokens) : Tile::M,
+                           outputs < Tile::N ? static_cast<int>(outputs) : Tile::N};
+    for (int m = threadIdx.x; m < extent.tokens; m += Tile::threads) {
         const int64_t token = tile.first_token + m;
-        const bool valid = token < task.tokens;
-        shared.x_row[m] = valid ? row_address<const T>(task.x, task.inner, token) : nullptr;
-        shared.residual_row[m] =
-            valid && task.residual.data ? row_address<const T>(task.residual, task.inner, token) : nullptr;
+        shared.x_row[m] = bytes_between(task.x.data, row_address<const T>(task.x, task.inner, token));
+        if (task.residual.data)
+            shared.residual_row[m] =
+                bytes_between(task.residual.data, row_address<const T>(task.residual, task.inner, token));
     }
     for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
-        const bool valid = tile.first_output + n < task.outputs;
-        const OutputPlace place = find_output(task, valid ? tile.first_output + n : 0);
-        shared.w_row[n] = valid ? weight_row<W>(task, place) : nullptr;
+        const OutputPlace place = find_output(task, tile.first_output + (n < extent.outputs ? n : 0));
+        shared.w_row[n] = bytes_between(task.block[0].weight, weight_row<W>(task, place));
         shared.w_step[n] = task.block[place.block].col_stride;
         shared.bias[n] = load_bias<T>(task, place);
     }
+    return extent;
 }
 
 /* This thread's groups of x of a step; the residual joins on arrival. */
@@ -93,17 +110,17 @@ template <typename Tile, typename T> struct TokenGroups {
     Group<T> group[Tile::x_groups];
 
     template <typename W>
-    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0, bool whole,
-                                         bool residual) {
+    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, Extent extent, int64_t k0,
+                                         bool whole, bool residual) {
         const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
             const int m = (threadIdx.x + i * Tile::threads) / kGroupsK;
-            const T *row = shared.x_row[m];
-            const int64_t count = row ? task.hidden - k : 0;
-            group[i] = load_group(row + k, count, whole);
+            const int64_t count = m < extent.tokens ? task.hidden - k : 0;
+            group[i] = load_group(bytes_after<T>(task.x.data, shared.x_row[m]) + k, count, whole);
             if (residual) {
-                const Group<T> other = load_group(shared.residual_row[m] + k, count, whole);
+                const T *row = bytes_after<T>(task.residual.data, shared.residual_row[m]);
+                const Group<T> other = load_group(row + k, count, whole);
 #pragma unroll
                 for (int j = 0; j < kGroup; j++) group[i].v[j] = add_residual(group[i].v[j], other.v[j]);
             }
@@ -131,16 +148,16 @@ template <typename Tile, typename W> struct WeightGroups {
     Group<W> group[Tile::w_groups];
 
     template <typename T>
-    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0,
-                                         Access access) {
+    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, Extent extent,
+                                         int64_t k0, Access access) {
 #pragma unroll
         for (int i = 0; i < Tile::w_groups; i++) {
             const int index = threadIdx.x + i * Tile::threads;
             if (!access.w_along_n) {
                 const int n = index / kGroupsK;
                 const int64_t k = k0 + index % kGroupsK * kGroup;
-                const W *row = shared.w_row[n];
-                const int64_t count = row ? task.hidden - k : 0;
+                const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
+                const int64_t count = n < extent.outputs ? task.hidden - k : 0;
                 if (access.w_whole) {
                     group[i] = load_group(row + k, count, true);
                 } else {
@@ -151,14 +168,15 @@ template <typename Tile, typename W> struct WeightGroups {
             } else {
                 const int n = index % (Tile::N / kGroup) * kGroup;
                 const int64_t k = k0 + index / (Tile::N / kGroup);
+                const int count = k < task.hidden ? extent.outputs - n : 0;
                 if (access.w_whole) {
-                    const W *row = shared.w_row[n];
-                    group[i] = load_group(row + k * shared.w_step[n], row ? task.hidden - k : 0, true);
+                    const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
+                    group[i] = load_group(row + k * shared.w_step[n], count, true);
                 } else {
 #pragma unroll
                     for (int j = 0; j < kGroup; j++) {
-                        const W *row = shared.w_row[n + j];
-                        group[i].v[j] = row && k < task.hidden ? row[k * shared.w_step[n + j]] : W(0.0f);
+                        const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n + j]);
+                        group[i].v[j] = j < count ? row[k * shared.w_step[n + j]] : W(0.0f);
                     }
                 }
             }
@@ -243,9 +261,9 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Sh
     }
 }
 
-/* Registers: 8 warps on an SM may have 255; 12, 168; 16, 128. */
+/* Registers: 8 warps on an SM may have 255 each, 16 warps 128. */
 template <typename T, typename W, typename Tile, bool kNorm>
-__global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 6 : kNorm || sizeof(T) != sizeof(W) ? 1 : 2)
+__global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 4 : kNorm || sizeof(T) != sizeof(W) ? 1 : 2)
     rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
     __shared__ Shared<Tile, T, W> shared;
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
@@ -254,14 +272,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 6 : kNorm || si
 
     /* Weights do not depend on the kernel before, x does. */
     if (task.dynamic_weights) griddepcontrol_wait();
-    find_rows(task, tile, shared);
+    const Extent extent = find_rows(task, tile, shared);
     __syncthreads();
     WeightGroups<Tile, W> w_next;
-    w_next.load(task, shared, 0, access);
+    w_next.load(task, shared, extent, 0, access);
     griddepcontrol_wait();
     griddepcontrol_launch();
     TokenGroups<Tile, T> x_next;
-    x_next.load(task, shared, 0, access.x_whole, residual);
+    x_next.load(task, shared, extent, 0, access.x_whole, residual);
     float norm_weights[kGroup] = {};
     if (kNorm) {
         load_group_weights<T>(task, 0, norm_weights);
@@ -280,8 +298,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 6 : kNorm || si
         const int half = step % 2;
         const bool more = step + 1 < steps;
         if (more) {
-            w_next.load(task, shared, (step + 1) * kStepK, access);
-            x_next.load(task, shared, (step + 1) * kStepK, access.x_whole, residual);
+            w_next.load(task, shared, extent, (step + 1) * kStepK, access);
+            x_next.load(task, shared, extent, (step + 1) * kStepK, access.x_whole, residual);
             if (kNorm) load_group_weights<T>(task, (step + 1) * kStepK, norm_weights);
         }
         multiply(sum, shared, half, m, n);

@@ -143,11 +143,7 @@ __device__ __forceinline__ void normalise_pieces(char *x, const char *residual, 
         Packet<T> *packet = reinterpret_cast<Packet<T> *>(x + offset);
         Packet<T> s = *packet;
         if (residual) s = add_residual(s, *reinterpret_cast<const Packet<T> *>(residual + offset));
-        const float r = scale[first + i * kRowsApart];
-#pragma unroll
-        for (int j = 0; j < kPiece; j++)
-            s.v[j] = from_float<T>(apply_norm<T>(to_float(s.v[j]), r, weights.v[j], hf));
-        *packet = s;
+        *packet = apply_norm(s, scale[first + i * kRowsApart], weights, hf);
     }
 }
 
