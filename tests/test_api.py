@@ -1,0 +1,166 @@
+"""The face: signatures, the stub, the list of kernels, and what ran."""
+
+import ast
+import inspect
+
+import numpy as np
+import pytest
+from processes import ROOT, run
+
+import minivllm
+
+EMPTY = inspect.Parameter.empty
+QKV_OPTIONS = {
+    "bias": None, "residual": None, "head_dim": None, "out": None, "residual_out": None, "weight_layout": "auto", "rounding": "hf",
+    "weight_offset": 0.0, "batch_invariant": False, "allow_tf32": False, "static_weights": True, "kernel": None,
+}  # fmt: skip
+NORM_OPTIONS = {"rounding": "hf", "weight_offset": 0.0, "kernel": None}
+QKV_ARGUMENTS = ["x", "norm_weight", "qkv_weight", "num_heads", "num_kv_heads", "eps"]
+# name: (positional arguments, the last of which is eps=1e-6; keyword-only ones with their defaults)
+SIGNATURES = {
+    "rms_norm": (["x", "weight", "eps"], {"out": None} | NORM_OPTIONS),
+    "add_rms_norm": (["x", "residual", "weight", "eps"], {"out": None, "residual_out": None} | NORM_OPTIONS),
+    "fused_add_rms_norm": (["x", "residual", "weight", "eps"], {}),
+    "rms_norm_qkv": (QKV_ARGUMENTS, QKV_OPTIONS),
+}
+
+
+def arguments_of(function):
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    keyword_only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert len(positional) + len(keyword_only) == len(parameters)
+    return positional, keyword_only
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    positional, keyword_only = arguments_of(getattr(minivllm, name))
+    names, options = SIGNATURES[name]
+    assert list(positional) == names
+    assert positional == {n: 1e-6 if n == "eps" else EMPTY for n in names}
+    assert keyword_only == options
+
+
+def test_signatures_of_the_layer():
+    assert arguments_of(minivllm.FusedRMSNormQKV.forward) == arguments_of(minivllm.rms_norm_qkv)
+    positional, keyword_only = arguments_of(minivllm.FusedRMSNormQKV)
+    assert positional == {}
+    required = {name: EMPTY for name in ("norm_weight", "qkv_weight", "num_heads", "num_kv_heads")}
+    options = {name: QKV_OPTIONS[name] for name in ("bias", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant", "allow_tf32")}
+    assert keyword_only == required | {"eps": 1e-6} | options | {"prepack": False}
+    assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == ({"x": EMPTY}, {"residual": None, "out": None, "residual_out": None})
+
+
+def test_signatures_of_the_buffers():
+    assert arguments_of(minivllm.empty)[0] == {"shape": EMPTY, "dtype": "float32", "device": "cuda:0"}
+    assert arguments_of(minivllm.to_device)[0] == {"array": EMPTY, "device": "cuda:0", "dtype": None, "stream": None}
+
+
+def test_arguments_work_by_position_and_by_name():
+    x, weight, matrix = np.ones((2, 8), np.float32), np.ones(8, np.float32), np.ones((16, 8), np.float32)
+    by_position = minivllm.rms_norm_qkv(x, weight, matrix, 2, 1, 1e-5)
+    by_name = minivllm.rms_norm_qkv(eps=1e-5, num_kv_heads=1, num_heads=2, qkv_weight=matrix, norm_weight=weight, x=x)
+    assert all((a == b).all() for a, b in zip(by_position, by_name))
+    assert (minivllm.add_rms_norm(x, x, weight, 1e-5)[0] == minivllm.add_rms_norm(weight=weight, residual=x, x=x, eps=1e-5)[0]).all()
+
+
+@pytest.mark.parametrize("name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device"])
+def test_everything_public_is_documented(name):
+    assert name in minivllm.__all__
+    assert len((getattr(minivllm, name).__doc__ or "").split()) >= 8
+
+
+def stub():
+    return ast.parse((ROOT / "minivllm" / "_C.pyi").read_text())
+
+
+def test_the_stub_matches_the_module():
+    declared = {node.name for node in stub().body if isinstance(node, ast.FunctionDef)}
+    declared |= {node.target.id for node in stub().body if isinstance(node, ast.AnnAssign)}
+    there = {name for name in dir(minivllm._C) if not name.startswith("__")}
+    public = {name for name in there if not name.startswith("_")}
+    assert public <= declared, f"not in the stub: {public - declared}"
+    assert declared <= there, f"only in the stub: {declared - there}"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_stub_has_the_right_arguments(name):
+    variants = [node for node in stub().body if isinstance(node, ast.FunctionDef) and node.name == name]
+    assert variants
+    for node in variants:
+        names, options = SIGNATURES[name]
+        assert [argument.arg for argument in node.args.args] == names
+        assert [argument.arg for argument in node.args.kwonlyargs] == list(options)
+
+
+def test_there_is_a_py_typed():
+    assert (ROOT / "minivllm" / "py.typed").exists()
+
+
+def test_the_list_of_kernels():
+    rows = minivllm.kernels()
+    assert {row.op for row in rows} >= {"rms_norm", "add_rms_norm", "rms_norm_qkv"}
+    for row in rows:
+        assert row._fields == ("op", "name", "dtype", "isa", "usable", "why_not")
+        assert row.dtype in ("float32", "float16", "bfloat16")
+        short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[row.dtype]
+        assert row.name.startswith(short + "_") and row.name.endswith(row.isa)
+        assert bool(row.why_not) == (not row.usable)
+    for op in ("rms_norm", "add_rms_norm", "rms_norm_qkv"):
+        names = [row.name for row in minivllm.kernels(op)]
+        assert len(set(names)) == len(names)
+        assert {f"{dtype}_{kind}portable" for dtype in ("f32", "f16", "bf16") for kind in (("decode_", "prefill_") if op == "rms_norm_qkv" else ("",))} <= set(names)
+    with pytest.raises(ValueError, match="kernels: there is no op 'attention'; the ops are rms_norm, "):
+        minivllm.kernels("attention")
+
+
+def test_what_ran_last():
+    x, weight, matrix = np.ones((3, 8), np.float32), np.ones(8, np.float32), np.ones((16, 8), np.float32)
+    minivllm.rms_norm(x, weight)
+    ran = minivllm.last_kernel()
+    assert ran.op == "rms_norm" and ran.name in {row.name for row in minivllm.kernels("rms_norm") if row.usable}
+    assert "tokens=3 hidden=8" in ran.why and "cheapest" in ran.why
+    minivllm.fused_add_rms_norm(x, x.copy(), weight)
+    assert minivllm.last_kernel().op == "fused_add_rms_norm"
+    minivllm.rms_norm_qkv(x, weight, matrix, 2, 1, kernel="f32_prefill_portable")
+    ran = minivllm.last_kernel()
+    assert (ran.op, ran.name) == ("rms_norm_qkv", "f32_prefill_portable") and "forced" in ran.why and "outputs=16" in ran.why
+    with pytest.raises(ValueError):
+        minivllm.rms_norm(x, weight[:7])
+    assert minivllm.last_kernel() == ran, "a refused call runs nothing"
+
+
+def test_a_forced_kernel_that_this_machine_cannot_run_is_refused():
+    x, weight = {}, {}
+    for dtype, kind in (("float32", np.float32), ("float16", np.float16)):
+        x[dtype], weight[dtype] = np.ones((2, 8), kind), np.ones(8, kind)
+    tried = 0
+    for row in minivllm.kernels("rms_norm"):
+        if not row.usable and row.dtype in x:
+            with pytest.raises((ValueError, RuntimeError), match=row.name):
+                minivllm.rms_norm(x[row.dtype], weight[row.dtype], kernel=row.name)
+            tried += 1
+    if not tried:
+        pytest.skip("every kernel is usable here")
+
+
+@pytest.mark.parametrize("value,lines", [("1", 2), ("0", 0), (None, 0)])
+def test_the_log(value, lines):
+    done = run(
+        """
+        import numpy as np
+        import minivllm
+        x, weight = np.ones((3, 8), np.float32), np.ones(8, np.float32)
+        minivllm.rms_norm(x, weight)
+        minivllm.rms_norm_qkv(x, weight, np.ones((16, 8), np.float32), 2, 1, kernel="f32_decode_portable")
+        minivllm.rms_norm(x[:0], weight)
+        """,
+        MINIVLLM_LOG=value,
+    )
+    assert done.returncode == 0, done.stderr
+    logged = [line for line in done.stderr.splitlines() if line.startswith("minivllm: ")]
+    assert len(logged) == lines == len(done.stderr.splitlines())
+    if lines:
+        assert "rms_norm ran f32_" in logged[0] and "tokens=3 hidden=8" in logged[0]
+        assert "rms_norm_qkv ran f32_decode_portable" in logged[1] and "forced" in logged[1]

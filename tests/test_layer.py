@@ -1,0 +1,142 @@
+"""The layer object: checked once, cheap to call, and no copy of the weights unless asked for."""
+
+import numpy as np
+import pytest
+from cases import assert_same_bits, normal
+from checks import IS_IN_OUT, QKV, WEIGHTS, weight_data
+from frameworks import TORCH_CPU
+
+import minivllm
+from minivllm.testing.reference import to_float64
+
+
+def layer_of(framework, case, weights="packed", **options):
+    """A layer, the function with the same arguments, and some x."""
+    norm_weight, weight, bias = weight_data(case)
+    arguments = {
+        "norm_weight": framework.tensor(norm_weight, case.dtype),
+        "qkv_weight": WEIGHTS[weights](framework, weight, case.dtype, case.sizes),
+        "num_heads": case.num_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "bias": framework.tensor(bias, case.dtype) if case.bias else None,
+        "weight_layout": "in_out" if weights in IS_IN_OUT else "out_in",
+        **options,
+    }
+    layer = minivllm.FusedRMSNormQKV(**arguments)
+    arguments.pop("prepack", None)
+    x = framework.tensor(normal((5, case.hidden), case.dtype, "x"), case.dtype)
+    return layer, lambda x, **more: minivllm.rms_norm_qkv(x, **arguments, **more), x
+
+
+def assert_all_same(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        assert tuple(a.shape) == tuple(b.shape)
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("prepack", [False, True], ids=["as given", "prepacked"])
+def test_a_layer_is_the_function(device, framework, weights, prepack):
+    for dtype in ("f32", "f16"):
+        case = QKV((5,), 40, 3, 1, 8, dtype, bias=True)
+        layer, function, x = layer_of(framework, case, weights, prepack=prepack, eps=1e-5, rounding="fp32", weight_offset=0.5)
+        if prepack:  # another layout may have another sum order
+            for a, b in zip(layer(x), function(x)):
+                step = {"f32": 1e-6, "f16": 2e-3}[dtype]
+                assert np.abs(to_float64(a) - to_float64(b)).max() < step * np.abs(to_float64(b)).max()
+        else:
+            assert_all_same(layer(x), function(x))
+        residual = framework.tensor(normal((5, 40), dtype, "residual"), dtype)
+        out, sums = framework.full((5, 40), 0.0, dtype), framework.full((5, 40), 0.0, dtype)
+        q, k, v, total = layer(x, residual=residual, out=out, residual_out=sums)
+        assert total is sums
+        framework.synchronize()
+        assert_same_bits(out, np.concatenate([to_float64(part).reshape(5, -1) for part in (q, k, v)], -1))
+
+
+def test_it_sees_weights_that_change(device, framework):
+    case = QKV((5,), 40, 3, 1, 8, "f32")
+    layer, function, x = layer_of(framework, case)
+    before = to_float64(layer(x)[0])
+    layer.qkv_weight[...] = layer.qkv_weight * 2
+    layer.norm_weight[...] = layer.norm_weight * 0.5
+    assert_all_same(layer(x), function(x))
+    layer.norm_weight[...] = layer.norm_weight * 2
+    assert_same_bits(layer(x)[0], 2 * before)
+
+
+def test_it_reads_the_pointers_at_each_call(torch):
+    """A Parameter whose storage is replaced, as loading a checkpoint does."""
+    linear, norm = torch.nn.Linear(16, 24, bias=False), torch.nn.Parameter(torch.ones(16))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        layer = minivllm.FusedRMSNormQKV(norm_weight=norm, qkv_weight=linear.weight, num_heads=1, num_kv_heads=1)
+        linear.weight.data = torch.randn(24, 16)
+        assert_all_same(layer(x), minivllm.rms_norm_qkv(x, norm, linear.weight, 1, 1))
+
+
+def test_prepack_copies_once_and_refresh_renews(device, framework):
+    case = QKV((5,), 40, 3, 1, 8, "f32")
+    plain, _, x = layer_of(framework, case, "in_out")
+    layer, _, _ = layer_of(framework, case, "in_out", prepack=True)
+    assert layer.prepacked_bytes == 40 * 40 * 4 and plain.prepacked_bytes == 0
+    before = to_float64(layer(x)[1])
+    layer.qkv_weight[...] = layer.qkv_weight * 2
+    assert_same_bits(layer(x)[1], before, "prepacked weights before refresh()")
+    layer.refresh()
+    assert_same_bits(layer(x)[1], 2 * before, "prepacked weights after refresh()")
+    plain.refresh()  # nothing to renew, and no error
+
+
+def test_no_copy_of_the_weights_is_made():
+    weight = np.ones((40, 64), np.float32)
+    layer = minivllm.FusedRMSNormQKV(norm_weight=np.ones(64, np.float32), qkv_weight=weight.T, num_heads=3, num_kv_heads=1)
+    x = np.ones((2, 64), np.float32)
+    assert layer.qkv_weight.base is weight
+    assert np.allclose(layer(x)[0], 64)
+    weight[...] = 0
+    assert (layer(x)[0] == 0).all()
+
+
+def test_what_it_refuses_at_construction(device, framework):
+    good = {"norm_weight": framework.full((64,), 1.0, "f32"), "qkv_weight": framework.full((40, 64), 1.0, "f32"), "num_heads": 3, "num_kv_heads": 1}
+    for spoilt, exception, message in (
+        ({"norm_weight": framework.full((60,), 1.0, "f32")}, ValueError, r"FusedRMSNormQKV: (qkv_weight has shape \[40, 64\]|norm_weight has 60)"),
+        ({"num_heads": 4}, ValueError, r"FusedRMSNormQKV: qkv_weight has 40 outputs, expected a multiple of 6"),
+        ({"num_kv_heads": 0}, ValueError, r"num_kv_heads is 0"),
+        ({"head_dim": 16}, ValueError, r"head_dim is 16, expected 8"),
+        ({"rounding": "bf16"}, ValueError, r"rounding"),
+        ({"eps": -1.0}, ValueError, r"eps is -1"),
+        ({"bias": framework.full((39,), 1.0, "f32")}, ValueError, r"bias has 39 elements"),
+        ({"qkv_weight": [1.0]}, (TypeError, ValueError), r"qkv_weight"),
+        ({"norm_weight": None}, TypeError, r"norm_weight"),
+    ):
+        with pytest.raises(exception, match=message):
+            minivllm.FusedRMSNormQKV(**(good | spoilt))
+    with pytest.raises(TypeError):
+        minivllm.FusedRMSNormQKV(good["norm_weight"], good["qkv_weight"], 3, 1)
+    layer = minivllm.FusedRMSNormQKV(**good)
+    with pytest.raises(ValueError, match=r"x.*63|norm_weight has 64 elements, expected 63"):
+        layer(framework.full((2, 63), 1.0, "f32"))
+    with pytest.raises(TypeError):
+        layer(framework.full((2, 64), 1.0, "f32"), framework.full((2, 64), 1.0, "f32"))
+
+
+def test_it_lives_in_a_module(torch):
+    """With its weights in a torch module, in the module's place."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.qkv = torch.nn.RMSNorm(32, eps=1e-6), torch.nn.Linear(32, 40)
+            self.fused = minivllm.FusedRMSNormQKV(
+                norm_weight=self.norm.weight, qkv_weight=self.qkv.weight, bias=self.qkv.bias, num_heads=3, num_kv_heads=1
+            )
+
+    with torch.no_grad():
+        module = Attention()
+        x = torch.randn(4, 32)
+        pair = module.qkv(module.norm(x))
+        fused = torch.cat([part.flatten(1) for part in module.fused(x)], 1)
+    assert TORCH_CPU.is_mine(fused) and torch.allclose(fused, pair, atol=1e-5)

@@ -1,0 +1,165 @@
+"""The rules of the source tree: who may include or import whom, and that every kernel file has a row."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+CSRC = ROOT / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".c", ".h", ".cu", ".cuh"})
+# A directory of csrc: the files outside itself that it may include. Arrows point down only.
+MAY_INCLUDE = {
+    "": {"mv.h"},
+    "python": {"mv.h"},
+    "ops": {"mv.h", "kernel.h", "cpu/cpu.h", "cuda/cuda.h"},
+    "cpu": {"mv.h", "kernel.h"},
+    "cuda": {"mv.h", "kernel.h"},
+}
+CUDA_HEADERS = re.compile(r"^(cuda|cooperative_groups|cub/|thrust/|mma|driver_types|nvtx)")
+CXX_HEADERS = {"algorithm", "array", "atomic", "cmath", "functional", "iostream", "limits", "map", "memory", "mutex", "new", "string",
+               "tuple", "type_traits", "unordered_map", "utility", "vector", "cstdint", "cstdio", "cstring", "cstdlib"}  # fmt: skip
+
+
+def folder_of(path):
+    parts = path.relative_to(CSRC).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def python_files(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in path.parts]
+
+
+def imports(path):
+    """The modules that a file imports, with whether at its top level."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "", id(node) in top)
+
+
+def test_there_is_something_to_check():
+    assert {folder_of(path) for path in SOURCES} == set(MAY_INCLUDE)
+    assert len(SOURCES) > 30
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes_point_down(path):
+    folder = folder_of(path)
+    for quote, name in includes(path):
+        if quote == '"':
+            target = next((base / name for base in (path.parent, CSRC) if (base / name).exists()), None)
+            assert target is not None, f"{path.name} includes {name}, which does not exist"
+            relative = target.resolve().relative_to(CSRC)
+            inside = (relative.parts[0] if len(relative.parts) > 1 else "") == folder
+            assert inside or str(relative) in MAY_INCLUDE[folder], f"csrc/{folder} must not include {relative}"
+            continue
+        assert name != "Python.h" or folder == "python", "Python.h belongs to csrc/python"
+        assert not CUDA_HEADERS.match(name) or folder == "cuda", f"{name} belongs to csrc/cuda"
+        assert name not in CXX_HEADERS and not name.startswith(("torch/", "ATen/", "c10/", "pybind11/", "numpy/")), f"{name} is not allowed"
+
+
+def test_inline_assembly_lives_in_the_device_vocabulary():
+    for path in SOURCES:
+        if folder_of(path) == "cuda" and path.name not in ("ptx.cuh", "mma.cuh"):
+            assert not re.search(r"\basm\b", path.read_text()), f"{path.name}: PTX belongs to ptx.cuh and mma.cuh"
+
+
+def rows():
+    """The rows of the lists in csrc/ops, as op -> names without their dtype: from the source, so that also those of other builds count."""
+    found = {}
+    for op in ("rms_norm", "rms_norm_qkv"):
+        text = (CSRC / "ops" / f"{op}.c").read_text().replace("\\\n", " ")
+        each = re.findall(rf"MV_(?:ALL|16BIT)_DTYPES\(\s*K,\s*{op},\s*(\w+),\s*(\w+),", text)
+        each += re.findall(rf"[^A-Z_]K\(\s*{op},\s*\w+,\s*\w+,\s*(\w+),\s*(\w+),", text)
+        found[op] = set(each)
+    return found
+
+
+def test_every_kernel_file_has_a_row_and_every_row_a_file():
+    """csrc/<backend>/<op>[_<variant>]_<isa>.{c,cu}: one file may serve several variants of its isa."""
+    lists = rows()
+    assert all(len(found) >= 5 for found in lists.values())
+    served = set()
+    for path in SOURCES:
+        if folder_of(path) not in ("cpu", "cuda") or path.suffix not in (".c", ".cu"):
+            continue
+        op = next((op for op in ("rms_norm_qkv", "rms_norm") if path.stem.startswith(op + "_")), None)
+        if op is None:
+            continue
+        rest = path.stem[len(op) + 1 :]
+        mine = {(name, isa) for name, isa in lists[op] if name == rest or name.endswith("_" + rest) or (rest == isa and name.endswith(isa))}
+        assert mine, f"{path.relative_to(ROOT)} has no row in csrc/ops/{op}.c"
+        assert rest.endswith(next(iter(mine))[1]), f"{path.name} does not end with its isa"
+        served |= {(op, *row) for row in mine}
+    for op, found in lists.items():
+        for name, isa in found:
+            assert (op, name, isa) in served, f"row {name} of {op} has no file in csrc"
+
+
+def test_the_package_imports_frameworks_only_where_used():
+    """numpy, torch and the like inside functions only, outside minivllm.testing."""
+    for path in python_files("minivllm"):
+        if "testing" in path.parts:
+            continue
+        for module, at_top in imports(path):
+            root = module.split(".")[0]
+            assert not (at_top and root in {"numpy", "torch", "cupy", "jax", "ml_dtypes"}), f"{path.name} imports {module} at the top"
+            assert not module.startswith("minivllm.testing") or path.name.startswith("doctor"), f"{path.name} imports {module}"
+
+
+def test_testing_imports_without_a_framework():
+    for path in python_files("minivllm/testing"):
+        for module, at_top in imports(path):
+            assert not (at_top and module.split(".")[0] in {"torch", "cupy", "jax", "ml_dtypes"}), f"{path.name} imports {module} at the top"
+
+
+def test_benchmarks_do_not_import_tests():
+    names = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in python_files("benchmarks", "examples", "minivllm"):
+        for module, _ in imports(path):
+            assert module.split(".")[0] not in names | {"tests"}, f"{path.relative_to(ROOT)} imports {module}"
+
+
+CLOCKS = re.compile(
+    r"\b(?:time\.(?:time|perf_counter|monotonic|process_time)(?:_ns)?\b|perf_counter|timeit\b|elapsed_time\b|cudaEventElapsedTime|cuda\.Event\()"
+)
+
+
+def test_there_is_one_clock():
+    """minivllm/testing/timing.py, for tests and benchmarks alike."""
+    timing = ROOT / "minivllm" / "testing" / "timing.py"
+    assert CLOCKS.search(timing.read_text())
+    for path in python_files("minivllm", "benchmarks", "examples", "tests"):
+        if path not in (timing, Path(__file__).resolve()):
+            match = CLOCKS.search(path.read_text())
+            assert not match, f"{path.relative_to(ROOT)} has a clock of its own: {match.group()}"
+
+
+def test_nothing_falls_back_in_silence():
+    for path in python_files("minivllm", "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
+                assert not silent, f"{path.relative_to(ROOT)}:{node.lineno} swallows an exception"
+
+
+def test_environment_variables_are_all_known():
+    """Those of the README, and no others."""
+    known = {"MINIVLLM_LOG", "OMP_NUM_THREADS", "MINIVLLM_CUDA", "MINIVLLM_CUDA_ARCHS", "MINIVLLM_SANITIZE", "MINIVLLM_WERROR",
+             "CC", "NVCC", "CUDA_HOME"}  # fmt: skip
+    read = set()
+    for path in [*SOURCES, ROOT / "setup.py", *python_files("minivllm")]:
+        read |= set(re.findall(r"""(?:getenv\(|environ(?:\.get\(|\[)|getenv\()\s*["'](\w+)["']""", path.read_text()))
+    assert read - known <= {"CUDACXX", "CUDA_PATH", "PATH", "LDFLAGS", "CFLAGS", "CXX"}, read - known
+    readme = (ROOT / "README.md").read_text()
+    for name in known - {"CC", "NVCC", "CUDA_HOME"}:
+        assert name in readme, f"README.md does not mention {name}"

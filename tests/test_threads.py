@@ -1,0 +1,232 @@
+"""Many threads, fork, and the limits on how many threads the kernels use."""
+
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+from cases import assert_same_bits, normal
+from frameworks import NUMPY
+from processes import succeeds
+
+import minivllm
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(autouse=True)
+def keep_thread_count():
+    before = minivllm.get_num_threads()
+    yield
+    minivllm.set_num_threads(before)
+
+
+def work(seed):
+    """Calls of very different sizes, and what they should give."""
+    x = NUMPY.tensor(normal((seed % 7 * 9 + 1, 512), "f32", seed), "f32")
+    weight = NUMPY.tensor(normal((512,), "f32", "w"), "f32")
+    matrix = NUMPY.tensor(normal((200, 512), "f32", "m", scale=0.02), "f32")
+    return lambda: (minivllm.rms_norm(x, weight), *minivllm.rms_norm_qkv(x, weight, matrix, 3, 1))
+
+
+def test_many_threads_at_once():
+    tasks = [work(seed) for seed in range(12)]
+    right = [task() for task in tasks]
+    start, problems = threading.Barrier(len(tasks)), []
+
+    def loop(i):
+        try:
+            start.wait()
+            for _ in range(60):
+                for got, expected in zip(tasks[i](), right[i]):
+                    assert_same_bits(got, expected)
+        except BaseException as problem:  # noqa: BLE001 -- to be reported by the main thread
+            problems.append(problem)
+
+    threads = [threading.Thread(target=loop, args=(i,)) for i in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for round_ in range(200):
+        minivllm.set_num_threads(round_ % 4 + 1)
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a thread hangs"
+    if problems:
+        raise problems[0]
+
+
+def test_last_kernel_is_of_the_thread():
+    x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
+    minivllm.rms_norm(x, weight, kernel="f32_portable")
+    seen = []
+
+    def other():
+        seen.append(minivllm.last_kernel())
+        minivllm.rms_norm(x.astype(np.float16), weight)
+        seen.append(minivllm.last_kernel().name)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen[0] is None and seen[1].startswith("f16_")
+    assert minivllm.last_kernel().name == "f32_portable"
+
+
+def test_the_setter():
+    for count in (1, 3, 2 * CORES + 1):
+        minivllm.set_num_threads(count)
+        assert minivllm.get_num_threads() == count
+        task = work(6)
+        assert_same_bits(task()[0], task()[0])
+    for count in (0, -1):
+        minivllm.set_num_threads(count)
+        limit = int(os.environ.get("OMP_NUM_THREADS") or CORES)
+        assert minivllm.get_num_threads() == min(CORES, limit)
+    with pytest.raises(TypeError):
+        minivllm.set_num_threads("two")
+
+
+@pytest.mark.parametrize(
+    "value,expected", [(None, CORES), ("1", 1), ("100000", CORES), ("", CORES), ("many", CORES), ("0", CORES), ("-3", CORES), ("1,4", 1)]
+)
+def test_omp_num_threads(value, expected):
+    printed = succeeds("import minivllm; print(minivllm.get_num_threads())", OMP_NUM_THREADS=value)
+    assert int(printed) == expected
+
+
+def test_affinity():
+    script = """
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        import minivllm
+        print(minivllm.get_num_threads())
+    """
+    assert int(succeeds(script, OMP_NUM_THREADS=None)) == 1
+
+
+FORK = """
+    import os, signal, sys, threading
+    import numpy as np
+    import minivllm
+
+    x, weight = np.random.default_rng(0).standard_normal((64, 1024), np.float32), np.ones(1024, np.float32)
+    matrix = np.random.default_rng(1).standard_normal((1280, 1024), np.float32)
+
+    def compute():
+        return minivllm.rms_norm_qkv(x, weight, matrix, 3, 1)[0]
+
+    minivllm.set_num_threads(4)
+    right = compute()
+    busy = {busy}
+    stop = threading.Event()
+    def keep_busy():
+        while not stop.is_set():
+            compute()
+    threads = [threading.Thread(target=keep_busy) for _ in range(3)] if busy else []
+    for thread in threads:
+        thread.start()
+    for _ in range(15):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            same = all(np.array_equal(compute(), right) for _ in range(3))
+            grandchild = os.fork()
+            if grandchild == 0:
+                signal.alarm(30)
+                os._exit(0 if np.array_equal(compute(), right) else 1)
+            status = os.waitpid(grandchild, 0)[1]
+            os._exit(0 if same and status == 0 else 1)
+        assert os.waitpid(child, 0)[1] == 0, "a forked child hung or computed something else"
+        assert np.array_equal(compute(), right)
+    stop.set()
+    for thread in threads:
+        thread.join()
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_fork(busy):
+    """The pool survives fork, also while other threads are inside a kernel."""
+    succeeds(FORK.replace("{busy}", str(busy)), timeout=300)
+
+
+def test_the_gil_is_released():
+    """Another thread runs while a long kernel does."""
+    x = np.ones((96, 2048), np.float32)
+    weight, matrix = np.ones(2048, np.float32), np.ones((6144, 2048), np.float32)
+    state, interval = {"running": False, "done": False}, sys.getswitchinterval()
+
+    def long_call():
+        state["running"] = True
+        minivllm.rms_norm_qkv(x, weight, matrix, 32, 8, kernel="f32_prefill_portable")
+        state["done"] = True
+
+    thread = threading.Thread(target=long_call)
+    sys.setswitchinterval(1.0)  # whoever holds the GIL keeps it: progress can only come from its release
+    try:
+        thread.start()
+        progress = 0
+        while not state["done"]:
+            progress += state["running"]
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert progress > 1000
+
+
+def test_exit_while_threads_compute():
+    """Leaving the interpreter in the middle of things is no crash."""
+    script = """
+        import threading
+        import numpy as np
+        import minivllm
+        x, weight = np.ones((64, 1024), np.float32), np.ones(1024, np.float32)
+        matrix = np.ones((1280, 1024), np.float32)
+        started = threading.Barrier(4)
+        def loop():
+            started.wait()
+            while True:
+                minivllm.rms_norm_qkv(x, weight, matrix, 3, 1)
+        for _ in range(3):
+            threading.Thread(target=loop, daemon=True).start()
+        started.wait()
+        minivllm.rms_norm(x, weight)
+    """
+    for _ in range(3):
+        succeeds(script)
+
+
+@pytest.mark.gpu
+def test_concurrent_first_launch(cuda_torch):
+    """Eight threads make the process's first CUDA launch at once."""
+    script = """
+        import threading
+        import torch
+        import minivllm
+        hidden = 256
+        x = torch.randn(64, hidden, device="cuda", dtype=torch.bfloat16)
+        weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+        matrix = torch.randn(5 * 64, hidden, device="cuda", dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+        start, results, problems = threading.Barrier(8), [None] * 8, []
+        def first(i):
+            try:
+                start.wait()
+                if i % 2:
+                    results[i] = minivllm.rms_norm(x, weight)
+                else:
+                    results[i] = minivllm.rms_norm_qkv(x[: 1 if i % 4 else 64], weight, matrix, 3, 1)[0]
+                torch.cuda.current_stream().synchronize()
+            except BaseException as problem:
+                problems.append(problem)
+        threads = [threading.Thread(target=first, args=(i,)) for i in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        assert not problems, problems
+        assert all(torch.equal(results[i], results[1]) for i in (3, 5, 7))
+        again = minivllm.rms_norm_qkv(x, weight, matrix, 3, 1)[0]
+        assert torch.equal(results[0], again) and torch.equal(results[4], again)
+    """
+    for _ in range(3):
+        succeeds(script)
