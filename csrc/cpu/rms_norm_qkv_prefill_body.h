@@ -62,12 +62,12 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
         for (int64_t r = 0; r < round_up(span.count, TILE_OUTPUTS); r++) {
             float *to = stage + r * BLOCK_UNITS;
             const char *row = weight + ((span.row + r) * block->row_stride + from) * (int64_t)bytes;
-            for (int64_t k = 0; k < count; k += STEP)
+            for (int64_t k = 0; k < count; k += STEP) {
+                const int n = (int)least(STEP, count - k);
+                __builtin_prefetch(row + (k + BLOCK_UNITS) * (int64_t)bytes);
                 v_store_f32(to + k / UNIT,
-                            r < span.count
-                                ? MV_NAME(weight_units, DTYPE)(wide, row, k, (int)least(STEP, count - k))
-                                : v_set(0),
-                            LANES);
+                            r < span.count ? MV_NAME(weight_units, DTYPE)(wide, row, k, n) : v_set(0), LANES);
+            }
         }
         return (tile_weights){(const char *)stage, BLOCK_UNITS * sizeof(float), sizeof(float)};
     }

@@ -4,8 +4,8 @@ typedef __m512 vf;
 
 #define TILE_VECTORS 4                                                /* 24 accumulators of the 32 registers */
 #define TILE_ROWS(vectors) ((vectors) <= 2 ? 12 : (vectors) == 3 ? 8 : 6)
-#define DOT_ROWS 4
-#define DOT_TOKENS 4
+#define DOT_ROWS 8
+#define DOT_TOKENS 2
 
 MV_INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
 
