@@ -51,7 +51,7 @@ def time_case(case: dict, variants: dict, device: str, copies: int, quick: bool)
         calls = calls_per_graph(floor_us, copies)
         results = time_cuda(variants, calls=calls, floor_us=floor_us, replays=5 if quick else 7)
     else:
-        results = time_cpu(variants, seconds=0.2 if quick else 1.0, rounds=4 if quick else 8)
+        results = time_cpu(variants, seconds=0.2 if quick else 0.6, rounds=4 if quick else 6)
     columns: dict[str, dict] = {name: {} for name in variants}
     for name, result in results.items():
         if isinstance(result, Failed):

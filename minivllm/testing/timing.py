@@ -5,8 +5,8 @@ walk over more copies of its weights than a cache holds. Variants of one diction
 machine that slows down slows all of them down. The figure is the median; its spread is the quartiles beside it. A
 variant that raises becomes a Failed, and the others go on.
 
-CPU: every sample is one call (or a batch of them, for calls under 200 us). Before each turn the variant runs untimed
-until the threads that another library left spinning have gone to sleep.
+CPU: every sample is one call (or a batch of them, for calls under 200 us). Before each turn the timer sleeps until the
+threads that another library left spinning sleep too, and then the variant runs untimed for a moment.
 
 CUDA (through torch): every sample is one replay of a CUDA graph that holds many calls, divided by their number. A
 replay of the same graph runs right before it, so the host is never what is measured.
@@ -21,7 +21,8 @@ from typing import NamedTuple
 Variant = Callable[[int], object]
 
 BATCH_US = 200.0  # a CPU sample lasts at least this long: 1000 times what reading the clock costs
-SETTLE_SECONDS = 0.02  # how long OpenMP threads of other libraries spin before they sleep, with a margin
+SETTLE_SECONDS = 0.15  # threads of other libraries spin before they sleep: those of OpenBLAS up to 2^28 cycles
+WARM_SECONDS = 0.02  # then caches, clocks and own threads wake up
 GRAPH_US = 1000.0  # a CUDA graph lasts about this long: the gap between two replays is then under 1 %
 GRAPH_CALLS = 512  # and holds at most so many calls
 TOO_SLOW = 20.0  # a CUDA variant this many times slower than the fastest conceivable one, and
@@ -88,10 +89,11 @@ class Host:
         return (time.perf_counter_ns() - begin) / self.batch / 1e3
 
     def turn(self, seconds: float, settle: float) -> None:
-        """Untimed calls for `settle` seconds, then samples for `seconds`, two at least."""
-        now = time.perf_counter()
-        settled, end = now + settle, now + settle + seconds
-        while time.perf_counter() < settled:
+        """Sleeps for `settle` seconds, calls untimed for WARM_SECONDS, then samples for `seconds`, two at least."""
+        time.sleep(settle)
+        warm = time.perf_counter() + WARM_SECONDS
+        end = warm + seconds
+        while time.perf_counter() < warm:
             self.sample()
         count = 0
         while count < 2 or time.perf_counter() < end:
