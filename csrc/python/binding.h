@@ -73,9 +73,13 @@ typedef struct framework framework;
 
 /* What is known about a type of tensor. A slot is filled once, then published by storing `type`. */
 typedef struct {
-    _Atomic(PyTypeObject *) type;
-    const framework *framework;
+    const framework *framework; /* NULL: no tensor */
     const dl_exchange_api *api; /* or NULL */
+} type_kind;
+
+typedef struct {
+    _Atomic(PyTypeObject *) type;
+    type_kind kind;
 } type_slot;
 
 enum { MAX_TYPES = 64, MAX_CUDA_DEVICES = 64 };
@@ -101,8 +105,7 @@ typedef struct {
     PyObject *object; /* owned reference */
     const char *name; /* as the user knows it */
     int member;       /* of a tuple given under that name, or -1 */
-    const framework *framework;
-    const dl_exchange_api *api;
+    type_kind kind;
     mv_view *slot; /* where in the op's args its view went */
     mv_view view;  /* shape and strides point to the arrays below */
     void *managed; /* a DLPack export to give back: dl_managed_versioned when `versioned`, else dl_managed */
@@ -154,8 +157,10 @@ struct framework {
     PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
 };
 
-extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework, jax_tracer_framework;
-extern const framework exchange_framework, dlpack_framework, device_array_framework, cuda_array_framework;
+extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework, device_array_framework;
+extern const framework exchange_framework, dlpack_framework, cuda_array_framework;
+/* Types that are close relatives of tensors, refused by their name. */
+extern const framework masked_framework, jax_tracer_framework;
 
 /* ---- status.c: every way to refuse ------------------------------------------------------------------------------ */
 

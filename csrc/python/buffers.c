@@ -10,11 +10,9 @@ static const struct {
     const char *module, *type;
     const framework *framework;
 } known_types[] = {
-    {"torch", "Tensor", &torch_framework},
-    {"numpy", "ndarray", &numpy_framework},
-    {"minivllm.device_array", "DeviceArray", &device_array_framework},
-    {"cupy", "ndarray", &cupy_framework},
-    {"jax", "Array", &jax_framework},
+    {"torch", "Tensor", &torch_framework},         {"numpy.ma", "MaskedArray", &masked_framework},
+    {"numpy", "ndarray", &numpy_framework},        {"minivllm.device_array", "DeviceArray", &device_array_framework},
+    {"cupy", "ndarray", &cupy_framework},          {"jax", "Array", &jax_framework},
     {"jax.core", "Tracer", &jax_tracer_framework},
 };
 
@@ -54,9 +52,9 @@ static bool has(PyObject *object, PyObject *name) {
 }
 
 /* Fills framework and api; *cacheable: they follow from the type alone. NULL framework: no tensor. */
-static bool classify(call *c, PyObject *object, type_slot *found, bool *cacheable) {
+static bool classify(call *c, PyObject *object, type_kind *found, bool *cacheable) {
     PyTypeObject *type = Py_TYPE(object);
-    *found = (type_slot){.api = exchange_api_of(type)};
+    *found = (type_kind){NULL, exchange_api_of(type)};
     *cacheable = true;
     for (size_t i = 0; i < sizeof known_types / sizeof known_types[0]; i++) {
         const int is = is_of_type(object, known_types[i].module, known_types[i].type);
@@ -80,33 +78,30 @@ static bool classify(call *c, PyObject *object, type_slot *found, bool *cacheabl
 }
 
 /* A slot is reserved, filled and then published, so readers need no lock; two threads may fill two for one type. */
-static void remember(module_state *state, PyTypeObject *type, const type_slot *found) {
+static void remember(module_state *state, PyTypeObject *type, type_kind kind) {
     if (atomic_load(&state->types_used) >= MAX_TYPES) return;
     const int i = atomic_fetch_add(&state->types_used, 1);
     if (i >= MAX_TYPES) return;
     Py_INCREF((PyObject *)type); /* the address of a type that died could come back as another one's */
-    state->types[i].framework = found->framework;
-    state->types[i].api = found->api;
+    state->types[i].kind = kind;
     atomic_store_explicit(&state->types[i].type, type, memory_order_release);
 }
 
 static bool find_framework(call *c, tensor *t) {
     PyTypeObject *type = Py_TYPE(t->object);
     module_state *state = c->state;
-    type_slot found = {0};
     for (int i = 0; i < MAX_TYPES; i++) {
         const type_slot *slot = &state->types[i];
         PyTypeObject *known_type = atomic_load_explicit(&slot->type, memory_order_acquire);
         if (!known_type) break;
         if (known_type == type) {
-            t->framework = slot->framework;
-            t->api = slot->api;
+            t->kind = slot->kind;
             return true;
         }
     }
     bool cacheable;
-    if (!classify(c, t->object, &found, &cacheable)) return false;
-    if (!found.framework) {
+    if (!classify(c, t->object, &t->kind, &cacheable)) return false;
+    if (!t->kind.framework) {
         PyObject *name = PyType_GetQualName(type);
         if (name)
             refuse(c, t, PyExc_TypeError,
@@ -116,9 +111,7 @@ static bool find_framework(call *c, tensor *t) {
         Py_XDECREF(name);
         return false;
     }
-    if (cacheable) remember(state, type, &found);
-    t->framework = found.framework;
-    t->api = found.api;
+    if (cacheable) remember(state, type, t->kind);
     return true;
 }
 
@@ -210,7 +203,7 @@ static void *plain_stream(void *stream) { return stream == (void *)1 ? NULL : st
 
 /* The first tensor on a GPU decides the stream; later ones that live on another stream are waited for. */
 static bool join_stream(call *c, tensor *t) {
-    const framework *from = t->framework;
+    const framework *from = t->kind.framework;
     void *stream = NULL;
     if (from == c->streams_of && !t->has_producer) return true;
     if (!t->has_producer && from->stream) {
@@ -255,7 +248,7 @@ bool take(call *c, const char *name, int member, PyObject *object, mv_view *slot
     t->fresh = false;
     t->has_producer = false;
     t->view = (mv_view){.shape = t->shape, .strides = t->strides};
-    if (!find_framework(c, t) || !t->framework->view(c, t)) return false;
+    if (!find_framework(c, t) || !t->kind.framework->view(c, t)) return false;
     if (t->view.device.kind == MV_CUDA && !join_stream(c, t)) return false;
     *slot = t->view;
     return true;

@@ -7,6 +7,10 @@ static PyObject *item(PyObject *interface, const char *key) { /* borrowed; NULL 
     return value == Py_None ? NULL : value;
 }
 
+static bool refuse_malformed(call *c, tensor *t, const char *key) {
+    return refuse_because(c, t, PyExc_BufferError, "has a __cuda_array_interface__ with a malformed %s", key);
+}
+
 static bool read_dtype(call *c, tensor *t, PyObject *interface) {
     PyObject *typestr = item(interface, "typestr");
     if (!typestr || !PyUnicode_Check(typestr))
@@ -27,7 +31,7 @@ static bool read_stream(call *c, tensor *t, PyObject *interface) {
     PyObject *stream = item(interface, "stream");
     if (!stream) return true; /* the exporter asks for no ordering */
     t->producer = PyLong_AsVoidPtr(stream);
-    if (PyErr_Occurred()) return false;
+    if (PyErr_Occurred()) return refuse_malformed(c, t, "stream");
     t->has_producer = true;
     return t->producer || refuse(c, t, PyExc_ValueError,
                                  "has a __cuda_array_interface__ with stream 0, expected None, "
@@ -45,20 +49,21 @@ static bool read_data(call *c, tensor *t, PyObject *interface) {
     }
     t->view.data = PyLong_AsVoidPtr(pointer);
     t->view.read_only = read_only;
-    return !PyErr_Occurred();
+    return !PyErr_Occurred() || refuse_malformed(c, t, "data");
 }
 
 static bool read_interface(call *c, tensor *t, PyObject *interface) {
     PyObject *shape = item(interface, "shape"), *strides = item(interface, "strides");
     int ndim = 0, stride_count = 0;
     if (item(interface, "mask")) return refuse(c, t, PyExc_ValueError, "is masked; pass an array without a mask");
-    if (!shape || !ints_of_tuple(shape, t->shape, &ndim)) return false;
+    if (!shape || !ints_of_tuple(shape, t->shape, &ndim)) return refuse_malformed(c, t, "shape");
     t->view.ndim = ndim;
     if (!read_dtype(c, t, interface) || !read_data(c, t, interface) || !read_stream(c, t, interface)) return false;
     if (!strides) {
         t->view.strides = NULL;
     } else {
-        if (!ints_of_tuple(strides, t->strides, &stride_count) || stride_count != ndim) return false;
+        if (!ints_of_tuple(strides, t->strides, &stride_count) || stride_count != ndim)
+            return refuse_malformed(c, t, "strides");
         if (!strides_from_bytes(c, t, t->view.dtype == MV_F32 ? 4 : 2)) return false;
     }
     if (!check_view(c, t)) return false;
@@ -76,9 +81,7 @@ static bool cuda_array_view(call *c, tensor *t) {
     }
     const bool ok = read_interface(c, t, interface);
     Py_DECREF(interface);
-    return ok || PyErr_Occurred() != NULL
-               ? ok
-               : refuse(c, t, PyExc_BufferError, "has a malformed shape or strides in its __cuda_array_interface__");
+    return ok;
 }
 
 const framework cuda_array_framework = {.name = "CUDA array interface",

@@ -218,7 +218,7 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     c.forbid_grad = false;
     if (take(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
-        result = t->framework->empty(&c, t, ndim, sizes);
+        result = t->kind.framework->empty(&c, t, ndim, sizes);
     }
     end(&c);
     return result;

@@ -122,13 +122,13 @@ const framework device_array_framework = {.name = "DeviceArray",
 
 static bool exchange_view(call *c, tensor *t) {
     dl_tensor borrowed;
-    if (t->api->borrow_from_object(t->object, &borrowed) != 0)
+    if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0)
         return refuse_because(c, t, PyExc_BufferError, "cannot be read");
     return view_of_dl_tensor(c, t, &borrowed);
 }
 
 static bool exchange_stream(call *c, const tensor *t, void **stream) {
-    if (t->api->current_stream(DL_CUDA, t->view.device.index, stream) == 0) return true;
+    if (t->kind.api->current_stream(DL_CUDA, t->view.device.index, stream) == 0) return true;
     return refuse_because(c, t, PyExc_RuntimeError, "has no current stream");
 }
 
@@ -148,9 +148,9 @@ static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, cons
     dl_tensor prototype = {NULL, {cuda ? DL_CUDA : DL_CPU, like->view.device.index}, ndim, dtype, sizes, strides, 0};
     dl_managed_versioned *managed = NULL;
     void *object = NULL;
-    if (like->api->allocate(&prototype, &managed, PyExc_MemoryError, set_error) != 0) return NULL;
+    if (like->kind.api->allocate(&prototype, &managed, PyExc_MemoryError, set_error) != 0) return NULL;
     *data = managed->tensor.data;
-    return like->api->owned_to_object(managed, &object) == 0 ? object : NULL;
+    return like->kind.api->owned_to_object(managed, &object) == 0 ? object : NULL;
 }
 
 static PyObject *exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {

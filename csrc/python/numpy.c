@@ -51,8 +51,8 @@ static bool refuse_byte_order(call *c, tensor *t) {
     PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
     if (dtype)
         refuse(c, t, PyExc_TypeError,
-               "is not in this machine's byte order (dtype %S); pass "
-               "x.astype(x.dtype.newbyteorder('='))",
+               "is not in this machine's byte order (dtype %S); pass a copy that is, by "
+               "astype(dtype.newbyteorder('='))",
                dtype);
     Py_XDECREF(dtype);
     return false;
@@ -111,3 +111,9 @@ static PyObject *numpy_empty(call *c, const tensor *like, int ndim, const int64_
 
 const framework numpy_framework = {
     .name = "NumPy", .view = numpy_view, .empty = numpy_empty, .scratch = plain_scratch, .split = split_by_slices};
+
+static bool refuse_masked(call *c, tensor *t) {
+    return refuse(c, t, PyExc_TypeError, "is a masked array, whose mask no op knows; pass its data or filled()");
+}
+
+const framework masked_framework = {.name = "NumPy, masked", .view = refuse_masked};

@@ -15,7 +15,7 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
                       MAX_DIMS + 1 - last_count);
     memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
     memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
-    PyObject *object = like->framework->empty(c, like, lead + last_count, shape);
+    PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape);
     if (!object) return false;
     c->forbid_grad = false;
     const bool ok = take(c, name, -1, object, slot);
@@ -40,7 +40,7 @@ bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t byt
         if (!data) PyErr_NoMemory();
     } else {
         const tensor *like = tensor_of(c, x);
-        c->scratch_owner = like->framework->scratch(c, like, bytes + ALIGNMENT, &data);
+        c->scratch_owner = like->kind.framework->scratch(c, like, bytes + ALIGNMENT, &data);
     }
     if (!data) return false;
     call_args->workspace = (void *)(((uintptr_t)data + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
@@ -48,7 +48,7 @@ bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t byt
 }
 
 static PyObject *finished(call *c, const tensor *result, const tensor *like) {
-    if (result->fresh && like->framework->finish) return like->framework->finish(c, like, result->object);
+    if (result->fresh && like->kind.framework->finish) return like->kind.framework->finish(c, like, result->object);
     Py_INCREF(result->object);
     return result->object;
 }
@@ -61,7 +61,7 @@ PyObject *returned_parts(call *c, const mv_view *slot, const mv_view *x, const h
     const tensor *result = tensor_of(c, slot), *like = tensor_of(c, x);
     PyObject *packed = finished(c, result, like);
     if (!packed) return NULL;
-    const framework *from = packed == result->object ? result->framework : like->framework;
+    const framework *from = packed == result->object ? result->kind.framework : like->kind.framework;
     PyObject *parts = from->split(c, packed, result, counts, result->fresh);
     Py_DECREF(packed);
     return parts;

@@ -47,6 +47,17 @@ bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, 
     return false;
 }
 
+/* torch's errors go on with a C++ stack. */
+static PyObject *first_line(PyObject *exception) {
+    PyObject *text = PyObject_Str(exception);
+    const Py_ssize_t length = text ? PyUnicode_GetLength(text) : 0;
+    const Py_ssize_t end = text ? PyUnicode_FindChar(text, '\n', 0, length, 1) : -1;
+    PyObject *line = text ? PyUnicode_Substring(text, 0, end < 0 ? length : end) : NULL;
+    Py_XDECREF(text);
+    if (!line) PyErr_Clear(); /* an exception that cannot be shown is still the cause */
+    return line;
+}
+
 bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...) {
     PyObject *cause_type, *cause, *traceback;
     PyErr_Fetch(&cause_type, &cause, &traceback);
@@ -64,9 +75,11 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
     va_start(values, format);
     PyObject *text = sentence(c, t->name, t->member, format, values);
     va_end(values);
-    PyObject *whole = text && cause ? PyUnicode_FromFormat("%U: %S", text, cause) : text;
+    PyObject *reason = text && cause ? first_line(cause) : NULL;
+    PyObject *whole = reason ? PyUnicode_FromFormat("%U: %U", text, reason) : text;
     if (whole) PyErr_SetObject(type, whole);
     if (whole != text) Py_XDECREF(whole);
+    Py_XDECREF(reason);
     Py_XDECREF(text);
     if (!cause) return false;
 

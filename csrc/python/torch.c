@@ -53,7 +53,7 @@ static bool check_not_negated(call *c, tensor *t) {
     PyObject *negated = PyObject_CallMethodObjArgs(t->object, c->state->names[NAME_IS_NEG], NULL);
     if (!negated) return false;
     Py_DECREF(negated);
-    return negated != Py_True || refuse(c, t, PyExc_ValueError, "is lazily negated; pass x.resolve_neg()");
+    return negated != Py_True || refuse(c, t, PyExc_ValueError, "is lazily negated; pass its resolve_neg()");
 }
 
 /* torch before 2.10. __dlpack__ refuses whatever requires grad, also in no_grad mode. */
@@ -73,15 +73,15 @@ static bool view_by_protocol(call *c, tensor *t) {
 static bool torch_view(call *c, tensor *t) {
     if (!is_plain(c, t)) return false;
     if (c->forbid_grad && !check_grad(c, t)) return false;
-    if (!t->api) return view_by_protocol(c, t);
+    if (!t->kind.api) return view_by_protocol(c, t);
     dl_tensor borrowed;
-    if (t->api->borrow_from_object(t->object, &borrowed) != 0)
+    if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0)
         return refuse_because(c, t, PyExc_BufferError, "is no tensor in plain memory");
     return view_of_dl_tensor(c, t, &borrowed) && check_not_negated(c, t);
 }
 
 static bool torch_stream(call *c, const tensor *t, void **stream) {
-    if (t->api) return t->api->current_stream(DL_CUDA, t->view.device.index, stream) == 0;
+    if (t->kind.api) return t->kind.api->current_stream(DL_CUDA, t->view.device.index, stream) == 0;
     PyObject *function = known(c->state, TORCH_CURRENT_STREAM);
     PyObject *object = function ? PyObject_CallFunction(function, "i", (int)t->view.device.index) : NULL;
     return object && take_pointer(object, "cuda_stream", stream);
