@@ -30,7 +30,7 @@ def device_of(row) -> str:
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "sanitize: the reduced GPU suite that compute-sanitizer runs over")
-    config.addinivalue_line("markers", "rows(op): the fixture `kernel` runs over the kernels of this op")
+    config.addinivalue_line("markers", "rows(op, device=None): the fixture `kernel` runs over the kernels of this op")
 
 
 def pytest_report_header():
@@ -50,7 +50,8 @@ def _kernel_param(row):
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("rows")
-        metafunc.parametrize("kernel", [_kernel_param(row) for row in ROWS[marker.args[0]]])
+        op, *devices = marker.args
+        metafunc.parametrize("kernel", [_kernel_param(row) for row in ROWS[op] if not devices or device_of(row) in devices])
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 

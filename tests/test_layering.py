@@ -18,8 +18,8 @@ MAY_INCLUDE = {
     "cuda": {"mv.h", "kernel.h"},
 }
 CUDA_HEADERS = re.compile(r"^(cuda|cooperative_groups|cub/|thrust/|mma|driver_types|nvtx)")
-CXX_HEADERS = {"algorithm", "array", "atomic", "cmath", "functional", "iostream", "limits", "map", "memory", "mutex", "new", "string",
-               "tuple", "type_traits", "unordered_map", "utility", "vector", "cstdint", "cstdio", "cstring", "cstdlib"}  # fmt: skip
+CXX_HEADERS = {"algorithm", "array", "atomic", "functional", "iostream", "map", "memory", "mutex", "new", "string", "tuple", "utility",
+               "vector", "type_traits", "unordered_map"}  # fmt: skip
 
 
 def folder_of(path):
@@ -130,7 +130,7 @@ def test_benchmarks_do_not_import_tests():
 
 
 CLOCKS = re.compile(
-    r"\b(?:time\.(?:time|perf_counter|monotonic|process_time)(?:_ns)?\b|perf_counter|timeit\b|elapsed_time\b|cudaEventElapsedTime|cuda\.Event\()"
+    r"\b(?:time\.(?:time|perf_counter|monotonic|process_time)(?:_ns)?\b|perf_counter|timeit\b|elapsed_time\b|cudaEventElapsedTime|Event\(enable_timing)"
 )
 
 
