@@ -13,8 +13,8 @@ constexpr int kThreads = 256;
 template <typename T> __global__ void __launch_bounds__(kThreads) 
     rms_norm_naive_kernel(const __grid_constant__ mv_task task) {
     __shared__ float sums[kThreads];
-    griddepcontrol_launch();
     griddepcontrol_wait();
+    griddepcontrol_launch();
 
     const int64_t row = blockIdx.x;
     const T *x = row_address<const T>(task.x, task.inner, row);

@@ -31,15 +31,10 @@ template <int kSize> struct Tokens {
     float *y;
     int64_t stride; /* between tokens: the hidden size rounded up to 8 */
 
-    __device__ __forceinline__ float *at(int token, int64_t k) const {
+    /* The 4 values from column k on; k is a multiple of 4. */
+    __device__ __forceinline__ float4 *quad(int token, int64_t k) const {
         float *row = y + token * stride;
-        if constexpr (kSize == 4) return row + k;
-        return row + (k % 8 / 4) * (stride / 2) + k / 8 * 4 + k % 4;
-    }
-    /* 4 values from column k + part on; k is a multiple of kSize. */
-    __device__ __forceinline__ float4 quad(int token, int64_t k, int part) const {
-        const float *row = y + token * stride;
-        return *reinterpret_cast<const float4 *>(kSize == 4 ? row + k : row + part / 4 * (stride >> 1) + (k >> 1));
+        return reinterpret_cast<float4 *>(kSize == 4 ? row + k : row + (k & 4 ? stride >> 1 : 0) + (k >> 3) * 4);
     }
 };
 
@@ -56,19 +51,24 @@ struct Aligned {
 };
 
 /* Reads the tokens, adds the residual (block 0 writes the sum out), and leaves in shared memory what the weights are
- * multiplied by; gives the factors that are still to come after the sums. */
+ * multiplied by; gives the factors that are still to come after the sums. `near` are the norm weights of this thread's
+ * first packet, loaded ahead of time. */
 template <typename T, int kTokens, int kSize>
-__device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned aligned, const Tokens<kSize> &tokens,
-                                                 float *partial, float (&factor)[kTokens]) {
+__device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned aligned, const NormWeights<T> &near,
+                                                 const Tokens<kSize> &tokens, float *partial,
+                                                 float (&factor)[kTokens]) {
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kThreads * size;
     const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const bool writes_sum = task.residual_out.data && blockIdx.x == 0;
+    const auto weights_at = [&](int64_t k) {
+        return k == first ? near : load_norm_weights<T>(task, k, aligned.norm_weight);
+    };
 
     float squares[kTokens] = {};
     for (int64_t k = first; k < tokens.stride; k += step) {
-        const NormWeights<T> weights = load_norm_weights<T>(task, k, aligned.norm_weight);
+        const NormWeights<T> weights = weights_at(k);
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
             const int64_t row = t < task.tokens ? t : 0;
@@ -80,12 +80,16 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
                 if (writes_sum)
                     store_packet(row_address<T>(task.residual_out, task.inner, row) + k, s, count, aligned.rows);
             }
+            float value[size];
 #pragma unroll
             for (int i = 0; i < size; i++) {
-                const float value = s.get(i);
-                squares[t] = fmaf(value, value, squares[t]);
-                if (k + i < tokens.stride) *tokens.at(t, k + i) = hf ? value : value * weights.v[i];
+                value[i] = s.get(i);
+                squares[t] = fmaf(value[i], value[i], squares[t]);
+                if (!hf) value[i] *= weights.v[i];
             }
+#pragma unroll
+            for (int i = 0; i < size; i += 4)
+                *tokens.quad(t, k + i) = make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]);
         }
     }
 
@@ -106,14 +110,17 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
 
     /* Each thread finishes the values that it put there itself. */
     for (int64_t k = first; k < tokens.stride; k += step) {
-        const NormWeights<T> weights = load_norm_weights<T>(task, k, aligned.norm_weight);
+        const NormWeights<T> weights = weights_at(k);
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
 #pragma unroll
-            for (int i = 0; i < size; i++) {
-                if (k + i >= tokens.stride) break;
-                float *value = tokens.at(t, k + i);
-                *value = k + i < task.hidden ? round_to<T>(apply_norm<T>(*value, factor[t], weights.v[i], true)) : 0.0f;
+            for (int i = 0; i < size; i += 4) {
+                float4 *quad = tokens.quad(t, k + i);
+                const float4 s = *quad;
+                *quad = make_float4(round_to<T>(apply_norm<T>(s.x, factor[t], weights.v[i + 0], true)),
+                                    round_to<T>(apply_norm<T>(s.y, factor[t], weights.v[i + 1], true)),
+                                    round_to<T>(apply_norm<T>(s.z, factor[t], weights.v[i + 2], true)),
+                                    round_to<T>(apply_norm<T>(s.w, factor[t], weights.v[i + 3], true)));
             }
         }
     }
@@ -149,18 +156,22 @@ template <typename W> struct Stream {
         return p.k + (u * 32 + static_cast<int>(threadIdx.x % 32)) * size;
     }
 
-    __device__ __forceinline__ void load(Place p, Packet<W> (&packets)[kUnroll]) const {
-        if (p.n >= task.outputs) return;
-        const W *row = weight_row<W>(task, find_output(task, p.n));
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            const int64_t k = column(p, u);
-            if (aligned) /* then the hidden size is a whole number of packets */
-                packets[u] = k < task.hidden ? as_packet<W>(load_streaming(row + k)) : Packet<W>{};
-            else
-                packets[u] = load_packet(row + k, task.hidden - k, false);
-        }
+    /* The row that p is in; null past the last one. */
+    __device__ __forceinline__ const W *row(Place p) const {
+        return p.n < task.outputs ? weight_row<W>(task, find_output(task, p.n)) : nullptr;
     }
+    __device__ __forceinline__ Packet<W> load(const W *row, int64_t k) const {
+        if (!row || k >= task.hidden) return {};
+        /* aligned: then the hidden size is a whole number of packets */
+        return aligned ? as_packet<W>(load_streaming(row + k)) : load_packet(row + k, task.hidden - k, false);
+    }
+};
+
+/* One step on its way: what was asked for, and the bias of its row. */
+template <typename W> struct Step {
+    Place place;
+    Packet<W> packets[kUnroll];
+    float bias;
 };
 
 template <typename W, int kTokens>
@@ -170,7 +181,7 @@ __device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<
     for (int t = 0; t < kTokens; t++) {
 #pragma unroll
         for (int part = 0; part < Packet<W>::size; part += 4) {
-            const float4 y = tokens.quad(t, k, part);
+            const float4 y = *tokens.quad(t, k + part);
             sum[t] = fmaf(y.x, weights.get(part + 0), sum[t]);
             sum[t] = fmaf(y.y, weights.get(part + 1), sum[t]);
             sum[t] = fmaf(y.z, weights.get(part + 2), sum[t]);
@@ -181,47 +192,70 @@ __device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
+template <typename T, typename W> __device__ __forceinline__ float bias_of(const Stream<W> &stream, Place place) {
+    const mv_task &task = stream.task;
+    return place.n < task.outputs ? load_bias<T>(task, find_output(task, place.n)) : 0.0f;
+}
+
+template <typename T, typename W> __device__ __forceinline__ void ask_for(const Stream<W> &stream, Step<W> &step) {
+    const W *row = stream.row(step.place);
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) step.packets[u] = stream.load(row, stream.column(step.place, u));
+    step.bias = bias_of<T>(stream, step.place);
+}
+
+/* Multiplies a step, each packet replaced as soon as it is used by one of the step after next, and writes the outputs
+ * if it completes them. */
+template <typename T, typename W, int kTokens>
+__device__ __forceinline__ void advance(const Stream<W> &stream, const Tokens<Packet<W>::size> &tokens, Step<W> &step,
+                                        Place after_next, const float (&factor)[kTokens], float (&sum)[kTokens]) {
+    const mv_task &task = stream.task;
+    const Place done = step.place;
+    const float bias = step.bias;
+    const W *row = stream.row(after_next);
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+        const int64_t k = stream.column(done, u);
+        if (k < tokens.stride) multiply<W, kTokens>(step.packets[u], tokens, k, sum);
+        step.packets[u] = stream.load(row, stream.column(after_next, u));
+    }
+    step.place = after_next;
+    step.bias = bias_of<T>(stream, after_next);
+    if (!stream.ends_row(done)) return;
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+        const float total = warp_sum(sum[t]) * factor[t];
+        if (static_cast<int>(threadIdx.x % 32) == t && t < task.tokens)
+            row_address<T>(task.out, task.inner, t)[done.n] = finish_output<T>(total, bias);
+        sum[t] = 0;
+    }
+}
+
 template <typename T, typename W, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
     extern __shared__ float shared[];
     const Tokens<Packet<W>::size> tokens = {shared + kPartials, padded(task.hidden)};
     const Stream<W> stream = {task, aligned.weight};
-    const int lane = threadIdx.x % 32;
 
-    Place place = stream.first(), ahead = stream.next(place);
-    Packet<W> now[kUnroll], soon[kUnroll];
-    griddepcontrol_launch();
-    prefetch_norm_weights<T>(task, static_cast<int64_t>(threadIdx.x) * Packet<T>::size);
+    Step<W> even, odd;
+    even.place = stream.first();
+    odd.place = stream.next(even.place);
     if (task.dynamic_weights) griddepcontrol_wait();
-    stream.load(place, now);
-    stream.load(ahead, soon);
+    ask_for<T>(stream, even);
+    ask_for<T>(stream, odd);
+    const NormWeights<T> near =
+        load_norm_weights<T>(task, static_cast<int64_t>(threadIdx.x) * Packet<T>::size, aligned.norm_weight);
     griddepcontrol_wait();
+    griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
     float factor[kTokens], sum[kTokens] = {};
-    normalise_tokens<T, kTokens>(task, aligned, tokens, shared, factor);
+    normalise_tokens<T, kTokens>(task, aligned, near, tokens, shared, factor);
 
-    while (place.n < task.outputs) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-            const int64_t k = stream.column(place, u);
-            if (k < tokens.stride) multiply<W, kTokens>(now[u], tokens, k, sum);
-            now[u] = soon[u];
-        }
-        const Place done = place;
-        place = ahead;
-        ahead = stream.next(ahead);
-        stream.load(ahead, soon);
-        if (!stream.ends_row(done)) continue;
-
-        const float bias = load_bias<T>(task, find_output(task, done.n));
-#pragma unroll
-        for (int t = 0; t < kTokens; t++) {
-            const float total = warp_sum(sum[t]) * factor[t];
-            if (lane == t && t < task.tokens)
-                row_address<T>(task.out, task.inner, t)[done.n] = finish_output<T>(total, bias);
-            sum[t] = 0;
-        }
+    while (even.place.n < task.outputs) {
+        advance<T, W, kTokens>(stream, tokens, even, stream.next(odd.place), factor, sum);
+        if (odd.place.n >= task.outputs) break;
+        advance<T, W, kTokens>(stream, tokens, odd, stream.next(even.place), factor, sum);
     }
 }
 

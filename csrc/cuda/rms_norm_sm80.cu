@@ -50,12 +50,15 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
     const int64_t place = static_cast<int64_t>(blockIdx.x) * (kBlockThreads<kThreads> / kThreads) +
                           threadIdx.x / kThreads;
     const int64_t row = place < task.tokens ? place : 0;
-    const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0; /* past the last row: nothing to read, add or write */
+    /* past the last row: nothing to read, to add or to write */
+    const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
 
+    if (blockIdx.x == 0) { /* from every block, requests for the same few lines would queue up at L2 */
 #pragma unroll
-    for (int p = 0; p < kPackets; p++) prefetch_norm_weights<T>(task, (p * kThreads + lane) * size);
-    griddepcontrol_launch();
+        for (int p = 0; p < kPackets; p++) prefetch_norm_weights<T>(task, (p * kThreads + lane) * size);
+    }
     griddepcontrol_wait();
+    griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
     const T *x = row_address<const T>(task.x, task.inner, row);
     const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
@@ -100,8 +103,8 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
     const bool hf = task.rounding == MV_ROUNDING_HF;
-    griddepcontrol_launch();
     griddepcontrol_wait();
+    griddepcontrol_launch();
 
     const T *x = row_address<const T>(task.x, task.inner, row);
     const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
