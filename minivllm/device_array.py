@@ -154,8 +154,8 @@ def _to_bits(array, dtype):
         return array.reshape(-1).view(numpy.uint32 if dtype == "float32" else numpy.uint16)
     # To float32 first, rounding to odd: an inexact value keeps its lowest bit set, so that rounding again cannot take
     # it for a tie (Boldo and Melquiond, 2008).
-    exact = numpy.ascontiguousarray(array, numpy.float64).reshape(-1)
-    with numpy.errstate(over="ignore"):
+    with numpy.errstate(over="ignore", invalid="ignore"):  # signalling NaNs
+        exact = numpy.ascontiguousarray(array, numpy.float64).reshape(-1)
         single = exact.astype(numpy.float32)
     away = numpy.abs(single) > numpy.abs(exact)
     bits = single.view(numpy.uint32) - away

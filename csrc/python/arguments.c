@@ -97,24 +97,24 @@ static bool refuse_type(const call *c, const parameter *p, const char *expected,
 }
 
 bool to_tensor(call *c, const parameter *p, PyObject *value, void *target) {
-    return take(c, p->name, -1, value, target);
+    return take_tensor(c, p->name, -1, value, target);
 }
 
 bool to_optional_tensor(call *c, const parameter *p, PyObject *value, void *target) {
-    return value == Py_None || take(c, p->name, -1, value, target);
+    return value == Py_None || take_tensor(c, p->name, -1, value, target);
 }
 
 /* A list may change under our hands; its members are taken, and so kept, one by one. */
 bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     mv_view *views = target;
-    if (!PyTuple_Check(value) && !PyList_Check(value)) return take(c, p->name, -1, value, &views[0]);
+    if (!PyTuple_Check(value) && !PyList_Check(value)) return take_tensor(c, p->name, -1, value, &views[0]);
     PyObject *members = PySequence_Tuple(value);
     if (!members) return false;
     bool ok = PyTuple_Size(members) == 3;
     if (!ok)
         refuse_argument(c, p->name, PyExc_ValueError, "has %zd members, expected one packed tensor or three (q, k, v)",
                         PyTuple_Size(members));
-    for (int i = 0; ok && i < 3; i++) ok = take(c, p->name, i, PyTuple_GetItem(members, i), &views[i]);
+    for (int i = 0; ok && i < 3; i++) ok = take_tensor(c, p->name, i, PyTuple_GetItem(members, i), &views[i]);
     Py_DECREF(members);
     return ok;
 }

@@ -3,7 +3,7 @@
  * One Python call is one `call`. It takes each tensor argument apart into an mv_view, remembers what must be given back
  * (references, DLPack exports), knows the stream to launch on, and is released at the end whatever happened:
  *
- *     begin -> parse (arguments.c, which takes tensors through buffers.c) -> results (results.c) -> mv_<op> -> end
+ *     begin_call, parse (arguments.c; tensors by buffers.c), outputs (results.c), mv_<op>, end_call
  *
  * How one framework's tensors are read and made is a `framework`: one file and one row in buffers.c.
  */
@@ -131,8 +131,8 @@ typedef struct {
     tensor tensors[MAX_TENSORS];
 } call;
 
-void begin(call *c, PyObject *module, const char *op);
-void end(call *c); /* gives everything back; keeps a Python error that is set */
+void begin_call(call *c, PyObject *module, const char *op);
+void end_call(call *c); /* gives everything back; keeps a Python error that is set */
 
 /* ---- frameworks ------------------------------------------------------------------------------------------------- */
 
@@ -165,7 +165,7 @@ extern const framework masked_framework, jax_tracer_framework;
 /* ---- status.c: every way to refuse ------------------------------------------------------------------------------ */
 
 /* Turns a status other than MV_OK into an exception; gives back status == MV_OK. */
-bool accept(mv_status status, const mv_error *error);
+bool check_status(mv_status status, const mv_error *error);
 /* "<op>: <name of t> <text>" as an exception of `type`; always false. */
 bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, ...);
 /* The same, with the exception now set as its cause, whose text it ends with. */

@@ -219,25 +219,25 @@ static bool join_stream(call *c, tensor *t) {
     t->producer = plain_stream(t->producer);
     t->has_producer = t->has_producer && t->producer != c->stream && t->view.device.index == c->device;
     mv_error error;
-    return !t->has_producer || accept(mv_cuda_stream_wait(c->device, c->stream, t->producer, &error), &error);
+    return !t->has_producer || check_status(mv_cuda_stream_wait(c->device, c->stream, t->producer, &error), &error);
 }
 
 bool settle(call *c) {
     mv_error error;
     for (int i = 0; i < c->count; i++) {
         const tensor *t = &c->tensors[i];
-        if (t->has_producer && !accept(mv_cuda_stream_wait(c->device, t->producer, c->stream, &error), &error))
+        if (t->has_producer && !check_status(mv_cuda_stream_wait(c->device, t->producer, c->stream, &error), &error))
             return false;
     }
     if (!c->synchronize || !c->streams_of) return true;
     mv_status status;
     Py_BEGIN_ALLOW_THREADS status = mv_cuda_synchronize(c->device, c->stream, &error);
-    Py_END_ALLOW_THREADS return accept(status, &error);
+    Py_END_ALLOW_THREADS return check_status(status, &error);
 }
 
 /* ---- one tensor, one call --------------------------------------------------------------------------------------- */
 
-bool take(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
+bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
     tensor *t = &c->tensors[c->count++];
     Py_INCREF(object);
     t->object = object;
@@ -260,7 +260,7 @@ tensor *tensor_of(call *c, const mv_view *slot) {
     return NULL;
 }
 
-void begin(call *c, PyObject *module, const char *op) {
+void begin_call(call *c, PyObject *module, const char *op) {
     c->state = PyModule_GetState(module);
     c->op = op;
     c->forbid_grad = true;
@@ -274,7 +274,7 @@ void begin(call *c, PyObject *module, const char *op) {
     c->count = 0;
 }
 
-void end(call *c) {
+void end_call(call *c) {
     PyObject *type, *value, *traceback;
     const bool failed = PyErr_Occurred() != NULL;
     if (failed) PyErr_Fetch(&type, &value, &traceback);

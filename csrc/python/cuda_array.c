@@ -70,7 +70,7 @@ static bool read_interface(call *c, tensor *t, PyObject *interface) {
     t->view.device =
         (mv_device){MV_CUDA, c->device < 0 ? 0 : c->device}; /* an empty array may have no pointer to ask */
     mv_error error;
-    return !t->view.data || accept(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
+    return !t->view.data || check_status(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
 }
 
 static bool cuda_array_view(call *c, tensor *t) {

@@ -26,7 +26,7 @@ PyObject *py_allocate(PyObject *module, PyObject *args) {
     (void)module;
     if (!PyArg_ParseTuple(args, "in", &device, &bytes)) return NULL;
     if (bytes < 0) return PyErr_Format(PyExc_ValueError, "_allocate: %zd bytes", bytes);
-    if (!accept(mv_cuda_malloc(device, bytes ? (size_t)bytes : 1, &data, &error), &error)) return NULL;
+    if (!check_status(mv_cuda_malloc(device, bytes ? (size_t)bytes : 1, &data, &error), &error)) return NULL;
     PyObject *memory = PyCapsule_New(data, memory_name, free_memory);
     if (!memory || PyCapsule_SetContext(memory, (void *)(intptr_t)device) < 0) {
         if (!memory) (void)mv_cuda_free(device, data, &error);
@@ -57,7 +57,7 @@ static PyObject *copy(PyObject *args, bool to_host) {
     Py_BEGIN_ALLOW_THREADS status = mv_cuda_copy(device, to_host ? buffer.buf : there, to_host ? there : buffer.buf,
                                                  (size_t)buffer.len, (void *)(uintptr_t)stream, &error);
     Py_END_ALLOW_THREADS PyBuffer_Release(&buffer);
-    if (!accept(status, &error)) return NULL;
+    if (!check_status(status, &error)) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -82,7 +82,7 @@ PyObject *py_stream_wait(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "iKK", &device, &waiting, &producing)) return NULL;
     const mv_status status =
         mv_cuda_stream_wait(device, (void *)(uintptr_t)waiting, (void *)(uintptr_t)producing, &error);
-    if (!accept(status, &error)) return NULL;
+    if (!check_status(status, &error)) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -181,10 +181,10 @@ PyObject *py_view(PyObject *module, PyObject *object) {
     PyObject *result = NULL;
     mv_view view = {0};
     call c;
-    begin(&c, module, "_view");
+    begin_call(&c, module, "_view");
     c.forbid_grad = false;
     c.streams_of = &device_array_framework; /* whose stream waits for the tensor's */
-    if (take(&c, "array", -1, object, &view) && settle(&c)) {
+    if (take_tensor(&c, "array", -1, object, &view) && settle(&c)) {
         tensor *t = &c.tensors[0];
         if (!view.strides) { /* C-contiguous */
             int64_t step = 1;
@@ -202,7 +202,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
         Py_XDECREF(strides);
         Py_XDECREF(shape);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 
@@ -214,12 +214,12 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     mv_view view = {0};
     if (!PyArg_ParseTuple(args, "OO", &like, &shape) || !ints_of_tuple(shape, sizes, &ndim)) return NULL;
     call c;
-    begin(&c, module, "_empty");
+    begin_call(&c, module, "_empty");
     c.forbid_grad = false;
-    if (take(&c, "like", -1, like, &view)) {
+    if (take_tensor(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
         result = t->kind.framework->empty(&c, t, ndim, sizes);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }

@@ -57,7 +57,7 @@ PyObject *py_cuda_device_count(PyObject *module, PyObject *unused) {
     int32_t count;
     mv_error error;
     (void)module, (void)unused;
-    return accept(mv_cuda_device_count(&count, &error), &error) ? PyLong_FromLong(count) : NULL;
+    return check_status(mv_cuda_device_count(&count, &error), &error) ? PyLong_FromLong(count) : NULL;
 }
 
 PyObject *py_cuda_device_info(PyObject *module, PyObject *device) {
@@ -67,7 +67,7 @@ PyObject *py_cuda_device_info(PyObject *module, PyObject *device) {
     const long index = PyLong_AsLong(device);
     if (index == -1 && PyErr_Occurred()) return NULL;
     if (index != (int32_t)index) return PyErr_Format(PyExc_ValueError, "cuda_device_info: there is no GPU %ld", index);
-    if (!accept(mv_cuda_device_info((int32_t)index, &info, &error), &error)) return NULL;
+    if (!check_status(mv_cuda_device_info((int32_t)index, &info, &error), &error)) return NULL;
     return Py_BuildValue("{sssisisisisLsLsOsO}", "name", info.name, "compute_capability", (int)info.compute_capability,
                          "sm_count", (int)info.sm_count, "driver_version", (int)info.driver_version, "runtime_version",
                          (int)info.runtime_version, "total_memory_bytes", (long long)info.total_memory_bytes,

@@ -24,7 +24,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     mv_status status;
     size_t bytes;
     a->call.stream = c->stream;
-    if (!accept(mv_rms_norm_workspace(a, &bytes, &error), &error)) return false;
+    if (!check_status(mv_rms_norm_workspace(a, &bytes, &error), &error)) return false;
     if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
     if (is_long(&a->x, 0)) {
         Py_BEGIN_ALLOW_THREADS status = entry(a, &error);
@@ -32,7 +32,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     } else {
         status = entry(a, &error);
     }
-    return accept(status, &error) && settle(c);
+    return check_status(status, &error) && settle(c);
 }
 
 #define NORM(name, convert, field)                                                                                     \
@@ -53,13 +53,13 @@ PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count
     mv_rms_norm_args a = {.call.op = "rms_norm", .eps = 1e-6};
     PyObject *result = NULL;
     call c;
-    begin(&c, module, a.call.op);
+    begin_call(&c, module, a.call.op);
     if (parse(&c, &rms_norm_signature, &a, given, count, names)) {
         const int64_t hidden = hidden_of(&a.x);
         if (provide(&c, "out", &a.out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_rms_norm))
             result = returned(&c, &a.out, &a.x);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 
@@ -91,14 +91,14 @@ PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t c
     mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
     PyObject *result = NULL;
     call c;
-    begin(&c, module, a.call.op);
+    begin_call(&c, module, a.call.op);
     if (parse(&c, &add_rms_norm_signature, &a, given, count, names)) {
         const int64_t hidden = hidden_of(&a.x);
         if (provide(&c, "out", &a.out, &a.x, 1, &hidden) &&
             provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_add_rms_norm))
             result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 
@@ -122,14 +122,14 @@ PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssi
     mv_rms_norm_args a = {.call.op = "fused_add_rms_norm", .eps = 1e-6};
     PyObject *result = NULL;
     call c;
-    begin(&c, module, a.call.op);
+    begin_call(&c, module, a.call.op);
     if (parse(&c, &fused_add_rms_norm_signature, &a, given, count, names) && check_writable(&c, &a.x) &&
         check_writable(&c, &a.residual)) {
         a.out = a.x;
         a.residual_out = a.residual;
         if (run_norm(&c, &a, mv_add_rms_norm)) result = returned_pair(&c, &a.x, &a.residual, &a.x);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 
@@ -140,7 +140,7 @@ static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
     mv_status status;
     size_t bytes;
     a->call.stream = c->stream;
-    if (!accept(mv_rms_norm_qkv_workspace(a, &bytes, &error), &error)) return false;
+    if (!check_status(mv_rms_norm_qkv_workspace(a, &bytes, &error), &error)) return false;
     if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
     if (is_long(&a->x, outputs)) {
         Py_BEGIN_ALLOW_THREADS status = mv_rms_norm_qkv(a, &error);
@@ -148,7 +148,7 @@ static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
     } else {
         status = mv_rms_norm_qkv(a, &error);
     }
-    return accept(status, &error) && settle(c);
+    return check_status(status, &error) && settle(c);
 }
 
 #define QKV(name, convert, field)                                                                                      \
@@ -197,16 +197,16 @@ PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t c
     mv_error error;
     PyObject *result = NULL;
     call c;
-    begin(&c, module, a.call.op);
+    begin_call(&c, module, a.call.op);
     if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names) &&
-        accept(mv_rms_norm_qkv_shape(&a, &shape, &error), &error)) {
+        check_status(mv_rms_norm_qkv_shape(&a, &shape, &error), &error)) {
         const int64_t hidden = hidden_of(&a.x), heads[2] = {shape.qkv / shape.head_dim, shape.head_dim};
         const bool adds = tensor_of(&c, &a.residual) != NULL;
         if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
             (!adds || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) && run_qkv(&c, &a, shape.qkv))
             result = returned_qkv(&c, &a, shape.head_dim);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 
@@ -236,17 +236,17 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
     mv_error error;
     PyObject *result = NULL;
     call c;
-    begin(&c, module, a.call.op);
+    begin_call(&c, module, a.call.op);
     c.forbid_grad = false;
     if (parse(&c, &check_signature, &a, given, count, names)) {
         const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
         a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
         for (int i = 0; i < c.count; i++)
             if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
-        if (accept(mv_rms_norm_qkv_shape(&a, &shape, &error), &error))
+        if (check_status(mv_rms_norm_qkv_shape(&a, &shape, &error), &error))
             result = Py_BuildValue("(LLL)", (long long)sizes[1], (long long)shape.qkv, (long long)shape.head_dim);
     }
-    end(&c);
+    end_call(&c);
     return result;
 }
 

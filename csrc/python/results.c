@@ -18,7 +18,7 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
     PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape);
     if (!object) return false;
     c->forbid_grad = false;
-    const bool ok = take(c, name, -1, object, slot);
+    const bool ok = take_tensor(c, name, -1, object, slot);
     Py_DECREF(object);
     if (!ok) return false;
     tensor *result = &c->tensors[c->count - 1];

@@ -5,7 +5,7 @@
 #include <stdarg.h>
 #include <string.h>
 
-bool accept(mv_status status, const mv_error *error) {
+bool check_status(mv_status status, const mv_error *error) {
     if (status == MV_OK) return true;
     PyObject *const types[] = {[MV_BAD_TYPE] = PyExc_TypeError,
                                [MV_BAD_VALUE] = PyExc_ValueError,
