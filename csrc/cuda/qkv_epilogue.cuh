@@ -35,3 +35,9 @@ template <typename T> __device__ __forceinline__ float load_bias(const mv_task &
 template <typename T> __device__ __forceinline__ T finish_output(float sum, float bias) {
     return from_float<T>(sum + bias);
 }
+
+/* The same of two neighbours of 16 bits, in one word. */
+template <typename T> __device__ __forceinline__ uint32_t finish_pair(float low, float high, float2 bias) {
+    const float v[2] = {low + bias.x, high + bias.y};
+    return pack_word<T>(v);
+}

@@ -1,7 +1,7 @@
 /* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores, for 16-bit x and weights.
  *
- * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 64, which cp.async brings to
- * a ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
+ * A CTA owns a tile of tokens x outputs (mma_tile.cuh) and walks over hidden in steps of 64, which cp.async brings to a
+ * ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
  * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones.
  *
  * The norm is a template flag. With it the CTA first computes r of its tokens (once per tile, never per output), and
@@ -10,13 +10,10 @@
  * whose first is the norm kernel.
  *
  * An output's bits do not depend on the number of tokens: every tile shape adds the same groups of 16 k in the same
- * order into one float32 sum, k is never split, and r has its own fixed order (token_tile.cuh).
- *
- * Shared memory rows are 128 bytes, or a multiple of it, and the 16-byte piece c of row r lies at c ^ (r % 8): the eight
- * rows an 8x8 matrix load touches, and the eight pieces a copy writes, then cover all 32 banks. */
+ * order into one float32 sum, k is never split, and r has its own fixed order (token_tile.cuh). */
 #include "cuda.h"
 #include "launch.cuh"
-#include "mma.cuh"
+#include "mma_tile.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
 #include "qkv_epilogue.cuh"
@@ -26,24 +23,6 @@
 
 namespace {
 
-constexpr int kStepK = 64;      /* of one stage: 128-byte rows */
-constexpr int kPiece = 8;       /* 16-bit values in 16 bytes   */
-constexpr int kRowPieces = 8;   /* kStepK / kPiece             */
-constexpr int kRowBytes = 128;  /* kStepK * 2                  */
-
-/* m x n of the tile, how many warps share it, and the depth of the ring. */
-template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct Tile {
-    static constexpr int M = kTileM, N = kTileN, stages = kRing;
-    static constexpr int warps_n = kWarpsN, threads = 32 * kWarpsM * kWarpsN;
-    static constexpr int ctas_per_sm = kCtas; /* that the registers must leave room for */
-    static constexpr int warp_m = M / kWarpsM, warp_n = N / kWarpsN;
-    static constexpr int x_bytes = M * kRowBytes, w_bytes = N * kRowBytes; /* of a stage */
-    static_assert(warp_m % 16 == 0 && warp_n % 16 == 0, "fragments are 16 x 16");
-    static_assert(M * kRowPieces % threads == 0 && N * kRowPieces % threads == 0, "equal copies for all threads");
-    static_assert(N % 64 == 0, "the swizzle wants rows of whole 128 bytes in both weight layouts");
-    static_assert(warp_m * (warp_n + kPiece) * 2 * (threads / 32) <= stages * (x_bytes + w_bytes), "the epilogue fits");
-};
-
 /* Where the rows of the tile are, looked up once. Weights: the address at k = 0 of output n, or in the in_out layout of
  * the 8 outputs from 8 n on, and the bytes from there to the next k. */
 template <typename Tile> struct Places {
@@ -51,7 +30,7 @@ template <typename Tile> struct Places {
     char *out[Tile::M];
     const char *weight[Tile::N];
     int64_t weight_step[Tile::N / kPiece];
-    float bias[Tile::N];
+    alignas(8) float bias[Tile::N];
     float scale[Tile::M]; /* r */
 };
 
@@ -88,101 +67,19 @@ __device__ __forceinline__ void find_tokens(const mv_task &task, int64_t first, 
     }
 }
 
-/* Starts the copies of 64 k of M rows of x (or residual); this thread's pieces. Past hidden: zeros. */
-template <typename Tile>
-__device__ __forceinline__ void copy_rows(const char *const *rows, uint32_t to, int64_t k0, int64_t hidden) {
-    const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
-    const int64_t k = k0 + piece * kPiece;
-    const bool valid = k < hidden;
-    to += first * kRowBytes + ((piece ^ (first % 8)) << 4);
-#pragma unroll
-    for (int i = 0; i < Tile::M * kRowPieces / Tile::threads; i++) {
-        constexpr int kRowsApart = Tile::threads / kRowPieces; /* a multiple of 8: the swizzle repeats */
-        cp_async16(to + i * kRowsApart * kRowBytes, rows[first + i * kRowsApart] + (valid ? k * 2 : 0), valid);
-    }
-}
-
-/* The same for the weights: N rows of 64 k, or in_out 64 rows of N outputs. */
-template <typename Tile, bool kInOut>
-__device__ __forceinline__ void copy_weights(const Places<Tile> &places, uint32_t to, int64_t k0, int64_t hidden) {
-    if constexpr (!kInOut) {
-        const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
-        const int64_t k = k0 + piece * kPiece;
-        const bool valid = k < hidden;
-        to += first * kRowBytes + ((piece ^ (first % 8)) << 4);
-#pragma unroll
-        for (int i = 0; i < Tile::N * kRowPieces / Tile::threads; i++) {
-            constexpr int kRowsApart = Tile::threads / kRowPieces;
-            cp_async16(to + i * kRowsApart * kRowBytes, places.weight[first + i * kRowsApart] + (valid ? k * 2 : 0),
-                       valid);
-        }
-    } else {
-        constexpr int kLinePieces = Tile::N / kPiece;
-#pragma unroll
-        for (int i = 0; i < Tile::N * kRowPieces / Tile::threads; i++) {
-            const int index = threadIdx.x + i * Tile::threads;
-            const int line = index / kLinePieces, piece = index % kLinePieces;
-            const int64_t k = k0 + line;
-            const bool valid = k < hidden;
-            cp_async16(to + line * (Tile::N * 2) + ((piece ^ (line % 8)) << 4),
-                       places.weight[piece] + (valid ? k * places.weight_step[piece] : 0), valid);
-        }
-    }
-}
-
 /* x -> y in place, on the pieces that this thread has copied and therefore already sees. */
 template <typename T, typename Tile>
 __device__ __forceinline__ void normalise_pieces(char *x, const char *residual, const float *scale,
                                                  const NormWeights<T> &weights, bool hf) {
-    const int piece = threadIdx.x % kRowPieces, first = threadIdx.x / kRowPieces;
-    const int at = first * kRowBytes + ((piece ^ (first % 8)) << 4);
+    using Own = OwnPieces<Tile::M, Tile::threads>;
 #pragma unroll
-    for (int i = 0; i < Tile::M * kRowPieces / Tile::threads; i++) {
-        constexpr int kRowsApart = Tile::threads / kRowPieces;
-        const int offset = at + i * kRowsApart * kRowBytes;
+    for (int i = 0; i < Own::count; i++) {
+        const int offset = Own::offset_bytes(i);
         Packet<T> *packet = reinterpret_cast<Packet<T> *>(x + offset);
         Packet<T> s = *packet;
         if (residual) s = add_residual(s, *reinterpret_cast<const Packet<T> *>(residual + offset));
-        *packet = apply_norm(s, scale[first + i * kRowsApart], weights, hf);
+        *packet = apply_norm(s, scale[Own::row(i)], weights, hf);
     }
-}
-
-/* A warp's operands for 16 k. Lane l supplies the address of one row of the matrices (mma.cuh says which lane). */
-template <typename Tile, bool kInOut> struct Fragments {
-    uint32_t x[Tile::warp_m / 16][4];
-    uint32_t w[Tile::warp_n / 16][4]; /* two columns of n8 tiles: {k 0-7, k 8-15} of the first, then of the second */
-
-    __device__ __forceinline__ void load(uint32_t x_stage, uint32_t w_stage, int step) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
-        /* rows 0-15 of k 0-7, then of k 8-15 */
-        const uint32_t x_row = x_stage + (first_m + lane % 16) * kRowBytes;
-        const uint32_t x_piece = ((2 * step + lane / 16) ^ (lane % 8)) << 4;
-#pragma unroll
-        for (int i = 0; i < Tile::warp_m / 16; i++) ldmatrix_x4(x[i], x_row + x_piece + i * 16 * kRowBytes);
-
-        if constexpr (!kInOut) {
-            const uint32_t w_row = w_stage + (first_n + lane / 16 * 8 + lane % 8) * kRowBytes;
-            const uint32_t w_piece = ((2 * step + lane / 8 % 2) ^ (lane % 8)) << 4;
-#pragma unroll
-            for (int j = 0; j < Tile::warp_n / 16; j++) ldmatrix_x4(w[j], w_row + w_piece + j * 16 * kRowBytes);
-        } else {
-            const uint32_t w_row = w_stage + (step * 16 + lane % 16) * (Tile::N * 2);
-#pragma unroll
-            for (int j = 0; j < Tile::warp_n / 16; j++)
-                ldmatrix_x4_trans(w[j], w_row + (((first_n / kPiece + 2 * j + lane / 16) ^ (lane % 8)) << 4));
-        }
-    }
-};
-
-template <typename T, typename Tile, bool kInOut>
-__device__ __forceinline__ void multiply(float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4],
-                                         const Fragments<Tile, kInOut> &f) {
-#pragma unroll
-    for (int i = 0; i < Tile::warp_m / 16; i++)
-#pragma unroll
-        for (int j = 0; j < Tile::warp_n / 8; j++)
-            mma_m16n8k16<T>(sum[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
 }
 
 /* The warp's sums become outputs: through its own corner of shared memory, so that they leave 16 bytes at a time. */
@@ -199,9 +96,11 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[Tile::warp_m / 
 #pragma unroll
         for (int j = 0; j < Tile::warp_n / 8; j++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const int m = i * 16 + lane / 4 + c / 2 * 8, n = j * 8 + lane % 4 * 2 + c % 2;
-                corner[m * kPitch + n] = finish_output<T>(sum[i][j][c], places.bias[first_n + n]);
+            for (int half = 0; half < 2; half++) { /* rows lane / 4 and lane / 4 + 8 of the fragment */
+                const int m = i * 16 + lane / 4 + half * 8, n = j * 8 + lane % 4 * 2;
+                const float2 bias = *reinterpret_cast<const float2 *>(places.bias + first_n + n);
+                *reinterpret_cast<uint32_t *>(corner + m * kPitch + n) =
+                    finish_pair<T>(sum[i][j][2 * half], sum[i][j][2 * half + 1], bias);
             }
     __syncwarp();
     constexpr int kPieces = Tile::warp_n / kPiece;
@@ -232,14 +131,18 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
     const auto copy_x = [&](int step) {
         const int slot = step % kRing;
-        copy_rows<Tile>(places.x, x_address + slot * Tile::x_bytes, step * int64_t{kStepK}, task.hidden);
+        const int64_t k0 = step * int64_t{kStepK};
+        copy_rows<Tile::M, Tile::threads>(places.x, x_address + slot * Tile::x_bytes, k0, task.hidden);
         if (has_residual)
-            copy_rows<Tile>(places.residual, residual_address + slot * Tile::x_bytes, step * int64_t{kStepK},
-                            task.hidden);
+            copy_rows<Tile::M, Tile::threads>(places.residual, residual_address + slot * Tile::x_bytes, k0, task.hidden);
     };
     const auto copy_w = [&](int step) {
-        copy_weights<Tile, kInOut>(places, w_address + step % kRing * Tile::w_bytes, step * int64_t{kStepK},
-                                   task.hidden);
+        const uint32_t to = w_address + step % kRing * Tile::w_bytes;
+        const int64_t k0 = step * int64_t{kStepK};
+        if constexpr (kInOut)
+            copy_columns<Tile::N, Tile::threads>(places.weight, places.weight_step, to, k0, task.hidden);
+        else
+            copy_rows<Tile::N, Tile::threads>(places.weight, to, k0, task.hidden);
     };
 
     /* Weights do not depend on the kernel before, x does. */
@@ -247,7 +150,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     find_weights<T, Tile, kInOut>(task, tile.first_output, places);
     find_tokens<T, Tile>(task, tile.first_token, places);
     const bool norm_weight_aligned = reinterpret_cast<uintptr_t>(task.norm_weight) % 16 == 0;
-    const int own_column = threadIdx.x % kRowPieces * kPiece; /* of a step: where this thread's pieces of x begin */
+    const int own_column = OwnPieces<Tile::M, Tile::threads>::column();
     NormWeights<T> norm_weights = {};
     if (kNorm) norm_weights = load_norm_weights<T>(task, own_column, norm_weight_aligned);
     __syncthreads();

@@ -27,7 +27,7 @@ template <int kTokens, int kOutputs> __device__ __forceinline__ TilePlace find_t
  * or the other rows. With `store` residual_out is written on the way. */
 template <typename T, int kRows, int kThreads>
 __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t first, bool store, float *scale) {
-    constexpr int kSize = Packet<T>::size;
+    constexpr int kSize = Packet<T>::size, kStep = 32 * kSize, kAhead = 4;
     const int lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 32; row < kRows; row += kThreads / 32) {
         const int64_t token = first + row;
@@ -43,15 +43,22 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
         const bool sums_aligned = reinterpret_cast<uintptr_t>(sums) % 16 == 0;
 
         float squares[kSize] = {};
-#pragma unroll 4
-        for (int64_t k = lane * kSize; k < task.hidden; k += 32 * kSize) {
-            Packet<T> s = load_packet(x + k, task.hidden - k, x_aligned);
-            if (residual) {
-                s = add_residual(s, load_packet(residual + k, task.hidden - k, residual_aligned));
-                if (sums) store_packet(sums + k, s, task.hidden - k, sums_aligned);
+        for (int64_t k = lane * kSize; k < task.hidden; k += kAhead * kStep) {
+            Packet<T> s[kAhead], other[kAhead]; /* all of them on their way before the first is used */
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                const int64_t at = k + i * kStep, count = task.hidden - at;
+                s[i] = load_packet(x + at, count, x_aligned);
+                if (residual) other[i] = load_packet(residual + at, count, residual_aligned);
             }
 #pragma unroll
-            for (int i = 0; i < kSize; i++) squares[i] = fmaf(s.get(i), s.get(i), squares[i]);
+            for (int i = 0; i < kAhead; i++) {
+                const int64_t at = k + i * kStep;
+                if (residual) s[i] = add_residual(s[i], other[i]);
+                if (sums) store_packet(sums + at, s[i], task.hidden - at, sums_aligned);
+#pragma unroll
+                for (int j = 0; j < kSize; j++) squares[j] = fmaf(s[i].get(j), s[i].get(j), squares[j]);
+            }
         }
 #pragma unroll
         for (int step = kSize / 2; step > 0; step /= 2)
