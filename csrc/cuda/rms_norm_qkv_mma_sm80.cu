@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
 /* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. */
 using Tile128x256 = Tile<128, 256, 2, 4, 4, 1>;
+using Tile128x192 = Tile<128, 192, 2, 4, 4, 1>;
 using Tile128x128 = Tile<128, 128, 2, 2, 3, 2>;
 using Tile64x128 = Tile<64, 128, 2, 2, 4, 2>;
 using Tile64x64 = Tile<64, 64, 2, 2, 4, 2>;
@@ -220,14 +221,19 @@ using Tile32x64 = Tile<32, 64, 2, 2, 6, 2>;
 /* With the norm: more warps, so that some normalise while others multiply. */
 using NormTile128x128 = Tile<128, 128, 2, 4, 4, 1>;
 
-/* Clocks per k on the SM with the most tiles, on an H100: the tensor cores do about 1,200 products per clock through
- * mma.sync, and about 50 bytes per clock arrive from L2. */
+double larger(double a, double b) { return a > b ? a : b; }
+
+/* Clocks per k on the SM with the most tiles, on an H100: the most that the tensor cores (1,200 products a clock through
+ * mma.sync), L2 (50 bytes a clock) or shared memory (128, written once and read by every warp) need. */
 template <typename Tile> double tile_cost(const mv_task *task) {
     if (smem_bytes<Tile>(task->residual.data) > static_cast<size_t>(task->smem_bytes)) return 1e30;
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     const int64_t tiles_per_sm = (tiles + task->sm_count - 1) / task->sm_count;
-    const double multiply = Tile::M * Tile::N / 1200.0, load = (Tile::M + Tile::N) * 2 / 50.0;
-    return static_cast<double>(tiles_per_sm) * (multiply > load ? multiply : load);
+    constexpr double step_bytes = 2.0 * (Tile::M + Tile::N);
+    constexpr double fragment_bytes = 2.0 * (Tile::warp_m + Tile::warp_n) * (Tile::threads / 32);
+    const double clocks =
+        larger(larger(Tile::M * Tile::N / 1200.0, step_bytes / 50), (step_bytes + fragment_bytes) / 128);
+    return static_cast<double>(tiles_per_sm) * clocks;
 }
 
 template <typename T, typename Tile, bool kNorm> mv_status launch_tile(const mv_task *task, mv_error *error) {
@@ -264,10 +270,10 @@ template <typename T> mv_status norm_and_product(const mv_task *task, mv_error *
 }
 
 template <typename T> mv_status product(const mv_task *task, mv_error *error) {
-    const Choice choices[] = {choice<T, Tile128x256, false>(task), choice<T, Tile128x128, false>(task),
-                              choice<T, Tile64x128, false>(task), choice<T, Tile64x64, false>(task),
-                              choice<T, Tile32x64, false>(task)};
-    return launch_cheapest(choices, 5, task, error);
+    const Choice choices[] = {choice<T, Tile128x256, false>(task), choice<T, Tile128x192, false>(task),
+                              choice<T, Tile128x128, false>(task), choice<T, Tile64x128, false>(task),
+                              choice<T, Tile64x64, false>(task),   choice<T, Tile32x64, false>(task)};
+    return launch_cheapest(choices, 6, task, error);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */
