@@ -1,7 +1,9 @@
 """Types of the extension module. The docstrings of the ops themselves say what they compute."""
 
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeVar, overload
+
+from typing_extensions import Buffer
 
 class _Tensor(Protocol):
     """What every framework's tensors have in common; at run time more is asked for (see rms_norm)."""

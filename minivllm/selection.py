@@ -27,13 +27,12 @@ class Ran(NamedTuple):
 def kernels(op: str | None = None) -> list[Kernel]:
     """The kernels of `op`, or of all ops, in the order in which they are listed.
 
-    add_rms_norm and fused_add_rms_norm are served by the kernels of rms_norm. ValueError for an op that does not exist.
+    fused_add_rms_norm is add_rms_norm in place, and has its kernels. ValueError for an op that does not exist.
     """
     rows = [Kernel(*row) for row in _C.kernels()]
     if op is None:
         return rows
-    listed = {"add_rms_norm": "rms_norm", "fused_add_rms_norm": "rms_norm"}.get(op, op)
-    of_op = [row for row in rows if row.op == listed]
+    of_op = [row for row in rows if row.op == {"fused_add_rms_norm": "add_rms_norm"}.get(op, op)]
     if not of_op:
         raise ValueError(f"kernels: there is no op {op!r}; the ops are {', '.join(dict.fromkeys(r.op for r in rows))}")
     return of_op

@@ -26,10 +26,8 @@ PyObject *py_last_kernel(PyObject *module, PyObject *unused) {
 
 PyObject *py_set_num_threads(PyObject *module, PyObject *count) {
     (void)module;
-    if (PyBool_Check(count))
-        return PyErr_Format(PyExc_TypeError, "set_num_threads: n must be an integer, got %R", count);
-    PyObject *index = PyNumber_Index(count);
-    if (!index) return NULL;
+    PyObject *index = PyBool_Check(count) ? NULL : PyNumber_Index(count);
+    if (!index) return PyErr_Format(PyExc_TypeError, "set_num_threads: n must be an integer, got %R", count);
     const long n = PyLong_AsLong(index);
     Py_DECREF(index);
     if (n == -1 && PyErr_Occurred()) return NULL;
