@@ -35,12 +35,10 @@ static uint64_t saved_registers(void) {
 static void ask_cpu(void) {
     const uint64_t ymm_state = 0x06, zmm_state = 0xe6; /* XCR0: SSE and AVX; the same, mask registers and ZMM */
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
-        return;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
     const bool fma_f16c = (c & bit_FMA) && (c & bit_F16C);
     const uint64_t saved = saved_registers();
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
-        return;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     const bool avx2_here = fma_f16c && (b & bit_AVX2) && (saved & ymm_state) == ymm_state;
     const bool avx512_here = avx2_here && (b & avx512) == avx512 && (saved & zmm_state) == zmm_state;
@@ -67,8 +65,7 @@ static void ask_once(void) {
 bool mv_cpu_supports(const char *isa) {
     pthread_once(&asked, ask_once);
     for (int i = 0; i < ISA_COUNT; i++)
-        if (strcmp(isa, instruction_sets[i].isa) == 0)
-            return instruction_sets[i].usable;
+        if (strcmp(isa, instruction_sets[i].isa) == 0) return instruction_sets[i].usable;
     return false;
 }
 

@@ -21,8 +21,7 @@ typedef struct {
 MV_INLINE ROW MV_NAME(row_of, DTYPE)(const mv_task *task, int64_t token) {
     const mv_rows x = task->x, residual = task->residual, residual_out = task->residual_out;
     ROW row = {(const ROW_ELEMENT *)x.data + mv_row_offset(x, task->inner, token), NULL, NULL};
-    if (residual.data)
-        row.residual = (const ROW_ELEMENT *)residual.data + mv_row_offset(residual, task->inner, token);
+    if (residual.data) row.residual = (const ROW_ELEMENT *)residual.data + mv_row_offset(residual, task->inner, token);
     if (residual_out.data)
         row.residual_out = (ROW_ELEMENT *)residual_out.data + mv_row_offset(residual_out, task->inner, token);
     return row;
@@ -30,22 +29,19 @@ MV_INLINE ROW MV_NAME(row_of, DTYPE)(const mv_task *task, int64_t token) {
 
 MV_INLINE vf MV_NAME(row_load, DTYPE)(ROW row, int64_t i, int n) {
     const vf x = MV_NAME(v_load, DTYPE)(row.x + i, n);
-    if (!row.residual)
-        return x;
+    if (!row.residual) return x;
     return MV_NAME(v_round, DTYPE)(v_add(x, MV_NAME(v_load, DTYPE)(row.residual + i, n)));
 }
 
 /* s stands in residual_out now, and x or residual may have been overwritten by it. */
 MV_INLINE ROW MV_NAME(row_after_scale, DTYPE)(ROW row) {
-    if (row.residual_out)
-        row = (ROW){row.residual_out, NULL, NULL};
+    if (row.residual_out) row = (ROW){row.residual_out, NULL, NULL};
     return row;
 }
 
 MV_INLINE vf MV_NAME(row_square, DTYPE)(ROW row, int64_t i, int n, vf sum) {
     const vf s = MV_NAME(row_load, DTYPE)(row, i, n);
-    if (row.residual_out)
-        MV_NAME(v_store, DTYPE)(row.residual_out + i, s, n);
+    if (row.residual_out) MV_NAME(v_store, DTYPE)(row.residual_out + i, s, n);
     return v_fma(s, s, sum);
 }
 
@@ -53,14 +49,12 @@ static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
     const int64_t hidden = task->hidden;
     vf sum[4] = {v_set(0), v_set(0), v_set(0), v_set(0)};
     int64_t i = 0;
-    for (; i + 4 * LANES <= hidden; i += 4 * LANES)
+    for (; i + 4 * LANES <= hidden; i += 4 * LANES) {
         MV_UNROLL
-        for (int j = 0; j < 4; j++)
-            sum[j] = MV_NAME(row_square, DTYPE)(row, i + j * LANES, LANES, sum[j]);
-    for (; i + LANES <= hidden; i += LANES)
-        sum[0] = MV_NAME(row_square, DTYPE)(row, i, LANES, sum[0]);
-    if (i < hidden)
-        sum[1] = MV_NAME(row_square, DTYPE)(row, i, (int)(hidden - i), sum[1]);
+        for (int j = 0; j < 4; j++) sum[j] = MV_NAME(row_square, DTYPE)(row, i + j * LANES, LANES, sum[j]);
+    }
+    for (; i + LANES <= hidden; i += LANES) sum[0] = MV_NAME(row_square, DTYPE)(row, i, LANES, sum[0]);
+    if (i < hidden) sum[1] = MV_NAME(row_square, DTYPE)(row, i, (int)(hidden - i), sum[1]);
     const float squares = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
     return 1 / sqrtf(squares / (float)hidden + task->eps);
 }
@@ -76,8 +70,7 @@ MV_INLINE vf MV_NAME(row_weight, DTYPE)(const mv_task *task, int64_t i, int n) {
 /* In "hf" rounded twice; in "fp32" not at all, the caller rounds where it must. */
 MV_INLINE vf MV_NAME(row_norm, DTYPE)(const mv_task *task, vf s, float scale, vf weight) {
     const vf normal = v_mul(s, v_set(scale));
-    if (task->rounding == MV_ROUNDING_FP32)
-        return v_mul(normal, weight);
+    if (task->rounding == MV_ROUNDING_FP32) return v_mul(normal, weight);
     return MV_NAME(v_round, DTYPE)(v_mul(MV_NAME(v_round, DTYPE)(normal), weight));
 }
 

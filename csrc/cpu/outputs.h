@@ -7,7 +7,7 @@
 /* Some consecutive outputs of one block. */
 typedef struct {
     const mv_block *block;
-    int64_t row;    /* of the block's weight: its first output */
+    int64_t row; /* of the block's weight: its first output */
     int64_t count;
     int64_t column; /* of `out` */
 } output_span;
@@ -17,22 +17,21 @@ MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t en
     int64_t before = 0;
     int b = 0;
     if (!task->packed)
-        for (; *column >= before + task->block[b].outputs; b++)
-            before += task->block[b].outputs;
+        for (; *column >= before + task->block[b].outputs; b++) before += task->block[b].outputs;
     const int64_t block_end = task->packed ? task->outputs : before + task->block[b].outputs;
     const output_span span = {&task->block[b], *column - before, least(end, block_end) - *column, *column};
     *column += span.count;
     return span;
 }
 
-/* Tokens that a prefill kernel normalises before it multiplies. */
+/* Tokens that a kernel normalises before it multiplies: enough that reading the weights again for the next ones is
+ * lost in the arithmetic, and few enough that y stays in the cache. */
 enum { CHUNK_TOKENS = 128 };
 
 /* Every block's weights are contiguous along hidden. */
 MV_INLINE bool rows_are_contiguous(const mv_task *task) {
     for (int b = 0; b < (task->packed ? 1 : 3); b++)
-        if (task->block[b].outputs > 0 && task->block[b].col_stride != 1)
-            return false;
+        if (task->block[b].outputs > 0 && task->block[b].col_stride != 1) return false;
     return true;
 }
 

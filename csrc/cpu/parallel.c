@@ -81,8 +81,7 @@ static int64_t now_ns(void) {
 static int allowed_cores(void) {
 #if defined(__linux__)
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        return CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
     const long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online < 1 ? 1 : (int)online;
@@ -104,10 +103,8 @@ static void prepare(void) {
     const char *limit_text = getenv("OMP_NUM_THREADS");
     const long limit = limit_text ? strtol(limit_text, NULL, 10) : 0; /* of a list "4,2" the outermost level */
     default_threads = allowed_cores();
-    if (limit >= 1 && limit < default_threads)
-        default_threads = (int)limit;
-    if (default_threads > MAX_THREADS)
-        default_threads = MAX_THREADS;
+    if (limit >= 1 && limit < default_threads) default_threads = (int)limit;
+    if (default_threads > MAX_THREADS) default_threads = MAX_THREADS;
     pthread_atfork(NULL, NULL, forget_pool);
 }
 
@@ -134,8 +131,7 @@ static void work_on_job(int me) {
         for (;;) {
             const int mine = atomic_fetch_add_explicit(&pool.claims[owner].taken, 1, memory_order_relaxed);
             const int64_t begin = ((int64_t)owner * pool.chunks_each + mine) * pool.chunk;
-            if (mine >= pool.chunks_each || begin >= pool.count)
-                break;
+            if (mine >= pool.chunks_each || begin >= pool.count) break;
             const int64_t rest = pool.count - begin;
             pool.fn(pool.context, begin, begin + (rest < pool.chunk ? rest : pool.chunk));
         }
@@ -147,8 +143,7 @@ static void spin_for_work(unsigned seen) {
     const int64_t deadline = now_ns() + SPIN_NS;
     do
         for (int i = 0; i < 64; i++) {
-            if (atomic_load_explicit(&pool.generation, memory_order_relaxed) != seen)
-                return;
+            if (atomic_load_explicit(&pool.generation, memory_order_relaxed) != seen) return;
             pause_briefly();
         }
     while (now_ns() < deadline);
@@ -167,11 +162,9 @@ static void *serve(void *index) {
         }
         seen = atomic_load_explicit(&pool.generation, memory_order_relaxed);
         const bool joins = pool.open && me < pool.threads;
-        if (joins)
-            atomic_fetch_add(&pool.joined, 1);
+        if (joins) atomic_fetch_add(&pool.joined, 1);
         pthread_mutex_unlock(&pool.lock);
-        if (joins)
-            work_on_job(me);
+        if (joins) work_on_job(me);
         if (joins && atomic_fetch_sub(&pool.joined, 1) == 1) {
             pthread_mutex_lock(&pool.lock); /* so that the caller is not between its look and its sleep */
             pthread_cond_signal(&pool.done);
@@ -185,8 +178,7 @@ static void *serve(void *index) {
 
 /* Signals are the business of the threads that were there before. A thread the system refuses is done without. */
 static void start_threads(int count) {
-    if (pool.started >= count - 1)
-        return;
+    if (pool.started >= count - 1) return;
     sigset_t all, before;
     pthread_attr_t detached;
     sigfillset(&all);
@@ -195,8 +187,7 @@ static void start_threads(int count) {
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     while (pool.started < count - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, &detached, serve, (void *)(intptr_t)(pool.started + 1)) != 0)
-            break;
+        if (pthread_create(&thread, &detached, serve, (void *)(intptr_t)(pool.started + 1)) != 0) break;
         pool.started++;
     }
     pthread_attr_destroy(&detached);
@@ -205,20 +196,17 @@ static void start_threads(int count) {
 
 static void wait_for_joined(void) {
     for (int i = 0; i < 4096; i++) {
-        if (atomic_load(&pool.joined) == 0)
-            return;
+        if (atomic_load(&pool.joined) == 0) return;
         pause_briefly();
     }
     pthread_mutex_lock(&pool.lock);
-    while (atomic_load(&pool.joined) != 0)
-        pthread_cond_wait(&pool.done, &pool.lock);
+    while (atomic_load(&pool.joined) != 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
 
 void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int64_t begin, int64_t end),
                      void *context) {
-    if (count <= 0)
-        return;
+    if (count <= 0) return;
     const int allowed = count <= grain || inside_job ? 1 : mv_get_num_threads();
     if (allowed == 1 || pthread_mutex_trylock(&pool.caller) != 0) {
         fn(context, 0, count);
@@ -238,12 +226,10 @@ void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int
     pool.chunks_each = chunks_each;
     const int64_t owned = pool.chunk * chunks_each;
     pool.threads = (int)((count + owned - 1) / owned);
-    for (int i = 0; i < pool.threads; i++)
-        atomic_store_explicit(&pool.claims[i].taken, 0, memory_order_relaxed);
+    for (int i = 0; i < pool.threads; i++) atomic_store_explicit(&pool.claims[i].taken, 0, memory_order_relaxed);
     pool.open = true;
     atomic_fetch_add(&pool.generation, 1);
-    if (pool.sleepers > 0)
-        pthread_cond_broadcast(&pool.work);
+    if (pool.sleepers > 0) pthread_cond_broadcast(&pool.work);
     pthread_mutex_unlock(&pool.lock);
 
     inside_job = true;

@@ -8,17 +8,14 @@ MV_TARGET_BEGIN("avx2,fma,f16c")
 #include "simd_avx2.h"
 
 #define DTYPE f32
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE
 
 #define DTYPE f16
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE
 
 #define DTYPE bf16
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE
 

@@ -4,6 +4,8 @@
  * Outputs may lie exactly on x or residual: every element is read before its place is written, and s is read back
  * from residual_out, which nothing else overlaps.
  */
+#include "norm_row.h"
+
 #define ELEMENT MV_NAME(element, DTYPE)
 
 static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end) {

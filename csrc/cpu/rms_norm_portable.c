@@ -5,16 +5,13 @@
 #include "simd_portable.h"
 
 #define DTYPE f32
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE
 
 #define DTYPE f16
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE
 
 #define DTYPE bf16
-#include "norm_row.h"
 #include "rms_norm_body.h"
 #undef DTYPE

@@ -8,27 +8,24 @@ MV_TARGET_BEGIN("avx2,fma,f16c")
 #include "simd_avx2.h"
 
 #define DTYPE f32
-#include "norm_row.h"
 #include "unit_f32.h"
-#include "tile.h"
-#include "rms_norm_qkv_prefill_body.h"
+
 #include "rms_norm_qkv_decode_body.h"
+#include "rms_norm_qkv_prefill_body.h"
 #undef DTYPE
 
 #define DTYPE f16
-#include "norm_row.h"
 #include "unit_f32.h"
-#include "tile.h"
-#include "rms_norm_qkv_prefill_body.h"
+
 #include "rms_norm_qkv_decode_body.h"
+#include "rms_norm_qkv_prefill_body.h"
 #undef DTYPE
 
 #define DTYPE bf16
-#include "norm_row.h"
 #include "unit_f32.h"
-#include "tile.h"
-#include "rms_norm_qkv_prefill_body.h"
+
 #include "rms_norm_qkv_decode_body.h"
+#include "rms_norm_qkv_prefill_body.h"
 #undef DTYPE
 
 MV_TARGET_END

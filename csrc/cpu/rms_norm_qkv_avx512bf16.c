@@ -10,11 +10,10 @@ MV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "simd_avx512.h"
 
 #define DTYPE bf16
-#include "norm_row.h"
 #include "unit_bf16.h"
-#include "tile.h"
-#include "rms_norm_qkv_prefill_body.h"
+
 #include "rms_norm_qkv_decode_body.h"
+#include "rms_norm_qkv_prefill_body.h"
 #undef DTYPE
 
 MV_TARGET_END

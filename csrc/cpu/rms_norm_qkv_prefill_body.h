@@ -10,6 +10,9 @@
  * sums of blocks are added in the order of k. So its bits depend on hidden, the dtypes and the instruction set alone:
  * the same for 1 token and for 10,000. The blocks also keep float32 sums short, and the panel in the cache.
  */
+#include "bias.h"
+#include "tile.h"
+
 #define ELEMENT MV_NAME(element, DTYPE)
 #define STEP (LANES * UNIT)
 
@@ -65,8 +68,8 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
             for (int64_t k = 0; k < count; k += STEP) {
                 const int n = (int)least(STEP, count - k);
                 __builtin_prefetch(row + (k + BLOCK_UNITS) * (int64_t)bytes);
-                v_store_f32(to + k / UNIT,
-                            r < span.count ? MV_NAME(weight_units, DTYPE)(wide, row, k, n) : v_set(0), LANES);
+                v_store_f32(to + k / UNIT, r < span.count ? MV_NAME(weight_units, DTYPE)(wide, row, k, n) : v_set(0),
+                            LANES);
             }
         }
         return (tile_weights){(const char *)stage, BLOCK_UNITS * sizeof(float), sizeof(float)};
@@ -75,8 +78,8 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
         for (int64_t r = 0; r < STRIPE; r += LANES) {
             const int64_t n = least(LANES, span.count - r);
             const int present = (int)least(UNIT, count - k);
-            const char *corner = weight + ((span.row + r) * block->row_stride + (from + k) * block->col_stride) *
-                                              (int64_t)bytes;
+            const char *corner =
+                weight + ((span.row + r) * block->row_stride + (from + k) * block->col_stride) * (int64_t)bytes;
             float gathered[UNIT][LANES];
             vf units = v_set(0);
             if (n > 0 && block->row_stride == 1) {
@@ -95,7 +98,7 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
 }
 
 /* All tokens of the chunk for one span of at most STRIPE outputs. */
-static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) *chunk, output_span span) {
+static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, output_span span) {
     _Alignas(64) float sum[STRIPE * CHUNK_TOKENS], stage[STRIPE * BLOCK_UNITS];
     const mv_task *task = chunk->task;
     const mv_block *block = span.block;
@@ -103,19 +106,17 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) *chunk, out
     const int64_t bytes = (int64_t)mv_dtype_bytes(task->weight_dtype);
     const bool in_place =
         MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 && span.count % TILE_OUTPUTS == 0;
-    for (int64_t r = 0; r < rows; r++)
-        memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
+    for (int64_t r = 0; r < rows; r++) memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
 
     for (int64_t k = 0; k < task->hidden; k += BLOCK_UNITS * UNIT) {
         const int64_t count = least(BLOCK_UNITS * UNIT, task->hidden - k), units = (count + UNIT - 1) / UNIT;
         tile_weights weights = {(const char *)block->weight + (span.row * block->row_stride + k) * bytes,
                                 block->row_stride * bytes, sizeof(float)};
-        if (!in_place || count % UNIT != 0)
-            weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, stage);
+        if (!in_place || count % UNIT != 0) weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, stage);
         for (int64_t t = 0; t < padded; t += GROUP_TOKENS) {
             const token_group group = group_of(t, padded, chunk->units, chunk->panel);
-            MV_NAME(multiply_group, DTYPE)(group.panel + k / UNIT * group.width, (int)(group.width / LANES), weights,
-                                           units, sum + t, rows);
+            MV_NAME(multiply_group, DTYPE)
+            (group.panel + k / UNIT * group.width, (int)(group.width / LANES), weights, units, sum + t, rows);
         }
     }
 
@@ -145,8 +146,7 @@ static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t 
 
 mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(const mv_task *task, mv_error *error) {
 #if UNIT == 2
-    if (task->weight_dtype == MV_F32)
-        return mv_rms_norm_qkv_bf16_prefill_avx512(task, error);
+    if (task->weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, error);
 #endif
     (void)error;
     const int64_t hidden = task->hidden, tiles = (task->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;

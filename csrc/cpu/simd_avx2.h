@@ -2,7 +2,7 @@
 enum { LANES = 8 };
 typedef __m256 vf;
 
-#define TILE_VECTORS 2                                  /* 12 accumulators of the 16 registers */
+#define TILE_VECTORS 2 /* 12 accumulators of the 16 registers */
 #define TILE_ROWS(vectors) ((vectors) == 1 ? 12 : 6)
 #define DOT_ROWS 4
 #define DOT_TOKENS 2
@@ -35,8 +35,7 @@ MV_INLINE vf v_round_f32(vf a) { return a; }
 /* AVX2 masks no 16-bit loads: a tail goes through a small copy. */
 MV_INLINE __m128i load_bits(const void *p, int n) {
     uint16_t bits[LANES] = {0};
-    if (n == LANES)
-        return _mm_loadu_si128(p);
+    if (n == LANES) return _mm_loadu_si128(p);
     memcpy(bits, p, (size_t)n * sizeof *bits);
     return _mm_loadu_si128((const void *)bits);
 }
@@ -97,6 +96,5 @@ MV_INLINE void v_transpose(vf m[LANES]) {
         t[i + 3] = _mm256_unpackhi_ps(m[i + 1], m[i + 3]);
     }
     MV_UNROLL
-    for (int i = 0; i < 8; i++)
-        m[i] = t[i];
+    for (int i = 0; i < 8; i++) m[i] = t[i];
 }

@@ -2,7 +2,7 @@
 enum { LANES = 16 };
 typedef __m512 vf;
 
-#define TILE_VECTORS 4                                                /* 24 accumulators of the 32 registers */
+#define TILE_VECTORS 4 /* 24 accumulators of the 32 registers */
 #define TILE_ROWS(vectors) ((vectors) <= 2 ? 12 : (vectors) == 3 ? 8 : 6)
 #define DOT_ROWS 8
 #define DOT_TOKENS 2
@@ -96,6 +96,5 @@ MV_INLINE void v_transpose(vf m[LANES]) {
         t[i + 3] = _mm512_unpackhi_ps(m[i + 1], m[i + 3]);
     }
     MV_UNROLL
-    for (int i = 0; i < 16; i++)
-        m[i] = t[i];
+    for (int i = 0; i < 16; i++) m[i] = t[i];
 }

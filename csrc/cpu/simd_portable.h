@@ -54,8 +54,7 @@ MV_INLINE float float_of_f16(uint32_t half) {
     const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : (magnitude << 13) + (112u << 23);
     float value;
     memcpy(&value, &bits, sizeof value);
-    if (magnitude < 0x400)
-        value = (float)magnitude * 0x1p-24f;
+    if (magnitude < 0x400) value = (float)magnitude * 0x1p-24f;
     return half & 0x8000 ? -value : value;
 }
 MV_INLINE uint32_t f16_of_float(float value) {
@@ -63,10 +62,8 @@ MV_INLINE uint32_t f16_of_float(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000)
-        return sign | 0x7e00 | (magnitude >> 13 & 0x3ff);
-    if (magnitude >= overflow)
-        return sign | 0x7c00;
+    if (magnitude > 0x7f800000) return sign | 0x7e00 | (magnitude >> 13 & 0x3ff);
+    if (magnitude >= overflow) return sign | 0x7c00;
     if (magnitude < 0x38800000) { /* below 2^-14 halves are multiples of 2^-24: so are the floats from 0.5 to 1 */
         float shifted = 0.5f + fabsf(value);
         memcpy(&bits, &shifted, sizeof bits);
@@ -99,8 +96,6 @@ MV_INLINE vf v_round_bf16(vf a) { return (vf)(rounded_bits_bf16(a) & 0xffff0000)
 
 MV_INLINE void v_transpose(vf m[LANES]) {
     vf t[LANES];
-    for (int i = 0; i < LANES; i++)
-        t[i] = (vf){m[0][i], m[1][i], m[2][i], m[3][i]};
-    for (int i = 0; i < LANES; i++)
-        m[i] = t[i];
+    for (int i = 0; i < LANES; i++) t[i] = (vf){m[0][i], m[1][i], m[2][i], m[3][i]};
+    for (int i = 0; i < LANES; i++) m[i] = t[i];
 }

@@ -27,17 +27,6 @@ typedef struct {
     int64_t row_bytes, unit_bytes;
 } tile_weights;
 
-/* The bias of n outputs from `row` of the block on; zeros when it has none. */
-MV_INLINE vf span_bias(const mv_block *block, int64_t row, int n) {
-    if (!block->bias)
-        return v_set(0);
-    switch (block->bias_dtype) {
-    case MV_F16: return v_load_f16((const element_f16 *)block->bias + row, n);
-    case MV_BF16: return v_load_bf16((const element_bf16 *)block->bias + row, n);
-    default: return v_load_f32((const element_f32 *)block->bias + row, n);
-    }
-}
-
 /* The same bits in every lane; of any alignment. */
 MV_INLINE vf broadcast_unit(const char *p) {
     float unit;
@@ -52,31 +41,30 @@ MV_INLINE void MV_NAME(multiply_tile, DTYPE)(const float *panel, tile_weights we
     const int rows = TILE_ROWS(vectors);
     vf tile[12][TILE_VECTORS];
     MV_UNROLL
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
         MV_UNROLL
-        for (int v = 0; v < vectors; v++)
-            tile[r][v] = v_set(0);
+        for (int v = 0; v < vectors; v++) tile[r][v] = v_set(0);
+    }
     for (int64_t u = 0; u < units; u++) {
         const char *column = weights.corner + u * weights.unit_bytes;
         vf y[TILE_VECTORS];
         MV_UNROLL
-        for (int v = 0; v < vectors; v++)
-            y[v] = v_load_f32(panel + (u * vectors + v) * LANES, LANES);
+        for (int v = 0; v < vectors; v++) y[v] = v_load_f32(panel + (u * vectors + v) * LANES, LANES);
         MV_UNROLL
         for (int r = 0; r < rows; r++) {
             const vf w = broadcast_unit(column + r * weights.row_bytes);
             MV_UNROLL
-            for (int v = 0; v < vectors; v++)
-                tile[r][v] = MV_NAME(v_mac, DTYPE)(w, y[v], tile[r][v]);
+            for (int v = 0; v < vectors; v++) tile[r][v] = MV_NAME(v_mac, DTYPE)(w, y[v], tile[r][v]);
         }
     }
     MV_UNROLL
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
         MV_UNROLL
         for (int v = 0; v < vectors; v++) {
             float *to = sum + r * CHUNK_TOKENS + v * LANES;
             v_store_f32(to, v_add(v_load_f32(to, LANES), tile[r][v]), LANES);
         }
+    }
 }
 
 static void MV_NAME(multiply_group, DTYPE)(const float *panel, int vectors, tile_weights weights, int64_t units,

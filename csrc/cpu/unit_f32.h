@@ -1,4 +1,4 @@
-/* unit_f32.h: products of float32, once per DTYPE after norm_row.h. unit_bf16.h exports the same names.
+/* unit_f32.h: products of float32, once per DTYPE. unit_bf16.h exports the same names.
  *
  * A unit is what one lane of a product takes at a time: here one float32, there a pair of bfloat16. Either way four
  * bytes, so that the product kernels move units and need not know what is in them.
@@ -12,6 +12,8 @@
  *
  * In "fp32" rounding y stays unrounded.
  */
+#include "norm_row.h"
+
 #undef UNIT
 #define UNIT 1
 #define WEIGHT_ELEMENT MV_NAME(element, DTYPE)
@@ -27,8 +29,7 @@ MV_INLINE vf MV_NAME(norm_units, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE)
 MV_INLINE bool MV_NAME(weight_is_unit, DTYPE)(const mv_task *task) { return task->weight_dtype == MV_F32; }
 
 MV_INLINE vf MV_NAME(weight_units, DTYPE)(bool wide, const void *weight, int64_t i, int n) {
-    if (wide)
-        return v_load_f32((const element_f32 *)weight + i, n);
+    if (wide) return v_load_f32((const element_f32 *)weight + i, n);
     return MV_NAME(v_load, DTYPE)((const WEIGHT_ELEMENT *)weight + i, n);
 }
 

@@ -8,6 +8,7 @@ size_t mv_rms_norm_qkv_prefill_cpu_workspace(const mv_task *task) {
 }
 
 size_t mv_rms_norm_qkv_decode_cpu_workspace(const mv_task *task) {
-    const size_t rows = sizeof(float) * (size_t)(task->tokens * padded_units(task->hidden));
-    return rows_are_contiguous(task) ? rows : mv_rms_norm_qkv_prefill_cpu_workspace(task);
+    const int64_t tokens = least(task->tokens, CHUNK_TOKENS);
+    const size_t bytes = sizeof(float) * (size_t)(tokens * padded_units(task->hidden));
+    return rows_are_contiguous(task) ? bytes : mv_rms_norm_qkv_prefill_cpu_workspace(task);
 }
