@@ -20,6 +20,16 @@ from minivllm.testing.timing import Failed, Timing, now, stopwatch
 SCHEMA = 1
 
 
+def reproducing(arguments: list[str], op: str) -> str:
+    """The command that measures one op again: the arguments without where the results went."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--json", "--json-dir", "--commit"):
+            kept.append(op if argument == "all" and not kept else argument)
+        skip = argument in ("--json", "--json-dir", "--commit")
+    return " ".join(["python -m benchmarks", *kept])
+
+
 class Report:
     def __init__(self, op: str, device: str, command: list[str], path: str | None, method: dict, commit: str | None):
         self.path = Path(path) if path else None
@@ -29,7 +39,7 @@ class Report:
             "op": op,
             "date": now(),
             "seconds": 0.0,
-            "command": " ".join(["python", "-m", "benchmarks", *command]),
+            "command": reproducing(command, op),
             "environment": environment(device, commit),
             "method": method,
             "rows": [],
