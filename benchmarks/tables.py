@@ -95,6 +95,8 @@ QKV_COLUMNS: dict[str, Column] = {
     "memory grows by": lambda case: peak(case, OURS),
     "torch's by": lambda case: peak(case, "torch"),
 }
+NOT_IN_README = ("batch invariant", "kernel", "memory grows by", "torch's by")
+README_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_IN_README}
 NORM_COLUMNS: dict[str, Column] = {
     "tokens x hidden": lambda case: case.shape.replace("x", " x "),
     "dtype": lambda case: case.dtype,
@@ -114,14 +116,14 @@ def cases_table(columns: dict[str, Column], cases: list[Case]) -> str:
     return table(list(columns), [[column(case) for column in columns.values()] for case in cases])
 
 
-def decode(results: Results, device: str) -> str:
+def decode(results: Results, device: str, columns: dict[str, Column] = QKV_COLUMNS) -> str:
     cases = results.of(device, "rms_norm_qkv", tokens=1)
-    return section("One token, microseconds:", cases, cases_table(QKV_COLUMNS, cases))
+    return section("One token, microseconds:", cases, cases_table(columns, cases))
 
 
-def prefill(results: Results, device: str) -> str:
+def prefill(results: Results, device: str, columns: dict[str, Column] = QKV_COLUMNS) -> str:
     cases = [case for case in results.of(device, "rms_norm_qkv") if case.tokens > 1]
-    return section("More tokens, microseconds:", cases, cases_table(QKV_COLUMNS, cases))
+    return section("More tokens, microseconds:", cases, cases_table(columns, cases))
 
 
 def norms(results: Results, device: str, op: str, **wanted) -> str:
@@ -138,8 +140,8 @@ def figures(results: Results) -> str:
         ("cpu.png", "the CPU against torch"),
     ]
     found = [f"![{text}](docs/img/{name})" for name, text in images if (ROOT / "docs/img" / name).exists()]
-    on_gpu = [decode(results, "cuda"), norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk")]
-    on_cpu = [decode(results, "cpu"), prefill(results, "cpu")]
+    on_gpu = [decode(results, "cuda", README_COLUMNS), norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk")]
+    on_cpu = [decode(results, "cpu", README_COLUMNS), prefill(results, "cpu", README_COLUMNS)]
     if any(on_gpu):
         found += ["### On the GPU", *on_gpu]
     if any(on_cpu):

@@ -1,7 +1,8 @@
 """What the tests compute on: kinds of data, and layouts in memory with canaries around them."""
 
 import zlib
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,7 +89,9 @@ class Placed:
         self.buffer = framework.full((offset + highest + 1 + 64,), CANARY, dtype)
         self.tensor = framework.strided(self.buffer, tuple(shape), strides, offset)
         places = np.arange(offset + highest + 1 + 64)
-        self.places = np.lib.stride_tricks.as_strided(places[offset:], shape, [8 * s for s in strides]).reshape(-1).copy()
+        self.places = (
+            np.lib.stride_tricks.as_strided(places[offset:], shape, [8 * s for s in strides]).reshape(-1).copy()
+        )
         if values is not None:
             self.tensor[...] = framework.tensor(values, dtype)
 
@@ -97,7 +100,9 @@ class Placed:
         around = to_float64(self.buffer)
         around[self.places] = CANARY
         wrong = np.flatnonzero(around != CANARY)
-        assert wrong.size == 0, f"{what}: {wrong.size} elements around it were written, the first {wrong[0] - self.places[0]} past its start"
+        assert wrong.size == 0, (
+            f"{what}: {wrong.size} elements around it were written, the first {wrong[0] - self.places[0]} past its start"
+        )
 
     def values(self):
         return to_float64(self.tensor)

@@ -45,7 +45,9 @@ def check_norm(framework, case: Norm, x=None, weight=None):
         placed_residual = Placed(framework, case.shape, dtype, case.residual_layout, added)
         sums = Placed(framework, case.shape, dtype, case.out_layout) if case.out_layout else None
         options["residual_out"] = sums.tensor if sums else None
-        got, got_sum = minivllm.add_rms_norm(placed_x.tensor, placed_residual.tensor, placed_weight.tensor, case.eps, **options)
+        got, got_sum = minivllm.add_rms_norm(
+            placed_x.tensor, placed_residual.tensor, placed_weight.tensor, case.eps, **options
+        )
         framework.synchronize()
         assert_same_bits(got_sum, round_to(x + added, dtype), "residual_out")
         assert_same_bits(placed_residual.tensor, added, "residual, an input")
@@ -63,13 +65,23 @@ def check_norm(framework, case: Norm, x=None, weight=None):
     assert_same_bits(placed_weight.tensor, weight, "weight, an input")
 
     expected, _ = reference.rms_norm(
-        x, weight, case.eps, residual=added, rounding=case.rounding, weight_offset=case.weight_offset, dtype=dtype, round_last=False
+        x,
+        weight,
+        case.eps,
+        residual=added,
+        rounding=case.rounding,
+        weight_offset=case.weight_offset,
+        dtype=dtype,
+        round_last=False,
     )
     bound = numeric.tolerance(
         expected, expected, dtype, length=hidden, gain=abs(case.weight_offset + weight), flips=case.rounding == "hf"
     )
     result = to_float64(got)
     numeric.assert_within(result, expected, bound, f"{case}\nout")
+    if dtype != "f32":  # the same roundings: nothing but ties differs
+        wrong = int((result != round_to(expected, dtype)).sum())
+        assert wrong <= 2 + 0.005 * result.size, f"{case}: {wrong} of {result.size} elements are not correctly rounded"
     return result
 
 
@@ -175,7 +187,9 @@ IS_IN_OUT = {"packed_t", "in_out", "tuple_t", "tuple_in_out"}
 def weight_data(case: QKV):
     """(norm weight, qkv weight, bias or None) of a case, float64."""
     hidden, qkv = case.hidden, case.qkv
-    norm_weight = normal((hidden,), case.norm_dtype or case.dtype, "norm", hidden, scale=0.2, mean=1.0 - case.weight_offset)
+    norm_weight = normal(
+        (hidden,), case.norm_dtype or case.dtype, "norm", hidden, scale=0.2, mean=1.0 - case.weight_offset
+    )
     weight = normal((qkv, hidden), case.weight_dtype or case.dtype, "qkv", qkv, hidden, scale=0.02)
     bias = normal((qkv,), case.bias_dtype or case.dtype, "bias", qkv, scale=0.5) if case.bias else None
     return norm_weight, weight, bias
@@ -197,7 +211,9 @@ def check_qkv(framework, case: QKV, x=None):
     if case.bias:
         is_tuple = case.weights.startswith("tuple")
         bias_parts = _split(bias, case.sizes) if is_tuple else (bias,)
-        tensors = tuple(Placed(framework, part.shape, case.bias_dtype or dtype, CONTIGUOUS, part).tensor for part in bias_parts)
+        tensors = tuple(
+            Placed(framework, part.shape, case.bias_dtype or dtype, CONTIGUOUS, part).tensor for part in bias_parts
+        )
         bias_argument = tensors if is_tuple else tensors[0]
     out = Placed(framework, (*case.lead, case.qkv), dtype, case.out_layout) if case.out_layout else None
     placed_residual = Placed(framework, shape, dtype, CONTIGUOUS, added) if case.residual else None

@@ -46,12 +46,16 @@ def _kernel_param(row):
     return pytest.param(row, id=row.name, marks=marks)
 
 
-@pytest.hookimpl(trylast=True)  # so that kernels vary fastest, and what a test's other parameters cost is shared by them
+@pytest.hookimpl(
+    trylast=True
+)  # so that kernels vary fastest, and what a test's other parameters cost is shared by them
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("rows")
         op, *devices = marker.args
-        metafunc.parametrize("kernel", [_kernel_param(row) for row in ROWS[op] if not devices or device_of(row) in devices])
+        metafunc.parametrize(
+            "kernel", [_kernel_param(row) for row in ROWS[op] if not devices or device_of(row) in devices]
+        )
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 

@@ -51,7 +51,11 @@ class NumPy:
     def strided(self, buffer, shape, strides, offset: int = 0):
         """A view into a flat tensor; strides and offset in elements."""
         return np.ndarray(
-            shape, buffer.dtype, buffer=buffer, offset=offset * buffer.itemsize, strides=[s * buffer.itemsize for s in strides]
+            shape,
+            buffer.dtype,
+            buffer=buffer,
+            offset=offset * buffer.itemsize,
+            strides=[s * buffer.itemsize for s in strides],
         )
 
     def is_mine(self, tensor) -> bool:

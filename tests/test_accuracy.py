@@ -22,7 +22,11 @@ EPS = 1e-6
 DTYPES = ("f32", "f16", "bf16")
 
 # The CPU suite has two cores for all of it; the GPU takes every model.
-CPU_SHAPES = [shapes.QKVShape("small", 256, 4, 2, 32), shapes.model("qwen2.5-0.5b"), shapes.QKVShape("odd", 1027, 3, 1, 33, bias=True)]
+CPU_SHAPES = [
+    shapes.QKVShape("small", 256, 4, 2, 32),
+    shapes.model("qwen2.5-0.5b"),
+    shapes.QKVShape("odd", 1027, 3, 1, 33, bias=True),
+]
 
 
 @pytest.fixture
@@ -60,12 +64,16 @@ class Gate:
     def add(self, truth, ours, theirs, what):
         self.ours.append(rms_error(wide(ours), truth))
         self.theirs.append(rms_error(wide(theirs), truth))
-        assert self.ours[-1] <= SINGLE * self.theirs[-1], f"{what}: RMS error {self.ours[-1]:.3e} against torch's {self.theirs[-1]:.3e}"
+        assert self.ours[-1] <= SINGLE * self.theirs[-1], (
+            f"{what}: RMS error {self.ours[-1]:.3e} against torch's {self.theirs[-1]:.3e}"
+        )
 
     def judge(self, what):
         ours, theirs = (np.sqrt(np.mean(np.square(side))) for side in (self.ours, self.theirs))
         assert ours > 0, "an error of zero measures nothing"
-        assert ours <= POOLED * theirs, f"{what}: RMS error {ours:.4e}, torch's pair {theirs:.4e}: {ours / theirs:.3f} x"
+        assert ours <= POOLED * theirs, (
+            f"{what}: RMS error {ours:.4e}, torch's pair {theirs:.4e}: {ours / theirs:.3f} x"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +103,9 @@ def test_hf_norm_is_the_hf_expression(device, framework, dtype, kind):
             different += int((ours != theirs).sum())
             total += ours.numel()
         share = different / total
-        assert share < 1e-3, f"{dtype} {kind} at {hidden}: {100 * share:.4f} % of the elements differ from the HF expression"
+        assert share < 1e-3, (
+            f"{dtype} {kind} at {hidden}: {100 * share:.4f} % of the elements differ from the HF expression"
+        )
 
 
 @pytest.mark.rows("rms_norm")
@@ -108,7 +118,9 @@ def test_norm_ties_of_every_kernel(kernel):
     weight = normal((1000,), dtype, "ties of weight", scale=0.2, mean=1.0)
     for rounding in ("hf", "fp32"):
         out, _ = minivllm.add_rms_norm(
-            *(framework.tensor(values, dtype) for values in (x, residual, weight)), rounding=rounding, kernel=kernel.name
+            *(framework.tensor(values, dtype) for values in (x, residual, weight)),
+            rounding=rounding,
+            kernel=kernel.name,
         )
         exact, _ = reference.rms_norm(x, weight, residual=residual, rounding=rounding, dtype=dtype)
         got = to_float64(out)
@@ -117,7 +129,9 @@ def test_norm_ties_of_every_kernel(kernel):
             assert steps.max() <= 4, f"{kernel.name} {rounding}: {steps.max()} spacings off"
         else:
             share = (got != exact).mean()
-            assert share < 1e-3, f"{kernel.name} {rounding}: {100 * share:.4f} % of the elements are not correctly rounded"
+            assert share < 1e-3, (
+                f"{kernel.name} {rounding}: {100 * share:.4f} % of the elements are not correctly rounded"
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +139,9 @@ def test_norm_ties_of_every_kernel(kernel):
 def test_projection_gate(device, framework, dtype, kind):
     torch = framework.torch
     for shape in CPU_SHAPES if device == "cpu" else [*CPU_SHAPES, *shapes.MODELS]:
-        matrix = framework.tensor(round_to(normal((512, shape.hidden), "f32", "gate matrix", shape.hidden, scale=0.02), dtype), dtype)
+        matrix = framework.tensor(
+            round_to(normal((512, shape.hidden), "f32", "gate matrix", shape.hidden, scale=0.02), dtype), dtype
+        )
         matrix = matrix.repeat(-(-shape.qkv // 512), 1)[: shape.qkv].contiguous()
         bias = framework.tensor(normal((shape.qkv,), dtype, "gate bias", scale=0.5), dtype) if shape.bias else None
         wide_matrix, wide_bias = wide(matrix), None if bias is None else wide(bias)
@@ -186,7 +202,14 @@ def test_float32_bars(device, framework):
         for rounding in ("hf", "fp32"):
             for rows in (slice(0, 1), slice(1, 5), slice(0, 64)):
                 got = minivllm.rms_norm_qkv(
-                    x[rows], weight, matrix, shape.num_heads, shape.num_kv_heads, EPS, rounding=rounding, weight_layout="out_in"
+                    x[rows],
+                    weight,
+                    matrix,
+                    shape.num_heads,
+                    shape.num_kv_heads,
+                    EPS,
+                    rounding=rounding,
+                    weight_layout="out_in",
                 )
                 figures = errors(wide(framework.torch.cat([part.flatten(1) for part in got], 1)), truth[rows], "f32")
                 assert figures.max < 2.3e-5, f"rms_norm_qkv at {shape.name}: {figures}"

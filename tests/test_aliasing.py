@@ -204,9 +204,7 @@ def test_overlap_is_found_exactly(rows, hidden, strides, offsets):
     places = NUMPY.strided(np.arange(256.0), (*rows, hidden), (strides[2], strides[3], 1), offsets[1])
     distinct = len(np.unique(places)) == places.size
     shared = np.shares_memory(x, out)
-    same = offsets[0] == offsets[1] and all(
-        a == b or n == 1 for a, b, n in zip(strides[:2], strides[2:], rows)
-    )
+    same = offsets[0] == offsets[1] and all(a == b or n == 1 for a, b, n in zip(strides[:2], strides[2:], rows))
     weight = NUMPY.full((hidden,), 1.0, "f32")
     nested = all(
         sorted(pair)[0] >= hidden and sorted(pair)[1] % sorted(pair)[0] == 0 for pair in (strides[:2], strides[2:])

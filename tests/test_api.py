@@ -47,9 +47,15 @@ def test_signatures_of_the_layer():
     positional, keyword_only = arguments_of(minivllm.FusedRMSNormQKV)
     assert positional == {}
     required = {name: EMPTY for name in ("norm_weight", "qkv_weight", "num_heads", "num_kv_heads")}
-    options = {name: QKV_OPTIONS[name] for name in ("bias", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant", "allow_tf32")}
+    options = {
+        name: QKV_OPTIONS[name]
+        for name in ("bias", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant", "allow_tf32")
+    }
     assert keyword_only == required | {"eps": 1e-6} | options | {"prepack": False}
-    assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == ({"x": EMPTY}, {"residual": None, "out": None, "residual_out": None})
+    assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == (
+        {"x": EMPTY},
+        {"residual": None, "out": None, "residual_out": None},
+    )
 
 
 def test_signatures_of_the_buffers():
@@ -62,10 +68,15 @@ def test_arguments_work_by_position_and_by_name():
     by_position = minivllm.rms_norm_qkv(x, weight, matrix, 2, 1, 1e-5)
     by_name = minivllm.rms_norm_qkv(eps=1e-5, num_kv_heads=1, num_heads=2, qkv_weight=matrix, norm_weight=weight, x=x)
     assert all((a == b).all() for a, b in zip(by_position, by_name))
-    assert (minivllm.add_rms_norm(x, x, weight, 1e-5)[0] == minivllm.add_rms_norm(weight=weight, residual=x, x=x, eps=1e-5)[0]).all()
+    assert (
+        minivllm.add_rms_norm(x, x, weight, 1e-5)[0]
+        == minivllm.add_rms_norm(weight=weight, residual=x, x=x, eps=1e-5)[0]
+    ).all()
 
 
-@pytest.mark.parametrize("name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device"])
+@pytest.mark.parametrize(
+    "name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device"]
+)
 def test_everything_public_is_documented(name):
     assert name in minivllm.__all__
     assert len((getattr(minivllm, name).__doc__ or "").split()) >= 8
@@ -110,7 +121,11 @@ def test_the_list_of_kernels():
     for op in ("rms_norm", "add_rms_norm", "rms_norm_qkv"):
         names = [row.name for row in minivllm.kernels(op)]
         assert len(set(names)) == len(names)
-        assert {f"{dtype}_{kind}portable" for dtype in ("f32", "f16", "bf16") for kind in (("decode_", "prefill_") if op == "rms_norm_qkv" else ("",))} <= set(names)
+        assert {
+            f"{dtype}_{kind}portable"
+            for dtype in ("f32", "f16", "bf16")
+            for kind in (("decode_", "prefill_") if op == "rms_norm_qkv" else ("",))
+        } <= set(names)
     with pytest.raises(ValueError, match="kernels: there is no op 'attention'; the ops are rms_norm, "):
         minivllm.kernels("attention")
 
@@ -125,7 +140,11 @@ def test_what_ran_last():
     assert minivllm.last_kernel().op == "fused_add_rms_norm"
     minivllm.rms_norm_qkv(x, weight, matrix, 2, 1, kernel="f32_prefill_portable")
     ran = minivllm.last_kernel()
-    assert (ran.op, ran.name) == ("rms_norm_qkv", "f32_prefill_portable") and "forced" in ran.why and "outputs=16" in ran.why
+    assert (
+        (ran.op, ran.name) == ("rms_norm_qkv", "f32_prefill_portable")
+        and "forced" in ran.why
+        and "outputs=16" in ran.why
+    )
     with pytest.raises(ValueError):
         minivllm.rms_norm(x, weight[:7])
     assert minivllm.last_kernel() == ran, "a refused call runs nothing"

@@ -38,7 +38,13 @@ class Inputs:
         return minivllm.add_rms_norm(*positional, **arguments)
 
     def qkv(self, **changes):
-        arguments = {"x": self.x, "norm_weight": self.weight, "qkv_weight": self.matrix, "num_heads": HEADS, "num_kv_heads": KV_HEADS}
+        arguments = {
+            "x": self.x,
+            "norm_weight": self.weight,
+            "qkv_weight": self.matrix,
+            "num_heads": HEADS,
+            "num_kv_heads": KV_HEADS,
+        }
         arguments |= changes
         return minivllm.rms_norm_qkv(**arguments)
 
@@ -55,13 +61,28 @@ def refuses(call, exception, message):
 
 # (what, the spoilt argument, as a function of the inputs; the exception; its message)
 NORM_REFUSALS = [
-    ("short weight", lambda i: {"weight": i.full(60)}, ValueError, r"weight has 60 elements, expected 64 \(= x\.shape\[-1\]\)"),
+    (
+        "short weight",
+        lambda i: {"weight": i.full(60)},
+        ValueError,
+        r"weight has 60 elements, expected 64 \(= x\.shape\[-1\]\)",
+    ),
     ("long weight", lambda i: {"weight": i.full(65)}, ValueError, r"weight has 65 elements, expected 64"),
     ("matrix weight", lambda i: {"weight": i.full(1, 64)}, ValueError, r"weight has shape \[1, 64\], expected \[64\]"),
     ("empty weight", lambda i: {"weight": i.full(0)}, ValueError, r"weight has 0 elements, expected 64"),
     ("scalar x", lambda i: {"x": i.full()}, ValueError, r"x has (0|no) dimensions, expected "),
-    ("no columns", lambda i: {"x": i.full(3, 0), "weight": i.full(0)}, ValueError, r"x has shape \[3, 0\], expected a hidden size >= 1"),
-    ("float16 weight for float32 x", lambda i: {"weight": i.full(64, dtype="f16")}, TypeError, r"weight is float16, expected float32"),
+    (
+        "no columns",
+        lambda i: {"x": i.full(3, 0), "weight": i.full(0)},
+        ValueError,
+        r"x has shape \[3, 0\], expected a hidden size >= 1",
+    ),
+    (
+        "float16 weight for float32 x",
+        lambda i: {"weight": i.full(64, dtype="f16")},
+        TypeError,
+        r"weight is float16, expected float32",
+    ),
     ("negative eps", lambda i: {"eps": -1e-6}, ValueError, r"eps is -1e-06, expected a finite number >= 0"),
     ("infinite eps", lambda i: {"eps": math.inf}, ValueError, r"eps is inf, expected a finite number >= 0"),
     ("eps is no number", lambda i: {"eps": math.nan}, ValueError, r"eps is -?nan, expected a finite number >= 0"),
@@ -69,9 +90,24 @@ NORM_REFUSALS = [
     ("eps a string", lambda i: {"eps": "1e-6"}, TypeError, r"eps .*(float|number)"),
     ("rounding", lambda i: {"rounding": "HF"}, ValueError, r"rounding .*'?HF'?.*hf.*fp32"),
     ("rounding None", lambda i: {"rounding": None}, TypeError, r"rounding"),
-    ("weight_offset", lambda i: {"weight_offset": math.nan}, ValueError, r"weight_offset is -?nan, expected a finite number"),
-    ("kernel", lambda i: {"kernel": "f32_abacus"}, ValueError, r"no kernel is called 'f32_abacus'; minivllm\.kernels\('"),
-    ("kernel of another dtype", lambda i: {"kernel": "bf16_portable"}, ValueError, r"kernel 'bf16_portable' is for another "),
+    (
+        "weight_offset",
+        lambda i: {"weight_offset": math.nan},
+        ValueError,
+        r"weight_offset is -?nan, expected a finite number",
+    ),
+    (
+        "kernel",
+        lambda i: {"kernel": "f32_abacus"},
+        ValueError,
+        r"no kernel is called 'f32_abacus'; minivllm\.kernels\('",
+    ),
+    (
+        "kernel of another dtype",
+        lambda i: {"kernel": "bf16_portable"},
+        ValueError,
+        r"kernel 'bf16_portable' is for another ",
+    ),
     ("kernel number", lambda i: {"kernel": 7}, TypeError, r"kernel"),
     ("unknown keyword", lambda i: {"scale": 1.0}, TypeError, r"scale"),
     ("x a list", lambda i: {"x": [1.0, 2.0]}, TypeError, r"x must be a tensor .*, got list"),
@@ -80,7 +116,12 @@ NORM_REFUSALS = [
     ("x a type", lambda i: {"x": type(i.x)}, TypeError, r"x must be a tensor"),
     ("out shape", lambda i: {"out": i.full(5, 63)}, ValueError, r"out has shape \[5, 63\], expected \[5, 64\]"),
     ("out rank", lambda i: {"out": i.full(1, 5, 64)}, ValueError, r"out has shape \[1, 5, 64\], expected \[5, 64\]"),
-    ("out dtype", lambda i: {"out": i.full(5, 64, dtype="f16")}, TypeError, r"out is float16, expected float32 \(the dtype of x\)"),
+    (
+        "out dtype",
+        lambda i: {"out": i.full(5, 64, dtype="f16")},
+        TypeError,
+        r"out is float16, expected float32 \(the dtype of x\)",
+    ),
     (
         "out that repeats",
         lambda i: {"out": i.framework.strided(i.full(64), (5, 64), (0, 1))},
@@ -95,21 +136,71 @@ NORM_REFUSALS = [
     ),
 ]
 ADD_REFUSALS = [
-    ("residual shape", lambda i: {"residual": i.full(4, 64)}, ValueError, r"residual has shape \[4, 64\], expected \[5, 64\] \(the shape of x\)"),
-    ("residual dtype", lambda i: {"residual": i.full(5, 64, dtype="f16")}, TypeError, r"residual is float16, expected float32"),
+    (
+        "residual shape",
+        lambda i: {"residual": i.full(4, 64)},
+        ValueError,
+        r"residual has shape \[4, 64\], expected \[5, 64\] \(the shape of x\)",
+    ),
+    (
+        "residual dtype",
+        lambda i: {"residual": i.full(5, 64, dtype="f16")},
+        TypeError,
+        r"residual is float16, expected float32",
+    ),
     ("residual None", lambda i: {"residual": None}, TypeError, r"residual must be a tensor"),
-    ("residual_out shape", lambda i: {"residual_out": i.full(5, 65)}, ValueError, r"residual_out has shape \[5, 65\], expected \[5, 64\]"),
-    ("residual_out dtype", lambda i: {"residual_out": i.full(5, 64, dtype="f16")}, TypeError, r"residual_out is float16, expected float32"),
+    (
+        "residual_out shape",
+        lambda i: {"residual_out": i.full(5, 65)},
+        ValueError,
+        r"residual_out has shape \[5, 65\], expected \[5, 64\]",
+    ),
+    (
+        "residual_out dtype",
+        lambda i: {"residual_out": i.full(5, 64, dtype="f16")},
+        TypeError,
+        r"residual_out is float16, expected float32",
+    ),
 ]
 QKV_REFUSALS = [
-    ("norm_weight", lambda i: {"norm_weight": i.full(1000)}, ValueError, r"norm_weight has 1000 elements, expected 64 \(= x\.shape\[-1\]\)"),
-    ("matrix shape", lambda i: {"qkv_weight": i.full(40, 63)}, ValueError, r"qkv_weight has shape \[40, 63\], expected \[qkv, 64\]"),
-    ("matrix rank", lambda i: {"qkv_weight": i.full(40)}, ValueError, r"qkv_weight has shape \[40\], expected a matrix"),
-    ("matrix dtype", lambda i: {"qkv_weight": i.full(40, 64, dtype="f16")}, TypeError, r"qkv_weight is float16, expected float32"),
-    ("outputs", lambda i: {"qkv_weight": i.full(41, 64)}, ValueError, r"qkv_weight has 41 outputs, expected a multiple of 5 \(= num_heads \+ 2 \* num_kv_heads\)"),
+    (
+        "norm_weight",
+        lambda i: {"norm_weight": i.full(1000)},
+        ValueError,
+        r"norm_weight has 1000 elements, expected 64 \(= x\.shape\[-1\]\)",
+    ),
+    (
+        "matrix shape",
+        lambda i: {"qkv_weight": i.full(40, 63)},
+        ValueError,
+        r"qkv_weight has shape \[40, 63\], expected \[qkv, 64\]",
+    ),
+    (
+        "matrix rank",
+        lambda i: {"qkv_weight": i.full(40)},
+        ValueError,
+        r"qkv_weight has shape \[40\], expected a matrix",
+    ),
+    (
+        "matrix dtype",
+        lambda i: {"qkv_weight": i.full(40, 64, dtype="f16")},
+        TypeError,
+        r"qkv_weight is float16, expected float32",
+    ),
+    (
+        "outputs",
+        lambda i: {"qkv_weight": i.full(41, 64)},
+        ValueError,
+        r"qkv_weight has 41 outputs, expected a multiple of 5 \(= num_heads \+ 2 \* num_kv_heads\)",
+    ),
     ("no outputs", lambda i: {"qkv_weight": i.full(0, 64)}, ValueError, r"qkv_weight has 0 outputs"),
     ("layout name", lambda i: {"weight_layout": "row"}, ValueError, r"weight_layout .*row.*auto.*out_in.*in_out"),
-    ("layout", lambda i: {"weight_layout": "in_out"}, ValueError, r"qkv_weight has shape \[40, 64\], which does not fit the layout that weight_layout names"),
+    (
+        "layout",
+        lambda i: {"weight_layout": "in_out"},
+        ValueError,
+        r"qkv_weight has shape \[40, 64\], which does not fit the layout that weight_layout names",
+    ),
     ("num_heads 0", lambda i: {"num_heads": 0}, ValueError, r"num_heads is 0, expected at least 1"),
     ("num_kv_heads -1", lambda i: {"num_kv_heads": -1}, ValueError, r"num_kv_heads is -1, expected at least 1"),
     ("num_heads huge", lambda i: {"num_heads": 2**62}, ValueError, r"num_heads"),
@@ -122,9 +213,24 @@ QKV_REFUSALS = [
     ("bias size", lambda i: {"bias": i.full(39)}, ValueError, r"bias has 39 elements, expected 40"),
     ("bias dtype", lambda i: {"bias": i.full(40, dtype="f16")}, TypeError, r"bias is float16, expected float32"),
     ("bias tuple of two", lambda i: {"bias": (i.full(24), i.full(8))}, (TypeError, ValueError), r"bias .*(3|three)"),
-    ("bias member", lambda i: {"bias": (i.full(24), i.full(8), i.full(9))}, ValueError, r"bias\[2\] has 9 elements, expected 8"),
-    ("weight tuple of two", lambda i: {"qkv_weight": (i.matrix, i.matrix)}, (TypeError, ValueError), r"qkv_weight .*(3|three)"),
-    ("weight tuple of four", lambda i: {"qkv_weight": (i.matrix,) * 4}, (TypeError, ValueError), r"qkv_weight .*(3|three)"),
+    (
+        "bias member",
+        lambda i: {"bias": (i.full(24), i.full(8), i.full(9))},
+        ValueError,
+        r"bias\[2\] has 9 elements, expected 8",
+    ),
+    (
+        "weight tuple of two",
+        lambda i: {"qkv_weight": (i.matrix, i.matrix)},
+        (TypeError, ValueError),
+        r"qkv_weight .*(3|three)",
+    ),
+    (
+        "weight tuple of four",
+        lambda i: {"qkv_weight": (i.matrix,) * 4},
+        (TypeError, ValueError),
+        r"qkv_weight .*(3|three)",
+    ),
     (
         "tuple sizes",
         lambda i: {"qkv_weight": (i.full(16, 64), i.full(16, 64), i.full(8, 64))},
@@ -143,7 +249,12 @@ QKV_REFUSALS = [
         (TypeError, ValueError),
         r"qkv_weight\[1\]",
     ),
-    ("residual_out alone", lambda i: {"residual_out": i.full(5, 64)}, ValueError, r"residual_out was given without a residual"),
+    (
+        "residual_out alone",
+        lambda i: {"residual_out": i.full(5, 64)},
+        ValueError,
+        r"residual_out was given without a residual",
+    ),
     ("out shape", lambda i: {"out": i.full(5, 41)}, ValueError, r"out has shape \[5, 41\], expected \[5, 40\]"),
     ("batch_invariant", lambda i: {"batch_invariant": "no"}, TypeError, r"batch_invariant"),
     ("unknown keyword", lambda i: {"heads": 1}, TypeError, r"heads"),
@@ -179,7 +290,7 @@ def test_rms_norm_qkv_refuses(inputs, op, spoil, exception, message):
 
 
 def test_what_the_norm_refuses_the_projection_refuses(inputs):
-    for what, spoil, exception, message in NORM_REFUSALS:
+    for _, spoil, exception, message in NORM_REFUSALS:
         changes = spoil(inputs)
         if "out" in changes or "weight" in changes or "kernel" in changes:
             continue
@@ -215,8 +326,16 @@ def test_missing_and_surplus_arguments(inputs):
 
 
 def test_fused_add_rms_norm_names_itself(inputs):
-    refuses(lambda: minivllm.fused_add_rms_norm(inputs.x, inputs.full(4, 64), inputs.weight), ValueError, r"fused_add_rms_norm: residual has shape")
-    refuses(lambda: minivllm.fused_add_rms_norm(inputs.x, inputs.x, inputs.weight), ValueError, r"fused_add_rms_norm: .*overlap")
+    refuses(
+        lambda: minivllm.fused_add_rms_norm(inputs.x, inputs.full(4, 64), inputs.weight),
+        ValueError,
+        r"fused_add_rms_norm: residual has shape",
+    )
+    refuses(
+        lambda: minivllm.fused_add_rms_norm(inputs.x, inputs.x, inputs.weight),
+        ValueError,
+        r"fused_add_rms_norm: .*overlap",
+    )
 
 
 def test_numbers_of_any_kind_are_numbers(inputs):
@@ -227,32 +346,50 @@ def test_numbers_of_any_kind_are_numbers(inputs):
     assert tuple(inputs.qkv(num_heads=np.int64(3), num_kv_heads=np.int32(1))[0].shape) == (5, 3, 8)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int32", "uint8", "bool", "complex64", "int16", "S4", "object", "datetime64[s]"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "int32", "uint8", "bool", "complex64", "int16", "S4", "object", "datetime64[s]"]
+)
 def test_other_dtypes_of_numpy(dtype):
     x = np.zeros((2, 8), dtype)
     weight = np.ones(8, np.float32)
     refuses(lambda: minivllm.rms_norm(x, weight), TypeError, r"rms_norm: x has .*expected float32, float16 or bfloat16")
-    refuses(lambda: minivllm.rms_norm(np.zeros((2, 8), np.float32), np.zeros(8, dtype)), TypeError, r"rms_norm: weight has ")
+    refuses(
+        lambda: minivllm.rms_norm(np.zeros((2, 8), np.float32), np.zeros(8, dtype)), TypeError, r"rms_norm: weight has "
+    )
 
 
 def test_the_wrong_byte_order():
     swapped = np.zeros((2, 8), np.dtype(np.float32).newbyteorder())
-    refuses(lambda: minivllm.rms_norm(swapped, np.ones(8, np.float32)), TypeError, r"rms_norm: x is not in this machine's byte order")
+    refuses(
+        lambda: minivllm.rms_norm(swapped, np.ones(8, np.float32)),
+        TypeError,
+        r"rms_norm: x is not in this machine's byte order",
+    )
 
 
 def test_mixed_16_bit_types():
     torch = pytest.importorskip("torch", reason="compares dtypes of torch, which is not installed")
     x = torch.zeros(2, 8, dtype=torch.bfloat16)
-    refuses(lambda: minivllm.rms_norm(x, torch.ones(8, dtype=torch.float16)), TypeError, r"weight is float16, expected bfloat16 \(the dtype of x\) or float32")
-    refuses(lambda: minivllm.add_rms_norm(x, x.half(), torch.ones(8)), TypeError, r"residual is float16, expected bfloat16")
-    refuses(lambda: minivllm.add_rms_norm(x, x.float(), torch.ones(8)), TypeError, r"residual is float32, expected bfloat16")
+    refuses(
+        lambda: minivllm.rms_norm(x, torch.ones(8, dtype=torch.float16)),
+        TypeError,
+        r"weight is float16, expected bfloat16 \(the dtype of x\) or float32",
+    )
+    refuses(
+        lambda: minivllm.add_rms_norm(x, x.half(), torch.ones(8)), TypeError, r"residual is float16, expected bfloat16"
+    )
+    refuses(
+        lambda: minivllm.add_rms_norm(x, x.float(), torch.ones(8)), TypeError, r"residual is float32, expected bfloat16"
+    )
 
 
 def test_a_misaligned_address_is_refused():
     raw = np.zeros(4 * 9 + 1, np.uint8)[1:]
     x = raw[: 4 * 8].view(np.float32).reshape(1, 8) if raw.ctypes.data % 4 else raw[1:33].view(np.float32).reshape(1, 8)
     assert x.ctypes.data % 4
-    refuses(lambda: minivllm.rms_norm(x, np.ones(8, np.float32)), (ValueError, BufferError), r"rms_norm: x .*address|align")
+    refuses(
+        lambda: minivllm.rms_norm(x, np.ones(8, np.float32)), (ValueError, BufferError), r"rms_norm: x .*address|align"
+    )
 
 
 def test_read_only_outputs(inputs):
@@ -260,7 +397,11 @@ def test_read_only_outputs(inputs):
     out = np.full((2, 8), CANARY, np.float32)
     out.flags.writeable = False
     refuses(lambda: minivllm.rms_norm(x, weight, out=out), ValueError, r"rms_norm: out is read-only")
-    refuses(lambda: minivllm.add_rms_norm(x, x, weight, residual_out=out), ValueError, r"add_rms_norm: residual_out is read-only")
+    refuses(
+        lambda: minivllm.add_rms_norm(x, x, weight, residual_out=out),
+        ValueError,
+        r"add_rms_norm: residual_out is read-only",
+    )
     refuses(lambda: minivllm.fused_add_rms_norm(out, x, weight), ValueError, r"read-only")
     assert (out == CANARY).all()
     x.flags.writeable = weight.flags.writeable = False
@@ -273,8 +414,14 @@ def test_tensors_on_different_devices(cuda_torch):
     x, weight = torch.ones(2, 8, device="cuda"), torch.ones(8)
     refuses(lambda: minivllm.rms_norm(x, weight), ValueError, r"weight is on cpu, expected cuda:0 \(where x is\)")
     refuses(lambda: minivllm.rms_norm(x.cpu(), weight.cuda()), ValueError, r"weight is on cuda:0, expected cpu")
-    refuses(lambda: minivllm.rms_norm(x, weight.cuda(), out=torch.ones(2, 8)), ValueError, r"out is on cpu, expected cuda:0")
-    refuses(lambda: minivllm.rms_norm(x, weight.cuda(), kernel="f32_portable"), ValueError, r"kernel 'f32_portable' is for another device than x's")
+    refuses(
+        lambda: minivllm.rms_norm(x, weight.cuda(), out=torch.ones(2, 8)), ValueError, r"out is on cpu, expected cuda:0"
+    )
+    refuses(
+        lambda: minivllm.rms_norm(x, weight.cuda(), kernel="f32_portable"),
+        ValueError,
+        r"kernel 'f32_portable' is for another device than x's",
+    )
 
 
 ANYTHING = st.one_of(
@@ -285,7 +432,21 @@ ANYTHING = st.one_of(
     st.text(max_size=5),
     st.binary(max_size=5),
     st.lists(st.integers(), max_size=3),
-    st.sampled_from([object(), type, print, {}, range(3), slice(None), 1j, np.float32, np.float32(1), np.zeros(0), np.zeros((0, 64), np.float32)]),
+    st.sampled_from(
+        [
+            object(),
+            type,
+            print,
+            {},
+            range(3),
+            slice(None),
+            1j,
+            np.float32,
+            np.float32(1),
+            np.zeros(0),
+            np.zeros((0, 64), np.float32),
+        ]
+    ),
     st.builds(lambda shape: np.ones(shape, np.float32), st.lists(st.integers(0, 4), max_size=4).map(tuple)),
     st.just(np.ones((5, 64), np.float32)),
     st.just(np.ones(64, np.float32)),

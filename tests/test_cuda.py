@@ -39,12 +39,18 @@ class Ops:
         self.all = {
             "rms_norm": lambda x: minivllm.rms_norm(x, self.weight),
             "add_rms_norm": lambda x: torch.cat(minivllm.add_rms_norm(x, self.residual[: len(x)], self.weight)),
-            "rms_norm_qkv": lambda x: self.join(torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, bias=self.bias)),
-            "tuple": lambda x: self.join(torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix.split([192, 64, 64]), 3, 1)),
+            "rms_norm_qkv": lambda x: self.join(
+                torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, bias=self.bias)
+            ),
+            "tuple": lambda x: self.join(
+                torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix.split([192, 64, 64]), 3, 1)
+            ),
             "residual": lambda x: self.join(
                 torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, residual=self.residual[: len(x)])[:3]
             ),
-            "batch_invariant": lambda x: self.join(torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, batch_invariant=True)),
+            "batch_invariant": lambda x: self.join(
+                torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, batch_invariant=True)
+            ),
         }
         for row in minivllm.kernels("rms_norm_qkv"):
             if row.usable and row.isa.startswith("sm") and row.name.startswith(dtype + "_"):
@@ -231,7 +237,10 @@ def hammer(torch, dtype, tokens, hidden, rounds, versions=4):
     return int(wrong)
 
 
-@pytest.mark.parametrize("dtype,tokens,hidden", [("bf16", 1, 1024), ("bf16", 1, 4096), ("f16", 8, 896), ("f32", 2, 1024), ("bf16", 130, 1024)])
+@pytest.mark.parametrize(
+    "dtype,tokens,hidden",
+    [("bf16", 1, 1024), ("bf16", 1, 4096), ("f16", 8, 896), ("f32", 2, 1024), ("bf16", 130, 1024)],
+)
 def test_weights_written_just_before_a_call_are_seen(torch, dtype, tokens, hidden):
     """10,000 calls over the five cases, half of them in graphs, each right after kernels of torch rewrote all its weights."""
     assert hammer(torch, dtype, tokens, hidden, rounds=2000) == 0
@@ -243,7 +252,10 @@ def test_weights_written_by_an_op_of_ours(torch):
     source = [torch.randn(320, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     ones = torch.full((hidden,), 0.05, device="cuda", dtype=torch.bfloat16)
     matrix = torch.empty_like(source[0])
-    x, out = torch.randn(1, hidden, device="cuda", dtype=torch.bfloat16), torch.empty(1, 320, device="cuda", dtype=torch.bfloat16)
+    x, out = (
+        torch.randn(1, hidden, device="cuda", dtype=torch.bfloat16),
+        torch.empty(1, 320, device="cuda", dtype=torch.bfloat16),
+    )
 
     def call(i):
         minivllm.rms_norm(source[i], ones, out=matrix)
@@ -440,8 +452,13 @@ SANITIZED_PROJECTIONS = ((1, 128), (5, 1024), (17, 64), (70, 256), (4, 37))
 def test_norms_under_the_sanitizer(kernel, framework):
     for shape in SANITIZED_NORMS:
         for rounding in ("hf", "fp32"):
-            check_norm(framework, Norm(shape, short_dtype(kernel.dtype), residual=True, rounding=rounding, kernel=kernel.name))
-        check_norm(framework, Norm(shape, short_dtype(kernel.dtype), kernel=kernel.name, x_layout=UNALIGNED, out_layout=UNALIGNED))
+            check_norm(
+                framework, Norm(shape, short_dtype(kernel.dtype), residual=True, rounding=rounding, kernel=kernel.name)
+            )
+        check_norm(
+            framework,
+            Norm(shape, short_dtype(kernel.dtype), kernel=kernel.name, x_layout=UNALIGNED, out_layout=UNALIGNED),
+        )
 
 
 @pytest.mark.sanitize
@@ -449,7 +466,12 @@ def test_norms_under_the_sanitizer(kernel, framework):
 def test_projections_under_the_sanitizer(kernel, framework):
     ran = 0
     for tokens, hidden in SANITIZED_PROJECTIONS:
-        for weights, rounding, residual in (("packed", "hf", True), ("packed_t", "fp32", False), ("tuple", "hf", False), ("in_out", "hf", False)):
+        for weights, rounding, residual in (
+            ("packed", "hf", True),
+            ("packed_t", "fp32", False),
+            ("tuple", "hf", False),
+            ("in_out", "hf", False),
+        ):
             case = QKV((tokens,), hidden, 3, 1, 16, short_dtype(kernel.dtype), bias=True, residual=residual, rounding=rounding,
                        weights=weights, kernel=kernel.name)  # fmt: skip
             try:

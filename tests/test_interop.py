@@ -17,7 +17,11 @@ from minivllm.testing import numeric, reference
 from minivllm.testing.reference import to_float64
 
 FRAMEWORKS = [
-    pytest.param(framework, id=f"{framework.name}-{framework.device}", marks=[pytest.mark.gpu] if framework.device == "cuda" else [])
+    pytest.param(
+        framework,
+        id=f"{framework.name}-{framework.device}",
+        marks=[pytest.mark.gpu] if framework.device == "cuda" else [],
+    )
     for framework in frameworks.ALL
 ]
 
@@ -54,7 +58,9 @@ def test_every_framework(framework, dtype):
 
     case = QKV((2, 3), 48, 3, 1, 8, dtype, bias=True)
     norm_weight, matrix, bias = weight_data(case)
-    parts = minivllm.rms_norm_qkv(*(framework.tensor(t, dtype) for t in (x, norm_weight, matrix)), 3, 1, bias=framework.tensor(bias, dtype))
+    parts = minivllm.rms_norm_qkv(
+        *(framework.tensor(t, dtype) for t in (x, norm_weight, matrix)), 3, 1, bias=framework.tensor(bias, dtype)
+    )
     framework.synchronize()
     assert [tuple(part.shape) for part in parts] == [(2, 3, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]
     assert all(framework.is_mine(part) for part in parts)
@@ -230,7 +236,9 @@ def test_an_exporters_own_error_is_the_cause():
         def __dlpack_device__(self):
             return (CPU, 0)
 
-    with pytest.raises(BufferError, match=r"rms_norm: x cannot be read through its __dlpack__: the tensor went to lunch") as caught:
+    with pytest.raises(
+        BufferError, match=r"rms_norm: x cannot be read through its __dlpack__: the tensor went to lunch"
+    ) as caught:
         minivllm.rms_norm(Broken(), np.ones(8, np.float32))
     assert isinstance(caught.value.__cause__, BufferError) and str(caught.value.__cause__) == "the tensor went to lunch"
 
@@ -261,7 +269,11 @@ def test_bfloat16_through_dlpack():
 def test_empty_arrays_through_every_protocol():
     weight = np.ones(8, np.float32)
     empty = np.zeros((0, 8), np.float32)
-    for tensor in (empty, Exporter(empty, null_data=True), Exporter(empty, null_data=True, strides="null", versioned=False)):
+    for tensor in (
+        empty,
+        Exporter(empty, null_data=True),
+        Exporter(empty, null_data=True, strides="null", versioned=False),
+    ):
         assert tuple(minivllm.rms_norm(tensor, weight).shape) == (0, 8)
 
 
@@ -299,7 +311,9 @@ def test_cuda_array_interface(cuda_torch):
     wide = torch.randn(4, 100, device="cuda")
     strided = wide[:, :48]
     torch.cuda.synchronize()
-    assert_same_bits(minivllm.rms_norm(CudaArray(strided), CudaArray(weight)), minivllm.rms_norm(strided.contiguous(), weight))
+    assert_same_bits(
+        minivllm.rms_norm(CudaArray(strided), CudaArray(weight)), minivllm.rms_norm(strided.contiguous(), weight)
+    )
     given = torch.full((4, 48), CANARY, device="cuda")
     torch.cuda.synchronize()
     minivllm.rms_norm(CudaArray(x), CudaArray(weight), out=CudaArray(given))

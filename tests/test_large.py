@@ -16,7 +16,9 @@ MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
 def sparse_rows(rows, hidden, itemsize, dtype):
     """[rows, hidden] with FAR elements between rows, on pages that exist only where somebody writes."""
-    memory = mmap.mmap(-1, ((rows - 1) * FAR + hidden) * itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory = mmap.mmap(
+        -1, ((rows - 1) * FAR + hidden) * itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    )
     return np.ndarray((rows, hidden), dtype, buffer=memory, strides=(FAR * itemsize, itemsize))
 
 
@@ -100,7 +102,11 @@ def test_a_projection_of_tokens_far_apart(cuda_torch):
     out = torch.empty_strided((2, 3, 40), (FAR, 40, 1), dtype=torch.bfloat16, device="cuda")
     norm_weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
     matrix = torch.empty(40, 128, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
-    for row in (row for row in minivllm.kernels("rms_norm_qkv") if row.usable and row.name.startswith("bf16") and row.isa.startswith("sm")):
+    for row in (
+        row
+        for row in minivllm.kernels("rms_norm_qkv")
+        if row.usable and row.name.startswith("bf16") and row.isa.startswith("sm")
+    ):
         try:
             minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, kernel=row.name)
         except ValueError as error:

@@ -40,7 +40,9 @@ def assert_all_same(got, expected):
 def test_a_layer_is_the_function(device, framework, weights, prepack):
     for dtype in ("f32", "f16"):
         case = QKV((5,), 40, 3, 1, 8, dtype, bias=True)
-        layer, function, x = layer_of(framework, case, weights, prepack=prepack, eps=1e-5, rounding="fp32", weight_offset=0.5)
+        layer, function, x = layer_of(
+            framework, case, weights, prepack=prepack, eps=1e-5, rounding="fp32", weight_offset=0.5
+        )
         if prepack:  # another layout may have another sum order
             for a, b in zip(layer(x), function(x)):
                 step = {"f32": 1e-6, "f16": 2e-3}[dtype]
@@ -91,7 +93,9 @@ def test_prepack_copies_once_and_refresh_renews(device, framework):
 
 def test_no_copy_of_the_weights_is_made():
     weight = np.ones((40, 64), np.float32)
-    layer = minivllm.FusedRMSNormQKV(norm_weight=np.ones(64, np.float32), qkv_weight=weight.T, num_heads=3, num_kv_heads=1)
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=np.ones(64, np.float32), qkv_weight=weight.T, num_heads=3, num_kv_heads=1
+    )
     x = np.ones((2, 64), np.float32)
     assert layer.qkv_weight.base is weight
     assert np.allclose(layer(x)[0], 64)
@@ -100,9 +104,18 @@ def test_no_copy_of_the_weights_is_made():
 
 
 def test_what_it_refuses_at_construction(device, framework):
-    good = {"norm_weight": framework.full((64,), 1.0, "f32"), "qkv_weight": framework.full((40, 64), 1.0, "f32"), "num_heads": 3, "num_kv_heads": 1}
+    good = {
+        "norm_weight": framework.full((64,), 1.0, "f32"),
+        "qkv_weight": framework.full((40, 64), 1.0, "f32"),
+        "num_heads": 3,
+        "num_kv_heads": 1,
+    }
     for spoilt, exception, message in (
-        ({"norm_weight": framework.full((60,), 1.0, "f32")}, ValueError, r"FusedRMSNormQKV: (qkv_weight has shape \[40, 64\]|norm_weight has 60)"),
+        (
+            {"norm_weight": framework.full((60,), 1.0, "f32")},
+            ValueError,
+            r"FusedRMSNormQKV: (qkv_weight has shape \[40, 64\]|norm_weight has 60)",
+        ),
         ({"num_heads": 4}, ValueError, r"FusedRMSNormQKV: qkv_weight has 40 outputs, expected a multiple of 6"),
         ({"num_kv_heads": 0}, ValueError, r"num_kv_heads is 0"),
         ({"head_dim": 16}, ValueError, r"head_dim is 16, expected 8"),
@@ -131,7 +144,11 @@ def test_it_lives_in_a_module(torch):
             super().__init__()
             self.norm, self.qkv = torch.nn.RMSNorm(32, eps=1e-6), torch.nn.Linear(32, 40)
             self.fused = minivllm.FusedRMSNormQKV(
-                norm_weight=self.norm.weight, qkv_weight=self.qkv.weight, bias=self.qkv.bias, num_heads=3, num_kv_heads=1
+                norm_weight=self.norm.weight,
+                qkv_weight=self.qkv.weight,
+                bias=self.qkv.bias,
+                num_heads=3,
+                num_kv_heads=1,
             )
 
     with torch.no_grad():

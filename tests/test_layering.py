@@ -32,7 +32,9 @@ def includes(path):
 
 
 def python_files(*folders):
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in path.parts]
+    return [
+        path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in path.parts
+    ]
 
 
 def imports(path):
@@ -64,7 +66,9 @@ def test_includes_point_down(path):
             continue
         assert name != "Python.h" or folder == "python", "Python.h belongs to csrc/python"
         assert not CUDA_HEADERS.match(name) or folder == "cuda", f"{name} belongs to csrc/cuda"
-        assert name not in CXX_HEADERS and not name.startswith(("torch/", "ATen/", "c10/", "pybind11/", "numpy/")), f"{name} is not allowed"
+        assert name not in CXX_HEADERS and not name.startswith(("torch/", "ATen/", "c10/", "pybind11/", "numpy/")), (
+            f"{name} is not allowed"
+        )
 
 
 def test_inline_assembly_lives_in_the_device_vocabulary():
@@ -96,7 +100,11 @@ def test_every_kernel_file_has_a_row_and_every_row_a_file():
         if op is None:
             continue
         rest = path.stem[len(op) + 1 :]
-        mine = {(name, isa) for name, isa in lists[op] if name == rest or name.endswith("_" + rest) or (rest == isa and name.endswith(isa))}
+        mine = {
+            (name, isa)
+            for name, isa in lists[op]
+            if name == rest or name.endswith("_" + rest) or (rest == isa and name.endswith(isa))
+        }
         assert mine, f"{path.relative_to(ROOT)} has no row in csrc/ops/{op}.c"
         assert rest.endswith(next(iter(mine))[1]), f"{path.name} does not end with its isa"
         served |= {(op, *row) for row in mine}
@@ -112,14 +120,20 @@ def test_the_package_imports_frameworks_only_where_used():
             continue
         for module, at_top in imports(path):
             root = module.split(".")[0]
-            assert not (at_top and root in {"numpy", "torch", "cupy", "jax", "ml_dtypes"}), f"{path.name} imports {module} at the top"
-            assert not module.startswith("minivllm.testing") or path.name.startswith("doctor"), f"{path.name} imports {module}"
+            assert not (at_top and root in {"numpy", "torch", "cupy", "jax", "ml_dtypes"}), (
+                f"{path.name} imports {module} at the top"
+            )
+            assert not module.startswith("minivllm.testing") or path.name.startswith("doctor"), (
+                f"{path.name} imports {module}"
+            )
 
 
 def test_testing_imports_without_a_framework():
     for path in python_files("minivllm/testing"):
         for module, at_top in imports(path):
-            assert not (at_top and module.split(".")[0] in {"torch", "cupy", "jax", "ml_dtypes"}), f"{path.name} imports {module} at the top"
+            assert not (at_top and module.split(".")[0] in {"torch", "cupy", "jax", "ml_dtypes"}), (
+                f"{path.name} imports {module} at the top"
+            )
 
 
 def test_benchmarks_do_not_import_tests():

@@ -12,7 +12,11 @@ HIDDEN = (33, 1024, 5000)
 
 
 def norm_inputs(dtype, rows, hidden):
-    return (normal((rows, hidden), dtype, "rows", hidden), normal((rows, hidden), dtype, "residual", hidden), normal((hidden,), dtype, "w", hidden))
+    return (
+        normal((rows, hidden), dtype, "rows", hidden),
+        normal((rows, hidden), dtype, "residual", hidden),
+        normal((hidden,), dtype, "w", hidden),
+    )
 
 
 @pytest.mark.rows("rms_norm")
@@ -29,9 +33,15 @@ def test_norm_rows_do_not_depend_on_each_other(kernel, framework):
         whole = run(framework.tensor(x, dtype), framework.tensor(residual, dtype))
         assert_same_bits(run(framework.tensor(x, dtype), framework.tensor(residual, dtype)), whole, "the same again")
         for count in (1, 2, 36):
-            assert_same_bits(run(framework.tensor(x[:count], dtype), framework.tensor(residual[:count], dtype)), whole[:count], f"{count} rows")
+            assert_same_bits(
+                run(framework.tensor(x[:count], dtype), framework.tensor(residual[:count], dtype)),
+                whole[:count],
+                f"{count} rows",
+            )
         order = np.arange(37)[::-1]
-        assert_same_bits(run(framework.tensor(x[order], dtype), framework.tensor(residual[order], dtype)), whole[order], "permuted")
+        assert_same_bits(
+            run(framework.tensor(x[order], dtype), framework.tensor(residual[order], dtype)), whole[order], "permuted"
+        )
         for layout in LAYOUTS:
             placed = Placed(framework, x.shape, dtype, layout, x)
             assert_same_bits(run(placed.tensor, framework.tensor(residual, dtype)), whole, layout.name)
@@ -107,13 +117,25 @@ def test_batch_invariant_calls(device, framework, dtype, rounding):
             def run(rows, weight=weight, norm_weight=norm_weight, bias=bias):
                 return packed(
                     minivllm.rms_norm_qkv(
-                        rows, norm_weight, weight, 3, 1, bias=bias, rounding=rounding, batch_invariant=True, weight_layout="auto"
+                        rows,
+                        norm_weight,
+                        weight,
+                        3,
+                        1,
+                        bias=bias,
+                        rounding=rounding,
+                        batch_invariant=True,
+                        weight_layout="auto",
                     )
                 )
 
             whole = run(x)
             for count in (1, 2, 5, 16, 40, 129, 512):
-                assert_same_bits(run(x[count : 2 * count] if count < 350 else x[:count]), whole[count : 2 * count] if count < 350 else whole[:count], f"{count} rows")
+                assert_same_bits(
+                    run(x[count : 2 * count] if count < 350 else x[:count]),
+                    whole[count : 2 * count] if count < 350 else whole[:count],
+                    f"{count} rows",
+                )
 
 
 def test_threads_change_no_bits():

@@ -164,14 +164,18 @@ def test_fused_add_rms_norm_works_in_place(device, framework):
     stream = Placed(framework, x.shape, "f16", LAYOUTS[3], residual)
     result = minivllm.fused_add_rms_norm(placed.tensor, stream.tensor, framework.tensor(weight, "f16"), 1e-5)
     assert result[0] is placed.tensor and result[1] is stream.tensor
-    separate = minivllm.add_rms_norm(framework.tensor(x, "f16"), framework.tensor(residual, "f16"), framework.tensor(weight, "f16"), 1e-5)
+    separate = minivllm.add_rms_norm(
+        framework.tensor(x, "f16"), framework.tensor(residual, "f16"), framework.tensor(weight, "f16"), 1e-5
+    )
     assert_same_bits(placed.tensor, separate[0], "x")
     assert_same_bits(stream.tensor, round_to(x + residual, "f16"), "residual")
     placed.check_canaries("x")
     stream.check_canaries("residual")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(
     lead=st.lists(st.integers(1, 4), max_size=3),
     hidden=st.integers(1, 600),

@@ -49,7 +49,8 @@ def test_every_kernel_at_every_edge(kernel, framework, shape):
         for rounding in ("hf", "fp32"):
             ran += check_or_refuse(framework, case_of(shape, tokens, dtype, rounding=rounding, kernel=kernel.name))
         ran += check_or_refuse(
-            framework, case_of(shape, tokens, dtype, residual=True, weight_offset=1.0, weights="tuple", kernel=kernel.name)
+            framework,
+            case_of(shape, tokens, dtype, residual=True, weight_offset=1.0, weights="tuple", kernel=kernel.name),
         )
     if takes_anything(kernel) and "decode" not in kernel.name:
         assert ran == 3 * len(TOKENS)
@@ -74,7 +75,18 @@ def test_every_kernel_with_every_layout_of_x_and_out(kernel, framework):
     ran = 0
     for hidden, x_layout in ((128, layout) for layout in LAYOUTS):
         for out_layout in (CONTIGUOUS, UNALIGNED, PADDED, RAGGED, TRANSPOSED, None):
-            case = QKV((2, 3), hidden, 2, 1, 8, dtype, residual=True, kernel=kernel.name, x_layout=x_layout, out_layout=out_layout)
+            case = QKV(
+                (2, 3),
+                hidden,
+                2,
+                1,
+                8,
+                dtype,
+                residual=True,
+                kernel=kernel.name,
+                x_layout=x_layout,
+                out_layout=out_layout,
+            )
             ran += check_or_refuse(framework, case)
     if takes_anything(kernel):
         assert ran == 30
@@ -106,7 +118,12 @@ def test_every_kernel_at_model_shapes(kernel, framework, shape):
     norm_weight = normal((shape.hidden,), dtype, "norm", shape.hidden, scale=0.2, mean=1.0)
     bias = normal((shape.qkv,), dtype, "bias", shape.qkv, scale=0.5) if shape.bias else None
     many = 130 if framework.device == "cuda" else 20
-    for tokens, rounding, weight in ((1, "hf", tensor), (6, "fp32", tensor.T), (many, "hf", tensor.T), (many, "fp32", tensor)):
+    for tokens, rounding, weight in (
+        (1, "hf", tensor),
+        (6, "fp32", tensor.T),
+        (many, "hf", tensor.T),
+        (many, "fp32", tensor),
+    ):
         x = normal((tokens, shape.hidden), dtype, "x", tokens, shape.hidden)
         try:
             q, k, v = minivllm.rms_norm_qkv(
@@ -138,13 +155,24 @@ class OfBlock:
             x, norm_weight, block, case.eps, rounding=case.rounding, dtype=case.dtype, round_last=False
         )
         spread = numeric.tolerance(
-            self.expected, y, case.dtype, weight=block, length=case.hidden, gain=abs(norm_weight), flips=hf, roundings=0 if hf else 1
+            self.expected,
+            y,
+            case.dtype,
+            weight=block,
+            length=case.hidden,
+            gain=abs(norm_weight),
+            flips=hf,
+            roundings=0 if hf else 1,
         )
         self.spread = spread - reference.quantum(self.expected, case.dtype) / 2
 
     def check(self, got, order, bias):
         expected = self.expected[:, order] + (0.0 if bias is None else bias)
-        bound = self.spread[:, order] + reference.quantum(expected, self.case.dtype) / 2 + 2 * numeric.UNIT_F32 * abs(expected)
+        bound = (
+            self.spread[:, order]
+            + reference.quantum(expected, self.case.dtype) / 2
+            + 2 * numeric.UNIT_F32 * abs(expected)
+        )
         numeric.assert_within(got, expected, bound, f"{self.case}\nout")
 
 
@@ -157,7 +185,9 @@ def test_the_chosen_kernel(device, framework, dtype, weights):
             check_qkv(framework, case_of(shape, tokens, dtype, weights=weights, residual=tokens == 33))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(
     lead=st.lists(st.integers(1, 9), max_size=2),
     hidden=st.integers(1, 300),
@@ -173,7 +203,20 @@ def test_the_chosen_kernel(device, framework, dtype, weights):
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
 )
 def test_any_call(
-    device, framework, lead, hidden, heads, dtypes, bias, residual, rounding, offset, weights, batch_invariant, static_weights, layouts
+    device,
+    framework,
+    lead,
+    hidden,
+    heads,
+    dtypes,
+    bias,
+    residual,
+    rounding,
+    offset,
+    weights,
+    batch_invariant,
+    static_weights,
+    layouts,
 ):
     dtype, *wide = dtypes
     if reason := framework.why_not(dtype):
@@ -220,7 +263,9 @@ def test_members_of_a_tuple_may_differ(device, framework, dtype):
         bias=(framework.tensor(bq, dtype), framework.tensor(bk, "f32"), framework.tensor(bv, dtype)),
         weight_layout="out_in",
     )
-    expect_qkv(case, np.concatenate([to_float64(part).reshape(5, -1) for part in got], -1), x, norm_weight, weight, bias)
+    expect_qkv(
+        case, np.concatenate([to_float64(part).reshape(5, -1) for part in got], -1), x, norm_weight, weight, bias
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -237,7 +282,9 @@ def test_a_square_weight(device, framework, dtype):
         return np.concatenate([to_float64(part).reshape(3, -1) for part in result], -1)
 
     expect_qkv(case, packed(minivllm.rms_norm_qkv(*arguments, linear.T, *heads)), x, norm_weight, weight, None)
-    with pytest.raises(ValueError, match=r"qkv_weight is square \(\[192, 192\]\) and row-major.*weight_layout=\"out_in\""):
+    with pytest.raises(
+        ValueError, match=r"qkv_weight is square \(\[192, 192\]\) and row-major.*weight_layout=\"out_in\""
+    ):
         minivllm.rms_norm_qkv(*arguments, linear, *heads)
     as_linear = minivllm.rms_norm_qkv(*arguments, linear, *heads, weight_layout="out_in")
     expect_qkv(case, packed(as_linear), x, norm_weight, weight, None)
@@ -251,11 +298,15 @@ def test_a_square_member_follows_the_others(device, framework):
     norm_weight, weight, _ = weight_data(case)
     x = normal((4, 64), "f32", "x")
     parts = [framework.tensor(part, "f32") for part in np.split(weight, np.cumsum(case.sizes)[:-1])]
-    copies = [framework.tensor(np.ascontiguousarray(part.T), "f32") for part in np.split(weight, np.cumsum(case.sizes)[:-1])]
+    copies = [
+        framework.tensor(np.ascontiguousarray(part.T), "f32") for part in np.split(weight, np.cumsum(case.sizes)[:-1])
+    ]
     arguments = (framework.tensor(x, "f32"), framework.tensor(norm_weight, "f32"))
     for weights in (parts, [part.T for part in parts], copies):
         got = minivllm.rms_norm_qkv(*arguments, tuple(weights), 4, 1)
-        expect_qkv(case, np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1), x, norm_weight, weight, None)
+        expect_qkv(
+            case, np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1), x, norm_weight, weight, None
+        )
 
 
 def test_a_weight_of_any_strides(device, framework):
@@ -271,7 +322,9 @@ def test_a_weight_of_any_strides(device, framework):
     except ValueError as error:
         assert "qkv_weight" in str(error) and "stride" in str(error)
         return
-    expect_qkv(case, np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1), x, norm_weight, weight, None)
+    expect_qkv(
+        case, np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1), x, norm_weight, weight, None
+    )
 
 
 @pytest.mark.rows("rms_norm_qkv")
@@ -286,7 +339,9 @@ def test_nan_and_infinity_stay_in_their_row(kernel, framework):
         dirty[1, 64], dirty[3, 0], dirty[9, 127] = np.nan, np.inf, -np.inf
 
         def run(values):
-            result = minivllm.rms_norm_qkv(framework.tensor(values, dtype), *fixed, rounding=rounding, kernel=kernel.name)
+            result = minivllm.rms_norm_qkv(
+                framework.tensor(values, dtype), *fixed, rounding=rounding, kernel=kernel.name
+            )
             return np.concatenate([to_float64(part).reshape(11, -1) for part in result], -1)
 
         clean, got = run(x), run(dirty)
@@ -304,7 +359,12 @@ def test_nothing_overflows_in_float16_that_the_formula_would_not(device, framewo
         norm_weight[:] = 96.5
         x = round_to(normal((tokens, 96), "f16", "huge") * 1e4, "f16")
         got = minivllm.rms_norm_qkv(
-            framework.tensor(x, "f16"), framework.tensor(norm_weight, "f16"), framework.tensor(weight, "f16"), 2, 1, rounding=rounding
+            framework.tensor(x, "f16"),
+            framework.tensor(norm_weight, "f16"),
+            framework.tensor(weight, "f16"),
+            2,
+            1,
+            rounding=rounding,
         )
         packed = np.concatenate([to_float64(part).reshape(tokens, -1) for part in got], -1)
         expect_qkv(case._replace(rounding=rounding), packed, x, norm_weight, weight, None)
@@ -340,7 +400,9 @@ def test_static_forward_is_the_function(device, framework):
 
 def test_a_head_norm_takes_q_where_it_lies(device, framework):
     x = framework.tensor(normal((5, 64), "f32", "x"), "f32")
-    q, _, _ = minivllm.rms_norm_qkv(x, framework.full((64,), 1.0, "f32"), framework.tensor(normal((96, 64), "f32", "w"), "f32"), 4, 1)
+    q, _, _ = minivllm.rms_norm_qkv(
+        x, framework.full((64,), 1.0, "f32"), framework.tensor(normal((96, 64), "f32", "w"), "f32"), 4, 1
+    )
     weight = framework.full((16,), 1.0, "f32")
     copied = framework.tensor(to_float64(q), "f32")
     assert_same_bits(minivllm.rms_norm(q, weight), minivllm.rms_norm(copied, weight))

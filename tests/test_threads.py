@@ -88,7 +88,8 @@ def test_the_setter():
 
 
 @pytest.mark.parametrize(
-    "value,expected", [(None, CORES), ("1", 1), ("100000", CORES), ("", CORES), ("many", CORES), ("0", CORES), ("-3", CORES), ("1,4", 1)]
+    "value,expected",
+    [(None, CORES), ("1", 1), ("100000", CORES), ("", CORES), ("many", CORES), ("0", CORES), ("-3", CORES), ("1,4", 1)],
 )
 def test_omp_num_threads(value, expected):
     printed = succeeds("import minivllm; print(minivllm.get_num_threads())", OMP_NUM_THREADS=value)

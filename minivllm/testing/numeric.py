@@ -2,24 +2,24 @@
 
 The one tolerance
 -----------------
-A result t = sum_k y_k W_k (a norm op is the case of one term with W = 1), rounded to a dtype with `bits` significant bits and spacing
-q(.) of its numbers, is held to
+A result t = sum_k y_k W_k (a norm op is the case of one term with W = 1), rounded to a dtype with `bits` significant
+bits and spacing q(.) of its numbers, is held to
 
     |got - t| <= q(t)/2 + 2 u |t| + spread,   spread = min(L * ||e W||_2, ||e W||_1),   L = 6,  u = 2^-24
 
     e_k = roundings * h_k + (sqrt(length)/2 + 4) u |y_k| [+ 2^-10 |y_k| when products are rounded to TF32]
     h_k = max(2^-bits |y_k|, gain_k * smallest subnormal / 2)
 
-q(t)/2 is the last rounding. e_k is what each term may have lost before it is summed: `roundings` roundings to the dtype on the way to
-y_k, each followed by a factor of at most gain_k (of the norm weight, for "hf"), and the float32 arithmetic, of which the sum over
-`length` numbers has an error that grows like a random walk (N. J. Higham and T. Mary, "A new approach to probabilistic rounding error
-analysis", SIAM J. Sci. Comput. 41, 2019; halved by the square root in r); 4 u is for r itself and the products. Independent errors
-bounded by |e_k W_k| add up to more than L ||e W||_2 with a probability below 2 exp(-L^2/2) = 3e-8 (Hoeffding), and never to more than
-||e W||_1.
+q(t)/2 is the last rounding. e_k is what each term may have lost before it is summed: `roundings` roundings to the
+dtype on the way to y_k, each followed by a factor of at most gain_k (of the norm weight, for "hf"), and the float32
+arithmetic, of which the sum over `length` numbers has an error that grows like a random walk (N. J. Higham and T.
+Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019; halved by the square
+root in r); 4 u is for r itself and the products. Independent errors bounded by |e_k W_k| add up to more than L ||e
+W||_2 with a probability below 2 exp(-L^2/2) = 3e-8 (Hoeffding), and never to more than ||e W||_1.
 
-Held against a reference that makes the same roundings, y_k differs only where float32 noise moves it across a tie, which happens to a
-share p of the elements (`share_of_flips`) and then costs 2 h_k; so there e_k has `sqrt(p) 2 h_k` in place of `roundings * h_k`, and
-spread has one such flip of the largest term on top.
+Held against a reference that makes the same roundings, y_k differs only where float32 noise moves it across a tie,
+which happens to a share p of the elements (`share_of_flips`) and then costs 2 h_k; so there e_k has `sqrt(p) 2 h_k`
+in place of `roundings * h_k`, and spread has one such flip of the largest term on top.
 """
 
 from typing import NamedTuple
@@ -41,21 +41,30 @@ def _noise(length: int) -> float:
 def share_of_flips(dtype: str, length: int, roundings: int = 2) -> float:
     """The share of elements that float32 noise may move to the neighbour in dtype, in expectation.
 
-    A number is within relative distance d of a tie with probability at most 2 d / (q / |y|) <= 2 d 2^bits; d is bounded by the noise of
-    the formula above, and its mean is about a quarter of that bound.
+    A number is within relative distance d of a tie with probability at most 2 d / (q / |y|) <= 2 d 2^bits; d is
+    bounded by the noise of the formula above, and its mean is about a quarter of that bound.
     """
     bits, _, _ = FORMATS[dtype]
     return min(1.0, roundings * _noise(length) / 4 * 2.0 ** (bits + 1))
 
 
 def tolerance(
-    result, y, dtype: str, *, length: int, weight=None, gain=1.0, roundings: int = 0, flips: bool = False, tf32: bool = False
+    result,
+    y,
+    dtype: str,
+    *,
+    length: int,
+    weight=None,
+    gain=1.0,
+    roundings: int = 0,
+    flips: bool = False,
+    tf32: bool = False,
 ):
     """The bound above, for each element of `result`.
 
-    result [..., n] and y [..., k] are float64, result not rounded at the end; weight [n, k], or None for a norm op (y is result).
-    gain: |weight_offset + norm weight| [k]. roundings: to dtype, before the last. flips: the reference made these roundings as well.
-    tf32: products of TF32 numbers.
+    result [..., n] and y [..., k] are float64, result not rounded at the end; weight [n, k], or None for a norm op (y
+    is result). gain: |weight_offset + norm weight| [k]. roundings: to dtype, before the last. flips: the reference
+    made these roundings as well. tf32: products of TF32 numbers.
     """
     xp = namespace(result)
     bits, lowest, _ = FORMATS[dtype]
@@ -109,8 +118,8 @@ def rms_error(got, expected) -> float:
 
 
 def assert_within(got, expected, bound, what: str = "result"):
-    """Every |got - expected| <= bound, NaN only where expected is NaN, infinities equal; otherwise AssertionError names the first
-    bad coordinate in C order, both values, the bound, and how many are bad."""
+    """Every |got - expected| <= bound, NaN only where expected is NaN, infinities equal; otherwise AssertionError
+    names the first bad coordinate in C order, both values, the bound, and how many are bad."""
     xp = namespace(expected)
     if tuple(got.shape) != tuple(expected.shape):
         raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")

@@ -1,17 +1,19 @@
 """Every op in float64: the executable specification.
 
-Arrays hold float64 values of whatever they stand for; `to_float64` makes them from any framework's tensor. The functions work on
-NumPy arrays and on torch tensors alike (the latter to be quick on large shapes on a GPU).
+Arrays hold float64 values of whatever they stand for; `to_float64` makes them from any framework's tensor. The
+functions work on NumPy arrays and on torch tensors alike (the latter to be quick on large shapes on a GPU).
 
 Each op comes in two forms, chosen by `dtype`:
     dtype=None                     the true value: no rounding anywhere. What accuracy is judged by.
-    dtype="f32" | "f16" | "bf16"   every rounding step of the contract, exactly, and float64 between them. What the bits should be, but
-                                   for ties that float32 sums flip. round_last=False leaves out the last one.
+    dtype="f32" | "f16" | "bf16"   every rounding step of the contract, exactly, and float64 between them. What the
+                                   bits should be, but for ties that float32 sums flip. round_last=False leaves out
+                                   the last one.
 """
 
 import numpy as np
 
-# Significant bits (the hidden one included) and the exponents of the smallest and largest normal number, 1.0 having exponent 0.
+# Significant bits (the hidden one included) and the exponents of the smallest and largest normal number, 1.0 having
+# exponent 0.
 FORMATS = {"f32": (24, -126, 127), "f16": (11, -14, 15), "bf16": (8, -126, 127)}
 
 
@@ -37,7 +39,8 @@ def to_float64(x, keep_on_device: bool = False):
 
 
 def quantum(x, dtype: str):
-    """The spacing of dtype's numbers at x (at a power of two: the one above it), which is that of the subnormals near zero."""
+    """The spacing of dtype's numbers at x (at a power of two: the one above it), which is that of the subnormals near
+    zero."""
     xp = namespace(x)
     bits, lowest, _ = FORMATS[dtype]
     exponent = (x.view(xp.int64) >> 52) & 0x7FF  # of a float64, biased by 1023
@@ -45,7 +48,8 @@ def quantum(x, dtype: str):
 
 
 def round_to(x, dtype: str):
-    """x rounded once to dtype: to nearest, ties to even, subnormals kept, overflow to infinity; the result is float64 still."""
+    """x rounded once to dtype: to nearest, ties to even, subnormals kept, overflow to infinity; the result is float64
+    still."""
     xp = namespace(x)
     bits, _, highest = FORMATS[dtype]
     step = quantum(x, dtype)
@@ -59,9 +63,7 @@ def _rounder(dtype):
     return (lambda x: x) if dtype is None else (lambda x: round_to(x, dtype))
 
 
-def rms_norm(
-    x, weight, eps=1e-6, *, residual=None, rounding="hf", weight_offset=0.0, dtype=None, round_last=True
-):
+def rms_norm(x, weight, eps=1e-6, *, residual=None, rounding="hf", weight_offset=0.0, dtype=None, round_last=True):
     """(y, s) of x [..., hidden], weight [hidden], residual [..., hidden]:
 
     s = rn(x + residual), or x;  r = 1 / sqrt(mean(s^2) + eps)

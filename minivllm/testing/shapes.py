@@ -56,7 +56,7 @@ QKV_EDGES = (
     QKVShape("vector-1", 255, 2, 1, 16, reason="hidden is one short of a whole number of vectors"),
     QKVShape("odd-outputs", 64, 1, 1, 7, bias=True, reason="21 outputs: a ragged tile of outputs under a whole hidden"),
     QKVShape("multi-query", 96, 12, 1, 8, reason="one key head; the head counts divide"),
-    QKVShape("sharded", 128, 5, 3, 16, bias=True, reason="head counts that do not divide, as a tensor-parallel rank may see"),
+    QKVShape("sharded", 128, 5, 3, 16, bias=True, reason="head counts that do not divide: tensor-parallel ranks"),
     QKVShape("more-kv", 80, 1, 4, 10, reason="more key heads than query heads; head_dim is no multiple of 4"),
     QKVShape("square", 192, 4, 1, 32, bias=True, reason="qkv == hidden: strides decide the layout"),
     QKVShape("tall", 1100, 1, 1, 2, reason="long sums, very few outputs; hidden is a multiple of 4 but not of 8"),
