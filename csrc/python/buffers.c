@@ -16,21 +16,31 @@ static const struct {
     {"jax.core", "Tracer", &jax_tracer_framework},
 };
 
-/* 1 when `object` is of the type module.name, 0 when not (or when the module is not loaded), -1 on an error. */
-static int is_of_type(PyObject *object, const char *module_name, const char *type_name) {
+/* module.attribute, or NULL (no error set) where the module is not loaded, or only in part. A new reference. */
+static PyObject *loaded(const char *module_name, const char *attribute) {
     PyObject *name = PyUnicode_FromString(module_name);
     PyObject *module = name ? PyImport_GetModule(name) : NULL;
+    PyObject *value = module ? PyObject_GetAttrString(module, attribute) : NULL;
+    Py_XDECREF(module);
     Py_XDECREF(name);
-    if (!module) return PyErr_Occurred() ? -1 : 0;
-    PyObject *type = PyObject_GetAttrString(module, type_name);
-    Py_DECREF(module);
-    if (!type) { /* half imported */
-        PyErr_Clear();
-        return 0;
-    }
-    const int answer = PyObject_IsSubclass((PyObject *)Py_TYPE(object), type);
-    Py_DECREF(type);
+    PyErr_Clear();
+    return value;
+}
+
+/* 1 when `object` is of the type module.name, 0 when not, -1 on an error. */
+static int is_of_type(PyObject *object, const char *module_name, const char *type_name) {
+    PyObject *type = loaded(module_name, type_name);
+    const int answer = type ? PyObject_IsSubclass((PyObject *)Py_TYPE(object), type) : 0;
+    Py_XDECREF(type);
     return answer;
+}
+
+/* torch has the exchange API since 2.10. Add-ons put one into older versions, not always of the ABI that it claims. */
+static bool has_native_exchange(const framework *found) {
+    if (found != &torch_framework) return true;
+    PyObject *native = loaded("torch._C", "_dlpack_exchange_api");
+    Py_XDECREF(native);
+    return native != NULL;
 }
 
 static const dl_exchange_api *exchange_api_of(PyTypeObject *type) {
@@ -61,6 +71,7 @@ static bool classify(call *c, PyObject *object, type_kind *found, bool *cacheabl
         if (is < 0) return false;
         if (is) {
             found->framework = known_types[i].framework;
+            if (!has_native_exchange(found->framework)) found->api = NULL;
             return true;
         }
     }
