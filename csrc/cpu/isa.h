@@ -42,7 +42,7 @@ typedef uint16_t element_f16;
 typedef uint16_t element_bf16;
 
 /* Work worth handing to another thread, some ten microseconds: elements to normalise, products to sum. */
-enum { PARALLEL_ELEMENTS = 16384, PARALLEL_PRODUCTS = 131072 };
+enum { PARALLEL_ELEMENTS = 65536, PARALLEL_PRODUCTS = 131072 };
 
 MV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MV_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

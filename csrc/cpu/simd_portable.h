@@ -29,22 +29,30 @@ MV_INLINE vf v_mul(vf a, vf b) { return a * b; }
 MV_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 MV_INLINE float v_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+/* Of any alignment; a whole vector is one instruction, a tail a call. */
+MV_INLINE void copy_lanes(void *to, const void *from, int n, size_t bytes) {
+    if (n == LANES)
+        memcpy(to, from, LANES * bytes);
+    else
+        memcpy(to, from, (size_t)n * bytes);
+}
+
 MV_INLINE vf v_load_f32(const element_f32 *p, int n) {
     vf a = {0};
-    memcpy(&a, p, (size_t)n * sizeof *p);
+    copy_lanes(&a, p, n, sizeof *p);
     return a;
 }
-MV_INLINE void v_store_f32(element_f32 *p, vf a, int n) { memcpy(p, &a, (size_t)n * sizeof *p); }
+MV_INLINE void v_store_f32(element_f32 *p, vf a, int n) { copy_lanes(p, &a, n, sizeof *p); }
 MV_INLINE vf v_round_f32(vf a) { return a; }
 
 MV_INLINE vu load_bits(const void *p, int n) {
     uint16_t bits[LANES] = {0};
-    memcpy(bits, p, (size_t)n * sizeof *bits);
+    copy_lanes(bits, p, n, sizeof *bits);
     return (vu){bits[0], bits[1], bits[2], bits[3]};
 }
 MV_INLINE void store_bits(void *p, vu a, int n) {
     const uint16_t bits[LANES] = {(uint16_t)a[0], (uint16_t)a[1], (uint16_t)a[2], (uint16_t)a[3]};
-    memcpy(p, bits, (size_t)n * sizeof *bits);
+    copy_lanes(p, bits, n, sizeof *bits);
 }
 
 /* A half is a float whose exponent is biased 112 less and whose mantissa is 13 bits shorter; below 2^-14 it counts
