@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) seen |= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
     }
-    if (never != nullptr) never[threadIdx.x] = seen; /* keeps the loads: the caller passes NULL, the compiler cannot know */
+    /* Keeps the loads: the caller passes NULL, which the compiler cannot know. */
+    if (never != nullptr) never[threadIdx.x] = seen;
     wait_for_previous();
 }
 
