@@ -174,6 +174,9 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
 bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...);
 bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got NULL: ask the object */
 
+/* module.attribute, or NULL (no error set) where the module is not loaded, or only in part. A new reference. */
+PyObject *loaded(const char *module_name, const char *attribute);
+
 /* ---- helpers of more than one framework ------------------------------------------------------------------------- */
 
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);

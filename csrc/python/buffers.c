@@ -16,8 +16,7 @@ static const struct {
     {"jax.core", "Tracer", &jax_tracer_framework},
 };
 
-/* module.attribute, or NULL (no error set) where the module is not loaded, or only in part. A new reference. */
-static PyObject *loaded(const char *module_name, const char *attribute) {
+PyObject *loaded(const char *module_name, const char *attribute) {
     PyObject *name = PyUnicode_FromString(module_name);
     PyObject *module = name ? PyImport_GetModule(name) : NULL;
     PyObject *value = module ? PyObject_GetAttrString(module, attribute) : NULL;

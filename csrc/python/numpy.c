@@ -26,18 +26,16 @@ PyObject *numpy_dtype(module_state *state, mv_dtype dtype) {
 }
 
 /* Who has not imported ml_dtypes has none of its arrays. */
-static bool is_loaded(const char *module_name) {
-    PyObject *name = PyUnicode_FromString(module_name);
-    PyObject *module = name ? PyImport_GetModule(name) : NULL;
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return module != NULL;
+static bool is_bfloat16_loaded(void) {
+    PyObject *type = loaded("ml_dtypes", "bfloat16");
+    Py_XDECREF(type);
+    return type != NULL;
 }
 
 bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
     for (int i = MV_F32; i <= MV_BF16; i++) {
         PyObject *made = atomic_load_explicit(&state->numpy_dtypes[i], memory_order_acquire);
-        if (!made) made = i == MV_BF16 && !is_loaded("ml_dtypes") ? NULL : numpy_dtype(state, (mv_dtype)i);
+        if (!made) made = i == MV_BF16 && !is_bfloat16_loaded() ? NULL : numpy_dtype(state, (mv_dtype)i);
         if (made == dtype) {
             *out = (mv_dtype)i;
             return true;
