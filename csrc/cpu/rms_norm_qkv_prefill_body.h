@@ -11,9 +11,9 @@
  * the same for 1 token and for 10,000. The blocks also keep float32 sums short, and the panel in the cache.
  *
  * On one Zen 5 core, 128 tokens at 4096 -> 6144: bfloat16 pairs 15.3 ms (420 GFLOP/s, some 80 % of what the core can
- * issue), float32 31 ms (207 GFLOP/s). Blocks of 128 or 512 units instead of 256: within 4 %. Prefetching the next block of
- * weights by hand: nothing at 128 tokens and a third slower at 1 where they are read in place; a quarter faster, and
- * kept, where they are staged.
+ * issue), float32 31 ms (207 GFLOP/s). Blocks of 128 or 512 units instead of 256: within 4 %. Prefetching the next
+ * block of weights by hand: nothing at 128 tokens and a third slower at 1 where they are read in place; a quarter
+ * faster, and kept, where they are staged.
  */
 #include "bias.h"
 #include "tile.h"

@@ -3,12 +3,14 @@
  * A unit is what one lane of a product takes at a time: here one float32, there a pair of bfloat16. Either way four
  * bytes, so that the product kernels move units and need not know what is in them.
  *
- *   UNIT                       elements of a row in a unit
- *   v_mac(a, b, c)             c + the product of a and b, unit by unit
- *   norm_units(task, row, r, i)       LANES units of y from column i on; zeros past the end of the row
- *   weight_is_unit(task)              the weights in memory are units already
- *   weight_units(task, w, i, n)       LANES units of the weights from element i of w on, n <= LANES * UNIT of them there
- *   weight_column(task, w, i, stride, k, n)   a unit each of n neighbouring outputs, whose k elements are `stride` apart
+ *   UNIT                             elements of a row in a unit
+ *   v_mac(a, b, c)                   c + the product of a and b, unit by unit
+ *   norm_units(task, row, scale, i)  LANES units of y from column i on; zeros past the end of the row
+ *   weight_is_unit(task)             the weights in memory are units already
+ *   weight_units(wide, w, i, n)      LANES units of the weights from element i of w on, n of whose elements are there;
+ *                                    wide: they are float32, whatever x is
+ *   weight_column(wide, w, i, stride, k, n)
+ *                                    a unit each of n neighbouring outputs, whose k <= UNIT elements are stride apart
  *
  * In "fp32" rounding y stays unrounded.
  */
