@@ -6,10 +6,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import minivllm
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+PACKAGE = Path(minivllm.__file__).resolve().parent.parent  # where the minivllm under test is imported from
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 
 
-def run(script, *, timeout=120, arguments=("-c",), paths=(ROOT, ROOT / "tests"), **environment):
+def run(script, *, timeout=120, arguments=("-c",), paths=(PACKAGE, ROOT / "tests"), **environment):
     """Runs a Python script with minivllm importable; gives back its CompletedProcess. None removes a variable."""
     inherited = os.environ.get("PYTHONPATH", "")
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [inherited])])}

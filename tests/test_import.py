@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from processes import ROOT, run, succeeds
+from processes import PACKAGE, run, succeeds
 
 import minivllm
 
@@ -38,7 +38,9 @@ def test_importing_touches_no_driver():
         import os
         import minivllm
         maps = open("/proc/self/maps").read()
-        print([name for name in ("libcuda", "libcudart", "libstdc++", "libgomp", "libtorch") if name in maps])
+        preloaded = os.environ.get("LD_PRELOAD", "")
+        unwanted = ("libcuda", "libcudart", "libstdc++", "libgomp", "libtorch")
+        print([name for name in unwanted if name in maps and name not in preloaded])
         files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
         print([name for name in files if "nvidia" in name])
     """)
@@ -91,16 +93,19 @@ def test_the_doctor():
 
 
 def test_the_doctor_speaks_json(tmp_path):
-    done = doctor("--json", paths=[ROOT, package(tmp_path, "torch", "")])
+    done = doctor("--json", paths=[PACKAGE, package(tmp_path, "torch", "")])
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["extension"]["version"] == minivllm.__version__
-    assert {(row["op"], row["dtype"]) for row in report["self_check"]} >= {("rms_norm", "float32"), ("rms_norm_qkv", "float16")}
+    assert {(row["op"], row["dtype"]) for row in report["self_check"]} >= {
+        ("rms_norm", "float32"),
+        ("rms_norm_qkv", "float16"),
+    }
 
 
 def copy_of_package(tmp_path, keep_extension):
     ignore = shutil.ignore_patterns("__pycache__", *([] if keep_extension else ["_C*.so"]))
-    shutil.copytree(ROOT / "minivllm", tmp_path / "minivllm", ignore=ignore)
+    shutil.copytree(PACKAGE / "minivllm", tmp_path / "minivllm", ignore=ignore)
     return tmp_path
 
 
@@ -119,7 +124,7 @@ def test_the_doctor_without_an_extension(tmp_path, broken, arguments):
 
 def test_the_doctor_with_a_broken_torch(tmp_path):
     """It reports, and everything else is examined all the same."""
-    done = doctor("--json", paths=[ROOT, package(tmp_path, "torch", "raise OSError('libtorch.so: not today')")])
+    done = doctor("--json", paths=[PACKAGE, package(tmp_path, "torch", "raise OSError('libtorch.so: not today')")])
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 1
     report = json.loads(done.stdout)

@@ -8,6 +8,7 @@ import frameworks
 import numpy as np
 import pytest
 from dlpack import Exporter
+from processes import SANITIZED
 
 import minivllm
 
@@ -72,6 +73,7 @@ def test_no_references_are_kept(device, name):
         assert max(grown) < 100, f"references to {singletons} grew by {grown} in 500 rounds"
 
 
+@pytest.mark.skipif(SANITIZED, reason="AddressSanitizer keeps freed memory for a while, by design")
 def test_memory_does_not_grow():
     one_of_everything, _ = calls(frameworks.NUMPY)
     exporter_array = np.ones((4, 64), np.float32)

@@ -46,16 +46,16 @@ def test_every_kernel_at_every_shape(kernel, framework, shape):
 @pytest.mark.parametrize("hidden", [33, 40, 1024])
 def test_every_layout(kernel, framework, hidden, x_layout):
     dtype = short_dtype(kernel.dtype)
-    for residual_layout, out_layout in itertools.product(LAYOUTS, (*LAYOUTS, None)):
+    for residual_layout, out_layout in itertools.product((None, *LAYOUTS), (*LAYOUTS, None)):
         check_norm(
             framework,
             Norm(
                 (2, 3, hidden),
                 dtype,
-                residual=True,
+                residual=residual_layout is not None,
                 kernel=kernel.name,
                 x_layout=x_layout,
-                residual_layout=residual_layout,
+                residual_layout=residual_layout or CONTIGUOUS,
                 out_layout=out_layout,
                 weight_layout=UNALIGNED if out_layout is UNALIGNED else CONTIGUOUS,
             ),

@@ -268,6 +268,39 @@ def test_members_of_a_tuple_may_differ(device, framework, dtype):
     )
 
 
+@pytest.mark.rows("rms_norm_qkv")
+def test_one_matrix_with_three_biases_and_the_reverse(kernel, framework):
+    dtype = short_dtype(kernel.dtype)
+    case = QKV((5,), 128, 3, 2, 8, dtype, bias=True)
+    norm_weight, weight, bias = weight_data(case)
+    x = normal((5, 128), dtype, "x")
+    ends = np.cumsum(case.sizes)[:-1]
+    matrix, three = (
+        framework.tensor(weight, dtype),
+        tuple(framework.tensor(part, dtype) for part in np.split(weight, ends)),
+    )
+    vector, biases = (
+        framework.tensor(bias, dtype),
+        tuple(framework.tensor(part, dtype) for part in np.split(bias, ends)),
+    )
+    for weights, some_bias in ((matrix, biases), (matrix.T, biases), (three, vector)):
+        try:
+            got = minivllm.rms_norm_qkv(
+                framework.tensor(x, dtype),
+                framework.tensor(norm_weight, dtype),
+                weights,
+                3,
+                2,
+                bias=some_bias,
+                kernel=kernel.name,
+            )
+        except ValueError as error:
+            assert "mma" in kernel.name and "cannot serve this call" in str(error)
+            continue
+        packed = np.concatenate([to_float64(part).reshape(5, -1) for part in got], -1)
+        expect_qkv(case, packed, x, norm_weight, weight, bias)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_square_weight(device, framework, dtype):
     """Its strides decide where they can; where they cannot, nothing is guessed."""
