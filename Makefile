@@ -63,19 +63,20 @@ asan: .venv/with
 	    build_ext --build-lib $(ASAN_LIB) --build-temp build/asan/temp
 	PYTHONPATH=$(ASAN_LIB) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    .venv/bin/pytest $(ARGS)
+	    $(VENV) -P -m pytest $(ARGS)
 
-.venv/bin/ruff: .venv/ready
+.venv/ruff: .venv/ready
 	@$(VENV) -m pip install -q --disable-pip-version-check 'ruff==0.17.5'
+	@touch $@
 
-format: .venv/bin/ruff
-	.venv/bin/ruff check --fix --quiet .
-	.venv/bin/ruff format --quiet .
+format: .venv/ruff
+	$(VENV) -m ruff check --fix --quiet .
+	$(VENV) -m ruff format --quiet .
 	clang-format -i $(C_FILES)
 
-lint: .venv/bin/ruff
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+lint: .venv/ruff
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
 	clang-format --dry-run -Werror $(C_FILES)
 
 clean:
