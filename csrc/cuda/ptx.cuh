@@ -18,14 +18,19 @@ __device__ __forceinline__ void griddepcontrol_launch() {
 #endif
 }
 
-/* 16 bytes that are read once, such as weights: they take no room in L1. */
-__device__ __forceinline__ uint4 load_streaming(const void *p) {
+/* 16 bytes that are read once, such as weights: they take no room in L1. Zeros unless `wanted`, without a branch. */
+__device__ __forceinline__ uint4 load_streaming(const void *p, bool wanted) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.u32 wanted, %5, 0;\n"
+                 "mov.u32 %0, 0;\n"
+                 "mov.u32 %1, 0;\n"
+                 "mov.u32 %2, 0;\n"
+                 "mov.u32 %3, 0;\n"
+                 "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+                 : "l"(p), "r"(static_cast<uint32_t>(wanted)));
     return v;
 }
-
-/* Brings the line of p to L2, without waiting. p may be any address of readable memory. */
-__device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

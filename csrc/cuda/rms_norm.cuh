@@ -17,30 +17,32 @@ template <typename T> struct NormWeights {
 };
 
 template <typename T>
-__device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
-    constexpr int size = Packet<T>::size;
+__device__ __forceinline__ NormWeights<T> widen_norm_weights(const mv_task &task, const Packet<T> &packet) {
     NormWeights<T> weights;
-    if (task.norm_weight_dtype == Dtype<T>::value) {
-        const T *p = static_cast<const T *>(task.norm_weight) + at;
-        const Packet<T> packet = load_packet(p, task.hidden - at, aligned);
 #pragma unroll
-        for (int i = 0; i < size; i++) weights.v[i] = task.weight_offset + packet.get(i);
-    } else {
-        const float *p = static_cast<const float *>(task.norm_weight) + at;
-#pragma unroll
-        for (int part = 0; part < size; part += 4) {
-            const Packet<float> packet = load_packet(p + part, task.hidden - at - part, aligned);
-#pragma unroll
-            for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.get(i);
-        }
-    }
+    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.weight_offset + packet.get(i);
     return weights;
 }
 
-/* Asks for them ahead of time; they are parameters, so this may come before the wait for the previous kernel. */
-template <typename T> __device__ __forceinline__ void prefetch_norm_weights(const mv_task &task, int64_t at) {
-    const int64_t bytes = at * (task.norm_weight_dtype == MV_F32 ? sizeof(float) : sizeof(T));
-    if (at < task.hidden) prefetch_l2(static_cast<const char *>(task.norm_weight) + bytes);
+/* The weights in x's dtype, as they come from memory: for who asks early and uses them late. */
+template <typename T>
+__device__ __forceinline__ Packet<T> load_raw_norm_weights(const mv_task &task, int64_t at, bool aligned) {
+    return load_packet(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned);
+}
+
+template <typename T>
+__device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
+    if (task.norm_weight_dtype == Dtype<T>::value)
+        return widen_norm_weights<T>(task, load_raw_norm_weights<T>(task, at, aligned));
+    const float *p = static_cast<const float *>(task.norm_weight) + at;
+    NormWeights<T> weights;
+#pragma unroll
+    for (int part = 0; part < Packet<T>::size; part += 4) {
+        const Packet<float> packet = load_packet(p + part, task.hidden - at - part, aligned);
+#pragma unroll
+        for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.get(i);
+    }
+    return weights;
 }
 
 /* rn(x + residual): what the norm sees and residual_out gets. */

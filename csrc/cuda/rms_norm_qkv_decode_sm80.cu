@@ -1,9 +1,11 @@
 /* rms_norm_qkv_decode_sm80.cu: RMSNorm and the projection for a few tokens, in one kernel, at the speed of memory.
  *
- * At decode the weights move through the chip once and everything else must hide behind that. One block per SM. Each
- * warp owns whole rows of the weight, dealt out so that every SM gets its share whatever their number, and streams them
- * kUnroll packets of 16 bytes per lane at a time, two such loads always on their way. The first two are asked for
- * before the wait for the previous kernel, when the weights allow it (dynamic_weights is off).
+ * At decode the weights move through the chip once and everything else must hide behind that. One block per SM takes
+ * an even share of the rows of the weight; its rows, end to end, are cut into steps of kUnroll packets of 16 bytes per
+ * lane, and each warp takes an even share of the steps: no warp idles while others work. A row that a warp begins and
+ * another one ends is put together in shared memory. Two steps are always on their way (more are no faster: a warp has
+ * six scoreboards, and loads that share one are waited for together); the first two are asked for before the wait for
+ * the previous kernel, when the weights allow it (dynamic_weights is off).
  *
  * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: in "hf" y exactly, after a
  * barrier that makes the row factor known; in "fp32" s * w without a rounding, and the row factor multiplies the
@@ -19,9 +21,8 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 4; /* packets per lane in a step: two steps of 16 warps are 64 KB on their way to an SM */
 constexpr int kMaxTokens = 4;
-constexpr size_t kMaxSharedBytes = 96 * 1024; /* what every GPU from sm_80 on can give a block */
 
 /* ---- the tokens, in shared memory ----------------------------------------------------------------------------- */
 
@@ -29,50 +30,55 @@ constexpr size_t kMaxSharedBytes = 96 * 1024; /* what every GPU from sm_80 on ca
  * low and the high half of every 8 values: then neighbouring lanes read neighbouring 16 bytes, and no bank twice. */
 template <int kSize> struct Tokens {
     float *y;
-    int64_t stride; /* between tokens: the hidden size rounded up to 8 */
+    int stride; /* between tokens: the hidden size rounded up to whole steps; zeros follow it */
 
-    /* The 4 values from column k on; k is a multiple of 4. */
-    __device__ __forceinline__ float4 *quad(int token, int64_t k) const {
+    /* The 4 values from column k + part on; k is a multiple of kSize. */
+    __device__ __forceinline__ float4 *quad(int token, int k, int part) const {
         float *row = y + token * stride;
-        return reinterpret_cast<float4 *>(kSize == 4 ? row + k : row + (k & 4 ? stride >> 1 : 0) + (k >> 3) * 4);
+        return reinterpret_cast<float4 *>(kSize == 4 ? row + k + part : row + part / 4 * (stride / 2) + k / 2u);
     }
 };
 
+/* Columns of a row that a warp covers in a step: kUnroll packets per lane. */
+template <typename W> constexpr int kColumns = 32 * kUnroll * Packet<W>::size;
+
+template <typename W> int padded(int64_t hidden) {
+    return static_cast<int>((hidden + kColumns<W> - 1) / kColumns<W> * kColumns<W>);
+}
+
 constexpr int kPartials = kMaxTokens * kWarps;
 
-__host__ __device__ inline int64_t padded(int64_t hidden) { return (hidden + 7) / 8 * 8; }
-
-size_t shared_bytes(int tokens, int64_t hidden) {
-    return (kPartials + static_cast<size_t>(tokens) * static_cast<size_t>(padded(hidden))) * sizeof(float);
+template <typename W> size_t shared_bytes(int tokens, int64_t hidden) {
+    return (2 * kPartials + static_cast<size_t>(tokens) * static_cast<size_t>(padded<W>(hidden))) * sizeof(float);
 }
 
 struct Aligned {
-    bool rows, norm_weight, weight; /* fit for 16-byte accesses */
+    bool rows, norm_weight; /* fit for 16-byte accesses */
 };
 
 /* Reads the tokens, adds the residual (block 0 writes the sum out), and leaves in shared memory what the weights are
  * multiplied by; gives the factors that are still to come after the sums. `near` are the norm weights of this thread's
  * first packet, loaded ahead of time. */
 template <typename T, int kTokens, int kSize>
-__device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned aligned, const NormWeights<T> &near,
+__device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const NormWeights<T> &near,
                                                  const Tokens<kSize> &tokens, float *partial,
                                                  float (&factor)[kTokens]) {
     constexpr int size = Packet<T>::size;
-    constexpr int64_t step = kThreads * size;
-    const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
+    constexpr int step = kThreads * size;
+    const int first = threadIdx.x * size;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const bool writes_sum = task.residual_out.data && blockIdx.x == 0;
-    const auto weights_at = [&](int64_t k) {
+    const auto weights_at = [&](int k) {
         return k == first ? near : load_norm_weights<T>(task, k, aligned.norm_weight);
     };
 
     float squares[kTokens] = {};
-    for (int64_t k = first; k < tokens.stride; k += step) {
+    for (int k = first; k < tokens.stride; k += step) {
         const NormWeights<T> weights = weights_at(k);
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
-            const int64_t row = t < task.tokens ? t : 0;
-            const int64_t count = t < task.tokens ? task.hidden - k : 0;
+            const bool exists = first_token + t < task.tokens;
+            const int64_t row = exists ? first_token + t : first_token, count = exists ? task.hidden - k : 0;
             Packet<T> s = load_packet(row_address<const T>(task.x, task.inner, row) + k, count, aligned.rows);
             if (task.residual.data) {
                 const T *residual = row_address<const T>(task.residual, task.inner, row) + k;
@@ -89,7 +95,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
             }
 #pragma unroll
             for (int i = 0; i < size; i += 4)
-                *tokens.quad(t, k + i) = make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]);
+                *tokens.quad(t, k, i) = make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]);
         }
     }
 
@@ -109,13 +115,13 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
     if (!hf) return;
 
     /* Each thread finishes the values that it put there itself. */
-    for (int64_t k = first; k < tokens.stride; k += step) {
+    for (int k = first; k < tokens.stride; k += step) {
         const NormWeights<T> weights = weights_at(k);
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
 #pragma unroll
             for (int i = 0; i < size; i += 4) {
-                float4 *quad = tokens.quad(t, k + i);
+                float4 *quad = tokens.quad(t, k, i);
                 const float4 s = *quad;
                 *quad = make_float4(round_to<T>(apply_norm<T>(s.x, factor[t], weights.v[i + 0], true)),
                                     round_to<T>(apply_norm<T>(s.y, factor[t], weights.v[i + 1], true)),
@@ -131,57 +137,81 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, Aligned al
 
 /* ---- the weights, on their way through registers ---------------------------------------------------------------- */
 
-/* What a warp works on: kUnroll packets per lane of row n, from column k on. */
+/* Where a warp is: in row n, at column k, with so many steps to go. */
 struct Place {
-    int64_t n, k;
+    int n, k, left;
 };
 
-template <typename W> struct Stream {
+/* The even split of the rows over the blocks: the first `more` blocks have one row more. */
+struct Split {
+    int rows_per_block, more, steps_per_row; /* a row is steps_per_row * kColumns<W> wide, padding included */
+};
+
+__device__ __forceinline__ int share_begin(int each, int more, int part) { return part * each + min(part, more); }
+
+template <typename W, bool kAligned> struct Stream {
     static constexpr int size = Packet<W>::size;
-    static constexpr int64_t columns = 32 * kUnroll * size;
+    static constexpr int columns = kColumns<W>;
 
     const mv_task &task;
-    const bool aligned;
+    const int hidden, first_row, steps_per_row, steps; /* of this block */
 
-    /* Rows are dealt out over the SMs first, then over the warps of an SM. */
+    __device__ __forceinline__ Stream(const mv_task &task, Split split)
+        : task(task), hidden(static_cast<int>(task.hidden)), first_row(share_begin(split.rows_per_block, split.more, blockIdx.x)),
+          steps_per_row(split.steps_per_row),
+          steps((split.rows_per_block + (static_cast<int>(blockIdx.x) < split.more)) * split.steps_per_row) {}
+
+    /* The steps of warp w are those from begin(w) to begin(w + 1). */
+    __device__ __forceinline__ int begin(int warp) const { return share_begin(steps / kWarps, steps % kWarps, warp); }
+
     __device__ __forceinline__ Place first() const {
-        return {static_cast<int64_t>(threadIdx.x / 32) * gridDim.x + blockIdx.x, 0};
+        const int warp = threadIdx.x / 32, step = begin(warp), row = step / steps_per_row;
+        return {first_row + row, (step - row * steps_per_row) * columns, begin(warp + 1) - step};
     }
-    __device__ __forceinline__ bool ends_row(Place p) const { return p.k + columns >= task.hidden; }
+    /* The warp that multiplies the last columns of row n. */
+    __device__ __forceinline__ int last_warp(int n) const {
+        const int row_end = (n - first_row + 1) * steps_per_row;
+        int warp = threadIdx.x / 32;
+        while (begin(warp + 1) < row_end) warp++;
+        return warp;
+    }
+    __device__ __forceinline__ bool ends_row(Place p) const { return p.k + columns >= hidden; }
     __device__ __forceinline__ Place next(Place p) const {
-        if (!ends_row(p)) return {p.n, p.k + columns};
-        return {p.n + static_cast<int64_t>(gridDim.x) * kWarps, 0};
+        if (ends_row(p)) return {p.n + 1, 0, p.left - 1};
+        return {p.n, p.k + columns, p.left - 1};
     }
-    __device__ __forceinline__ int64_t column(Place p, int u) const {
+    __device__ __forceinline__ int column(Place p, int u) const {
         return p.k + (u * 32 + static_cast<int>(threadIdx.x % 32)) * size;
     }
 
-    /* The row that p is in; null past the last one. */
+    /* The row that p is in; null past the warp's last step. */
     __device__ __forceinline__ const W *row(Place p) const {
-        return p.n < task.outputs ? weight_row<W>(task, find_output(task, p.n)) : nullptr;
+        return p.left > 0 ? weight_row<W>(task, find_output(task, p.n)) : nullptr;
     }
-    __device__ __forceinline__ Packet<W> load(const W *row, int64_t k) const {
-        if (!row || k >= task.hidden) return {};
-        /* aligned: then the hidden size is a whole number of packets */
-        return aligned ? as_packet<W>(load_streaming(row + k)) : load_packet(row + k, task.hidden - k, false);
+    template <typename T> __device__ __forceinline__ float bias(Place p) const {
+        return p.left > 0 ? load_bias<T>(task, find_output(task, p.n)) : 0.0f;
+    }
+    __device__ __forceinline__ Packet<W> load(const W *row, int k) const {
+        const bool wanted = row && k < hidden;
+        if constexpr (kAligned) return as_packet<W>(load_streaming(row + k, wanted)); /* hidden is whole packets */
+        return load_packet(row + k, wanted ? hidden - k : 0, false);
     }
 };
 
 /* One step on its way: what was asked for, and the bias of its row. */
 template <typename W> struct Step {
-    Place place;
     Packet<W> packets[kUnroll];
     float bias;
 };
 
 template <typename W, int kTokens>
-__device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int64_t k,
+__device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k,
                                          float (&sum)[kTokens]) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
 #pragma unroll
         for (int part = 0; part < Packet<W>::size; part += 4) {
-            const float4 y = *tokens.quad(t, k + part);
+            const float4 y = *tokens.quad(t, k, part);
             sum[t] = fmaf(y.x, weights.get(part + 0), sum[t]);
             sum[t] = fmaf(y.y, weights.get(part + 1), sum[t]);
             sum[t] = fmaf(y.z, weights.get(part + 2), sum[t]);
@@ -192,90 +222,149 @@ __device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
-template <typename T, typename W> __device__ __forceinline__ float bias_of(const Stream<W> &stream, Place place) {
-    const mv_task &task = stream.task;
-    return place.n < task.outputs ? load_bias<T>(task, find_output(task, place.n)) : 0.0f;
-}
-
-template <typename T, typename W> __device__ __forceinline__ void ask_for(const Stream<W> &stream, Step<W> &step) {
-    const W *row = stream.row(step.place);
+template <typename T, typename W, bool kAligned>
+__device__ __forceinline__ void ask_for(const Stream<W, kAligned> &stream, Place place, Step<W> &step) {
+    const W *row = stream.row(place);
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) step.packets[u] = stream.load(row, stream.column(step.place, u));
-    step.bias = bias_of<T>(stream, step.place);
+    for (int u = 0; u < kUnroll; u++) step.packets[u] = stream.load(row, stream.column(place, u));
+    step.bias = stream.template bias<T>(place);
 }
 
-/* Multiplies a step, each packet replaced as soon as it is used by one of the step after next, and writes the outputs
- * if it completes them. */
-template <typename T, typename W, int kTokens>
-__device__ __forceinline__ void advance(const Stream<W> &stream, const Tokens<Packet<W>::size> &tokens, Step<W> &step,
-                                        Place after_next, const float (&factor)[kTokens], float (&sum)[kTokens]) {
-    const mv_task &task = stream.task;
-    const Place done = step.place;
+/* The row that a warp is adding up. */
+template <int kTokens> struct Row {
+    float sum[kTokens]; /* of this lane */
+    bool whole;         /* the warp has it from its first column on */
+};
+
+template <typename T, int kTokens>
+__device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first_token, int n, const float (&total)[kTokens],
+                                              const float (&factor)[kTokens], float bias) {
+#pragma unroll
+    for (int t = 0; t < kTokens; t++)
+        if (static_cast<int>(threadIdx.x % 32) == t && first_token + t < task.tokens)
+            row_address<T>(task.out, task.inner, first_token + t)[n] = finish_output<T>(total[t] * factor[t], bias);
+}
+
+/* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that the
+ * warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
+template <typename T, typename W, bool kAligned, int kTokens>
+__device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens, Step<W> &step,
+                                        Place done, Place later, int64_t first_token, const float (&factor)[kTokens],
+                                        Row<kTokens> &row, float *open) {
     const float bias = step.bias;
-    const W *row = stream.row(after_next);
+    const W *next_row = stream.row(later);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-        const int64_t k = stream.column(done, u);
-        if (k < tokens.stride) multiply<W, kTokens>(step.packets[u], tokens, k, sum);
-        step.packets[u] = stream.load(row, stream.column(after_next, u));
+        multiply<W, kTokens>(step.packets[u], tokens, stream.column(done, u), row.sum);
+        step.packets[u] = stream.load(next_row, stream.column(later, u));
     }
-    step.place = after_next;
-    step.bias = bias_of<T>(stream, after_next);
-    if (!stream.ends_row(done)) return;
+    step.bias = stream.template bias<T>(later);
+    if (done.left > 1 && !stream.ends_row(done)) return;
+
+    const bool ends = stream.ends_row(done);
+    if (row.whole && !ends) return; /* stays in row.sum, for close_row */
+    float total[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
-        const float total = warp_sum(sum[t]) * factor[t];
-        if (static_cast<int>(threadIdx.x % 32) == t && t < task.tokens)
-            row_address<T>(task.out, task.inner, t)[done.n] = finish_output<T>(total, bias);
-        sum[t] = 0;
+        total[t] = warp_sum(row.sum[t]);
+        if (!row.whole) open[t * kWarps + threadIdx.x / 32] = total[t];
+        row.sum[t] = 0;
     }
+    if (row.whole) write_outputs<T, kTokens>(stream.task, first_token, done.n, total, factor, bias);
+    row.whole = ends;
 }
 
-template <typename T, typename W, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
-    extern __shared__ float shared[];
-    const Tokens<Packet<W>::size> tokens = {shared + kPartials, padded(task.hidden)};
-    const Stream<W> stream = {task, aligned.weight};
+/* The row that this warp has begun and others have ended: their parts come from `open`. */
+template <typename T, typename W, bool kAligned, int kTokens>
+__device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int64_t first_token, int n,
+                                          const float (&factor)[kTokens], const Row<kTokens> &row, const float *open) {
+    float total[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) total[t] = warp_sum(row.sum[t]);
+    const int last = stream.last_warp(n);
+    for (int warp = threadIdx.x / 32 + 1; warp <= last; warp++)
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) total[t] += open[t * kWarps + warp];
+    const float bias = load_bias<T>(stream.task, find_output(stream.task, n));
+    write_outputs<T, kTokens>(stream.task, first_token, n, total, factor, bias);
+}
 
+template <typename T, typename W, bool kAligned, int kTokens>
+__global__ void __launch_bounds__(kThreads, 1)
+    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, Split split, Aligned aligned) {
+    extern __shared__ float shared[];
+    float *const open = shared + kPartials;
+    const Tokens<Packet<W>::size> tokens = {shared + 2 * kPartials, split.steps_per_row * kColumns<W>};
+    const Stream<W, kAligned> stream(task, split);
+
+    Place now = stream.first(), next = stream.next(now), last = now;
+    Row<kTokens> row = {{}, now.k == 0};
     Step<W> even, odd;
-    even.place = stream.first();
-    odd.place = stream.next(even.place);
     if (task.dynamic_weights) griddepcontrol_wait();
-    ask_for<T>(stream, even);
-    ask_for<T>(stream, odd);
-    const NormWeights<T> near =
-        load_norm_weights<T>(task, static_cast<int64_t>(threadIdx.x) * Packet<T>::size, aligned.norm_weight);
+    ask_for<T>(stream, now, even);
+    ask_for<T>(stream, next, odd);
+    const NormWeights<T> near = load_norm_weights<T>(task, threadIdx.x * Packet<T>::size, aligned.norm_weight);
+    if (now.left == 0 && threadIdx.x % 32 < kTokens) open[threadIdx.x % 32 * kWarps + threadIdx.x / 32] = 0;
     griddepcontrol_wait();
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
-    float factor[kTokens], sum[kTokens] = {};
-    normalise_tokens<T, kTokens>(task, aligned, near, tokens, shared, factor);
+    float factor[kTokens];
+    normalise_tokens<T, kTokens>(task, first_token, aligned, near, tokens, shared, factor);
 
-    while (even.place.n < task.outputs) {
-        advance<T, W, kTokens>(stream, tokens, even, stream.next(odd.place), factor, sum);
-        if (odd.place.n >= task.outputs) break;
-        advance<T, W, kTokens>(stream, tokens, odd, stream.next(even.place), factor, sum);
+    const auto multiply_step = [&](Step<W> &step) {
+        const Place later = stream.next(next);
+        advance<T>(stream, tokens, step, now, later, first_token, factor, row, open);
+        last = now;
+        now = next;
+        next = later;
+    };
+    while (now.left > 0) {
+        multiply_step(even);
+        if (now.left > 0) multiply_step(odd);
     }
+    if (stream.steps_per_row == 1) return;
+    __syncthreads();
+    if (last.left == 1 && row.whole && !stream.ends_row(last))
+        close_row<T>(stream, first_token, last.n, factor, row, open);
 }
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
-template <typename T, typename W, int kTokens> mv_status launch_decode(const mv_task *task, mv_error *error) {
-    Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm_weight),
-                       task->hidden % Packet<W>::size == 0};
+/* Are all rows of the weight fit for 16-byte loads, to their last value? */
+template <typename W> bool weights_aligned(const mv_task *task) {
+    bool aligned = task->hidden % Packet<W>::size == 0;
     for (const mv_block &block : task->block)
         if (block.outputs)
-            aligned.weight =
-                aligned.weight && is_aligned16(block.weight) && block.row_stride % Packet<W>::size == 0;
-    const Grid grid = {dim3(static_cast<unsigned>(task->sm_count)), kThreads, shared_bytes(kTokens, task->hidden)};
-    return launch<rms_norm_qkv_decode_kernel<T, W, kTokens>>(task, grid, error, *task, aligned);
+            aligned = aligned && is_aligned16(block.weight) && block.row_stride % Packet<W>::size == 0;
+    return aligned;
 }
 
+template <typename T, typename W, int kTokens>
+mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *error) {
+    const int outputs = static_cast<int>(task->outputs);
+    const Split split = {outputs / task->sm_count, outputs % task->sm_count, padded<W>(task->hidden) / kColumns<W>};
+    const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm_weight)};
+    const Grid grid = {dim3(static_cast<unsigned>(task->sm_count)), kThreads, shared_bytes<W>(kTokens, task->hidden)};
+    return weights_aligned<W>(task)
+               ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens>>(task, grid, error, *task, first_token, split,
+                                                                         aligned)
+               : launch<rms_norm_qkv_decode_kernel<T, W, false, kTokens>>(task, grid, error, *task, first_token, split,
+                                                                          aligned);
+}
+
+/* A few tokens at a time; each time the weights are read again. */
 template <typename T, typename W> mv_status decode_tokens(const mv_task *task, mv_error *error) {
-    if (task->tokens == 1) return launch_decode<T, W, 1>(task, error);
-    if (task->tokens == 2) return launch_decode<T, W, 2>(task, error);
-    return launch_decode<T, W, kMaxTokens>(task, error);
+    mv_status status = MV_OK;
+    for (int64_t first = 0; first < task->tokens && status == MV_OK; first += kMaxTokens) {
+        const int64_t count = task->tokens - first;
+        if (count == 1)
+            status = launch_decode<T, W, 1>(task, first, error);
+        else if (count == 2)
+            status = launch_decode<T, W, 2>(task, first, error);
+        else
+            status = launch_decode<T, W, kMaxTokens>(task, first, error);
+    }
+    return status;
 }
 
 template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
@@ -286,10 +375,10 @@ template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
 } // namespace
 
 extern "C" const char *mv_decode_fits(const mv_task *task) {
-    if (task->tokens > kMaxTokens) return "it serves up to 4 tokens";
     if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
-    const int tokens = task->tokens <= 2 ? static_cast<int>(task->tokens) : kMaxTokens;
-    if (shared_bytes(tokens, task->hidden) > kMaxSharedBytes) return "its tokens do not fit in shared memory";
+    if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
+    if (shared_bytes<__half>(kMaxTokens, task->hidden) > static_cast<size_t>(task->smem_bytes))
+        return "its tokens do not fit in shared memory";
     return nullptr;
 }
 

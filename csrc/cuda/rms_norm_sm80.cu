@@ -6,7 +6,7 @@
  * form spilled registers). Who adds what in which order depends on
  * the hidden size alone, so a row's bits do not depend on its neighbours, its alignment or its strides.
  *
- * Norm weights are on their way to L2 before the wait for the previous kernel, and into registers with the row itself.
+ * Norm weights are on their way before the wait for the previous kernel.
  */
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -53,9 +53,13 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
     /* past the last row: nothing to read, to add or to write */
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
 
-    if (blockIdx.x == 0) { /* from every block, requests for the same few lines would queue up at L2 */
+    /* Weights do not depend on the kernel before. In x's dtype they are held as loaded, to be there when r is. */
+    const bool early = task.norm_weight_dtype == Dtype<T>::value;
+    Packet<T> raw_weights[kPackets];
+    if (early) {
 #pragma unroll
-        for (int p = 0; p < kPackets; p++) prefetch_norm_weights<T>(task, (p * kThreads + lane) * size);
+        for (int p = 0; p < kPackets; p++)
+            raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, aligned.weight);
     }
     griddepcontrol_wait();
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
@@ -89,8 +93,10 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
         const int at = (p * kThreads + lane) * size;
-        if (at < hidden)
-            store_packet(out + at, apply_norm(s[p], r, load_norm_weights<T>(task, at, aligned.weight), hf), hidden - at, aligned.rows);
+        if (at >= hidden) break;
+        const NormWeights<T> weights = early ? widen_norm_weights<T>(task, raw_weights[p])
+                                             : load_norm_weights<T>(task, at, aligned.weight);
+        store_packet(out + at, apply_norm(s[p], r, weights, hf), hidden - at, aligned.rows);
     }
 }
 

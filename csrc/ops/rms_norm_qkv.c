@@ -14,41 +14,50 @@ static double weight_bytes(const mv_task *t) {
 }
 static double flops(const mv_task *t) { return 2 * (double)t->tokens * (double)t->outputs * (double)t->hidden; }
 
-/* CPU. Decode streams the weights once for every few tokens and pays for each token on the way; prefill pays its tiles'
- * set-up. The numbers are for two cores; what counts is where the curves cross. */
-static double cpu_scale(const mv_task *t, double per_flop) {
-    const double passes = (double)((t->tokens + MV_CPU_DECODE_TOKENS - 1) / MV_CPU_DECODE_TOKENS);
-    return passes * weight_bytes(t) / 2e4 + flops(t) * per_flop;
+/* CPU, in microseconds of two cores of an EPYC 9005: the weights at the speed at which a kernel streams them, and the
+ * products at its rate. What counts is where the curves cross: measured between 8 and 16 tokens in float32, between 16
+ * and 32 with AVX512-BF16. */
+static double cost_cpu(const mv_task *t, double bytes_per_us, double flops_per_us) {
+    return weight_bytes(t) / bytes_per_us + flops(t) / flops_per_us;
 }
-static double cost_decode_wide(const mv_task *t) { return cpu_scale(t, 1 / 1e5); }
-static double cost_decode_half(const mv_task *t) { return cpu_scale(t, 2 / 1e5); }
-static double cost_decode_scalar(const mv_task *t) { return cpu_scale(t, 20 / 1e5); }
-static double cost_prefill_wide(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 2e5; }
-static double cost_prefill_half(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 1e5; }
-static double cost_prefill_scalar(const mv_task *t) { return 2 * weight_bytes(t) / 2e4 + flops(t) / 1e4; }
-/* With AVX512-BF16 the same at twice the rate. */
-static double cost_decode_bf16(const mv_task *t) { return 0.9 * cost_decode_wide(t); }
-static double cost_prefill_bf16(const mv_task *t) { return 0.5 * cost_prefill_wide(t); }
+static double cost_decode_bf16(const mv_task *t) { return cost_cpu(t, 4e4, 4.5e5); }
+static double cost_decode_wide(const mv_task *t) { return cost_cpu(t, 3.8e4, 2.4e5); }
+static double cost_decode_half(const mv_task *t) { return cost_cpu(t, 3.5e4, 1.2e5); }
+static double cost_decode_scalar(const mv_task *t) { return cost_cpu(t, 3e4, 1e4); }
+static double cost_prefill_bf16(const mv_task *t) { return cost_cpu(t, 1.7e4, 1e6); }
+static double cost_prefill_wide(const mv_task *t) { return cost_cpu(t, 2.4e4, 5e5); }
+static double cost_prefill_half(const mv_task *t) { return cost_cpu(t, 2e4, 2.5e5); }
+static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 2e4); }
 
 #ifdef MV_WITH_CUDA
-/* GPU, in microseconds of an H100: a launch, the weights at memory speed, and the products at the kernel's rate. */
+/* GPU, in microseconds of an H100: a launch or two, and the larger of the weights at the kernel's share of memory speed
+ * and the products at its rate. Decode reads the weights once for every 4 tokens; the tiles of the others are at least
+ * 32 or 64 tokens high. Measured: SPEED.md. */
 static double larger(double a, double b) { return a > b ? a : b; }
-static double cost_decode_gpu(const mv_task *t) { return 2 + larger(weight_bytes(t) / 2.8e6, flops(t) / 1.5e7); }
-static double cost_mma(const mv_task *t) { return 5 + larger(weight_bytes(t) / 2.0e6, flops(t) / 2.5e8); }
-static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.0e6, flops(t) / 3.5e8); }
-static double cost_ffma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 1.5e6, flops(t) / 2.5e7); }
-static double cost_norm_ffma(const mv_task *t) { return 8 + larger(weight_bytes(t) / 1.5e6, flops(t) / 3.0e7); }
+static double tile_cost(const mv_task *t, double launch, double bytes_per_us, double tokens, double flops_per_us) {
+    const double rows = larger((double)t->tokens, tokens);
+    const double products = 2 * rows * (double)t->outputs * (double)t->hidden;
+    return launch + larger(weight_bytes(t) / bytes_per_us, products / flops_per_us);
+}
+static double cost_decode_gpu(const mv_task *t) {
+    const double passes = (double)((t->tokens + 3) / 4);
+    return passes * (2.5 + larger(weight_bytes(t) / 2.9e6, flops(t) / passes / 1.4e7));
+}
+static double cost_mma(const mv_task *t) { return tile_cost(t, 10, 0.75e6, 32, 1.2e8); }
+static double cost_norm_mma(const mv_task *t) { return tile_cost(t, 7, 2.2e6, 32, 3.4e8); }
+static double cost_ffma(const mv_task *t) { return tile_cost(t, 20, 1.0e6, 64, 5e6); }
+static double cost_norm_ffma(const mv_task *t) { return tile_cost(t, 22, 1.0e6, 64, 1.2e7); }
 #endif
 
 /*                      name, isa, backend, batch invariant, fits, cost, workspace */
 #define RMS_NORM_QKV_KERNELS(K)                                                                                        \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
                          mv_no_workspace))                                                                             \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, true, mv_mma_fits, cost_mma, mv_no_workspace))    \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_norm_mma,           \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))    \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_ffma, mv_no_workspace))    \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_norm_ffma,           \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))    \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,           \
                          mv_norm_plan_workspace))                                                                      \
     MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_fits_any,            \
              cost_decode_bf16, mv_rms_norm_qkv_decode_cpu_workspace))                                                  \
