@@ -12,6 +12,7 @@ constexpr int kStepK = 64;
 constexpr int kPiece = 8; /* 16-bit values in 16 bytes */
 constexpr int kRowPieces = kStepK / kPiece;
 constexpr int kRowBytes = kStepK * 2;
+constexpr int kParts = kStepK / 16; /* a step is multiplied, and another one copied, in so many turns */
 
 /* m x n of the tile, how many warps share it, and the depth of the ring. */
 template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct Tile {
@@ -22,7 +23,7 @@ template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas
     static constexpr int x_bytes = M * kRowBytes, w_bytes = N * kRowBytes; /* of a stage */
     static_assert(warp_m % 16 == 0 && warp_n % 16 == 0, "fragments are 16 x 16");
     static_assert(M * kRowPieces % threads == 0 && N * kRowPieces % threads == 0, "equal copies for all threads");
-    static_assert(N % 64 == 0, "the swizzle wants rows of whole 128 bytes in both weight layouts");
+    static_assert(stages >= 3, "one is multiplied, one arrives, one is on its way");
     static_assert(warp_m * (warp_n + kPiece) * 2 * (threads / 32) <= stages * (x_bytes + w_bytes), "the epilogue fits");
 };
 
@@ -39,25 +40,25 @@ template <int kRows, int kThreads> struct OwnPieces {
     }
 };
 
-/* Starts the copies of 64 k of k-contiguous rows; this thread's pieces. Past hidden: zeros. */
+/* Starts a part of the copies of 64 k of k-contiguous rows; this thread's pieces. Past hidden: zeros. */
 template <int kRows, int kThreads>
-__device__ __forceinline__ void copy_rows(const char *const *rows, uint32_t to, int64_t k0, int64_t hidden) {
+__device__ __forceinline__ void copy_rows(const char *const *rows, uint32_t to, int64_t k0, int64_t hidden, int part) {
     using Own = OwnPieces<kRows, kThreads>;
     const int64_t k = k0 + Own::column();
     const bool valid = k < hidden;
 #pragma unroll
-    for (int i = 0; i < Own::count; i++)
+    for (int i = part; i < Own::count; i += kParts)
         cp_async16(to + Own::offset_bytes(i), rows[Own::row(i)] + (valid ? k * 2 : 0), valid);
 }
 
 /* The same of n-contiguous rows (in_out weights): 64 of them, of kColumns values. Piece c of the row of k comes from
  * pieces[c] + k * step_bytes[c]. */
-template <int kColumns, int kThreads>
-__device__ __forceinline__ void copy_columns(const char *const *pieces, const int64_t *step_bytes, uint32_t to,
-                                             int64_t k0, int64_t hidden) {
+template <int kColumns, int kThreads> __device__ __forceinline__ void
+copy_columns(const char *const *pieces, const int64_t *step_bytes, uint32_t to, int64_t k0, int64_t hidden, int part) {
     constexpr int kPieces = kColumns / kPiece;
+    static_assert(kPieces % 8 == 0, "the swizzle wants rows of whole 128 bytes");
 #pragma unroll
-    for (int i = 0; i < kStepK * kPieces / kThreads; i++) {
+    for (int i = part; i < kStepK * kPieces / kThreads; i += kParts) {
         const int index = threadIdx.x + i * kThreads;
         const int row = index / kPieces, piece = index % kPieces;
         const int64_t k = k0 + row;
@@ -95,9 +96,8 @@ template <typename Tile, bool kInOut> struct Fragments {
     }
 };
 
-template <typename T, typename Tile, bool kInOut>
-__device__ __forceinline__ void multiply(float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4],
-                                         const Fragments<Tile, kInOut> &f) {
+template <typename T, typename Tile, bool kInOut> __device__ __forceinline__ void
+multiply(float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4], const Fragments<Tile, kInOut> &f) {
 #pragma unroll
     for (int i = 0; i < Tile::warp_m / 16; i++)
 #pragma unroll

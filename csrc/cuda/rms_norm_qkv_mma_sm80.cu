@@ -2,7 +2,8 @@
  *
  * A CTA owns a tile of tokens x outputs (mma_tile.cuh) and walks over hidden in steps of 64, which cp.async brings to a
  * ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
- * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones.
+ * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones. A quarter of a
+ * stage is asked for beside each 16 k, so that fragments never queue behind a burst of copies.
  *
  * The norm is a template flag. With it the CTA first computes r of its tokens (once per tile, never per output), and
  * each thread turns the pieces of x it has copied itself into y, in place, before the barrier that shows the stage to
@@ -43,17 +44,24 @@ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? 
 /* Rows past the end repeat the last one: what they give is not stored. */
 template <typename T, typename Tile, bool kInOut>
 __device__ __forceinline__ void find_weights(const mv_task &task, int64_t first, Places<Tile> &places) {
-    for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
-        const OutputPlace place = find_output(task, least(first + n, task.outputs - 1));
-        places.bias[n] = load_bias<T>(task, place);
-        if constexpr (!kInOut) places.weight[n] = reinterpret_cast<const char *>(weight_row<T>(task, place));
-    }
-    if constexpr (kInOut)
+    if constexpr (!kInOut) {
+        for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
+            const OutputPlace place = find_output(task, least(first + n, task.outputs - 1));
+            places.weight[n] = reinterpret_cast<const char *>(weight_row<T>(task, place));
+        }
+    } else {
         for (int c = threadIdx.x; c < Tile::N / kPiece; c += Tile::threads) {
             const OutputPlace place = find_output(task, least(first + c * kPiece, task.outputs - kPiece));
             places.weight[c] = reinterpret_cast<const char *>(weight_row<T>(task, place));
             places.weight_step[c] = task.block[place.block].col_stride * static_cast<int64_t>(sizeof(T));
         }
+    }
+}
+
+template <typename T, typename Tile>
+__device__ __forceinline__ void load_biases(const mv_task &task, int64_t first, Places<Tile> &places) {
+    for (int n = threadIdx.x; n < Tile::N; n += Tile::threads)
+        places.bias[n] = load_bias<T>(task, find_output(task, least(first + n, task.outputs - 1)));
 }
 
 template <typename T, typename Tile>
@@ -68,9 +76,8 @@ __device__ __forceinline__ void find_tokens(const mv_task &task, int64_t first, 
 }
 
 /* x -> y in place, on the pieces that this thread has copied and therefore already sees. */
-template <typename T, typename Tile>
-__device__ __forceinline__ void normalise_pieces(char *x, const char *residual, const float *scale,
-                                                 const NormWeights<T> &weights, bool hf) {
+template <typename T, typename Tile> __device__ __forceinline__ void
+normalise_pieces(char *x, const char *residual, const float *scale, const NormWeights<T> &weights, bool hf) {
     using Own = OwnPieces<Tile::M, Tile::threads>;
 #pragma unroll
     for (int i = 0; i < Own::count; i++) {
@@ -129,47 +136,58 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
 
-    const auto copy_x = [&](int step) {
+    const auto copy_x = [&](int step, int part) {
         const int slot = step % kRing;
         const int64_t k0 = step * int64_t{kStepK};
-        copy_rows<Tile::M, Tile::threads>(places.x, x_address + slot * Tile::x_bytes, k0, task.hidden);
+        copy_rows<Tile::M, Tile::threads>(places.x, x_address + slot * Tile::x_bytes, k0, task.hidden, part);
         if (has_residual)
-            copy_rows<Tile::M, Tile::threads>(places.residual, residual_address + slot * Tile::x_bytes, k0, task.hidden);
+            copy_rows<Tile::M, Tile::threads>(places.residual, residual_address + slot * Tile::x_bytes, k0, task.hidden,
+                                              part);
     };
-    const auto copy_w = [&](int step) {
+    const auto copy_w = [&](int step, int part) {
         const uint32_t to = w_address + step % kRing * Tile::w_bytes;
         const int64_t k0 = step * int64_t{kStepK};
         if constexpr (kInOut)
-            copy_columns<Tile::N, Tile::threads>(places.weight, places.weight_step, to, k0, task.hidden);
+            copy_columns<Tile::N, Tile::threads>(places.weight, places.weight_step, to, k0, task.hidden, part);
         else
-            copy_rows<Tile::N, Tile::threads>(places.weight, to, k0, task.hidden);
+            copy_rows<Tile::N, Tile::threads>(places.weight, to, k0, task.hidden, part);
     };
 
-    /* Weights do not depend on the kernel before, x does. */
+    /* Weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies arrive in
+     * order, and the first product should not wait for the last stage. The loops stay loops: code is loaded, too. */
+    constexpr int kEarly = kRing / 2;
     if (task.dynamic_weights) griddepcontrol_wait();
     find_weights<T, Tile, kInOut>(task, tile.first_output, places);
+    __syncthreads();
+#pragma unroll 1
+    for (int step = 0; step < kEarly && step < steps; step++)
+#pragma unroll
+        for (int part = 0; part < kParts; part++) copy_w(step, part);
     find_tokens<T, Tile>(task, tile.first_token, places);
     const bool norm_weight_aligned = reinterpret_cast<uintptr_t>(task.norm_weight) % 16 == 0;
     const int own_column = OwnPieces<Tile::M, Tile::threads>::column();
     NormWeights<T> norm_weights = {};
     if (kNorm) norm_weights = load_norm_weights<T>(task, own_column, norm_weight_aligned);
     __syncthreads();
-    for (int step = 0; step < kRing - 1; step++)
-        if (step < steps) copy_w(step);
     griddepcontrol_wait();
     griddepcontrol_launch();
+#pragma unroll 1
     for (int step = 0; step < kRing - 1; step++) {
-        if (step < steps) copy_x(step);
+#pragma unroll
+        for (int part = 0; part < kParts; part++) {
+            if (step < steps) copy_x(step, part);
+            if (step < steps && step >= kEarly) copy_w(step, part);
+        }
         cp_async_commit();
     }
+    load_biases<T, Tile>(task, tile.first_output, places);
     if (kNorm) {
         tile_row_scales<T, Tile::M, Tile::threads>(task, tile.first_token, tile.first_output == 0, places.scale);
         __syncthreads();
     }
 
-    /* Step `step` has arrived: this thread's copies of it are visible to this thread, and y takes x's place. */
-    const auto receive = [&](int step) {
-        cp_async_wait<kRing - 2>();
+    /* Step `step` has arrived: this thread's copies of it are visible to this thread; now y takes x's place. */
+    const auto normalise = [&](int step) {
         if (kNorm && step < steps) {
             const int offset = step % kRing * Tile::x_bytes;
             normalise_pieces<T, Tile>(x_stages + offset, has_residual ? residual_stages + offset : nullptr,
@@ -177,32 +195,34 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
             norm_weights = load_norm_weights<T>(task, (step + 1) * int64_t{kStepK} + own_column, norm_weight_aligned);
         }
     };
-    receive(0);
+    cp_async_wait<kRing - 2>();
+    normalise(0);
     __syncthreads();
 
-    constexpr int kFragments = kStepK / 16;
     float sum[Tile::warp_m / 16][Tile::warp_n / 8][4] = {};
     Fragments<Tile, kInOut> fragments[2];
     fragments[0].load(x_address, w_address, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
 #pragma unroll
-        for (int f = 0; f < kFragments; f++) {
-            if (f == 0) { /* into the slot of the step before, which all warps have left */
-                if (step + kRing - 1 < steps) {
-                    copy_w(step + kRing - 1);
-                    copy_x(step + kRing - 1);
-                }
-                cp_async_commit();
+        for (int part = 0; part < kParts; part++) {
+            constexpr int kLast = kParts - 1;
+            if (part == kLast - 1) {
+                cp_async_wait<kRing - 3>();
+                normalise(step + 1);
             }
-            if (f == kFragments - 2) receive(step + 1);
             /* All threads' copies of the next step are in, and all warps hold their last fragments of this one. */
-            if (f == kFragments - 1) __syncthreads();
-            const int slot = (f == kFragments - 1 ? step + 1 : step) % kRing;
-            if (f < kFragments - 1 || step + 1 < steps)
-                fragments[(f + 1) % 2].load(x_address + slot * Tile::x_bytes, w_address + slot * Tile::w_bytes,
-                                            (f + 1) % kFragments);
-            multiply<T, Tile, kInOut>(sum, fragments[f % 2]);
+            if (part == kLast) __syncthreads();
+            const int slot = (part == kLast ? step + 1 : step) % kRing;
+            if (part < kLast || step + 1 < steps)
+                fragments[(part + 1) % 2].load(x_address + slot * Tile::x_bytes, w_address + slot * Tile::w_bytes,
+                                               (part + 1) % kParts);
+            if (step + kRing - 1 < steps) { /* into the slot of the step before, which all warps have left */
+                copy_w(step + kRing - 1, part);
+                copy_x(step + kRing - 1, part);
+            }
+            if (part == kLast) cp_async_commit();
+            multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
         }
     }
     __syncthreads(); /* the stages become the epilogue's */
@@ -213,67 +233,73 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
 /* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. */
 using Tile128x256 = Tile<128, 256, 2, 4, 4, 1>;
-using Tile128x192 = Tile<128, 192, 2, 4, 4, 1>;
+using Tile128x192 = Tile<128, 192, 2, 4, 5, 1>;
+using Tile128x160 = Tile<128, 160, 4, 2, 6, 1>;
 using Tile128x128 = Tile<128, 128, 2, 2, 3, 2>;
+using Tile128x96 = Tile<128, 96, 2, 2, 3, 2>;
 using Tile64x128 = Tile<64, 128, 2, 2, 4, 2>;
-using Tile64x64 = Tile<64, 64, 2, 2, 4, 2>;
-using Tile32x64 = Tile<32, 64, 2, 2, 6, 2>;
-/* With the norm: more warps, so that some normalise while others multiply. */
-using NormTile128x128 = Tile<128, 128, 2, 4, 4, 1>;
+using Tile64x64 = Tile<64, 64, 2, 2, 6, 2>;
+using Tile32x64 = Tile<32, 64, 2, 2, 8, 2>;
+/* More warps: some normalise, or find their way through in_out weights, while others multiply. */
+using Wide128x128 = Tile<128, 128, 2, 4, 4, 1>;
+using NormTile32x64 = Tile<32, 64, 2, 2, 6, 2>;
 
-double larger(double a, double b) { return a > b ? a : b; }
+constexpr double larger(double a, double b) { return a > b ? a : b; }
 
-/* Clocks per k on the SM with the most tiles, on an H100: the most that the tensor cores (1,200 products a clock through
- * mma.sync), L2 (50 bytes a clock) or shared memory (128, written once and read by every warp) need. */
+/* Clocks of an H100 until the last tile is done. A step keeps the tensor cores (1,100 products a clock through mma.sync),
+ * L2 (50 bytes) or shared memory (128, written once and read by every warp) busy, once for every tile on the SM; but it
+ * takes no less than its instructions, and its share of the way to memory, need. A tile starts and ends, too. */
 template <typename Tile> double tile_cost(const mv_task *task) {
-    if (smem_bytes<Tile>(task->residual.data) > static_cast<size_t>(task->smem_bytes)) return 1e30;
-    const int64_t tiles = tile_count(task, Tile::M, Tile::N);
-    const int64_t tiles_per_sm = (tiles + task->sm_count - 1) / task->sm_count;
-    constexpr double step_bytes = 2.0 * (Tile::M + Tile::N);
-    constexpr double fragment_bytes = 2.0 * (Tile::warp_m + Tile::warp_n) * (Tile::threads / 32);
-    const double clocks =
-        larger(larger(Tile::M * Tile::N / 1200.0, step_bytes / 50), (step_bytes + fragment_bytes) / 128);
-    return static_cast<double>(tiles_per_sm) * clocks;
+    constexpr double copied = Tile::x_bytes + Tile::w_bytes;
+    constexpr double read = kRowBytes * (Tile::warp_m + Tile::warp_n) * (Tile::threads / 32);
+    constexpr double busy = larger(larger(Tile::M * Tile::N * kStepK / 1100.0, copied / 50), (copied + read) / 128);
+    constexpr double least_clocks = 300 + 1500.0 / (Tile::stages - 1), start_clocks = 3000;
+
+    const int64_t reserved = 1024; /* of an SM's shared memory, for each CTA */
+    const int64_t smem = static_cast<int64_t>(smem_bytes<Tile>(task->residual.data)) + reserved;
+    const int64_t fitting = (task->smem_bytes + reserved) / smem;
+    if (fitting == 0) return 1e30;
+    const int64_t ctas = fitting < Tile::ctas_per_sm ? fitting : Tile::ctas_per_sm;
+    const int64_t tiles = tile_count(task, Tile::M, Tile::N), wave = ctas * task->sm_count;
+    const double steps = static_cast<double>((task->hidden + kStepK - 1) / kStepK);
+    const auto clocks = [&](int64_t tiles_per_sm) {
+        return start_clocks + steps * larger(least_clocks, static_cast<double>(tiles_per_sm) * busy);
+    };
+    const double last = tiles % wave ? clocks((tiles % wave + task->sm_count - 1) / task->sm_count) : 0;
+    return static_cast<double>(tiles / wave) * clocks(ctas) + last;
 }
 
-template <typename T, typename Tile, bool kNorm> mv_status launch_tile(const mv_task *task, mv_error *error) {
+template <typename T, typename Tile, bool kInOut, bool kNorm>
+mv_status launch_tile(const mv_task *task, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
-        return mv_fail(error, MV_BAD_VALUE, "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
+        return mv_fail(error, MV_BAD_VALUE,
+                       "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
     const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, smem_bytes<Tile>(task->residual.data)};
-    return task->block[0].col_stride == 1
-               ? launch<rms_norm_qkv_mma_kernel<T, Tile, false, kNorm>>(task, grid, error, *task)
-               : launch<rms_norm_qkv_mma_kernel<T, Tile, true, kNorm>>(task, grid, error, *task);
+    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut, kNorm>>(task, grid, error, *task);
 }
 
-struct Choice {
-    double cost;
-    mv_status (*launch)(const mv_task *, mv_error *);
-};
-
-template <typename T, typename Tile, bool kNorm> Choice choice(const mv_task *task) {
-    return {tile_cost<Tile>(task), launch_tile<T, Tile, kNorm>};
+template <typename T, bool kInOut, bool kNorm, typename... Tiles>
+mv_status launch_cheapest(const mv_task *task, mv_error *error) {
+    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut, kNorm>...};
+    const double costs[] = {tile_cost<Tiles>(task)...};
+    size_t best = 0;
+    for (size_t i = 1; i < sizeof...(Tiles); i++)
+        if (costs[i] < costs[best]) best = i;
+    return launches[best](task, error);
 }
 
-mv_status launch_cheapest(const Choice *choices, int count, const mv_task *task, mv_error *error) {
-    const Choice *best = choices;
-    for (int i = 1; i < count; i++)
-        if (choices[i].cost < best->cost) best = choices + i;
-    return best->launch(task, error);
-}
-
+/* The last of each list fits every GPU. Fewer tiles for the rarer cases: each is code to compile, ship and load. */
 template <typename T> mv_status norm_and_product(const mv_task *task, mv_error *error) {
-    const Choice choices[] = {choice<T, NormTile128x128, true>(task), choice<T, Tile64x64, true>(task),
-                              choice<T, Tile32x64, true>(task)};
-    return launch_cheapest(choices, 3, task, error);
+    return task->block[0].col_stride == 1 ? launch_cheapest<T, false, true, Wide128x128, NormTile32x64>(task, error)
+                                          : launch_cheapest<T, true, true, Wide128x128, NormTile32x64>(task, error);
 }
 
 template <typename T> mv_status product(const mv_task *task, mv_error *error) {
-    const Choice choices[] = {choice<T, Tile128x256, false>(task), choice<T, Tile128x192, false>(task),
-                              choice<T, Tile128x128, false>(task), choice<T, Tile64x128, false>(task),
-                              choice<T, Tile64x64, false>(task),   choice<T, Tile32x64, false>(task)};
-    return launch_cheapest(choices, 6, task, error);
+    return task->block[0].col_stride == 1 ? launch_cheapest<T, false, false, Tile128x256, Tile128x192, Tile128x128,
+                                                            Tile128x96, Tile64x128, Tile64x64, Tile32x64>(task, error)
+                                          : launch_cheapest<T, true, false, Wide128x128, Tile64x64>(task, error);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */
@@ -320,7 +346,9 @@ extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
-mv_status mv_rms_norm_qkv_f16_mma_sm80(const mv_task *task, mv_error *error) { return norm_and_product<__half>(task, error); }
+mv_status mv_rms_norm_qkv_f16_mma_sm80(const mv_task *task, mv_error *error) {
+    return norm_and_product<__half>(task, error);
+}
 
 mv_status mv_rms_norm_qkv_bf16_mma_sm80(const mv_task *task, mv_error *error) {
     return norm_and_product<__nv_bfloat16>(task, error);

@@ -14,12 +14,13 @@ struct TilePlace {
 };
 
 template <int kTokens, int kOutputs> __device__ __forceinline__ TilePlace find_tile(const mv_task &task) {
-    constexpr int kGroup = 2048 / kTokens;
-    const int64_t token_tiles = (task.tokens + kTokens - 1) / kTokens;
-    const int64_t output_tiles = (task.outputs + kOutputs - 1) / kOutputs;
-    const int64_t group = blockIdx.x / (kGroup * output_tiles), within = blockIdx.x % (kGroup * output_tiles);
-    const int64_t left = token_tiles - group * kGroup, height = left < kGroup ? left : kGroup;
-    return {(group * kGroup + within % height) * kTokens, (within / height) * kOutputs};
+    constexpr unsigned kGroup = 2048 / kTokens; /* 32 bits: a launch has no more than 2^31 tiles */
+    const unsigned token_tiles = static_cast<unsigned>((task.tokens + kTokens - 1) / kTokens);
+    const unsigned output_tiles = static_cast<unsigned>((task.outputs + kOutputs - 1) / kOutputs);
+    const unsigned group_tiles = min(kGroup, token_tiles) * output_tiles;
+    const unsigned group = blockIdx.x / group_tiles, within = blockIdx.x % group_tiles;
+    const unsigned height = min(kGroup, token_tiles - group * kGroup);
+    return {int64_t{group * kGroup + within % height} * kTokens, int64_t{within / height} * kOutputs};
 }
 
 /* r of the kRows rows from `first` on, into shared memory, by all kThreads threads; 0 past the last row. A warp takes a
