@@ -35,9 +35,7 @@ template <int kTileM, int kTileN> struct Tile {
     static_assert(M % 64 == 0 && threads % 64 == 0, "whole warps, and rows of groups apart by a multiple of 16");
 };
 
-template <typename T> struct alignas(kGroup * sizeof(T)) Group {
-    T v[kGroup];
-};
+template <typename T> struct alignas(kGroup * sizeof(T)) Group { T v[kGroup]; };
 
 /* How groups are loaded: decided by the launcher. */
 struct Access {
@@ -54,6 +52,7 @@ template <typename Tile, typename T, typename W> struct Shared {
     int64_t w_step[Tile::N]; /* in elements, from one k to the next */
     float bias[Tile::N];
     float scale[Tile::M]; /* r */
+    int tokens, outputs;  /* rows of the tile that exist; kept here because registers are short */
 };
 
 __device__ __forceinline__ int column(int k, int c) { return c ^ (k / kGroup % 4 * 8); }
@@ -79,17 +78,14 @@ template <typename T> __device__ __forceinline__ const T *bytes_after(const void
     return reinterpret_cast<const T *>(static_cast<const char *>(from) + bytes);
 }
 
-/* Rows of the tile that exist. */
-struct Extent {
-    int tokens, outputs;
-};
-
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ Extent find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
+__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
     const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
-    const Extent extent = {tokens < Tile::M ? static_cast<int>(tokens) : Tile::M,
-                           outputs < Tile::N ? static_cast<int>(outputs) : Tile::N};
-    for (int m = threadIdx.x; m < extent.tokens; m += Tile::threads) {
+    if (threadIdx.x == 0) {
+        shared.tokens = static_cast<int>(tokens < Tile::M ? tokens : Tile::M);
+        shared.outputs = static_cast<int>(outputs < Tile::N ? outputs : Tile::N);
+    }
+    for (int m = threadIdx.x; m < Tile::M && m < tokens; m += Tile::threads) {
         const int64_t token = tile.first_token + m;
         shared.x_row[m] = bytes_between(task.x.data, row_address<const T>(task.x, task.inner, token));
         if (task.residual.data)
@@ -97,26 +93,24 @@ __device__ __forceinline__ Extent find_rows(const mv_task &task, TilePlace tile,
                 bytes_between(task.residual.data, row_address<const T>(task.residual, task.inner, token));
     }
     for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
-        const OutputPlace place = find_output(task, tile.first_output + (n < extent.outputs ? n : 0));
+        const OutputPlace place = find_output(task, tile.first_output + (n < outputs ? n : 0));
         shared.w_row[n] = bytes_between(task.block[0].weight, weight_row<W>(task, place));
         shared.w_step[n] = task.block[place.block].col_stride;
         shared.bias[n] = load_bias<T>(task, place);
     }
-    return extent;
 }
 
 /* This thread's groups of x of a step; the residual joins on arrival. */
 template <typename Tile, typename T> struct TokenGroups {
     Group<T> group[Tile::x_groups];
 
-    template <typename W>
-    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, Extent extent, int64_t k0,
-                                         bool whole, bool residual) {
+    template <typename W> __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared,
+                                                               int64_t k0, bool whole, bool residual) {
         const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
             const int m = (threadIdx.x + i * Tile::threads) / kGroupsK;
-            const int64_t count = m < extent.tokens ? task.hidden - k : 0;
+            const int64_t count = m < shared.tokens ? task.hidden - k : 0;
             group[i] = load_group(bytes_after<T>(task.x.data, shared.x_row[m]) + k, count, whole);
             if (residual) {
                 const T *row = bytes_after<T>(task.residual.data, shared.residual_row[m]);
@@ -127,9 +121,8 @@ template <typename Tile, typename T> struct TokenGroups {
         }
     }
 
-    template <typename W>
-    __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half, const float *weights, bool norm,
-                                          bool hf) const {
+    template <typename W> __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half,
+                                                                const float *weights, bool norm, bool hf) const {
         const int k = threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
@@ -147,9 +140,8 @@ template <typename Tile, typename T> struct TokenGroups {
 template <typename Tile, typename W> struct WeightGroups {
     Group<W> group[Tile::w_groups];
 
-    template <typename T>
-    __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared, Extent extent,
-                                         int64_t k0, Access access) {
+    template <typename T> __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared,
+                                                               int64_t k0, Access access) {
 #pragma unroll
         for (int i = 0; i < Tile::w_groups; i++) {
             const int index = threadIdx.x + i * Tile::threads;
@@ -157,7 +149,7 @@ template <typename Tile, typename W> struct WeightGroups {
                 const int n = index / kGroupsK;
                 const int64_t k = k0 + index % kGroupsK * kGroup;
                 const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
-                const int64_t count = n < extent.outputs ? task.hidden - k : 0;
+                const int64_t count = n < shared.outputs ? task.hidden - k : 0;
                 if (access.w_whole) {
                     group[i] = load_group(row + k, count, true);
                 } else {
@@ -168,7 +160,7 @@ template <typename Tile, typename W> struct WeightGroups {
             } else {
                 const int n = index % (Tile::N / kGroup) * kGroup;
                 const int64_t k = k0 + index / (Tile::N / kGroup);
-                const int count = k < task.hidden ? extent.outputs - n : 0;
+                const int count = k < task.hidden ? shared.outputs - n : 0;
                 if (access.w_whole) {
                     const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
                     group[i] = load_group(row + k * shared.w_step[n], count, true);
@@ -194,9 +186,8 @@ template <typename Tile, typename W> struct WeightGroups {
                 for (int j = 0; j < kGroup; j++) shared.w[half][k + j][column(k, n)] = to_float(group[i].v[j]);
             } else {
                 const int n = index % (Tile::N / kGroup) * kGroup, k = index / (Tile::N / kGroup);
-                *reinterpret_cast<float4 *>(&shared.w[half][k][column(k, n)]) =
-                    make_float4(to_float(group[i].v[0]), to_float(group[i].v[1]), to_float(group[i].v[2]),
-                                to_float(group[i].v[3]));
+                *reinterpret_cast<float4 *>(&shared.w[half][k][column(k, n)]) = make_float4(
+                    to_float(group[i].v[0]), to_float(group[i].v[1]), to_float(group[i].v[2]), to_float(group[i].v[3]));
             }
         }
     }
@@ -263,23 +254,25 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Sh
 
 /* Registers: 8 warps on an SM may have 255 each, 16 warps 128. */
 template <typename T, typename W, typename Tile, bool kNorm>
-__global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 4 : kNorm || sizeof(T) != sizeof(W) ? 1 : 2)
+__global__ void __launch_bounds__(Tile::threads, Tile::M == 64                     ? 4
+                                                 : kNorm || sizeof(T) != sizeof(W) ? 1
+                                                                                   : 2)
     rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
     __shared__ Shared<Tile, T, W> shared;
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
-    const int64_t steps = (task.hidden + kStepK - 1) / kStepK;
+    const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
     const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.residual.data;
 
     /* Weights do not depend on the kernel before, x does. */
     if (task.dynamic_weights) griddepcontrol_wait();
-    const Extent extent = find_rows(task, tile, shared);
+    find_rows(task, tile, shared);
     __syncthreads();
     WeightGroups<Tile, W> w_next;
-    w_next.load(task, shared, extent, 0, access);
+    w_next.load(task, shared, 0, access);
     griddepcontrol_wait();
     griddepcontrol_launch();
     TokenGroups<Tile, T> x_next;
-    x_next.load(task, shared, extent, 0, access.x_whole, residual);
+    x_next.load(task, shared, 0, access.x_whole, residual);
     float norm_weights[kGroup] = {};
     if (kNorm) {
         load_group_weights<T>(task, 0, norm_weights);
@@ -294,13 +287,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 4 : kNorm || si
     const int m = warp / Tile::warps_n * 64 + lane / 4 * kGroup, n = warp % Tile::warps_n * 32 + lane % 4 * kGroup;
     float sum[8][8] = {};
 #pragma unroll 1
-    for (int64_t step = 0; step < steps; step++) {
+    for (int step = 0; step < steps; step++) {
         const int half = step % 2;
         const bool more = step + 1 < steps;
         if (more) {
-            w_next.load(task, shared, extent, (step + 1) * kStepK, access);
-            x_next.load(task, shared, extent, (step + 1) * kStepK, access.x_whole, residual);
-            if (kNorm) load_group_weights<T>(task, (step + 1) * kStepK, norm_weights);
+            w_next.load(task, shared, (step + 1) * int64_t{kStepK}, access);
+            x_next.load(task, shared, (step + 1) * int64_t{kStepK}, access.x_whole, residual);
+            if (kNorm) load_group_weights<T>(task, (step + 1) * int64_t{kStepK}, norm_weights);
         }
         multiply(sum, shared, half, m, n);
         if (more) { /* the half that all warps have left at the last barrier */
@@ -315,7 +308,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64 ? 4 : kNorm || si
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
 template <typename T> bool groups_fit(const void *data, int64_t stride, int64_t row_length) {
-    return reinterpret_cast<uintptr_t>(data) % sizeof(Group<T>) == 0 && stride % kGroup == 0 && row_length % kGroup == 0;
+    return reinterpret_cast<uintptr_t>(data) % sizeof(Group<T>) == 0 && stride % kGroup == 0 &&
+           row_length % kGroup == 0;
 }
 
 template <typename T> bool rows_fit(mv_rows rows, int64_t row_length) {
@@ -332,9 +326,9 @@ template <typename T, typename W> Access find_access(const mv_task *task) {
     for (const mv_block &block : task->block) {
         if (block.outputs == 0) continue;
         const int64_t outputs = task->packed ? task->outputs : block.outputs;
-        access.w_whole = access.w_whole &&
-                         (access.w_along_n
-                              ? block.row_stride == 1 && groups_fit<W>(block.weight, block.col_stride, outputs)
+        access.w_whole =
+            access.w_whole &&
+            (access.w_along_n ? block.row_stride == 1 && groups_fit<W>(block.weight, block.col_stride, outputs)
                               : block.col_stride == 1 && groups_fit<W>(block.weight, block.row_stride, task->hidden));
         if (task->packed) break;
     }
@@ -345,7 +339,8 @@ template <typename T, typename W, typename Tile, bool kNorm>
 mv_status launch_tile(const mv_task *task, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
-        return mv_fail(error, MV_BAD_VALUE, "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
+        return mv_fail(error, MV_BAD_VALUE,
+                       "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
     const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, 0};
     return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm>>(task, grid, error, *task, find_access<T, W>(task));
