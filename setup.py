@@ -119,7 +119,7 @@ class Cuda:
         if source.endswith("/device.cu"):
             command.append(f'-DMV_CUDA_ARCHS="{self.names()}"')
         if flag("MINIVLLM_WERROR"):
-            command += ["--Werror=all-warnings", "-Xcompiler=-Werror,-Wno-error=format-truncation"]
+            command += ["--Werror=all-warnings", "-Xcompiler=-Werror"]
         return command
 
 

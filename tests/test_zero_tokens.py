@@ -41,3 +41,8 @@ def test_arguments_are_checked_without_tokens_too(device, framework):
         minivllm.rms_norm(x, framework.full((24,), 1.0, "f16"))
     with pytest.raises(ValueError, match="qkv_weight has 41 outputs"):
         minivllm.rms_norm_qkv(x, framework.full((24,), 1.0, "f32"), framework.full((41, 24), 1.0, "f32"), 3, 1)
+    with pytest.raises(ValueError, match="no kernel is called"):
+        minivllm.rms_norm(x, framework.full((24,), 1.0, "f32"), kernel="f32_abacus")
+    with pytest.raises(ValueError, match="no kernel is called"):
+        matrix = framework.full((40, 24), 1.0, "f32")
+        minivllm.rms_norm_qkv(x, framework.full((24,), 1.0, "f32"), matrix, 3, 1, kernel="f32_abacus")

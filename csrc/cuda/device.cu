@@ -108,7 +108,7 @@ extern "C" mv_status mv_cuda_device_info(int32_t device, mv_cuda_info *info, mv_
     cudaDeviceProp properties;
     const cudaError_t status = cudaGetDeviceProperties(&properties, device);
     if (status != cudaSuccess) return driver_problem(error, status);
-    snprintf(info->name, sizeof info->name, "%s", properties.name);
+    snprintf(info->name, sizeof info->name, "%.127s", properties.name);
     info->compute_capability = 10 * properties.major + properties.minor;
     info->sm_count = properties.multiProcessorCount;
     info->total_memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);

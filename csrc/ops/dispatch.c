@@ -61,14 +61,21 @@ static const char *does_not_fit(const mv_row *row, const mv_task *task) {
     return row->fits(task);
 }
 
+static const mv_row *find_name(const mv_list *list, const char *name) {
+    for (int i = 0; i < list->count; i++)
+        if (strcmp(list->rows[i].name, name) == 0) return &list->rows[i];
+    return NULL;
+}
+
+mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *name, mv_error *error) {
+    if (!name || find_name(list, name)) return MV_OK;
+    return mv_fail(error, MV_BAD_VALUE, "%s: no kernel is called '%s'; minivllm.kernels('%s') lists what exists", op,
+                   name, op);
+}
+
 static mv_status find_forced(const mv_list *list, const char *op, const mv_task *task, const char *name,
                              const mv_row **found, mv_error *error) {
-    const mv_row *row = NULL;
-    for (int i = 0; i < list->count; i++)
-        if (strcmp(list->rows[i].name, name) == 0) row = &list->rows[i];
-    if (!row)
-        return mv_fail(error, MV_BAD_VALUE, "%s: no kernel is called '%s'; minivllm.kernels('%s') lists what exists", op,
-                       name, op);
+    const mv_row *row = find_name(list, name);
     if (row->dtype != task->dtype || row->backend != task->device.kind)
         return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' is for another %s than x's", op, name,
                        row->dtype != task->dtype ? "dtype" : "device");
@@ -83,6 +90,8 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
 mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **best,
                     mv_error *error) {
     if (forced) return find_forced(list, op, task, forced, best, error);
+    mv_task priced = *task;
+    if (task->batch_invariant) priced.tokens = 64; /* whatever their number, the choice is the same */
     double lowest = 0;
     *best = NULL;
     for (int i = 0; i < list->count; i++) {
@@ -90,7 +99,7 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, co
         if (row->dtype != task->dtype || row->backend != task->device.kind) continue;
         if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
         if (does_not_fit(row, task)) continue;
-        const double cost = row->cost(task);
+        const double cost = row->cost(&priced);
         if (!*best || cost < lowest) {
             *best = row;
             lowest = cost;

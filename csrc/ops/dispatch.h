@@ -51,6 +51,9 @@ size_t mv_no_workspace(const mv_task *task);
 /* Fills in what a task must know of its device, or says why no kernel can run there. */
 mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error);
 
+/* Refuses a name that no row has; NULL is fine. */
+mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *name, mv_error *error);
+
 /* The row for a task: the one named `forced`, or the cheapest that fits. */
 mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **row,
                     mv_error *error);

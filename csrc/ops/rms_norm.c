@@ -44,6 +44,7 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
 /* Everything short of running: the tasks and the kernel that serves them. No row when there are no tokens. */
 static mv_status plan(const char *op, const mv_rms_norm_args *a, mv_tasks *tasks, const mv_row **row, mv_error *error) {
     MV_TRY(check(op, a, error));
+    MV_TRY(mv_check_kernel_name(&mv_rms_norm_list, op, a->call.kernel, error));
     mv_task *task = &tasks->task;
     *task = (mv_task){0};
     *row = NULL;

@@ -315,6 +315,7 @@ static mv_status make_plan(const char *op, const mv_rms_norm_qkv_args *a, mv_pla
     plan->projection = (mv_projection){0};
     MV_TRY(check_inputs(op, a, &plan->projection, error));
     MV_TRY(check_outputs(op, a, plan->projection.qkv, error));
+    MV_TRY(mv_check_kernel_name(&mv_rms_norm_qkv_list, op, a->call.kernel, error));
     mv_task *task = &plan->tasks.task;
     *task = (mv_task){0};
     if (mv_is_empty(&a->x)) return MV_OK;
