@@ -124,14 +124,20 @@ def empty(shape, dtype="float32", device="cuda:0"):
 
 
 def to_device(array, device="cuda:0", dtype=None, stream=None):
-    """A copy of `array` (anything that numpy.asarray takes, or a DeviceArray) on a GPU, as a DeviceArray.
+    """A copy of `array` on a GPU, as a DeviceArray; `array` is anything that numpy.asarray takes, a DeviceArray, or any
+    framework's tensor on a GPU (which comes here by way of the host; DeviceArray.from_dlpack shares its memory instead).
 
     dtype: that of `array` unless given; a conversion rounds to nearest, ties to even. stream: the handle of a CUDA
     stream to copy on, which the legacy default stream then waits for. The host memory is free again on return.
     """
     import numpy
 
-    array = array.numpy() if isinstance(array, DeviceArray) else numpy.asarray(array)
+    if _is_on_gpu(array):
+        array = DeviceArray.from_dlpack(array)
+    if isinstance(array, DeviceArray):
+        dtype = array.dtype if dtype is None else dtype
+        array = array.numpy()
+    array = numpy.asarray(array)
     if dtype is None and array.dtype.name not in _ITEMSIZE:
         raise TypeError(f"to_device: array has dtype {array.dtype}, expected {', '.join(_ITEMSIZE)}; pass dtype=")
     dtype = _dtype_of(array.dtype.name if dtype is None else dtype, "to_device")
@@ -143,6 +149,12 @@ def to_device(array, device="cuda:0", dtype=None, stream=None):
     if stream:
         _C._stream_wait(result._index, 0, stream)
     return result
+
+
+def _is_on_gpu(array):
+    if hasattr(array, "__dlpack_device__"):
+        return array.__dlpack_device__()[0] == _CUDA
+    return hasattr(array, "__cuda_array_interface__")
 
 
 def _to_bits(array, dtype):

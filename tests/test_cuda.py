@@ -389,7 +389,7 @@ def test_the_choice_of_kernels(torch):
         minivllm.rms_norm_qkv(x, weight, matrix, 16, 8)
         ran = minivllm.last_kernel()
         assert part in ran.name and f"tokens={tokens} hidden=1024 outputs=4096" in ran.why
-    minivllm.rms_norm_qkv(x.float(), weight, matrix.float(), 16, 8)
+    minivllm.rms_norm_qkv(x.float(), weight.float(), matrix.float(), 16, 8)
     assert "f32_" in minivllm.last_kernel().name and "tf32" not in minivllm.last_kernel().name
 
 

@@ -23,7 +23,7 @@ struct Known {
 };
 Known known_gpus[kMaxDevices];
 
-mv_status driver_problem(mv_error *error, cudaError_t status) {
+mv_status driver_problem(mv_error *error, int32_t device, cudaError_t status) {
     cudaGetLastError();
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
@@ -37,6 +37,10 @@ mv_status driver_problem(mv_error *error, cudaError_t status) {
                        driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     if (status == cudaErrorNoDevice)
         return mv_fail(error, MV_DEVICE_ERROR, "the NVIDIA driver finds no GPU (is CUDA_VISIBLE_DEVICES empty?)");
+    int count = 0;
+    if (status == cudaErrorInvalidDevice && cudaGetDeviceCount(&count) == cudaSuccess)
+        return mv_fail(error, MV_DEVICE_ERROR, "cuda:%d does not exist: this machine has %d GPU%s", (int)device, count,
+                       count == 1 ? "" : "s");
     return cuda_failed(error, "CUDA", status);
 }
 
@@ -52,12 +56,12 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
     if (status == cudaSuccess) status = attribute(&gpu->sm_count, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess)
         status = attribute(&gpu->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, device, status);
     gpu->compute_capability = 10 * major + minor;
 
     DeviceGuard guard;
     status = guard.enter(device);
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, device, status);
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
     cudaFuncAttributes attributes = {};
@@ -72,7 +76,7 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
                        "MINIVLLM_CUDA_ARCHS, sm_80 is the oldest supported",
                        (int)gpu->compute_capability, (int)device, MV_CUDA_ARCHS);
     }
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, device, status);
     /* PTX older than sm_90 compiled griddepcontrol to nothing: launched early, such a kernel would not wait. */
     gpu->programmatic_launch = gpu->compute_capability >= 90 && attributes.ptxVersion >= 90;
     return MV_OK;
@@ -100,14 +104,14 @@ extern "C" mv_status mv_cuda_device_count(int32_t *count, mv_error *error) {
     const cudaError_t status = cudaGetDeviceCount(count);
     if (status == cudaSuccess) return MV_OK;
     *count = 0;
-    return driver_problem(error, status);
+    return driver_problem(error, 0, status);
 }
 
 extern "C" mv_status mv_cuda_device_info(int32_t device, mv_cuda_info *info, mv_error *error) {
     *info = mv_cuda_info{};
     cudaDeviceProp properties;
     const cudaError_t status = cudaGetDeviceProperties(&properties, device);
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, device, status);
     snprintf(info->name, sizeof info->name, "%.127s", properties.name);
     info->compute_capability = 10 * properties.major + properties.minor;
     info->sm_count = properties.multiProcessorCount;
@@ -128,7 +132,7 @@ namespace {
 template <typename Call> mv_status on_device(int32_t device, const char *what, mv_error *error, Call call) {
     DeviceGuard guard;
     cudaError_t status = guard.enter(device);
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, device, status);
     status = call();
     guard.leave();
     if (status == cudaErrorMemoryAllocation) {
@@ -182,7 +186,7 @@ extern "C" mv_status mv_cuda_synchronize(int32_t device, void *stream, mv_error 
 extern "C" mv_status mv_cuda_pointer_device(const void *data, int32_t *device, mv_error *error) {
     cudaPointerAttributes attributes = {};
     const cudaError_t status = cudaPointerGetAttributes(&attributes, data);
-    if (status != cudaSuccess) return driver_problem(error, status);
+    if (status != cudaSuccess) return driver_problem(error, 0, status);
     if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
         return mv_fail(error, MV_BAD_VALUE, "the pointer %p is not device memory", data);
     *device = attributes.device;

@@ -252,11 +252,12 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Sh
     }
 }
 
-/* Registers: 8 warps on an SM may have 255 each, 16 warps 128. */
+/* Blocks per SM: 8 warps on it may have 255 registers each, 16 warps 128. */
+template <typename W, typename Tile, bool kNorm>
+constexpr int kBlocks = Tile::M == 64 ? 4 : kNorm || sizeof(W) == 4 ? 1 : 2;
+
 template <typename T, typename W, typename Tile, bool kNorm>
-__global__ void __launch_bounds__(Tile::threads, Tile::M == 64                     ? 4
-                                                 : kNorm || sizeof(T) != sizeof(W) ? 1
-                                                                                   : 2)
+__global__ void __launch_bounds__(Tile::threads, kBlocks<W, Tile, kNorm>)
     rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
     __shared__ Shared<Tile, T, W> shared;
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
@@ -285,7 +286,11 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64                  
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int m = warp / Tile::warps_n * 64 + lane / 4 * kGroup, n = warp % Tile::warps_n * 32 + lane % 4 * kGroup;
-    float sum[8][8] = {};
+    /* float32 results keep what they are worth: every 512 k the sums join a total, so that a long sum has not its own
+     * size times the error of an addition for each of its terms. */
+    constexpr bool kTotals = sizeof(T) == 4;
+    constexpr int kTotalSteps = 512 / kStepK;
+    float sum[8][8] = {}, total[kTotals ? 8 : 1][8] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         const int half = step % 2;
@@ -296,6 +301,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::M == 64                  
             if (kNorm) load_group_weights<T>(task, (step + 1) * int64_t{kStepK}, norm_weights);
         }
         multiply(sum, shared, half, m, n);
+        if (kTotals && (!more || step % kTotalSteps == kTotalSteps - 1)) {
+#pragma unroll
+            for (int i = 0; i < 64; i++) {
+                total[kTotals ? i / 8 : 0][i % 8] += sum[i / 8][i % 8];
+                sum[i / 8][i % 8] = more ? 0 : total[kTotals ? i / 8 : 0][i % 8];
+            }
+        }
         if (more) { /* the half that all warps have left at the last barrier */
             x_next.store(shared, half ^ 1, norm_weights, kNorm, hf);
             w_next.store(shared, half ^ 1, access.w_along_n);

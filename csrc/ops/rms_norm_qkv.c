@@ -30,23 +30,24 @@ static double cost_prefill_half(const mv_task *t) { return cost_cpu(t, 2e4, 2.5e
 static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 2e4); }
 
 #ifdef MV_WITH_CUDA
-/* GPU, in microseconds of an H100: a launch or two, and the larger of the weights at the kernel's share of memory speed
- * and the products at its rate. Decode reads the weights once for every 4 tokens; the tiles of the others are at least
- * 32 or 64 tokens high. Measured: SPEED.md. */
+/* GPU, in microseconds of an H100 (SPEED.md): launches, and the larger of the weights at the kernel's share of memory
+ * speed and the products at its rate. Decode takes 4 tokens at a time; the tiles of the others are 32 or 64 tokens high,
+ * and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
 static double larger(double a, double b) { return a > b ? a : b; }
-static double tile_cost(const mv_task *t, double launch, double bytes_per_us, double tokens, double flops_per_us) {
-    const double rows = larger((double)t->tokens, tokens);
-    const double products = 2 * rows * (double)t->outputs * (double)t->hidden;
-    return launch + larger(weight_bytes(t) / bytes_per_us, products / flops_per_us);
+static double tile_flops(const mv_task *t, double tokens) {
+    return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
 }
 static double cost_decode_gpu(const mv_task *t) {
-    const double passes = (double)((t->tokens + 3) / 4);
-    return passes * (2.5 + larger(weight_bytes(t) / 2.9e6, flops(t) / passes / 1.4e7));
+    return (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
 }
-static double cost_mma(const mv_task *t) { return tile_cost(t, 10, 0.75e6, 32, 1.2e8); }
-static double cost_norm_mma(const mv_task *t) { return tile_cost(t, 7, 2.2e6, 32, 3.4e8); }
-static double cost_ffma(const mv_task *t) { return tile_cost(t, 20, 1.0e6, 64, 5e6); }
-static double cost_norm_ffma(const mv_task *t) { return tile_cost(t, 22, 1.0e6, 64, 1.2e7); }
+static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
+static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
+static double cost_ffma(const mv_task *t) {
+    return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7);
+}
+static double cost_norm_ffma(const mv_task *t) {
+    return 22 + larger((double)t->hidden * 0.17, tile_flops(t, 64) / 4.0e7);
+}
 #endif
 
 /*                      name, isa, backend, batch invariant, fits, cost, workspace */
