@@ -168,7 +168,7 @@ typedef struct {
     int32_t sm_count;
     int32_t driver_version, runtime_version; /* 13000 for 13.0 */
     int64_t total_memory_bytes, l2_bytes;
-    bool usable;     /* this build has code for it    */
+    bool usable;              /* this build has code for it    */
     bool programmatic_launch; /* and the code uses programmatic dependent launch there */
 } mv_cuda_info;
 

@@ -325,7 +325,7 @@ def test_cuda_array_interface(cuda_torch):
         ({"mask": x}, ValueError, r"x is masked"),
         ({"data": data[0]}, BufferError, r"x has a __cuda_array_interface__ whose data is not"),
         ({"shape": None}, BufferError, r"x has a __cuda_array_interface__ with a malformed shape"),
-        ({"strides": (4,)}, BufferError, r"x has .*malformed shape or strides"),
+        ({"strides": (4,)}, BufferError, r"x has a __cuda_array_interface__ with a malformed strides"),
     ):
         with pytest.raises(exception, match=message):
             minivllm.rms_norm(CudaArray(x, **changes), weight)

@@ -54,8 +54,7 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
     cudaError_t status = attribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (status == cudaSuccess) status = attribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (status == cudaSuccess) status = attribute(&gpu->sm_count, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess)
-        status = attribute(&gpu->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess) status = attribute(&gpu->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return driver_problem(error, device, status);
     gpu->compute_capability = 10 * major + minor;
 
@@ -146,7 +145,8 @@ template <typename Call> mv_status on_device(int32_t device, const char *what, m
 
 extern "C" mv_status mv_cuda_malloc(int32_t device, size_t bytes, void **data, mv_error *error) {
     *data = nullptr;
-    return on_device(device, "cudaMallocAsync", error, [&] { return cudaMallocAsync(data, bytes ? bytes : 1, nullptr); });
+    return on_device(device, "cudaMallocAsync", error,
+                     [&] { return cudaMallocAsync(data, bytes ? bytes : 1, nullptr); });
 }
 
 extern "C" mv_status mv_cuda_free(int32_t device, void *data, mv_error *error) {

@@ -47,18 +47,16 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&m)[4], uint32_t row
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                            uint32_t b1) {
+template <> __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4],
+                                                                        uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                     uint32_t b1) {
+template <> __device__ __forceinline__ void mma_m16n8k16<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                                 uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

@@ -12,9 +12,7 @@ template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, in
 }
 
 /* As many norm weights as a packet has values, with the offset, as float; zeros past the hidden size. */
-template <typename T> struct NormWeights {
-    float v[Packet<T>::size];
-};
+template <typename T> struct NormWeights { float v[Packet<T>::size]; };
 
 template <typename T>
 __device__ __forceinline__ NormWeights<T> widen_norm_weights(const mv_task &task, const Packet<T> &packet) {
@@ -50,8 +48,7 @@ template <typename T> __device__ __forceinline__ T add_residual(T x, T residual)
     return from_float<T>(to_float(x) + to_float(residual));
 }
 
-template <typename T>
-__device__ __forceinline__ Packet<T> add_residual(const Packet<T> &x, const Packet<T> &residual) {
+template <typename T> __device__ __forceinline__ Packet<T> add_residual(const Packet<T> &x, const Packet<T> &residual) {
     float sum[Packet<T>::size];
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) sum[i] = x.get(i) + residual.get(i);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <typename T> __global__ void __launch_bounds__(kThreads) 
+template <typename T> __global__ void __launch_bounds__(kThreads)
     rms_norm_naive_kernel(const __grid_constant__ mv_task task) {
     __shared__ float sums[kThreads];
     griddepcontrol_wait();

@@ -40,7 +40,7 @@ template <int kSize> struct Tokens {
 };
 
 /* Columns of a row that a warp covers in a step: kUnroll packets per lane. */
-template <typename W> constexpr int kColumns = 32 * kUnroll * Packet<W>::size;
+template <typename W> constexpr int kColumns = 32 * kUnroll *Packet<W>::size;
 
 template <typename W> int padded(int64_t hidden) {
     return static_cast<int>((hidden + kColumns<W> - 1) / kColumns<W> * kColumns<W>);
@@ -60,9 +60,9 @@ struct Aligned {
  * multiplied by; gives the factors that are still to come after the sums. `near` are the norm weights of this thread's
  * first packet, loaded ahead of time. */
 template <typename T, int kTokens, int kSize>
-__device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const NormWeights<T> &near,
-                                                 const Tokens<kSize> &tokens, float *partial,
-                                                 float (&factor)[kTokens]) {
+__device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t first_token, Aligned aligned,
+                                                 const NormWeights<T> &near, const Tokens<kSize> &tokens,
+                                                 float *partial, float (&factor)[kTokens]) {
     constexpr int size = Packet<T>::size;
     constexpr int step = kThreads * size;
     const int first = threadIdx.x * size;
@@ -157,8 +157,8 @@ template <typename W, bool kAligned> struct Stream {
     const int hidden, first_row, steps_per_row, steps; /* of this block */
 
     __device__ __forceinline__ Stream(const mv_task &task, Split split)
-        : task(task), hidden(static_cast<int>(task.hidden)), first_row(share_begin(split.rows_per_block, split.more, blockIdx.x)),
-          steps_per_row(split.steps_per_row),
+        : task(task), hidden(static_cast<int>(task.hidden)),
+          first_row(share_begin(split.rows_per_block, split.more, blockIdx.x)), steps_per_row(split.steps_per_row),
           steps((split.rows_per_block + (static_cast<int>(blockIdx.x) < split.more)) * split.steps_per_row) {}
 
     /* The steps of warp w are those from begin(w) to begin(w + 1). */
@@ -204,9 +204,8 @@ template <typename W> struct Step {
     float bias;
 };
 
-template <typename W, int kTokens>
-__device__ __forceinline__ void multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k,
-                                         float (&sum)[kTokens]) {
+template <typename W, int kTokens> __device__ __forceinline__ void
+multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k, float (&sum)[kTokens]) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
 #pragma unroll
@@ -237,8 +236,9 @@ template <int kTokens> struct Row {
 };
 
 template <typename T, int kTokens>
-__device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first_token, int n, const float (&total)[kTokens],
-                                              const float (&factor)[kTokens], float bias) {
+__device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first_token, int n,
+                                              const float (&total)[kTokens], const float (&factor)[kTokens],
+                                              float bias) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++)
         if (static_cast<int>(threadIdx.x % 32) == t && first_token + t < task.tokens)
@@ -248,9 +248,9 @@ __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first
 /* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that the
  * warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
 template <typename T, typename W, bool kAligned, int kTokens>
-__device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens, Step<W> &step,
-                                        Place done, Place later, int64_t first_token, const float (&factor)[kTokens],
-                                        Row<kTokens> &row, float *open) {
+__device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
+                                        Step<W> &step, Place done, Place later, int64_t first_token,
+                                        const float (&factor)[kTokens], Row<kTokens> &row, float *open) {
     const float bias = step.bias;
     const W *next_row = stream.row(later);
 #pragma unroll
@@ -289,9 +289,9 @@ __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int
     write_outputs<T, kTokens>(stream.task, first_token, n, total, factor, bias);
 }
 
-template <typename T, typename W, bool kAligned, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, Split split, Aligned aligned) {
+template <typename T, typename W, bool kAligned, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
+    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, Split split,
+                               Aligned aligned) {
     extern __shared__ float shared[];
     float *const open = shared + kPartials;
     const Tokens<Packet<W>::size> tokens = {shared + 2 * kPartials, split.steps_per_row * kColumns<W>};
@@ -334,8 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename W> bool weights_aligned(const mv_task *task) {
     bool aligned = task->hidden % Packet<W>::size == 0;
     for (const mv_block &block : task->block)
-        if (block.outputs)
-            aligned = aligned && is_aligned16(block.weight) && block.row_stride % Packet<W>::size == 0;
+        if (block.outputs) aligned = aligned && is_aligned16(block.weight) && block.row_stride % Packet<W>::size == 0;
     return aligned;
 }
 

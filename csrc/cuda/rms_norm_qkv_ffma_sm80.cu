@@ -253,8 +253,9 @@ __device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Sh
 }
 
 /* Blocks per SM: 8 warps on it may have 255 registers each, 16 warps 128. */
-template <typename W, typename Tile, bool kNorm>
-constexpr int kBlocks = Tile::M == 64 ? 4 : kNorm || sizeof(W) == 4 ? 1 : 2;
+template <typename W, typename Tile, bool kNorm> constexpr int kBlocks = Tile::M == 64             ? 4
+                                                                         : kNorm || sizeof(W) == 4 ? 1
+                                                                                                   : 2;
 
 template <typename T, typename W, typename Tile, bool kNorm>
 __global__ void __launch_bounds__(Tile::threads, kBlocks<W, Tile, kNorm>)

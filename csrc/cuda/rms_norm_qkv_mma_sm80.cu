@@ -233,17 +233,34 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
 /* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. step_us: measured on an
  * H100, for 64 k of all the tiles that share an SM. */
-struct Tile128x256 : Tile<128, 256, 2, 4, 4, 1> { static constexpr double step_us = 1.23; };
-struct Tile128x224 : Tile<128, 224, 4, 2, 4, 1> { static constexpr double step_us = 1.12; };
-struct Tile128x192 : Tile<128, 192, 2, 4, 5, 1> { static constexpr double step_us = 1.00; };
-struct Tile128x128 : Tile<128, 128, 2, 4, 6, 1> { static constexpr double step_us = 0.83; };
-struct Tile128x96 : Tile<128, 96, 4, 2, 6, 1> { static constexpr double step_us = 0.72; };
-struct Tile64x128 : Tile<64, 128, 2, 4, 8, 1> { static constexpr double step_us = 0.54; };
-struct Tile64x64 : Tile<64, 64, 2, 2, 6, 2> { static constexpr double step_us = 0.58; };
-struct Tile32x64 : Tile<32, 64, 2, 2, 8, 2> { static constexpr double step_us = 0.48; };
+struct Tile128x256 : Tile<128, 256, 2, 4, 4, 1> {
+    static constexpr double step_us = 1.23;
+};
+struct Tile128x192 : Tile<128, 192, 2, 4, 5, 1> {
+    static constexpr double step_us = 1.00;
+};
+struct Tile128x128 : Tile<128, 128, 2, 4, 6, 1> {
+    static constexpr double step_us = 0.83;
+};
+struct Tile128x96 : Tile<128, 96, 4, 2, 6, 1> {
+    static constexpr double step_us = 0.72;
+};
+struct Tile64x128 : Tile<64, 128, 2, 4, 8, 1> {
+    static constexpr double step_us = 0.54;
+};
+struct Tile64x64 : Tile<64, 64, 2, 2, 6, 2> {
+    static constexpr double step_us = 0.58;
+};
+struct Tile32x64 : Tile<32, 64, 2, 2, 8, 2> {
+    static constexpr double step_us = 0.48;
+};
 /* With the norm shared memory also holds the residual. */
-struct NormTile128x128 : Tile<128, 128, 2, 4, 4, 1> { static constexpr double step_us = 2.0; };
-struct NormTile32x64 : Tile<32, 64, 2, 2, 6, 2> { static constexpr double step_us = 0.9; };
+struct NormTile128x128 : Tile<128, 128, 2, 4, 4, 1> {
+    static constexpr double step_us = 2.0;
+};
+struct NormTile32x64 : Tile<32, 64, 2, 2, 6, 2> {
+    static constexpr double step_us = 0.9;
+};
 
 /* Microseconds of an H100: the tiles run in waves, and a tile takes its steps and about two more to begin and to end.
  * Within 1 % of the best tile, in the mean over six models and 64 to 4,096 tokens (SPEED.md). */
@@ -283,10 +300,9 @@ template <typename T> mv_status norm_and_product(const mv_task *task, mv_error *
 }
 
 template <typename T> mv_status product(const mv_task *task, mv_error *error) {
-    return task->block[0].col_stride == 1
-               ? launch_cheapest<T, false, false, Tile128x256, Tile128x224, Tile128x192, Tile128x128, Tile128x96,
-                                 Tile64x128, Tile32x64>(task, error)
-               : launch_cheapest<T, true, false, Tile128x128, Tile64x64>(task, error);
+    return task->block[0].col_stride == 1 ? launch_cheapest<T, false, false, Tile128x256, Tile128x192, Tile128x128,
+                                                            Tile128x96, Tile64x128, Tile32x64>(task, error)
+                                          : launch_cheapest<T, true, false, Tile128x128, Tile64x64>(task, error);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */

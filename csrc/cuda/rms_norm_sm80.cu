@@ -41,14 +41,13 @@ template <int kThreads> __device__ __forceinline__ float row_sum(float v) {
 /* Rows of a warp or less share a block of 128 threads, and none of them meets at a barrier. */
 template <int kThreads> constexpr int kBlockThreads = kThreads <= 32 ? 128 : kThreads;
 
-template <typename T, int kThreads, int kPackets, bool kAdd>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>) 
+template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __launch_bounds__(kBlockThreads<kThreads>)
     rms_norm_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
     constexpr int size = Packet<T>::size;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const int lane = threadIdx.x % kThreads;
-    const int64_t place = static_cast<int64_t>(blockIdx.x) * (kBlockThreads<kThreads> / kThreads) +
-                          threadIdx.x / kThreads;
+    const int64_t place =
+        static_cast<int64_t>(blockIdx.x) * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
     const int64_t row = place < task.tokens ? place : 0;
     /* past the last row: nothing to read, to add or to write */
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
@@ -94,8 +93,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
     for (int p = 0; p < kPackets; p++) {
         const int at = (p * kThreads + lane) * size;
         if (at >= hidden) break;
-        const NormWeights<T> weights = early ? widen_norm_weights<T>(task, raw_weights[p])
-                                             : load_norm_weights<T>(task, at, aligned.weight);
+        const NormWeights<T> weights =
+            early ? widen_norm_weights<T>(task, raw_weights[p]) : load_norm_weights<T>(task, at, aligned.weight);
         store_packet(out + at, apply_norm(s[p], r, weights, hf), hidden - at, aligned.rows);
     }
 }
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>)
 /* Any hidden size: s is read again, from residual_out where there is one (x may be overwritten by it, then). */
 constexpr int kLongRowThreads = 1024;
 
-template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThreads) 
+template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThreads)
     rms_norm_long_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kLongRowThreads * size;
@@ -134,7 +133,8 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
         Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, aligned.rows);
         if constexpr (kAdd)
             if (!residual_out) s = add_residual(s, load_packet(residual + at, left, aligned.rows));
-        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, aligned.weight), hf), left, aligned.rows);
+        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, aligned.weight), hf), left,
+                     aligned.rows);
     }
 }
 
@@ -146,14 +146,15 @@ mv_status launch_rows(const mv_task *task, Aligned aligned, mv_error *error) {
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
     const Grid grid = {dim3(static_cast<unsigned>(blocks)), threads, 0};
-    return task->residual.data ? launch<rms_norm_kernel<T, kThreads, kPackets, true>>(task, grid, error, *task, aligned)
-                           : launch<rms_norm_kernel<T, kThreads, kPackets, false>>(task, grid, error, *task, aligned);
+    return task->residual.data
+               ? launch<rms_norm_kernel<T, kThreads, kPackets, true>>(task, grid, error, *task, aligned)
+               : launch<rms_norm_kernel<T, kThreads, kPackets, false>>(task, grid, error, *task, aligned);
 }
 
 template <typename T> mv_status launch_long_rows(const mv_task *task, Aligned aligned, mv_error *error) {
     const Grid grid = {dim3(static_cast<unsigned>(task->tokens)), kLongRowThreads, 0};
     return task->residual.data ? launch<rms_norm_long_kernel<T, true>>(task, grid, error, *task, aligned)
-                           : launch<rms_norm_long_kernel<T, false>>(task, grid, error, *task, aligned);
+                               : launch<rms_norm_long_kernel<T, false>>(task, grid, error, *task, aligned);
 }
 
 /* Threads for a row by its packets: 4 packets a thread keep enough bytes in flight; short rows take part of a warp. */
@@ -186,7 +187,9 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
 } // namespace
 
 extern "C" mv_status mv_rms_norm_f32_sm80(const mv_task *task, mv_error *error) { return rms_norm<float>(task, error); }
-extern "C" mv_status mv_rms_norm_f16_sm80(const mv_task *task, mv_error *error) { return rms_norm<__half>(task, error); }
+extern "C" mv_status mv_rms_norm_f16_sm80(const mv_task *task, mv_error *error) {
+    return rms_norm<__half>(task, error);
+}
 extern "C" mv_status mv_rms_norm_bf16_sm80(const mv_task *task, mv_error *error) {
     return rms_norm<__nv_bfloat16>(task, error);
 }

@@ -36,8 +36,8 @@ mv_text mv_shape_text(const mv_view *view) {
     mv_text out = {"["};
     size_t used = 1;
     for (int d = 0; d < view->ndim && used < sizeof out.text - 28; d++)
-        used += (size_t)snprintf(out.text + used, sizeof out.text - used, d ? ", %lld" : "%lld",
-                                 (long long)view->shape[d]);
+        used +=
+            (size_t)snprintf(out.text + used, sizeof out.text - used, d ? ", %lld" : "%lld", (long long)view->shape[d]);
     snprintf(out.text + used, sizeof out.text - used, "]");
     return out;
 }
@@ -82,8 +82,7 @@ mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
     MV_REQUIRE(t.view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", t.op, t.name,
                mv_dtype_name(t.view->dtype), mv_dtype_name(x->dtype));
     MV_TRY(check_device(t, x, error));
-    MV_REQUIRE(t.view->ndim == x->ndim &&
-                   memcmp(t.view->shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
+    MV_REQUIRE(t.view->ndim == x->ndim && memcmp(t.view->shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
                MV_BAD_VALUE, "%s: %s has shape %s, expected %s (the shape of x)", t.op, t.name,
                mv_shape_text(t.view).text, mv_shape_text(x).text);
     return check_last_contiguous(t, error);

@@ -7,14 +7,14 @@
 #define MV_MAX_DIMS 64
 
 /* Leaves the function with a refusal. */
-#define MV_TRY(call)                                  \
-    do {                                              \
-        const mv_status try_status = (call);          \
-        if (try_status != MV_OK) return try_status;   \
+#define MV_TRY(call)                                                                                                   \
+    do {                                                                                                               \
+        const mv_status try_status = (call);                                                                           \
+        if (try_status != MV_OK) return try_status;                                                                    \
     } while (0)
-#define MV_REQUIRE(condition, status, ...)                             \
-    do {                                                               \
-        if (!(condition)) return mv_fail(error, status, __VA_ARGS__);  \
+#define MV_REQUIRE(condition, status, ...)                                                                             \
+    do {                                                                                                               \
+        if (!(condition)) return mv_fail(error, status, __VA_ARGS__);                                                  \
     } while (0)
 
 /* A tensor and the name that its user knows it by. */

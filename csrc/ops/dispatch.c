@@ -33,10 +33,11 @@ mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     task->programmatic_launch = gpu.programmatic_launch;
     return MV_OK;
 #else
-    return mv_fail(error, MV_DEVICE_ERROR,
-                   "%s: x is on cuda:%d, but this build of minivllm has no CUDA backend (nvcc was not found when it was "
-                   "built); install nvcc and rebuild with MINIVLLM_CUDA=1",
-                   op, (int)task->device.index);
+    return mv_fail(
+        error, MV_DEVICE_ERROR,
+        "%s: x is on cuda:%d, but this build of minivllm has no CUDA backend (nvcc was not found when it was "
+        "built); install nvcc and rebuild with MINIVLLM_CUDA=1",
+        op, (int)task->device.index);
 #endif
 }
 
@@ -135,8 +136,8 @@ bool mv_last_kernel(mv_ran *ran) {
     if (!last.row) return false;
     ran->op = last.op;
     ran->name = last.row->name;
-    int used = snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens,
-                        (long long)last.hidden);
+    int used =
+        snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens, (long long)last.hidden);
     if (last.outputs)
         used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, " outputs=%lld", (long long)last.outputs);
     if (last.forced)
@@ -171,9 +172,8 @@ bool mv_kernel_at(int index, mv_kernel_info *info) {
     const struct {
         const char *op;
         const mv_list *list;
-    } ops[] = {{"rms_norm", &mv_rms_norm_list},
-               {"add_rms_norm", &mv_rms_norm_list},
-               {"rms_norm_qkv", &mv_rms_norm_qkv_list}};
+    } ops[] = {
+        {"rms_norm", &mv_rms_norm_list}, {"add_rms_norm", &mv_rms_norm_list}, {"rms_norm_qkv", &mv_rms_norm_qkv_list}};
     for (size_t i = 0; i < sizeof ops / sizeof ops[0]; index -= ops[i].list->count, i++) {
         if (index < 0) return false;
         if (index >= ops[i].list->count) continue;

@@ -10,10 +10,10 @@ typedef struct {
     const char *isa;
     mv_device_kind backend;
     mv_dtype dtype;
-    bool batch_invariant;                   /* a row's bits do not depend on the number of rows            */
-    const char *(*fits)(const mv_task *);   /* NULL when the task is legal for it, else the reason         */
-    double (*cost)(const mv_task *);        /* estimated microseconds; the cheapest row that fits wins     */
-    size_t (*workspace)(const mv_task *);   /* bytes of scratch memory                                     */
+    bool batch_invariant;                 /* a row's bits do not depend on the number of rows            */
+    const char *(*fits)(const mv_task *); /* NULL when the task is legal for it, else the reason         */
+    double (*cost)(const mv_task *);      /* estimated microseconds; the cheapest row that fits wins     */
+    size_t (*workspace)(const mv_task *); /* bytes of scratch memory                                     */
     mv_kernel *run;
 } mv_row;
 
@@ -29,11 +29,11 @@ size_t mv_no_workspace(const mv_task *task);
 
 /* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) each. These
  * two meanings of K declare the kernels and fill the table. A build or machine without a backend has no rows of it. */
-#define MV_DECLARE_KERNEL(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) \
+#define MV_DECLARE_KERNEL(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace)                      \
     mv_kernel mv_##op##_##dtype##_##name;
-#define MV_TABLE_ROW(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) \
+#define MV_TABLE_ROW(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace)                           \
     {#dtype "_" #name, #isa, backend, DTYPE, invariant, fits, cost, workspace, mv_##op##_##dtype##_##name},
-#define MV_ALL_DTYPES(K, op, ...) \
+#define MV_ALL_DTYPES(K, op, ...)                                                                                      \
     K(op, f32, MV_F32, __VA_ARGS__) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
 #define MV_16BIT_DTYPES(K, op, ...) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
 

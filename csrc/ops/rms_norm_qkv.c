@@ -42,9 +42,7 @@ static double cost_decode_gpu(const mv_task *t) {
 }
 static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
 static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
-static double cost_ffma(const mv_task *t) {
-    return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7);
-}
+static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
     return 22 + larger((double)t->hidden * 0.17, tile_flops(t, 64) / 4.0e7);
 }
@@ -54,25 +52,25 @@ static double cost_norm_ffma(const mv_task *t) {
 #define RMS_NORM_QKV_KERNELS(K)                                                                                        \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
                          mv_no_workspace))                                                                             \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))    \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))   \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))    \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,           \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,            \
                          mv_norm_plan_workspace))                                                                      \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_fits_any,            \
-             cost_decode_bf16, mv_rms_norm_qkv_decode_cpu_workspace))                                                  \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_fits_any, cost_decode_bf16, \
+             mv_rms_norm_qkv_decode_cpu_workspace))                                                                    \
     MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_fits_any,                   \
              cost_prefill_bf16, mv_rms_norm_qkv_prefill_cpu_workspace))                                                \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_fits_any,                    \
-                         cost_decode_wide, mv_rms_norm_qkv_decode_cpu_workspace))                                      \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_fits_any, cost_decode_wide,         \
+                         mv_rms_norm_qkv_decode_cpu_workspace))                                                        \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_fits_any, cost_prefill_wide,        \
                          mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_fits_any, cost_decode_half,      \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_fits_any, cost_decode_half,             \
                          mv_rms_norm_qkv_decode_cpu_workspace))                                                        \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_fits_any, cost_prefill_half,            \
                          mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
-    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_fits_any, cost_decode_scalar,   \
+    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_fits_any, cost_decode_scalar,          \
                   mv_rms_norm_qkv_decode_cpu_workspace)                                                                \
     MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_fits_any, cost_prefill_scalar,         \
                   mv_rms_norm_qkv_prefill_cpu_workspace)
@@ -148,8 +146,7 @@ static mv_status check_heads(const char *op, const mv_rms_norm_qkv_args *a, mv_e
                op, (long long)a->num_heads);
     MV_REQUIRE(a->num_kv_heads >= 1 && a->num_kv_heads <= INT_MAX, MV_BAD_VALUE,
                "%s: num_kv_heads is %lld, expected at least 1", op, (long long)a->num_kv_heads);
-    MV_REQUIRE(a->head_dim >= 0, MV_BAD_VALUE, "%s: head_dim is %lld, expected at least 1", op,
-               (long long)a->head_dim);
+    MV_REQUIRE(a->head_dim >= 0, MV_BAD_VALUE, "%s: head_dim is %lld, expected at least 1", op, (long long)a->head_dim);
     return MV_OK;
 }
 
@@ -193,10 +190,11 @@ static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int
                (long long)p->qkv, (long long)total_heads);
     p->head_dim = p->qkv / total_heads;
     MV_REQUIRE(a->head_dim == 0 || a->head_dim == p->head_dim, MV_BAD_VALUE,
-               "%s: head_dim is %lld, expected %lld (= %lld outputs of qkv_weight / (num_heads + 2 * num_kv_heads))", op,
-               (long long)a->head_dim, (long long)p->head_dim, (long long)p->qkv);
+               "%s: head_dim is %lld, expected %lld (= %lld outputs of qkv_weight / (num_heads + 2 * num_kv_heads))",
+               op, (long long)a->head_dim, (long long)p->head_dim, (long long)p->qkv);
 
-    const int64_t outputs[] = {a->num_heads * p->head_dim, a->num_kv_heads * p->head_dim, a->num_kv_heads * p->head_dim};
+    const int64_t outputs[] = {a->num_heads * p->head_dim, a->num_kv_heads * p->head_dim,
+                               a->num_kv_heads * p->head_dim};
     int64_t first = 0;
     p->packed = true;
     for (int i = 0; i < 3; i++) {
@@ -261,8 +259,7 @@ static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, in
     MV_TRY(mv_check_output(out, &a->x, qkv, error));
     MV_REQUIRE(!mv_present(&a->residual_out) || mv_present(&a->residual), MV_BAD_VALUE,
                "%s: residual_out was given without a residual", op);
-    if (mv_present(&a->residual_out))
-        MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));
+    if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));
     const mv_named inputs[] = {{op, "x", &a->x}, {op, "residual", &a->residual}, {op, "norm_weight", &a->norm_weight}};
     for (int i = 0; i < 3; i++) {
         MV_TRY(mv_check_apart(out, inputs[i], false, error));
