@@ -126,8 +126,8 @@ def empty(shape, dtype="float32", device="cuda:0"):
 def to_device(array, device="cuda:0", dtype=None, stream=None):
     """A copy of `array` on a GPU, as a DeviceArray.
 
-    array: anything that numpy.asarray takes, a DeviceArray, or any framework's tensor on a GPU; the last two come by way
-    of the host (DeviceArray.from_dlpack shares their memory instead).
+    array: anything that numpy.asarray takes, a DeviceArray, or any framework's tensor on a GPU; the last two come by
+    way of the host (DeviceArray.from_dlpack shares their memory instead).
 
     dtype: that of `array` unless given; a conversion rounds to nearest, ties to even. stream: the handle of a CUDA
     stream to copy on, which the legacy default stream then waits for. The host memory is free again on return.
