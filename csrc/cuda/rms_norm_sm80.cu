@@ -1,10 +1,10 @@
 /* rms_norm_sm80.cu: rms_norm and add_rms_norm at memory speed on everything from Ampere up.
  *
  * One read, one write. A row belongs to kThreads threads, each of which keeps kPackets 16-byte packets of it in
- * registers between the sum and the scaling; rows of up to 128 packets (1024 values of 16 bits) belong to one warp or
- * less and need no barrier. Rows of more than 2048 packets are read twice (with 1024 threads of 4 packets the residual
- * form spilled registers). Who adds what in which order depends on
- * the hidden size alone, so a row's bits do not depend on its neighbours, its alignment or its strides.
+ * registers between the sum and the scaling; rows of up to 32 packets belong to one warp or less and need no barrier.
+ * Rows of more than 2048 packets are read twice (with 1024 threads of 4 packets the residual form spilled registers).
+ * Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on its neighbours, its
+ * alignment or its strides.
  *
  * Norm weights are on their way before the wait for the previous kernel.
  */
@@ -157,14 +157,15 @@ template <typename T> mv_status launch_long_rows(const mv_task *task, Aligned al
                                : launch<rms_norm_long_kernel<T, false>>(task, grid, error, *task, aligned);
 }
 
-/* Threads for a row by its packets: 4 packets a thread keep enough bytes in flight; short rows take part of a warp. */
+/* Threads for a row by its packets. Measured on an H100: 2 packets a thread are faster than 4 up to 512 packets and slower
+ * from 1,024 on (SPEED.md); short rows take part of a warp. */
 template <typename T> mv_status launch_by_hidden(const mv_task *task, Aligned aligned, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
     if (packets <= 16) return launch_rows<T, 16, 1>(task, aligned, error);
     if (packets <= 32) return launch_rows<T, 32, 1>(task, aligned, error);
-    if (packets <= 128) return launch_rows<T, 32, 4>(task, aligned, error);
-    if (packets <= 256) return launch_rows<T, 64, 4>(task, aligned, error);
-    if (packets <= 512) return launch_rows<T, 128, 4>(task, aligned, error);
+    if (packets <= 128) return launch_rows<T, 64, 2>(task, aligned, error);
+    if (packets <= 256) return launch_rows<T, 128, 2>(task, aligned, error);
+    if (packets <= 512) return launch_rows<T, 256, 2>(task, aligned, error);
     if (packets <= 1024) return launch_rows<T, 256, 4>(task, aligned, error);
     if (packets <= 2048) return launch_rows<T, 512, 4>(task, aligned, error);
     return launch_long_rows<T>(task, aligned, error);
