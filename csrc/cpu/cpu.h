@@ -16,10 +16,6 @@ extern "C" {
  * "avx512", "avx512bf16". False for any other name. */
 bool mv_cpu_supports(const char *isa);
 
-/* The decode kernels take any number of tokens, but they are made for this many or fewer: up to here a weight is
- * read from memory once. */
-enum { MV_CPU_DECODE_TOKENS = 8 };
-
 /* Bytes of task->workspace that any decode or prefill kernel needs for this task; enough for every instruction set and
  * for any number of threads. The norm kernels need none. */
 size_t mv_rms_norm_qkv_decode_cpu_workspace(const mv_task *task);

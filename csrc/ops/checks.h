@@ -24,7 +24,6 @@ typedef struct {
 } mv_named;
 
 static inline bool mv_present(const mv_view *view) { return view->ndim > 0 || view->data != NULL; }
-static inline int64_t mv_extent(const mv_view *view, int dim) { return view->shape[dim]; }
 
 const char *mv_dtype_name(mv_dtype dtype);
 bool mv_is_empty(const mv_view *view);
