@@ -118,7 +118,7 @@ static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, in
     *common = a->weight_layout;
     for (int i = 0; i < members; i++) {
         const mv_named w = weight_at(op, a, i);
-        mv_weight_layout layout;
+        mv_weight_layout layout = MV_LAYOUT_AUTO;
         MV_TRY(layout_by_shape(w, hidden, &layout, error));
         if (layout == MV_LAYOUT_AUTO) continue;
         MV_REQUIRE(*common == MV_LAYOUT_AUTO || *common == layout, MV_BAD_VALUE,
