@@ -254,7 +254,7 @@ struct Tile64x64 : Tile<64, 64, 2, 2, 6, 2> {
 struct Tile32x64 : Tile<32, 64, 2, 2, 8, 2> {
     static constexpr double step_us = 0.48;
 };
-/* With the norm shared memory also holds the residual. */
+/* With the norm, shared memory also holds the residual. These two step_us are estimates. */
 struct NormTile128x128 : Tile<128, 128, 2, 4, 4, 1> {
     static constexpr double step_us = 2.0;
 };
@@ -262,8 +262,8 @@ struct NormTile32x64 : Tile<32, 64, 2, 2, 6, 2> {
     static constexpr double step_us = 0.9;
 };
 
-/* Microseconds of an H100: the tiles run in waves, and a tile takes its steps and about two more to begin and to end.
- * Within 1 % of the best tile, in the mean over six models and 64 to 4,096 tokens (SPEED.md). */
+/* Microseconds of an H100: the tiles run in waves, and a tile takes its steps and about two more to begin and to end
+ * (SPEED.md). */
 template <typename Tile> double tile_cost(const mv_task *task) {
     if (smem_bytes<Tile>(task->residual.data) > static_cast<size_t>(task->smem_bytes)) return 1e30;
     const int64_t at_once = Tile::ctas_per_sm * static_cast<int64_t>(task->sm_count);

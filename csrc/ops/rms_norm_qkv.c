@@ -369,6 +369,9 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_error *error) {
             const mv_task task = group_task(&plan, i, group);
             const mv_row *row;
             MV_TRY(mv_choose(&mv_rms_norm_qkv_list, op, &task, a->call.kernel, &row, error));
+            MV_REQUIRE(task.workspace || row->workspace(&task) == 0, MV_BAD_VALUE,
+                       "%s: call.workspace is NULL, expected %zu bytes for kernel '%s' (mv_rms_norm_qkv_workspace)", op,
+                       row->workspace(&task), row->name);
             MV_TRY(mv_run(op, row, &task, a->call.kernel != NULL, error));
         }
     }
