@@ -32,6 +32,7 @@ else:
     )
     from minivllm.device_array import DeviceArray, empty, to_device
     from minivllm.layers import FusedRMSNormQKV
+    from minivllm.parallel import QKVShard, shard_qkv
     from minivllm.selection import Kernel, Ran, kernels, last_kernel
 
     __version__ = _C.version
@@ -39,6 +40,7 @@ else:
         "DeviceArray",
         "FusedRMSNormQKV",
         "Kernel",
+        "QKVShard",
         "Ran",
         "add_rms_norm",
         "empty",
@@ -49,5 +51,6 @@ else:
         "rms_norm",
         "rms_norm_qkv",
         "set_num_threads",
+        "shard_qkv",
         "to_device",
     ]

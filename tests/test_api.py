@@ -75,7 +75,7 @@ def test_arguments_work_by_position_and_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device"]
+    "name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device", "shard_qkv"]
 )
 def test_everything_public_is_documented(name):
     assert name in minivllm.__all__
