@@ -393,25 +393,6 @@ def test_the_choice_of_kernels(torch):
     assert "f32_" in minivllm.last_kernel().name and "tf32" not in minivllm.last_kernel().name
 
 
-def test_cupy_on_its_own_stream(torch):
-    framework = next(f for f in frameworks.ALL if f.name == "cupy")
-    if reason := framework.why_not():
-        pytest.skip(reason)
-    cupy = frameworks.optional("cupy")
-    late, weight = framework.tensor(normal((5, 256), "f32", "x"), "f32"), framework.tensor(np.ones(256), "f32")
-    expected = to_float64(minivllm.rms_norm(late, weight))
-    x, stream = cupy.zeros_like(late), cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    with stream:
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
-            torch.cuda._sleep(LONG // 4)
-        x[...] = late
-        got = minivllm.rms_norm(x, weight)
-    stream.synchronize()
-    assert type(got) is cupy.ndarray
-    assert_same_bits(got, expected)
-
-
 def test_jax_arrays_that_are_still_being_computed(torch):
     framework = next(f for f in frameworks.ALL if f.name == "jax" and f.device == "cuda")
     if reason := framework.why_not():

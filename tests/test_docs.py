@@ -6,7 +6,10 @@ import pytest
 from processes import PACKAGE, ROOT, succeeds
 
 # A page, and the module that it needs.
-PAGES = [pytest.param("parallel.md", "torch")]
+PAGES = [
+    pytest.param("parallel.md", "torch"),
+    pytest.param("cupy.md", "cupy", marks=pytest.mark.gpu),
+]
 
 
 @pytest.mark.parametrize("page,module", PAGES)
