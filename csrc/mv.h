@@ -2,9 +2,16 @@
  *
  * Fused decoder-layer kernels on tensors somebody else owns, on the CPU or on an NVIDIA GPU. Valid C11 and C++17.
  * An op is one args struct and one entry. Zero-initialise the struct, fill in what the op needs, and call; a view left
- * at zero is an absent tensor. Entries check every argument, pick the cheapest kernel that fits, and either return
- * MV_OK or leave one sentence in the caller's mv_error that names the argument, what it is and what it should be.
- * Nothing here allocates device memory, synchronises, or keeps a pointer after it returns, except where it says so.
+ * at zero is an absent tensor. An entry checks every argument, picks the cheapest kernel that fits, and either makes a
+ * plan and returns MV_OK, or leaves one sentence in the caller's mv_error that names the argument, what it is and what
+ * it should be. The plan says what the caller may still have to allocate; mv_run() runs it:
+ *
+ *     mv_rms_norm_args args = {.x = x, .weight = weight, .out = out, .eps = 1e-6};
+ *     mv_plan plan;
+ *     mv_error error;
+ *     if (mv_rms_norm(&args, &plan, &error) != MV_OK || mv_run(&plan, NULL, &error) != MV_OK) puts(error.text);
+ *
+ * Nothing here allocates device memory or synchronises, except where it says so.
  */
 #ifndef MV_H
 #define MV_H
@@ -68,9 +75,26 @@ typedef struct {
     const char *op;     /* the name in messages; NULL: the entry's own                                        */
     const char *kernel; /* a row of mv_kernel_at() by name, to force it; NULL: the cheapest that fits         */
     void *stream;       /* cudaStream_t to launch on; ignored on the CPU                                      */
-    void *workspace;    /* mv_<op>_workspace() bytes on x's device, 256-byte aligned, free again when the
-                           stream has passed the call; may be NULL when that is 0 bytes                       */
 } mv_call;
+
+/* A call that was checked, and its kernels. The caller owns it and may drop it at any time; it holds no reference, so
+ * the tensors' memory and the texts of mv_call have to live until it has run. */
+typedef struct {
+    int64_t qkv, head_dim;  /* rms_norm_qkv: out is [..., qkv]; q, k, v: [..., num_heads or num_kv_heads, head_dim] */
+    size_t workspace_bytes; /* scratch that the kernels want                                                        */
+    bool is_long;           /* computes on the CPU for more than some tens of microseconds (release the GIL)        */
+    uint64_t state[576];    /* the library's own */
+} mv_plan;
+
+/* Memory that the args did not name, all of it on x's device. */
+typedef struct {
+    void *out, *residual_out; /* of an output that was absent: C-contiguous, 16-byte aligned, overlapping nothing; a
+                                 residual_out that is absent here too is not written                              */
+    void *workspace;          /* workspace_bytes, 256-byte aligned, free again when the stream has passed the run */
+} mv_memory;
+
+/* Runs a plan on the stream of its args. memory: may be NULL when nothing is wanted of it. */
+mv_status mv_run(const mv_plan *plan, const mv_memory *memory, mv_error *error);
 
 /* ---- rms_norm, add_rms_norm -----------------------------------------------------------------------------------
  *
@@ -80,7 +104,7 @@ typedef struct {
  *
  * rn rounds to x's dtype, sums are float32. x, residual, out, residual_out: [..., hidden], one shape and dtype, any
  * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32. An output may be
- * exactly x or exactly residual (in place); any other overlap is refused. */
+ * exactly x or exactly residual (in place), any other overlap is refused; or absent, and then mv_run() is told where. */
 typedef struct {
     mv_call call;
     mv_view x, residual, weight;
@@ -89,8 +113,8 @@ typedef struct {
     mv_rounding rounding;
 } mv_rms_norm_args;
 
-mv_status mv_rms_norm(const mv_rms_norm_args *args, mv_error *error);
-mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_error *error);
+mv_status mv_rms_norm(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
+mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
 
 /* ---- rms_norm_qkv ---------------------------------------------------------------------------------------------
  *
@@ -99,7 +123,7 @@ mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_error *error);
  * x, residual, residual_out: [..., hidden]. out: [..., qkv], packed q | k | v, where qkv = (num_heads + 2 num_kv_heads)
  * * head_dim. qkv_weight: one packed matrix in [0] (the other two absent), or wq, wk, wv; each [out, hidden] or its
  * transpose, of any strides, x's dtype or float32. bias: packed [qkv] in [0], or three, or absent. No output may
- * overlap an input or the other output. */
+ * overlap an input or the other output; one that is absent is given to mv_run(). */
 typedef struct {
     mv_call call;
     mv_view x, residual, norm_weight;
@@ -116,17 +140,7 @@ typedef struct {
     bool dynamic_weights; /* the previous kernel in the stream may write weights and trigger early */
 } mv_rms_norm_qkv_args;
 
-mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *args, mv_error *error);
-
-/* What the caller must know to allocate `out`: checks the inputs (outputs may still be absent) and gives the columns. */
-typedef struct {
-    int64_t qkv, head_dim; /* out: [..., qkv]; q, k, v: [..., num_heads or num_kv_heads, head_dim] */
-} mv_qkv_shape;
-mv_status mv_rms_norm_qkv_shape(const mv_rms_norm_qkv_args *args, mv_qkv_shape *shape, mv_error *error);
-
-/* Bytes of workspace the chosen kernel wants; args as for the op itself, outputs included. */
-mv_status mv_rms_norm_workspace(const mv_rms_norm_args *args, size_t *bytes, mv_error *error);
-mv_status mv_rms_norm_qkv_workspace(const mv_rms_norm_qkv_args *args, size_t *bytes, mv_error *error);
+mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *args, mv_plan *plan, mv_error *error);
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 
@@ -156,9 +170,6 @@ int mv_get_num_threads(void);
 
 /* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16", separated by spaces. */
 const char *mv_cpu_features(void);
-
-/* True when a call on these args computes on the CPU for more than some tens of microseconds (release the GIL). */
-bool mv_is_long_on_cpu(int64_t tokens, int64_t hidden, int64_t outputs);
 
 /* ---- the CUDA backend; in a build without it each returns MV_DEVICE_ERROR and says how to get one ---------------- */
 

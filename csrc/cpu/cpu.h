@@ -21,6 +21,9 @@ bool mv_cpu_supports(const char *isa);
 size_t mv_rms_norm_qkv_decode_cpu_workspace(const mv_task *task);
 size_t mv_rms_norm_qkv_prefill_cpu_workspace(const mv_task *task);
 
+/* True when a call on that much computes for more than some tens of microseconds. outputs: of the projection, or 0. */
+bool mv_is_long_on_cpu(int64_t tokens, int64_t hidden, int64_t outputs);
+
 #ifdef __cplusplus
 }
 #endif

@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include "parallel.h"
 #include "../mv.h"
+#include "cpu.h"
 
 #include <pthread.h>
 #include <sched.h>

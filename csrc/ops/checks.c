@@ -1,6 +1,7 @@
 /* checks.c: see checks.h. Every message says what was got, what was expected, and where it helps, the fix. */
 #include "checks.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -148,6 +149,15 @@ mv_status mv_check_vector(mv_named t, const mv_view *x, int64_t size, const char
     MV_REQUIRE(t.view->shape[0] == size, MV_BAD_VALUE, "%s: %s has %lld elements, expected %lld (%s)", t.op, t.name,
                (long long)t.view->shape[0], (long long)size, meaning);
     return check_last_contiguous(t, error);
+}
+
+mv_status mv_check_numbers(const char *op, double eps, double weight_offset, mv_rounding rounding, mv_error *error) {
+    MV_REQUIRE(isfinite(eps) && eps >= 0, MV_BAD_VALUE, "%s: eps is %g, expected a finite number >= 0", op, eps);
+    MV_REQUIRE(isfinite(weight_offset), MV_BAD_VALUE, "%s: weight_offset is %g, expected a finite number", op,
+               weight_offset);
+    MV_REQUIRE(rounding == MV_ROUNDING_HF || rounding == MV_ROUNDING_FP32, MV_BAD_VALUE,
+               "%s: unknown rounding, expected \"hf\" or \"fp32\"", op);
+    return MV_OK;
 }
 
 /* ---- overlap --------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *
 }
 
 static mv_status find_forced(const mv_list *list, const char *op, const mv_task *task, const char *name,
-                             const mv_row **found, mv_error *error) {
+                             mv_choice *choice, mv_error *error) {
     const mv_row *row = find_name(list, name);
     if (row->dtype != task->dtype || row->backend != task->device.kind)
         return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' is for another %s than x's", op, name,
@@ -84,29 +84,25 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
     const char *reason = row->backend == MV_CPU ? unusable(row, 0, &text) : NULL; /* a GPU is bound already */
     if (!reason) reason = does_not_fit(row, task);
     if (reason) return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' cannot serve this call: %s", op, name, reason);
-    *found = row;
+    *choice = (mv_choice){row, -1};
     return MV_OK;
 }
 
-mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **best,
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, mv_choice *choice,
                     mv_error *error) {
-    if (forced) return find_forced(list, op, task, forced, best, error);
+    if (forced) return find_forced(list, op, task, forced, choice, error);
     mv_task priced = *task;
     if (task->batch_invariant) priced.tokens = 64; /* whatever their number, the choice is the same */
-    double lowest = 0;
-    *best = NULL;
+    *choice = (mv_choice){NULL, 0};
     for (int i = 0; i < list->count; i++) {
         const mv_row *row = &list->rows[i];
         if (row->dtype != task->dtype || row->backend != task->device.kind) continue;
         if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
         if (does_not_fit(row, task)) continue;
         const double cost = row->cost(&priced);
-        if (!*best || cost < lowest) {
-            *best = row;
-            lowest = cost;
-        }
+        if (!choice->row || cost < choice->cost) *choice = (mv_choice){row, cost};
     }
-    if (*best) return MV_OK;
+    if (choice->row) return MV_OK;
     return mv_fail(error, MV_DEVICE_ERROR, "%s: no kernel fits this call; minivllm.kernels('%s') lists what exists", op,
                    op);
 }
@@ -115,10 +111,8 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, co
 
 static _Thread_local struct {
     const char *op;
-    const mv_row *row;
+    mv_choice choice;
     int64_t tokens, hidden, outputs;
-    double cost;
-    bool forced;
 } last;
 
 static bool logging(void) {
@@ -133,30 +127,29 @@ static bool logging(void) {
 }
 
 bool mv_last_kernel(mv_ran *ran) {
-    if (!last.row) return false;
+    if (!last.choice.row) return false;
     ran->op = last.op;
-    ran->name = last.row->name;
+    ran->name = last.choice.row->name;
     int used =
         snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens, (long long)last.hidden);
     if (last.outputs)
         used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, " outputs=%lld", (long long)last.outputs);
-    if (last.forced)
+    if (last.choice.cost < 0)
         snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": forced by name");
     else
-        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us", last.cost);
+        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us",
+                 last.choice.cost);
     return true;
 }
 
-mv_status mv_run(const char *op, const mv_row *row, const mv_task *task, bool forced, mv_error *error) {
-    const mv_status status = row->run(task, error);
+mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_error *error) {
+    const mv_status status = choice.row->run(task, error);
     if (status != MV_OK) return status;
     last.op = op;
-    last.row = row;
+    last.choice = choice;
     last.tokens = task->tokens;
     last.hidden = task->hidden;
     last.outputs = task->outputs;
-    last.forced = forced;
-    last.cost = forced ? 0 : row->cost(task);
     if (logging()) {
         mv_ran ran;
         mv_last_kernel(&ran);

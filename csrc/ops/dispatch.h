@@ -54,12 +54,17 @@ mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error);
 /* Refuses a name that no row has; NULL is fine. */
 mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *name, mv_error *error);
 
+typedef struct {
+    const mv_row *row;
+    double cost; /* as estimated; negative where the row was forced */
+} mv_choice;
+
 /* The row for a task: the one named `forced`, or the cheapest that fits. */
-mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, const mv_row **row,
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, mv_choice *choice,
                     mv_error *error);
 
 /* Runs a row and remembers, for this thread, that it did and why. */
-mv_status mv_run(const char *op, const mv_row *row, const mv_task *task, bool forced, mv_error *error);
+mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_error *error);
 
 extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
 

@@ -1,5 +1,5 @@
 /* rms_norm.c: rms_norm and add_rms_norm: what they require, and the kernels that serve both. */
-#include "task.h"
+#include "plan.h"
 
 /* ---- the kernels ---------------------------------------------------------------------------------------------- */
 
@@ -30,7 +30,7 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
     const int64_t hidden = a->x.shape[a->x.ndim - 1];
     if (mv_present(&a->residual)) MV_TRY(mv_check_like_x(residual, &a->x, error));
     MV_TRY(mv_check_vector(weight, &a->x, hidden, "= x.shape[-1]", error));
-    MV_TRY(mv_check_output(out, &a->x, hidden, error));
+    if (mv_present(&a->out)) MV_TRY(mv_check_output(out, &a->x, hidden, error));
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, hidden, error));
     MV_TRY(mv_check_apart(out, x, true, error));
     MV_TRY(mv_check_apart(out, residual, true, error));
@@ -41,56 +41,29 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
     return mv_check_apart(out, residual_out, false, error);
 }
 
-/* Everything short of running: the tasks and the kernel that serves them. No row when there are no tokens. */
-static mv_status plan(const char *op, const mv_rms_norm_args *a, mv_tasks *tasks, const mv_row **row, mv_error *error) {
+static mv_status make_plan(const char *op, const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
     MV_TRY(check(op, a, error));
-    MV_TRY(mv_check_kernel_name(&mv_rms_norm_list, op, a->call.kernel, error));
-    mv_task *task = &tasks->task;
-    *task = (mv_task){0};
-    *row = NULL;
-    if (mv_is_empty(&a->x)) return MV_OK;
-    mv_plan_rows(tasks, &a->x, &a->residual, &a->out, &a->residual_out);
-    task->stream = a->call.stream;
-    task->workspace = a->call.workspace;
+    plan->qkv = plan->head_dim = 0;
+    const mv_row_views rows = {&a->x, &a->residual, &a->out, &a->residual_out, a->x.shape[a->x.ndim - 1]};
+    MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, &rows, error));
+    mv_task *task = &mv_state(plan)->part[0].task;
     task->norm_weight = a->weight.data;
     task->norm_weight_dtype = a->weight.dtype;
     task->eps = (float)a->eps;
     task->weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;
-    MV_TRY(mv_bind_device(op, task, error));
-    return mv_choose(&mv_rms_norm_list, op, task, a->call.kernel, row, error);
+    return mv_finish_plan(plan, error);
 }
 
-static mv_status run(const char *op, const mv_rms_norm_args *a, mv_error *error) {
-    mv_tasks tasks;
-    const mv_row *row;
-    MV_TRY(plan(op, a, &tasks, &row, error));
-    if (!row) return MV_OK;
-    const int64_t count = mv_task_count(&tasks);
-    for (int64_t i = 0; i < count; i++) {
-        const mv_task task = mv_task_at(&tasks, i);
-        MV_TRY(mv_run(op, row, &task, a->call.kernel != NULL, error));
-    }
-    return MV_OK;
-}
-
-mv_status mv_rms_norm(const mv_rms_norm_args *a, mv_error *error) {
+mv_status mv_rms_norm(const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
     const char *op = a->call.op ? a->call.op : "rms_norm";
     MV_REQUIRE(!mv_present(&a->residual) && !mv_present(&a->residual_out), MV_BAD_VALUE,
                "%s: a residual was given; mv_add_rms_norm takes one", op);
-    return run(op, a, error);
+    return make_plan(op, a, plan, error);
 }
 
-mv_status mv_add_rms_norm(const mv_rms_norm_args *a, mv_error *error) {
+mv_status mv_add_rms_norm(const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
     const char *op = a->call.op ? a->call.op : "add_rms_norm";
     MV_REQUIRE(mv_present(&a->residual), MV_BAD_VALUE, "%s: residual is missing", op);
-    return run(op, a, error);
-}
-
-mv_status mv_rms_norm_workspace(const mv_rms_norm_args *a, size_t *bytes, mv_error *error) {
-    mv_tasks tasks;
-    const mv_row *row;
-    MV_TRY(plan(a->call.op ? a->call.op : "rms_norm", a, &tasks, &row, error));
-    *bytes = row ? row->workspace(&tasks.task) : 0;
-    return MV_OK;
+    return make_plan(op, a, plan, error);
 }

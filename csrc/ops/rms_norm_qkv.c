@@ -2,7 +2,7 @@
 #include <limits.h>
 
 #include "../cpu/cpu.h"
-#include "task.h"
+#include "plan.h"
 #ifdef MV_WITH_CUDA
 #include "../cuda/cuda.h"
 #endif
@@ -256,7 +256,7 @@ static mv_status check_inputs(const char *op, const mv_rms_norm_qkv_args *a, mv_
 /* No output may overlap anything else. */
 static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, int64_t qkv, mv_error *error) {
     const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
-    MV_TRY(mv_check_output(out, &a->x, qkv, error));
+    if (mv_present(&a->out)) MV_TRY(mv_check_output(out, &a->x, qkv, error));
     MV_REQUIRE(!mv_present(&a->residual_out) || mv_present(&a->residual), MV_BAD_VALUE,
                "%s: residual_out was given without a residual", op);
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));
@@ -272,54 +272,35 @@ static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, in
     return mv_check_apart(out, residual_out, false, error);
 }
 
-/* Weights of several dtypes, or some transposed and some not, are computed in groups that share both. */
-typedef struct {
-    mv_tasks tasks;
-    mv_projection projection;
-    int groups, first_block[4]; /* group g: blocks first_block[g] .. first_block[g + 1] - 1 */
-} mv_plan;
-
-static void group_blocks(mv_plan *plan) {
-    const mv_projection *p = &plan->projection;
-    plan->groups = 0;
-    for (int i = 0; i < 3; i++) {
-        const bool same = i > 0 && p->weight_dtype[i] == p->weight_dtype[i - 1] &&
-                          (p->block[i].col_stride == 1) == (p->block[i - 1].col_stride == 1);
-        if (!same) plan->first_block[plan->groups++] = i;
+/* Weights of several dtypes, or some transposed and some not, are computed in parts that share both. */
+static void add_blocks(mv_plan *plan, const mv_projection *p) {
+    mv_task *task = &mv_state(plan)->part[0].task;
+    int64_t first_output = 0;
+    for (int i = 0, part = 0, blocks = 0; i < 3; i++) {
+        const bool same = i == 0 || (p->weight_dtype[i] == p->weight_dtype[i - 1] &&
+                                     (p->block[i].col_stride == 1) == (p->block[i - 1].col_stride == 1));
+        if (!same) {
+            task = mv_add_part(plan, ++part, first_output);
+            blocks = 0;
+        }
+        task->block[blocks++] = p->block[i];
+        task->outputs += p->block[i].outputs;
+        task->weight_dtype = p->weight_dtype[i];
+        task->packed = p->packed || blocks == 1;
+        first_output += p->block[i].outputs;
     }
-    plan->first_block[plan->groups] = 3;
 }
 
-/* The i-th task over the rows, restricted to a group of blocks. */
-static mv_task group_task(const mv_plan *plan, int64_t i, int group) {
-    mv_task task = mv_task_at(&plan->tasks, i);
-    const mv_projection *p = &plan->projection;
-    const int begin = plan->first_block[group], end = plan->first_block[group + 1];
-    int64_t skipped = 0;
-    for (int b = 0; b < begin; b++) skipped += p->block[b].outputs;
-    task.out.data = (char *)task.out.data + skipped * (int64_t)mv_dtype_bytes(task.dtype);
-    for (int b = begin; b < end; b++) {
-        task.block[b - begin] = p->block[b];
-        task.outputs += p->block[b].outputs;
-    }
-    task.weight_dtype = p->weight_dtype[begin];
-    task.packed = p->packed || end - begin == 1;
-    if (group > 0) task.residual_out.data = NULL; /* the first group has written it */
-    return task;
-}
-
-/* Everything short of choosing and running. `tokens` comes out 0 when there is nothing to do. */
-static mv_status make_plan(const char *op, const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error *error) {
-    plan->projection = (mv_projection){0};
-    MV_TRY(check_inputs(op, a, &plan->projection, error));
-    MV_TRY(check_outputs(op, a, plan->projection.qkv, error));
-    MV_TRY(mv_check_kernel_name(&mv_rms_norm_qkv_list, op, a->call.kernel, error));
-    mv_task *task = &plan->tasks.task;
-    *task = (mv_task){0};
-    if (mv_is_empty(&a->x)) return MV_OK;
-    mv_plan_rows(&plan->tasks, &a->x, &a->residual, &a->out, &a->residual_out);
-    task->stream = a->call.stream;
-    task->workspace = a->call.workspace;
+mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error *error) {
+    const char *op = a->call.op ? a->call.op : "rms_norm_qkv";
+    mv_projection projection = {0};
+    MV_TRY(check_inputs(op, a, &projection, error));
+    MV_TRY(check_outputs(op, a, projection.qkv, error));
+    plan->qkv = projection.qkv;
+    plan->head_dim = projection.head_dim;
+    const mv_row_views rows = {&a->x, &a->residual, &a->out, &a->residual_out, projection.qkv};
+    MV_TRY(mv_start_plan(plan, &mv_rms_norm_qkv_list, op, &a->call, &rows, error));
+    mv_task *task = &mv_state(plan)->part[0].task;
     task->norm_weight = a->norm_weight.data;
     task->norm_weight_dtype = a->norm_weight.dtype;
     task->eps = (float)a->eps;
@@ -328,52 +309,6 @@ static mv_status make_plan(const char *op, const mv_rms_norm_qkv_args *a, mv_pla
     task->batch_invariant = a->batch_invariant;
     task->allow_tf32 = a->allow_tf32;
     task->dynamic_weights = a->dynamic_weights;
-    group_blocks(plan);
-    return mv_bind_device(op, task, error);
-}
-
-static const char *op_name(const mv_rms_norm_qkv_args *a) { return a->call.op ? a->call.op : "rms_norm_qkv"; }
-
-mv_status mv_rms_norm_qkv_shape(const mv_rms_norm_qkv_args *a, mv_qkv_shape *shape, mv_error *error) {
-    mv_projection projection = {0};
-    MV_TRY(check_inputs(op_name(a), a, &projection, error));
-    shape->qkv = projection.qkv;
-    shape->head_dim = projection.head_dim;
-    return MV_OK;
-}
-
-mv_status mv_rms_norm_qkv_workspace(const mv_rms_norm_qkv_args *a, size_t *bytes, mv_error *error) {
-    const char *op = op_name(a);
-    mv_plan plan;
-    MV_TRY(make_plan(op, a, &plan, error));
-    *bytes = 0;
-    if (plan.tasks.task.tokens == 0) return MV_OK;
-    for (int group = 0; group < plan.groups; group++) {
-        const mv_task task = group_task(&plan, 0, group);
-        const mv_row *row;
-        MV_TRY(mv_choose(&mv_rms_norm_qkv_list, op, &task, a->call.kernel, &row, error));
-        const size_t wanted = row->workspace(&task);
-        if (wanted > *bytes) *bytes = wanted;
-    }
-    return MV_OK;
-}
-
-mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_error *error) {
-    const char *op = op_name(a);
-    mv_plan plan;
-    MV_TRY(make_plan(op, a, &plan, error));
-    if (plan.tasks.task.tokens == 0) return MV_OK;
-    const int64_t count = mv_task_count(&plan.tasks);
-    for (int64_t i = 0; i < count; i++) {
-        for (int group = 0; group < plan.groups; group++) {
-            const mv_task task = group_task(&plan, i, group);
-            const mv_row *row;
-            MV_TRY(mv_choose(&mv_rms_norm_qkv_list, op, &task, a->call.kernel, &row, error));
-            MV_REQUIRE(task.workspace || row->workspace(&task) == 0, MV_BAD_VALUE,
-                       "%s: call.workspace is NULL, expected %zu bytes for kernel '%s' (mv_rms_norm_qkv_workspace)", op,
-                       row->workspace(&task), row->name);
-            MV_TRY(mv_run(op, row, &task, a->call.kernel != NULL, error));
-        }
-    }
-    return MV_OK;
+    if (mv_state(plan)->parts > 0) add_blocks(plan, &projection);
+    return mv_finish_plan(plan, error);
 }

@@ -8,31 +8,35 @@
 
 static int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
 
-/* Long enough on the CPU to let other Python threads run meanwhile? */
-static bool is_long(const mv_view *x, int64_t outputs) {
-    int64_t tokens = 1;
-    for (int d = 0; d + 1 < x->ndim; d++) tokens *= x->shape[d];
-    return x->device.kind == MV_CPU && mv_is_long_on_cpu(tokens, hidden_of(x), outputs);
+/* Runs a plan; its outputs are there. */
+static bool run(call *c, const mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out) {
+    mv_memory memory = {.out = out->data, .residual_out = residual_out->data};
+    mv_error error;
+    mv_status status;
+    if (!provide_workspace(c, x, plan->workspace_bytes, &memory.workspace)) return false;
+    if (plan->is_long) {
+        Py_BEGIN_ALLOW_THREADS status = mv_run(plan, &memory, &error);
+        Py_END_ALLOW_THREADS
+    } else {
+        status = mv_run(plan, &memory, &error);
+    }
+    return check_status(status, &error) && settle(c);
 }
 
 /* ---- the norms -------------------------------------------------------------------------------------------------- */
 
-typedef mv_status norm_entry(const mv_rms_norm_args *args, mv_error *error);
+typedef mv_status norm_entry(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
 
+/* Plans, makes the outputs that were not given, and runs. */
 static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
+    mv_plan plan;
     mv_error error;
-    mv_status status;
-    size_t bytes;
     a->call.stream = c->stream;
-    if (!check_status(mv_rms_norm_workspace(a, &bytes, &error), &error)) return false;
-    if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
-    if (is_long(&a->x, 0)) {
-        Py_BEGIN_ALLOW_THREADS status = entry(a, &error);
-        Py_END_ALLOW_THREADS
-    } else {
-        status = entry(a, &error);
-    }
-    return check_status(status, &error) && settle(c);
+    if (!check_status(entry(a, &plan, &error), &error)) return false;
+    const int64_t hidden = hidden_of(&a->x);
+    return provide(c, "out", &a->out, &a->x, 1, &hidden) &&
+           (!is_given(&a->residual) || provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) &&
+           run(c, &plan, &a->x, &a->out, &a->residual_out);
 }
 
 #define NORM(name, convert, field)                                                                                     \
@@ -54,11 +58,8 @@ PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count
     PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
-    if (parse(&c, &rms_norm_signature, &a, given, count, names)) {
-        const int64_t hidden = hidden_of(&a.x);
-        if (provide(&c, "out", &a.out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_rms_norm))
-            result = returned(&c, &a.out, &a.x);
-    }
+    if (parse(&c, &rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_rms_norm))
+        result = returned(&c, &a.out, &a.x);
     end_call(&c);
     return result;
 }
@@ -92,12 +93,8 @@ PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t c
     PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
-    if (parse(&c, &add_rms_norm_signature, &a, given, count, names)) {
-        const int64_t hidden = hidden_of(&a.x);
-        if (provide(&c, "out", &a.out, &a.x, 1, &hidden) &&
-            provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden) && run_norm(&c, &a, mv_add_rms_norm))
-            result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
-    }
+    if (parse(&c, &add_rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_add_rms_norm))
+        result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
     end_call(&c);
     return result;
 }
@@ -135,22 +132,6 @@ PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssi
 
 /* ---- rms_norm_qkv ----------------------------------------------------------------------------------------------- */
 
-static bool run_qkv(call *c, mv_rms_norm_qkv_args *a, int64_t outputs) {
-    mv_error error;
-    mv_status status;
-    size_t bytes;
-    a->call.stream = c->stream;
-    if (!check_status(mv_rms_norm_qkv_workspace(a, &bytes, &error), &error)) return false;
-    if (!provide_workspace(c, &a->call, &a->x, bytes)) return false;
-    if (is_long(&a->x, outputs)) {
-        Py_BEGIN_ALLOW_THREADS status = mv_rms_norm_qkv(a, &error);
-        Py_END_ALLOW_THREADS
-    } else {
-        status = mv_rms_norm_qkv(a, &error);
-    }
-    return check_status(status, &error) && settle(c);
-}
-
 #define QKV(name, convert, field)                                                                                      \
     { name, convert, offsetof(mv_rms_norm_qkv_args, field) }
 
@@ -181,7 +162,7 @@ static const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6
 static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t head_dim) {
     const head_counts counts = {{a->num_heads, a->num_kv_heads, a->num_kv_heads}, head_dim};
     PyObject *parts = returned_parts(c, &a->out, &a->x, &counts);
-    if (!parts || !tensor_of(c, &a->residual)) return parts;
+    if (!parts || !is_given(&a->residual)) return parts;
     PyObject *residual_out = returned(c, &a->residual_out, &a->x);
     PyObject *result = residual_out ? PyTuple_Pack(4, PyTuple_GetItem(parts, 0), PyTuple_GetItem(parts, 1),
                                                    PyTuple_GetItem(parts, 2), residual_out)
@@ -193,18 +174,20 @@ static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t he
 
 PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
-    mv_qkv_shape shape;
-    mv_error error;
     PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
-    if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names) &&
-        check_status(mv_rms_norm_qkv_shape(&a, &shape, &error), &error)) {
-        const int64_t hidden = hidden_of(&a.x), heads[2] = {shape.qkv / shape.head_dim, shape.head_dim};
-        const bool adds = tensor_of(&c, &a.residual) != NULL;
-        if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
-            (!adds || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) && run_qkv(&c, &a, shape.qkv))
-            result = returned_qkv(&c, &a, shape.head_dim);
+    if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names)) {
+        mv_plan plan;
+        mv_error error;
+        a.call.stream = c.stream;
+        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
+            const int64_t hidden = hidden_of(&a.x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
+            if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
+                (!is_given(&a.residual) || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
+                run(&c, &plan, &a.x, &a.out, &a.residual_out))
+                result = returned_qkv(&c, &a, plan.head_dim);
+        }
     }
     end_call(&c);
     return result;
@@ -232,7 +215,7 @@ static const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(che
  * not matter. Any weight that is not float32 tells x's dtype. */
 PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
-    mv_qkv_shape shape;
+    mv_plan plan;
     mv_error error;
     PyObject *result = NULL;
     call c;
@@ -243,8 +226,8 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
         a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
         for (int i = 0; i < c.count; i++)
             if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
-        if (check_status(mv_rms_norm_qkv_shape(&a, &shape, &error), &error))
-            result = Py_BuildValue("(LLL)", (long long)sizes[1], (long long)shape.qkv, (long long)shape.head_dim);
+        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error))
+            result = Py_BuildValue("(LLL)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim);
     }
     end_call(&c);
     return result;

@@ -6,7 +6,7 @@
 #include "buffers.h"
 
 bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last) {
-    if (tensor_of(c, slot) || x->ndim == 0) return true; /* the op refuses an x without dimensions */
+    if (is_given(slot)) return true;
     const tensor *like = tensor_of(c, x);
     int64_t shape[MAX_DIMS + 1];
     const int lead = x->ndim - 1;
@@ -20,18 +20,11 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
     c->forbid_grad = false;
     const bool ok = take_tensor(c, name, -1, object, slot);
     Py_DECREF(object);
-    if (!ok) return false;
-    tensor *result = &c->tensors[c->count - 1];
-    result->fresh = true;
-    if (last_count == 2) { /* the op sees [..., qkv] */
-        result->shape[lead] = last[0] * last[1];
-        result->strides[lead] = 1;
-        slot->ndim = lead + 1;
-    }
-    return true;
+    if (ok) c->tensors[c->count - 1].fresh = true;
+    return ok;
 }
 
-bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t bytes) {
+bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace) {
     enum { ALIGNMENT = 256 };
     if (bytes == 0) return true;
     void *data = NULL;
@@ -43,7 +36,7 @@ bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t byt
         c->scratch_owner = like->kind.framework->scratch(c, like, bytes + ALIGNMENT, &data);
     }
     if (!data) return false;
-    call_args->workspace = (void *)(((uintptr_t)data + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    *workspace = (void *)(((uintptr_t)data + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     return true;
 }
 

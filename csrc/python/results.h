@@ -6,8 +6,8 @@
 
 /* Where the output `slot` is absent, makes one like x: of x's shape, but with `last` sizes in place of its last one. */
 bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last);
-/* Workspace for the op about to run: at least `bytes`, 256-byte aligned, until end_call(). */
-bool provide_workspace(call *c, mv_call *call_args, const mv_view *x, size_t bytes);
+/* Workspace for the op about to run: at least `bytes` (none: 0), 256-byte aligned, until end_call(). */
+bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace);
 /* What the user gets for an output: the very object that was given, or the new one. A new reference. */
 PyObject *returned(call *c, const mv_view *slot, const mv_view *x);
 /* (q, k, v) of the packed output. A new reference. */

@@ -47,7 +47,9 @@ static void *call_once(void *argument) {
     args.weight.shape = shape + 1;
     args.weight.ndim = 1;
     args.out.data = data[2];
-    TRY(mv_rms_norm(&args, error));
+    mv_plan plan;
+    TRY(mv_rms_norm(&args, &plan, error));
+    TRY(mv_run(&plan, NULL, error));
     if (on_cuda) {
         TRY(mv_cuda_copy(0, caller->out, data[2], sizeof caller->out, NULL, error));
         for (int i = 0; i < 3; i++) TRY(mv_cuda_free(0, data[i], error));

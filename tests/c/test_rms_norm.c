@@ -125,10 +125,16 @@ static double error_of(const Tensors *t, bool with_residual) {
     return worst;
 }
 
+static void run(const mv_rms_norm_args *args, const char *what) {
+    mv_plan plan;
+    require((args->residual.data ? mv_add_rms_norm : mv_rms_norm)(args, &plan, &error), what);
+    require(mv_run(&plan, NULL, &error), what);
+}
+
 static double seconds_per_call(const mv_rms_norm_args *args, bool cuda) {
     for (int64_t calls = 1;; calls *= 2) {
         const double start = now_s();
-        for (int64_t i = 0; i < calls; i++) require(mv_rms_norm(args, &error), "mv_rms_norm");
+        for (int64_t i = 0; i < calls; i++) run(args, "mv_rms_norm");
         if (cuda) require(mv_cuda_synchronize(0, NULL, &error), "mv_cuda_synchronize");
         const double seconds = now_s() - start;
         if (seconds >= seconds_per_case) return seconds / (double)calls;
@@ -146,7 +152,7 @@ static bool check(const mv_kernel_info *kernel, bool cuda, const Tensors *host) 
         const mv_rms_norm_args args = make_args(&tensors, shape, device, kernel->name, with_residual);
         memset(host->out, 0xff, bytes);
         memset(host->residual_out, 0xff, bytes);
-        require((with_residual ? mv_add_rms_norm : mv_rms_norm)(&args, &error), kernel->name);
+        run(&args, kernel->name);
         if (cuda) {
             require(mv_cuda_copy(0, host->out, tensors.out, bytes, NULL, &error), "mv_cuda_copy");
             require(mv_cuda_copy(0, host->residual_out, tensors.residual_out, bytes, NULL, &error), "mv_cuda_copy");
