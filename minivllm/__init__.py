@@ -22,6 +22,7 @@ except ImportError as error:
         ) from _cause
 
 else:
+    from minivllm import dynamo
     from minivllm._C import (
         add_rms_norm,
         fused_add_rms_norm,
@@ -35,6 +36,7 @@ else:
     from minivllm.parallel import QKVShard, shard_qkv
     from minivllm.selection import Kernel, Ran, kernels, last_kernel
 
+    dynamo.watch()
     __version__ = _C.version
     __all__ = [
         "DeviceArray",

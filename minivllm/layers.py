@@ -77,7 +77,7 @@ class FusedRMSNormQKV:
         if not self.prepack:
             return
         members = self.qkv_weight if isinstance(self.qkv_weight, (tuple, list)) else (self.qkv_weight,)
-        in_out = self._is_in_out(members)
+        in_out = is_in_out(members, self.hidden, self.weight_layout)
         if isinstance(members[0], DeviceArray):
             blocks = [weight.numpy() for weight in members]
             host = _concatenate([block.T if in_out else block for block in blocks], (self.qkv, self.hidden))
@@ -87,22 +87,23 @@ class FusedRMSNormQKV:
             self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
         self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
 
-    def _is_in_out(self, members):
-        """Whether the weights are [hidden, out]. By then the op has accepted them, so a square one that is left to its
-        strides is a .t() view."""
-        if self.weight_layout != "auto":
-            return self.weight_layout == "in_out"
-        for weight in members:
-            if weight.shape[0] != weight.shape[1]:
-                return weight.shape[0] == self.hidden
-        return True
-
     def __repr__(self):
         return (
             f"{type(self).__name__}(hidden={self.hidden}, num_heads={self.num_heads}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, eps={self.eps}, rounding={self.rounding!r}, "
             f"prepacked_bytes={self.prepacked_bytes})"
         )
+
+
+def is_in_out(members, hidden, weight_layout):
+    """Whether the weights are [hidden, out]. By then the op has accepted them, so a square one that is left to its
+    strides is a .t() view."""
+    if weight_layout != "auto":
+        return weight_layout == "in_out"
+    for weight in members:
+        if weight.shape[0] != weight.shape[1]:
+            return weight.shape[0] == hidden
+    return True
 
 
 def _concatenate(blocks, shape, packed=None):

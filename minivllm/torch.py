@@ -1,0 +1,325 @@
+"""The ops for torch where a plain call into C cannot serve: in torch.compile and torch.export, under autograd and
+torch.func, for fake and meta tensors, tensor subclasses and dispatch modes.
+
+A call on plain tensors that need no gradient never comes here. The C functions hand the others over, with all their
+arguments, to the function of the same name below, and torch.compile traces that function in their place. It calls a
+registered op, torch.ops.minivllm.<name>, which the dispatcher leads back to the C function once every transformation
+is done; where a gradient is asked for, it does so through an autograd.Function.
+
+The registered ops are no API. They carry no gradients, and those of the projection return the packed buffer, because
+the outputs of an op must not be views of each other: q, k and v are split off outside.
+"""
+
+import torch
+
+from minivllm import _C
+from minivllm.layers import is_in_out
+
+# ---- the registered ops ---------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_library = torch.library.Library("minivllm", "DEF")
+_NORM = "Tensor weight, float eps, str rounding, float weight_offset, str? kernel"
+_QKV = (
+    "Tensor norm_weight, Tensor[] qkv_weight, Tensor[] bias, int num_heads, int num_kv_heads, float eps, "
+    "str weight_layout, str rounding, float weight_offset, bool batch_invariant, bool allow_tf32, "
+    "bool static_weights, str? kernel"
+)
+_QKV_OPTIONS = [part.split()[-1] for part in _QKV.split(", ")[3:]]
+
+
+def _register(schema, fake):
+    """Makes the function the op `schema` on the CPU and on CUDA. Strides have to stay as they are in eager mode: those
+    of a square weight tell its layout."""
+
+    def decorate(function):
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        for backend in ("CPU", "CUDA"):
+            _library.impl(name, function, backend)
+        torch.library.register_fake(f"minivllm::{name}", fake, lib=_library)
+        return getattr(torch.ops.minivllm, name).default
+
+    return decorate
+
+
+def _new_like(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _new_pair(x, *_):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _new_packed(x, norm_weight, qkv_weight, *_):
+    """[..., qkv]. Of a matrix in either layout, the dimension that is not hidden counts the outputs."""
+    hidden = x.shape[-1]
+    outputs = [w.shape[0] if w.shape[1] == hidden else w.shape[1] for w in qkv_weight]
+    return x.new_empty((*x.shape[:-1], sum(outputs)))
+
+
+def _new_packed_and_sum(x, residual, *weights):
+    return _new_packed(x, *weights), x.new_empty(x.shape)
+
+
+def _plain(tensor):
+    """The tensor without its subclass, whose work is done by the time that the op runs."""
+    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
+
+
+@_register(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _new_like)
+def _rms_norm(x, weight, eps, rounding, weight_offset, kernel):
+    return _C.rms_norm(_plain(x), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+
+
+@_register(f"add_rms_norm(Tensor x, Tensor residual, {_NORM}) -> (Tensor, Tensor)", _new_pair)
+def _add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel):
+    return _C.add_rms_norm(
+        _plain(x), _plain(residual), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel
+    )
+
+
+@_register("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()", lambda *_: None)
+def _fused_add_rms_norm(x, residual, weight, eps):
+    _C.fused_add_rms_norm(_plain(x), _plain(residual), _plain(weight), eps)
+
+
+def _run_qkv(packed, residual, x, norm_weight, qkv_weight, bias, num_heads, num_kv_heads, eps, *options):
+    return _C.rms_norm_qkv(
+        _plain(x), _plain(norm_weight), _one_or_three(qkv_weight), num_heads, num_kv_heads, eps, out=packed,
+        bias=_one_or_three(bias), residual=residual, **dict(zip(_QKV_OPTIONS[3:], options)))  # fmt: skip
+
+
+def _one_or_three(tensors):
+    tensors = [_plain(tensor) for tensor in tensors]
+    return tensors if len(tensors) > 1 else tensors[0] if tensors else None
+
+
+@_register(f"rms_norm_qkv(Tensor x, {_QKV}) -> Tensor", _new_packed)
+def _rms_norm_qkv(x, *arguments):
+    packed = _new_packed(x, *arguments)
+    _run_qkv(packed, None, x, *arguments)
+    return packed
+
+
+@_register(f"add_rms_norm_qkv(Tensor x, Tensor residual, {_QKV}) -> (Tensor, Tensor)", _new_packed_and_sum)
+def _add_rms_norm_qkv(x, residual, *arguments):
+    packed = _new_packed(x, *arguments)
+    return packed, _run_qkv(packed, _plain(residual), x, *arguments)[3]
+
+
+# ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------
+
+
+def _normed(s, eps):
+    """(n, r) in float32: n = s r, r = 1 / sqrt(mean(s^2) + eps)."""
+    s = s.float()
+    r = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    return s * r, r
+
+
+def _norm_gradients(dy, n, r, scale):
+    """For y = n scale: the gradients of s and of scale, [hidden], in float32."""
+    dn = dy * scale
+    return r * (dn - n * (dn * n).mean(-1, keepdim=True)), (dy * n).reshape(-1, n.shape[-1]).sum(0)
+
+
+class _Norm(torch.autograd.Function):
+    """rms_norm, or with a residual add_rms_norm."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, residual, weight, eps, rounding, weight_offset, kernel):
+        if residual is None:
+            return _rms_norm(x, weight, eps, rounding, weight_offset, kernel)
+        return _add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, ctx.eps, _, ctx.weight_offset, _ = inputs
+        ctx.adds = residual is not None
+        ctx.save_for_backward(output[1] if ctx.adds else x, weight)
+
+    @staticmethod
+    def backward(ctx, dy, ds=None):
+        s, weight = ctx.saved_tensors
+        n, r = _normed(s, ctx.eps)
+        dx, dweight = _norm_gradients(dy.float(), n, r, ctx.weight_offset + weight.float())
+        dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
+        return dx, dx if ctx.adds else None, dweight.to(weight.dtype), None, None, None, None
+
+
+class _NormQKV(torch.autograd.Function):
+    """rms_norm_qkv, or with a residual add_rms_norm_qkv. weights: `members` matrices, then the biases."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, residual, norm_weight, members, options, *weights):
+        arguments = (norm_weight, list(weights[:members]), list(weights[members:]), *options)
+        if residual is None:
+            return _rms_norm_qkv(x, *arguments)
+        return _add_rms_norm_qkv(x, residual, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, norm_weight, ctx.members, options, *weights = inputs
+        ctx.adds = residual is not None
+        options = dict(zip(_QKV_OPTIONS, options))
+        ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
+        ctx.in_out = is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
+        ctx.save_for_backward(output[1] if ctx.adds else x, norm_weight, *weights)
+
+    @staticmethod
+    def backward(ctx, dout, ds=None):
+        s, norm_weight, *weights = ctx.saved_tensors
+        _, _, _, _, _, *needed = ctx.needs_input_grad
+        weights, biases = weights[: ctx.members], weights[ctx.members :]
+        if ctx.in_out:
+            weights = [weight.t() for weight in weights]
+        n, r = _normed(s, ctx.eps)
+        scale = ctx.weight_offset + norm_weight.float()
+        y = (n * scale).to(s.dtype).reshape(-1, s.shape[-1])
+        dout = dout.reshape(-1, dout.shape[-1])
+
+        dy, gradients = 0.0, []
+        for weight, part, need in zip(weights, dout.split([len(weight) for weight in weights], 1), needed):
+            dtype = torch.promote_types(part.dtype, weight.dtype)
+            dy = dy + (part.to(dtype) @ weight.to(dtype)).float()
+            gradient = (part.t().to(dtype) @ y.to(dtype)).to(weight.dtype) if need else None
+            gradients.append(gradient.t() if need and ctx.in_out else gradient)
+        for bias, part in zip(biases, dout.split([len(bias) for bias in biases], 1)) if biases else ():
+            gradients.append(part.float().sum(0).to(bias.dtype))
+
+        dx, dscale = _norm_gradients(dy.reshape(s.shape), n, r, scale)
+        dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
+        return dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
+
+
+# ---- the faces: what the C functions hand over to, and what torch.compile traces ------------------------------------
+
+
+def _wants_gradient(op, outputs, **tensors):
+    """Whether a gradient is asked for, of tensors that may be None or several. Refuses what the dispatcher could only
+    refuse in words of its own; `outputs`: those that the op is told to write to."""
+    wants = False
+    for name, given in (tensors | outputs).items():
+        several = isinstance(given, (tuple, list))
+        for i, tensor in enumerate(given if several else (given,)):
+            if tensor is None:
+                continue
+            what = f"{op}: {name}[{i}]" if several else f"{op}: {name}"
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"{what} is of type {type(tensor).__qualname__}, expected a torch.Tensor: a gradient, a tensor "
+                    "subclass or a transformation of torch is involved"
+                )
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
+            if tensor.dtype not in _DTYPES:
+                raise TypeError(f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16")
+            if tensor.requires_grad and torch.is_grad_enabled():
+                wants = True
+                if any(output is not None for output in outputs.values()):
+                    raise RuntimeError(
+                        f"{what} requires grad and grad mode is on, but an op that is told where to write carries no "
+                        f"gradients; call {op.replace('fused_', '')} without {', '.join(outputs)}, or under "
+                        "torch.no_grad()"
+                    )
+    return wants
+
+
+def _written(op, name, out, result):
+    """`result`, written to `out` where that is given."""
+    if out is None:
+        return result
+    if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
+        raise ValueError(
+            f"{op}: {name} is {out.dtype} {list(out.shape)} on {out.device}, expected {result.dtype} "
+            f"{list(result.shape)} on {result.device}"
+        )
+    return out.copy_(result)
+
+
+def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
+    """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
+    arguments = (weight, eps, rounding, weight_offset, kernel)
+    if _wants_gradient("rms_norm", {"out": out}, x=x, weight=weight):
+        return _Norm.apply(x, None, *arguments)
+    return _written("rms_norm", "out", out, _rms_norm(x, *arguments))
+
+
+def add_rms_norm(
+    x, residual, weight, eps=1e-6, *, out=None, residual_out=None, rounding="hf", weight_offset=0.0, kernel=None
+):
+    """minivllm.add_rms_norm for every torch tensor, with gradients of x, residual and weight."""
+    arguments = (weight, eps, rounding, weight_offset, kernel)
+    outputs = {"out": out, "residual_out": residual_out}
+    if _wants_gradient("add_rms_norm", outputs, x=x, residual=residual, weight=weight):
+        return _Norm.apply(x, residual, *arguments)
+    normed, total = _add_rms_norm(x, residual, *arguments)
+    return (
+        _written("add_rms_norm", "out", out, normed),
+        _written("add_rms_norm", "residual_out", residual_out, total),
+    )
+
+
+def fused_add_rms_norm(x, residual, weight, eps=1e-6):
+    """minivllm.fused_add_rms_norm for every torch tensor; no gradients."""
+    _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
+    _fused_add_rms_norm(x, residual, weight, eps)
+    return x, residual
+
+
+def rms_norm_qkv(
+    x,
+    norm_weight,
+    qkv_weight,
+    num_heads,
+    num_kv_heads,
+    eps=1e-6,
+    *,
+    bias=None,
+    residual=None,
+    head_dim=None,
+    out=None,
+    residual_out=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=True,
+    kernel=None,
+):
+    """minivllm.rms_norm_qkv for every torch tensor, with gradients of x, residual, the weights and biases."""
+    weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
+    biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
+    options = (num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset, batch_invariant, allow_tf32,
+               static_weights, kernel)  # fmt: skip
+    outputs = {"out": out, "residual_out": residual_out}
+    inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
+    if _wants_gradient("rms_norm_qkv", outputs, **inputs):
+        result = _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
+    elif residual is None:
+        result = _rms_norm_qkv(x, norm_weight, weights, biases, *options)
+    else:
+        result = _add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
+    packed, total = (result, None) if residual is None else result
+    packed = _written("rms_norm_qkv", "out", out, packed)
+
+    heads = num_heads + 2 * num_kv_heads
+    if packed.shape[-1] != heads * (head_dim or packed.shape[-1] // heads):
+        raise ValueError(
+            f"rms_norm_qkv: qkv_weight has {packed.shape[-1]} outputs, expected {heads} (= num_heads + 2 * "
+            f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"
+        )
+    parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
+    return tuple(parts) if residual is None else (*parts, _written("rms_norm_qkv", "residual_out", residual_out, total))
+
+
+def substitute_in_graphs():
+    """Tells torch.compile to trace these functions where it meets the C functions."""
+    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv):
+        torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)

@@ -1,0 +1,136 @@
+"""torch.compile and torch.export: one graph, and the bits and strides of a plain call."""
+
+import pytest
+from processes import succeeds
+from torch_calls import CALLS, HEADS, KV_HEADS, Inputs, assert_same
+
+import minivllm
+
+
+@pytest.fixture(autouse=True)
+def fresh(torch):
+    torch.compiler.reset()
+
+
+def compiled(torch, call, **options):
+    return torch.compile(call, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_graph_is_the_call(torch, device, call):
+    """aot_eager functionalises, asks the fake implementations, and then runs the registered ops."""
+    for dtype in ("f32", "bf16"):
+        inputs = Inputs(device, dtype)
+        assert_same(compiled(torch, call, backend="aot_eager")(inputs), call(inputs))
+
+
+def everything(inputs):
+    return [tensor for call in CALLS.values() for tensor in call(inputs)]
+
+
+def test_inductor(torch, device):
+    inputs = Inputs(device, "bf16")
+    assert_same(compiled(torch, everything)(inputs), everything(inputs))
+
+
+def test_inductor_fuses_around_an_op(torch, device):
+    """Work before and after, and the heads of q and k, which are views of one buffer, straight into the next op."""
+
+    def block(x, i):
+        q, k, v = minivllm.rms_norm_qkv(x.relu(), i.norm, i.wide, HEADS, KV_HEADS)
+        return minivllm.rms_norm(q, i.norm[:16]), minivllm.rms_norm(k, i.norm[:16]) + 1, v * 2
+
+    i = Inputs(device)
+    assert_same(compiled(torch, block)(i.x, i), block(i.x, i))
+
+
+def test_dynamic_shapes_compile_once(torch, device):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(everything, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (2, 5, 9):
+        inputs = Inputs(device, tokens=tokens)
+        assert_same(graph(inputs), everything(inputs))
+    assert counter.frame_count == 1
+
+
+def test_a_layer_object(torch, device):
+    i = Inputs(device)
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=torch.nn.Parameter(i.norm), qkv_weight=i.wide, num_heads=HEADS, num_kv_heads=KV_HEADS
+    )
+    prepacked = minivllm.FusedRMSNormQKV(
+        norm_weight=i.norm, qkv_weight=i.wide.t(), num_heads=HEADS, num_kv_heads=KV_HEADS, prepack=True
+    )
+    with torch.no_grad():
+        for held in (layer, prepacked):
+            graph = compiled(torch, lambda x, r, held=held: held(x, residual=r), backend="aot_eager")
+            assert_same(graph(i.x, i.residual), held(i.x, residual=i.residual))
+
+
+def test_what_the_op_refuses_it_refuses_in_a_graph(torch):
+    i = Inputs()
+    graph = compiled(torch, lambda x: minivllm.rms_norm(x, i.norm, rounding="bf16"), backend="aot_eager")
+    with pytest.raises(ValueError, match="rms_norm: rounding is 'bf16'"):
+        graph(i.x)
+
+
+QKV = (HEADS, KV_HEADS, 1e-6, "out_in", "hf", 0.0, False, False, True, None)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_registered_ops(torch, device, dtype):
+    """Schema, fake implementation and tags, by torch's own checks."""
+    import minivllm.torch  # noqa: F401
+
+    i, ops = Inputs(device, dtype), torch.ops.minivllm
+    samples = {
+        ops.rms_norm: (i.x, i.norm, 1e-6, "hf", 0.0, None),
+        ops.add_rms_norm: (i.x, i.residual, i.norm, 1e-6, "fp32", 1.0, None),
+        ops.fused_add_rms_norm: (i.x.clone(), i.residual.clone(), i.norm, 1e-6),
+        ops.rms_norm_qkv: (i.x, i.norm, [i.wide], [], *QKV),
+        ops.add_rms_norm_qkv: (i.x, i.residual, i.norm, [i.square], [i.bias], *QKV),
+    }
+    for op, arguments in samples.items():
+        torch.library.opcheck(op.default, arguments)
+
+
+ORDERS = {
+    "minivllm first": "import minivllm, torch",
+    "torch first": "import torch, minivllm",
+    "torch.compile first": "import torch, torch._dynamo, minivllm",
+    "by its name": "import minivllm.torch, torch",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_any_order_of_imports(torch, order):
+    """torch.compile knows the ops without being told; a program that does not compile never loads it for us."""
+    succeeds(f"""
+        {order}
+        import sys
+        x, weight = torch.ones(2, 8), torch.ones(8)
+        minivllm.rms_norm(x, weight)
+        assert "torch._dynamo" not in sys.modules or "_dynamo" in {order!r}
+        graph = torch.compile(lambda x: minivllm.rms_norm(x, weight), fullgraph=True, backend="eager")
+        assert graph(x).shape == (2, 8)
+        assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("minivllm")]
+    """)
+
+
+@pytest.mark.gpu
+def test_reduce_overhead(cuda_torch):
+    """CUDA graphs: replayed with changed inputs and weights, and none skipped."""
+    from torch._dynamo.utils import counters
+
+    torch, inputs = cuda_torch, [Inputs("cuda", "bf16", tokens) for tokens in (1, 4)]
+    for call in (CALLS["residual"], CALLS["tuple"], CALLS["rms_norm"]):
+        torch.compiler.reset(), counters.clear()
+        graph = compiled(torch, call, mode="reduce-overhead")
+        for step in range(5):
+            for i in inputs:
+                i.x.mul_(-1.5), i.norm.add_(0.125), i.wide.mul_(0.5)
+                torch.compiler.cudagraph_mark_step_begin()
+                assert_same([tensor.clone() for tensor in graph(i)], [tensor.clone() for tensor in call(i)])
+            assert step < 3 or not counters["inductor"]["cudagraph_skips"]

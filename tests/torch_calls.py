@@ -1,0 +1,63 @@
+"""Calls of every op on torch tensors, each as inputs -> tensors, for tests of what torch does around a call."""
+
+from cases import assert_same_bits, normal
+from frameworks import TORCH_CPU, TORCH_CUDA
+
+import minivllm
+
+HIDDEN, HEADS, KV_HEADS = 48, 4, 1
+SIZES = [HEADS * 8, KV_HEADS * 8, KV_HEADS * 8]  # of a square projection: six heads of 8
+
+
+class Inputs:
+    """x and residual of some tokens, and the weights of every op."""
+
+    def __init__(self, device="cpu", dtype="f32", tokens=3):
+        framework = TORCH_CUDA if device == "cuda" else TORCH_CPU
+
+        def tensor(*shape, scale=1.0, mean=0.0):
+            return framework.tensor(normal(shape, dtype, *shape, scale=scale, mean=mean), dtype)
+
+        self.x, self.residual = tensor(tokens, HIDDEN), tensor(tokens, HIDDEN, mean=0.5)
+        self.norm = tensor(HIDDEN, scale=0.2, mean=1.0)
+        self.wide = tensor(2 * HIDDEN, HIDDEN, scale=0.1)
+        self.square = tensor(HIDDEN, HIDDEN, scale=0.1)
+        self.bias = tensor(HIDDEN)
+
+
+def _in_place(i):
+    x, residual = i.x.clone(), i.residual.clone()
+    return minivllm.fused_add_rms_norm(x, residual, i.norm)
+
+
+def _given_outputs(i):
+    out, total = i.x.clone(), i.residual.clone()
+    minivllm.add_rms_norm(out, total, i.norm, out=out, residual_out=total)
+    packed = i.x.new_zeros(len(i.x), 2 * HIDDEN)
+    minivllm.rms_norm_qkv(out, i.norm, i.wide, HEADS, KV_HEADS, out=packed)
+    return total, packed, minivllm.rms_norm(out, i.norm, out=out)
+
+
+FUNCTIONAL = {
+    "rms_norm": lambda i: (minivllm.rms_norm(i.x, i.norm, 1e-5, rounding="fp32", weight_offset=1.0),),
+    "add_rms_norm": lambda i: minivllm.add_rms_norm(i.x, i.residual, i.norm),
+    "rms_norm_qkv": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS),
+    ".t()": lambda i: minivllm.FusedRMSNormQKV.forward(i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias),
+    "in_out": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.square, HEADS, KV_HEADS, weight_layout="in_out"),
+    "tuple": lambda i: minivllm.rms_norm_qkv(
+        i.x, i.norm, i.square.split(SIZES), HEADS, KV_HEADS, weight_layout="out_in", bias=i.bias.split(SIZES)
+    ),
+    "residual": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.residual),
+    "three dimensions": lambda i: minivllm.rms_norm_qkv(i.x[None], i.norm, i.wide, HEADS, KV_HEADS),
+    "one dimension": lambda i: minivllm.rms_norm_qkv(i.x[0], i.norm, i.wide, HEADS, KV_HEADS, head_dim=16),
+}
+WRITING = {"fused_add_rms_norm": _in_place, "out=": _given_outputs}
+CALLS = FUNCTIONAL | WRITING
+
+
+def assert_same(got, expected):
+    """Bits, shapes, strides and dtypes."""
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+        assert_same_bits(a, b)
