@@ -32,8 +32,8 @@ const framework jax_framework = {.name = "JAX",
 /* What jit, vmap and grad pass instead of an array. */
 static bool refuse_tracer(call *c, tensor *t) {
     return refuse(c, t, PyExc_TypeError,
-                  "is a tracer, which has no values yet, expected an array; minivllm runs JAX "
-                  "arrays eagerly: call it outside jit, vmap and grad");
+                  "is a tracer, which has no values yet, expected an array; inside jit, vmap and grad use the ops of "
+                  "minivllm.jax");
 }
 
 const framework jax_tracer_framework = {.name = "JAX tracer", .view = refuse_tracer};

@@ -3,6 +3,7 @@
 #include "docstrings.h"
 #include "info.h"
 #include "ops.h"
+#include "xla_ffi.h"
 
 /* ---- objects of other modules ----------------------------------------------------------------------------------- */
 
@@ -95,6 +96,8 @@ static PyMethodDef methods[] = {
      "without CUDA."},
     {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
     {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
+    FAST("_xla_plan", py_xla_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, scratch_bytes, attributes)"),
+    {"_xla_handlers", py_xla_handlers, METH_NOARGS, "[(op, platform, capsule), ...]"},
     {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
     {"_address", py_address, METH_O, "(memory) -> int"},
     {"_copy_from_host", py_copy_from_host, METH_VARARGS, "(device, address, host buffer, stream)"},

@@ -51,7 +51,7 @@ static const parameter rms_norm_parameters[] = {
     NORM("weight_offset", to_number, weight_offset),
     NORM("kernel", to_optional_text, call.kernel),
 };
-static const signature rms_norm_signature = {"rms_norm", 0, 2, 3, LENGTH(rms_norm_parameters), rms_norm_parameters};
+const signature rms_norm_signature = {"rms_norm", 0, 2, 3, LENGTH(rms_norm_parameters), rms_norm_parameters};
 
 PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "rms_norm", .eps = 1e-6};
@@ -85,8 +85,8 @@ static const parameter add_rms_norm_parameters[] = {
     NORM("weight_offset", to_number, weight_offset),
     NORM("kernel", to_optional_text, call.kernel),
 };
-static const signature add_rms_norm_signature = {"add_rms_norm",         1, 3, 4, LENGTH(add_rms_norm_parameters),
-                                                 add_rms_norm_parameters};
+const signature add_rms_norm_signature = {"add_rms_norm",         1, 3, 4, LENGTH(add_rms_norm_parameters),
+                                          add_rms_norm_parameters};
 
 PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
@@ -155,8 +155,8 @@ static const parameter rms_norm_qkv_parameters[] = {
     QKV("static_weights", to_negated_flag, dynamic_weights),
     QKV("kernel", to_optional_text, call.kernel),
 };
-static const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),
-                                                 rms_norm_qkv_parameters};
+const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),
+                                          rms_norm_qkv_parameters};
 
 /* (q, k, v), or with a residual (q, k, v, residual_out) */
 static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t head_dim) {

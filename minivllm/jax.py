@@ -1,0 +1,239 @@
+"""The ops on JAX arrays, also inside jit, vmap and grad, on the CPU and on NVIDIA GPUs.
+
+Each is a foreign function of XLA: it runs where XLA runs it, on XLA's stream and in XLA's memory. Names and arguments
+are those of `minivllm`; there is no `out`, because JAX's arrays never change, and options are Python values.
+
+Gradients are those of the formula, by plain jax.numpy: `jax.grad` and `jax.vjp` of x, residual, weights and bias.
+Forward mode (`jax.jvp`) is an error of JAX's.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from minivllm import _C
+
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
+
+for _op, _platform, _handler in _C._xla_handlers():
+    jax.ffi.register_ffi_target(f"minivllm_{_op}", _handler, platform=_platform)
+
+
+def rms_norm(x, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0, kernel=None) -> jax.Array:
+    """`minivllm.rms_norm`: x [..., hidden] and weight [hidden] -> [..., hidden], in x's dtype.
+
+    Errors as there, when the call is traced: a TypeError for dtypes, a ValueError for shapes and values.
+    """
+    arrays = {"x": x, "weight": weight}
+    (out,) = _call("rms_norm", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+    return out
+
+
+def add_rms_norm(
+    x, residual, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0, kernel=None
+) -> tuple[jax.Array, jax.Array]:
+    """`minivllm.add_rms_norm`: x and residual [..., hidden], weight [hidden] -> (out, residual_out), both like x."""
+    arrays = {"x": x, "residual": residual, "weight": weight}
+    return _call("add_rms_norm", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+
+
+def rms_norm_qkv(
+    x,
+    norm_weight,
+    qkv_weight,
+    num_heads,
+    num_kv_heads,
+    eps=1e-6,
+    *,
+    bias=None,
+    residual=None,
+    head_dim=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=True,
+    kernel=None,
+) -> tuple[jax.Array, ...]:
+    """`minivllm.rms_norm_qkv`: x [..., hidden] -> (q, k, v), each [..., heads, head_dim]; with a residual also the sum.
+
+    qkv_weight: [qkv, hidden] or [hidden, qkv], or a tuple of three. JAX's arrays have no strides that could tell, so a
+    square one needs weight_layout="out_in" or "in_out".
+    """
+    arrays = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
+    return _call(
+        "rms_norm_qkv",
+        {name: array for name, array in arrays.items() if array is not None},
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        eps=eps,
+        head_dim=head_dim,
+        weight_layout=weight_layout,
+        rounding=rounding,
+        weight_offset=weight_offset,
+        batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32,
+        static_weights=static_weights,
+        kernel=kernel,
+    )
+
+
+# ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
+
+
+def _call(op, arrays, **options):
+    for name, value in options.items():
+        if isinstance(value, jax.Array):
+            raise TypeError(f"{op}: {name} is a JAX array, expected a Python value: it is part of what is compiled")
+    return _jitted(op, tuple(options.items()), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _jitted(op, options, arrays):
+    out, *sums = _differentiable(op, options, arrays)
+    if op != "rms_norm_qkv":
+        return out, *sums
+    num_heads, num_kv_heads = dict(options)["num_heads"], dict(options)["num_kv_heads"]
+    return *jnp.split(out, [num_heads, num_heads + num_kv_heads], axis=-2), *sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(op, options, arrays):
+    return _batchable(op, options)(arrays)
+
+
+def _forward(op, options, arrays):
+    return _differentiable(op, options, arrays), arrays
+
+
+def _backward(op, options, arrays, gradients):
+    _, pull_back = jax.vjp(functools.partial(_formula, **dict(options)), arrays)
+    return pull_back(gradients)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _batchable(op, options):
+    """arrays -> results. Rows are independent: a batch of them is one more leading dimension; a batch of weights is a
+    call for each."""
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays):
+        return _foreign_call(op, options, arrays)
+
+    @call.def_vmap
+    def batched(size, is_batched, arrays):
+        (is_batched,) = is_batched  # of the one argument
+        rows = [name for name in ("x", "residual") if name in arrays]
+        weights = {name: is_batched[name] for name in arrays if name not in rows}
+        if any(jax.tree.leaves(weights)):
+            everything = jax.tree.map(functools.partial(_repeat, size), arrays, is_batched)
+            results = lax.map(call, everything)
+        else:
+            results = call(arrays | {name: _repeat(size, arrays[name], is_batched[name]) for name in rows})
+        return results, [True] * len(results)
+
+    return call
+
+
+def _repeat(size, array, is_batched):
+    return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+
+
+# ---- forward: the foreign function ----------------------------------------------------------------------------------
+
+
+def _foreign_call(op, options, arrays):
+    """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for the projection."""
+    qkv, head_dim, scratch_bytes, attributes = _plan(op, options, arrays)
+    x = arrays["x"]
+    out = (*x.shape[:-1], qkv // head_dim, head_dim) if qkv else x.shape
+    results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
+    scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
+    in_order = [
+        arrays[name] for name in ("x", "residual", "weight", "norm_weight", "qkv_weight", "bias") if name in arrays
+    ]
+    call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
+    return list(call(*jax.tree.leaves(in_order), **attributes))[:-1]
+
+
+def _plan(op, options, arrays):
+    """(qkv, head_dim, bytes of scratch, attributes): checked, and planned for both platforms that may run the call.
+
+    JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
+    """
+    stand_ins = jax.tree.map(_stand_in, arrays)
+    plans, refusals = [], []
+    for device in _devices():
+        try:
+            plans.append(_C._xla_plan(op, device, **stand_ins, **dict(options)))
+        except (TypeError, ValueError, RuntimeError) as refusal:
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[-1]
+    qkv, head_dim, _, attributes = plans[0]
+    return qkv, head_dim, max(scratch for _, _, scratch, _ in plans), attributes
+
+
+def _stand_in(array):
+    """An array of the same shape and dtype, whose memory nobody touches."""
+    import numpy as np
+
+    return np.empty(array.shape, array.dtype) if hasattr(array, "dtype") else array
+
+
+@functools.cache
+def _devices():
+    """-1 for the CPU, and the index of this process's first GPU, if JAX has one."""
+    try:
+        return -1, jax.local_devices(backend="cuda")[0].local_hardware_id
+    except RuntimeError:
+        return (-1,)
+
+
+# ---- backward: the formula ------------------------------------------------------------------------------------------
+
+
+def _formula(
+    arrays: dict[str, Any],
+    *,
+    eps,
+    rounding,
+    weight_offset,
+    kernel,
+    num_heads=0,
+    num_kv_heads=0,
+    weight_layout="auto",
+    allow_tf32=False,
+    **without_influence,
+):
+    """What the foreign function computes, with the same roundings."""
+    x, weight = arrays["x"], arrays.get("weight", arrays.get("norm_weight"))
+    s = x + arrays["residual"] if "residual" in arrays else x
+    wide = s.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    if rounding == "hf":
+        normed = normed.astype(x.dtype).astype(jnp.float32)
+    y = (normed * (weight_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    sums = [s] if "residual" in arrays else []
+    if "qkv_weight" not in arrays:
+        return [y, *sums]
+
+    matrices = jax.tree.leaves(arrays["qkv_weight"])
+    in_out = weight_layout == "in_out" or any(matrix.shape[1] != x.shape[-1] for matrix in matrices)
+    product = functools.partial(
+        jnp.einsum,
+        "...k,kn->...n" if in_out else "...k,nk->...n",
+        precision=lax.Precision.DEFAULT if allow_tf32 else lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    out = jnp.concatenate([product(y, matrix) for matrix in matrices], -1)
+    if "bias" in arrays:
+        out = out + jnp.concatenate([bias.astype(jnp.float32) for bias in jax.tree.leaves(arrays["bias"])])
+    heads = num_heads + 2 * num_kv_heads
+    return [out.astype(x.dtype).reshape(*x.shape[:-1], heads, out.shape[-1] // heads), *sums]
