@@ -38,7 +38,11 @@ def _register(schema, fake):
         for backend in ("CPU", "CUDA"):
             _library.impl(name, function, backend)
         torch.library.register_fake(f"minivllm::{name}", fake, lib=_library)
-        return getattr(torch.ops.minivllm, name).default
+        op = getattr(torch.ops.minivllm, name).default
+        if not op._schema.is_mutable:
+            rows = [argument.name for argument in op._schema.arguments if argument.name in ("x", "residual")]
+            torch.library.register_vmap(f"minivllm::{name}", _batching_rule(op, len(rows)), lib=_library)
+        return op
 
     return decorate
 
@@ -60,6 +64,33 @@ def _new_packed(x, norm_weight, qkv_weight, *_):
 
 def _new_packed_and_sum(x, residual, *weights):
     return _new_packed(x, *weights), x.new_empty(x.shape)
+
+
+def _batching_rule(op, rows):
+    """For torch.vmap: `op`, whose first `rows` arguments have rows, on a batch of them at once, since all rows are
+    independent; with a batch of weights one by one."""
+
+    def select(value, dim, i):
+        if isinstance(value, list):
+            return [select(each, each_dim, i) for each, each_dim in zip(value, dim)]
+        return value if dim is None else value.select(dim, i)
+
+    def is_batched(dim):
+        return any(map(is_batched, dim)) if isinstance(dim, list) else dim is not None
+
+    def rule(info, dims, *arguments):
+        if any(map(is_batched, dims[rows:])):
+            each = [op(*map(select, arguments, dims, [i] * len(dims))) for i in range(info.batch_size)]
+            results = tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
+        else:
+            first = [
+                tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0).contiguous()
+                for tensor, dim in zip(arguments[:rows], dims)
+            ]
+            results = op(*first, *arguments[rows:])
+        return results, (0, 0) if isinstance(results, tuple) else 0
+
+    return rule
 
 
 def _plain(tensor):
@@ -202,7 +233,8 @@ class _NormQKV(torch.autograd.Function):
 
 def _wants_gradient(op, outputs, **tensors):
     """Whether a gradient is asked for, of tensors that may be None or several. Refuses what the dispatcher could only
-    refuse in words of its own; `outputs`: those that the op is told to write to."""
+    refuse in words of its own; `outputs`: those that the op is told to write to. An exported program is for inference:
+    it holds the op alone, and torch warns who goes backward through it."""
     wants = False
     for name, given in (tensors | outputs).items():
         several = isinstance(given, (tuple, list))
@@ -227,7 +259,7 @@ def _wants_gradient(op, outputs, **tensors):
                         f"gradients; call {op.replace('fused_', '')} without {', '.join(outputs)}, or under "
                         "torch.no_grad()"
                     )
-    return wants
+    return wants and not torch.compiler.is_exporting()
 
 
 def _written(op, name, out, result):

@@ -69,6 +69,38 @@ def test_a_layer_object(torch, device):
             assert_same(graph(i.x, i.residual), held(i.x, residual=i.residual))
 
 
+class Block:
+    """A module around the op, its weights Parameters."""
+
+    def __new__(cls, torch, i):
+        class Module(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.qkv = torch.nn.Parameter(i.norm), torch.nn.Parameter(i.wide)
+
+            def forward(self, x, residual):
+                q, k, v, total = minivllm.rms_norm_qkv(x, self.norm, self.qkv.t(), HEADS, KV_HEADS, residual=residual)
+                return q, k, v, minivllm.rms_norm(total, self.norm)
+
+        return Module()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_export(torch, device, strict, grad):
+    i, more = Inputs(device), Inputs(device, tokens=7)
+    module = Block(torch, i)
+    tokens = torch.export.Dim("tokens", min=2)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(
+            module, (i.x, i.residual), dynamic_shapes={"x": {0: tokens}, "residual": {0: tokens}}, strict=strict
+        )
+    with torch.no_grad():
+        assert "minivllm.rms_norm.default" in str(program.graph)
+        for each in (i, more):
+            assert_same(program.module()(each.x, each.residual), module(each.x, each.residual))
+
+
 def test_what_the_op_refuses_it_refuses_in_a_graph(torch):
     i = Inputs()
     graph = compiled(torch, lambda x: minivllm.rms_norm(x, i.norm, rounding="bf16"), backend="aot_eager")

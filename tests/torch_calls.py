@@ -19,6 +19,7 @@ class Inputs:
             return framework.tensor(normal(shape, dtype, *shape, scale=scale, mean=mean), dtype)
 
         self.x, self.residual = tensor(tokens, HIDDEN), tensor(tokens, HIDDEN, mean=0.5)
+        self.dtype = dtype
         self.norm = tensor(HIDDEN, scale=0.2, mean=1.0)
         self.wide = tensor(2 * HIDDEN, HIDDEN, scale=0.1)
         self.square = tensor(HIDDEN, HIDDEN, scale=0.1)
@@ -38,18 +39,21 @@ def _given_outputs(i):
     return total, packed, minivllm.rms_norm(out, i.norm, out=out)
 
 
+# Each as (inputs, ops=minivllm) -> tensors; `ops` may be something else with the same functions.
 FUNCTIONAL = {
-    "rms_norm": lambda i: (minivllm.rms_norm(i.x, i.norm, 1e-5, rounding="fp32", weight_offset=1.0),),
-    "add_rms_norm": lambda i: minivllm.add_rms_norm(i.x, i.residual, i.norm),
-    "rms_norm_qkv": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS),
-    ".t()": lambda i: minivllm.FusedRMSNormQKV.forward(i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias),
-    "in_out": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.square, HEADS, KV_HEADS, weight_layout="in_out"),
-    "tuple": lambda i: minivllm.rms_norm_qkv(
+    "rms_norm": lambda i, ops=minivllm: (ops.rms_norm(i.x, i.norm, 1e-5, rounding="fp32", weight_offset=1.0),),
+    "add_rms_norm": lambda i, ops=minivllm: ops.add_rms_norm(i.x, i.residual, i.norm),
+    "rms_norm_qkv": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS),
+    ".t()": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias),
+    "in_out": lambda i, ops=minivllm: ops.rms_norm_qkv(
+        i.x, i.norm, i.square, HEADS, KV_HEADS, weight_layout="in_out", weight_offset=-0.5
+    ),
+    "tuple": lambda i, ops=minivllm: ops.rms_norm_qkv(
         i.x, i.norm, i.square.split(SIZES), HEADS, KV_HEADS, weight_layout="out_in", bias=i.bias.split(SIZES)
     ),
-    "residual": lambda i: minivllm.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.residual),
-    "three dimensions": lambda i: minivllm.rms_norm_qkv(i.x[None], i.norm, i.wide, HEADS, KV_HEADS),
-    "one dimension": lambda i: minivllm.rms_norm_qkv(i.x[0], i.norm, i.wide, HEADS, KV_HEADS, head_dim=16),
+    "residual": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.residual),
+    "three dimensions": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x[None], i.norm, i.wide, HEADS, KV_HEADS),
+    "one dimension": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x[0], i.norm, i.wide, HEADS, KV_HEADS, head_dim=16),
 }
 WRITING = {"fused_add_rms_norm": _in_place, "out=": _given_outputs}
 CALLS = FUNCTIONAL | WRITING

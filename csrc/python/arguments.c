@@ -81,7 +81,9 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     if (!match(c, s, given, count, names, values)) return false;
     for (int i = 0; i < s->count; i++) {
         const parameter *p = &s->parameters[i];
-        if (values[i] && !p->convert(c, p, values[i], (char *)args + p->offset)) return false;
+        if (!values[i] || p->convert(c, p, values[i], (char *)args + p->offset)) continue;
+        if (c->hand_over) c->result = call_torch(c, given, count, names);
+        return false;
     }
     return true;
 }

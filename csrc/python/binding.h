@@ -33,6 +33,10 @@ typedef enum {
     TORCH_SPLIT,
     TORCH_SPLIT_FRESH,
     TORCH_IS_GRAD_ENABLED,
+    TORCH_DISPATCH_MODES,
+    TORCH_IS_TRACING,
+    TORCH_FORWARD_AD,
+    TORCH_NO_FUNCTION,
     TORCH_CURRENT_STREAM,
     NUMPY_EMPTY,
     NUMPY_DTYPE,
@@ -50,6 +54,7 @@ typedef enum {
 typedef enum {
     NAME_ARRAY_STRUCT,
     NAME_CUDA_ARRAY_INTERFACE,
+    NAME_CURRENT_LEVEL,
     NAME_DATA,
     NAME_DETACH,
     NAME_DEVICE,
@@ -75,6 +80,7 @@ typedef struct framework framework;
 typedef struct {
     const framework *framework; /* NULL: no tensor */
     const dl_exchange_api *api; /* or NULL */
+    bool overrides;             /* a torch tensor whose class changes what operations on it do */
 } type_kind;
 
 typedef struct {
@@ -119,8 +125,10 @@ typedef struct {
 typedef struct {
     module_state *state;
     const char *op;
-    bool forbid_grad;            /* refuse torch tensors that require grad while grad mode is on */
-    signed char grad_mode;       /* torch's, asked once a call; -1: not yet */
+    bool may_hand_over;          /* to minivllm.torch, where torch itself has to take part: see torch.c */
+    bool hand_over;              /* it has; reading the arguments ends without an exception then */
+    signed char torch_modes;     /* asked once a call, see torch.c; -1: not yet */
+    PyObject *result;            /* what the caller gets; NULL: an exception is set */
     const framework *streams_of; /* the framework whose current stream is `stream`; NULL: none on a GPU yet */
     void *stream;
     int32_t device;   /* of that stream; -1: not known yet */
@@ -178,6 +186,11 @@ bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got NULL:
 PyObject *loaded(const char *module_name, const char *attribute);
 
 /* ---- helpers of more than one framework ------------------------------------------------------------------------- */
+
+/* Does the class, a subclass of torch.Tensor, change what operations on its tensors do? -1 with an exception set. */
+int torch_overrides(module_state *state, PyTypeObject *type);
+/* Calls the function of minivllm.torch that has the op's name, with the same arguments. */
+PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names);
 
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);
 bool check_view(call *c, tensor *t); /* what every view must be: data where there are elements, aligned, few dims */

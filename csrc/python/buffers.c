@@ -63,7 +63,7 @@ static bool has(PyObject *object, PyObject *name) {
 /* Fills framework and api; *cacheable: they follow from the type alone. NULL framework: no tensor. */
 static bool classify(call *c, PyObject *object, type_kind *found, bool *cacheable) {
     PyTypeObject *type = Py_TYPE(object);
-    *found = (type_kind){NULL, exchange_api_of(type)};
+    *found = (type_kind){.framework = NULL, .api = exchange_api_of(type)};
     *cacheable = true;
     for (size_t i = 0; i < sizeof known_types / sizeof known_types[0]; i++) {
         const int is = is_of_type(object, known_types[i].module, known_types[i].type);
@@ -71,7 +71,9 @@ static bool classify(call *c, PyObject *object, type_kind *found, bool *cacheabl
         if (is) {
             found->framework = known_types[i].framework;
             if (!has_native_exchange(found->framework)) found->api = NULL;
-            return true;
+            const int overrides = found->framework == &torch_framework ? torch_overrides(c->state, type) : 0;
+            found->overrides = overrides == 1;
+            return overrides >= 0;
         }
     }
     PyObject *const *names = c->state->names;
@@ -273,8 +275,10 @@ tensor *tensor_of(call *c, const mv_view *slot) {
 void begin_call(call *c, PyObject *module, const char *op) {
     c->state = PyModule_GetState(module);
     c->op = op;
-    c->forbid_grad = true;
-    c->grad_mode = -1;
+    c->may_hand_over = true;
+    c->hand_over = false;
+    c->torch_modes = -1;
+    c->result = NULL;
     c->streams_of = NULL;
     c->stream = NULL;
     c->device = -1;

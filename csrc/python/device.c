@@ -182,7 +182,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
     mv_view view = {0};
     call c;
     begin_call(&c, module, "_view");
-    c.forbid_grad = false;
+    c.may_hand_over = false;
     c.streams_of = &device_array_framework; /* whose stream waits for the tensor's */
     if (take_tensor(&c, "array", -1, object, &view) && settle(&c)) {
         tensor *t = &c.tensors[0];
@@ -215,7 +215,7 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OO", &like, &shape) || !ints_of_tuple(shape, sizes, &ndim)) return NULL;
     call c;
     begin_call(&c, module, "_empty");
-    c.forbid_grad = false;
+    c.may_hand_over = false;
     if (take_tensor(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
         result = t->kind.framework->empty(&c, t, ndim, sizes);

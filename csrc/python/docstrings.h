@@ -10,7 +10,7 @@
     "Raises TypeError for what is no tensor, wrong dtypes and unknown arguments; ValueError for shapes, devices,\n"    \
     "strides, values, read-only or overlapping outputs; BufferError where an exporter refuses; RuntimeError for "      \
     "CUDA,\n"                                                                                                          \
-    "and for tensors that require grad while grad mode is on.\n"
+    "and where an op that is told where to write would have to carry a gradient.\n"
 
 #define DOC_RMS_NORM                                                                                                   \
     "rms_norm($module, x, weight, eps=1e-06, *, out=None, rounding='hf', weight_offset=0.0, kernel=None)\n--\n\n"      \

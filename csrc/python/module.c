@@ -20,6 +20,10 @@ static const struct {
     [TORCH_SPLIT] = {"torch", "split_with_sizes"},
     [TORCH_SPLIT_FRESH] = {"torch", "unsafe_split_with_sizes"},
     [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
+    [TORCH_DISPATCH_MODES] = {"torch._C", "_len_torch_dispatch_stack"},
+    [TORCH_IS_TRACING] = {"torch._C", "_is_tracing"},
+    [TORCH_FORWARD_AD] = {"torch.autograd", "forward_ad"},
+    [TORCH_NO_FUNCTION] = {"torch._C", "_disabled_torch_function_impl"},
     [TORCH_CURRENT_STREAM] = {"torch.cuda", "current_stream"},
     [NUMPY_EMPTY] = {"numpy", "empty"},
     [NUMPY_DTYPE] = {"numpy", "dtype"},
@@ -37,6 +41,7 @@ static const struct {
 static const char *const name_texts[KNOWN_NAMES] = {
     [NAME_ARRAY_STRUCT] = "__array_struct__",
     [NAME_CUDA_ARRAY_INTERFACE] = "__cuda_array_interface__",
+    [NAME_CURRENT_LEVEL] = "_current_level",
     [NAME_DATA] = "data",
     [NAME_DETACH] = "detach",
     [NAME_DEVICE] = "device",

@@ -55,13 +55,12 @@ const signature rms_norm_signature = {"rms_norm", 0, 2, 3, LENGTH(rms_norm_param
 
 PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "rms_norm", .eps = 1e-6};
-    PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
     if (parse(&c, &rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_rms_norm))
-        result = returned(&c, &a.out, &a.x);
+        c.result = returned(&c, &a.out, &a.x);
     end_call(&c);
-    return result;
+    return c.result;
 }
 
 /* (out, residual_out) */
@@ -90,13 +89,12 @@ const signature add_rms_norm_signature = {"add_rms_norm",         1, 3, 4, LENGT
 
 PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
-    PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
     if (parse(&c, &add_rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_add_rms_norm))
-        result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
+        c.result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
     end_call(&c);
-    return result;
+    return c.result;
 }
 
 static const parameter fused_add_rms_norm_parameters[] = {
@@ -117,17 +115,16 @@ static bool check_writable(call *c, const mv_view *slot) {
 
 PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_args a = {.call.op = "fused_add_rms_norm", .eps = 1e-6};
-    PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
     if (parse(&c, &fused_add_rms_norm_signature, &a, given, count, names) && check_writable(&c, &a.x) &&
         check_writable(&c, &a.residual)) {
         a.out = a.x;
         a.residual_out = a.residual;
-        if (run_norm(&c, &a, mv_add_rms_norm)) result = returned_pair(&c, &a.x, &a.residual, &a.x);
+        if (run_norm(&c, &a, mv_add_rms_norm)) c.result = returned_pair(&c, &a.x, &a.residual, &a.x);
     }
     end_call(&c);
-    return result;
+    return c.result;
 }
 
 /* ---- rms_norm_qkv ----------------------------------------------------------------------------------------------- */
@@ -174,7 +171,6 @@ static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t he
 
 PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
-    PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
     if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names)) {
@@ -186,11 +182,11 @@ PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t c
             if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
                 (!is_given(&a.residual) || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
                 run(&c, &plan, &a.x, &a.out, &a.residual_out))
-                result = returned_qkv(&c, &a, plan.head_dim);
+                c.result = returned_qkv(&c, &a, plan.head_dim);
         }
     }
     end_call(&c);
-    return result;
+    return c.result;
 }
 
 /* ---- for the layer object --------------------------------------------------------------------------------------- */
@@ -220,7 +216,7 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
     PyObject *result = NULL;
     call c;
     begin_call(&c, module, a.call.op);
-    c.forbid_grad = false;
+    c.may_hand_over = false;
     if (parse(&c, &check_signature, &a, given, count, names)) {
         const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
         a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};

@@ -17,7 +17,7 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
     memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
     PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape);
     if (!object) return false;
-    c->forbid_grad = false;
+    c->may_hand_over = false;
     const bool ok = take_tensor(c, name, -1, object, slot);
     Py_DECREF(object);
     if (ok) c->tensors[c->count - 1].fresh = true;

@@ -2,21 +2,115 @@
  *
  * The exchange API checks neither requires_grad nor the negative bit, and knows no subclass that holds no memory of its
  * own: those checks are here. Results are torch.empty's, with torch's own storages: record_stream does nothing for a
- * tensor that was wrapped from elsewhere. */
+ * tensor that was wrapped from elsewhere.
+ *
+ * Where torch itself has to take part in a call, the whole call goes to minivllm/torch.py: when a gradient is asked for;
+ * when every operation is watched, by a dispatch mode or a tracer; when a tensor's class
+ * overrides operations; and when a tensor has no memory (that of a vmap, meta tensors). */
 #include "binding.h"
 
-/* A subclass that overrides __torch_dispatch__ (FakeTensor, DTensor) need not have memory behind it. */
-static bool is_plain(call *c, tensor *t) {
-    PyObject *tensor_type = known(c->state, TORCH_TENSOR);
-    PyTypeObject *type = Py_TYPE(t->object);
-    if (!tensor_type || (PyObject *)type == tensor_type) return tensor_type != NULL;
-    PyObject *own = PyObject_GetAttrString((PyObject *)type, "__torch_dispatch__");
-    PyObject *usual = PyObject_GetAttrString(tensor_type, "__torch_dispatch__");
-    const bool plain = own && own == usual;
-    Py_XDECREF(usual);
+/* ---- when torch has to take part -------------------------------------------------------------------------------- */
+
+static bool hand_over(call *c) {
+    c->hand_over = true;
+    return false;
+}
+
+static bool same_attribute(PyTypeObject *type, const char *name, PyObject *usual) {
+    PyObject *own = PyObject_GetAttrString((PyObject *)type, name);
+    const bool same = own && own == usual;
+    if (!own) PyErr_Clear();
     Py_XDECREF(own);
-    PyErr_Clear();
-    if (plain) return true;
+    return same;
+}
+
+/* FakeTensor, DTensor. */
+static bool overrides_dispatch(PyTypeObject *type, PyObject *tensor_type) {
+    PyObject *usual = PyObject_GetAttrString(tensor_type, "__torch_dispatch__");
+    const bool overrides = !usual || !same_attribute(type, "__torch_dispatch__", usual);
+    Py_XDECREF(usual);
+    return overrides;
+}
+
+/* Subclasses inherit Tensor's __torch_function__, which makes results of their class; that of Parameter is disabled. */
+int torch_overrides(module_state *state, PyTypeObject *type) {
+    PyObject *tensor_type = known(state, TORCH_TENSOR);
+    PyObject *disabled = known(state, TORCH_NO_FUNCTION);
+    if (!tensor_type || !disabled) return -1;
+    if ((PyObject *)type == tensor_type) return 0;
+    return overrides_dispatch(type, tensor_type) || !same_attribute(type, "__torch_function__", disabled);
+}
+
+/* function() as a number; -1 with an exception set. */
+static long ask(call *c, known_object function) {
+    PyObject *callable = known(c->state, function);
+    PyObject *answer = callable ? PyObject_CallNoArgs(callable) : NULL;
+    const long number = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    return number;
+}
+
+static bool outside_of_forward_mode(call *c) {
+    PyObject *forward_ad = known(c->state, TORCH_FORWARD_AD);
+    PyObject *level = forward_ad ? PyObject_GetAttr(forward_ad, c->state->names[NAME_CURRENT_LEVEL]) : NULL;
+    const bool outside = level && PyLong_AsLong(level) < 0; /* -1 */
+    Py_XDECREF(level);
+    if (!outside && !PyErr_Occurred())
+        PyErr_Format(PyExc_RuntimeError,
+                     "%s: has no derivatives in forward mode; call it outside of torch.func.jvp, jacfwd, hessian and "
+                     "torch.autograd.forward_ad.dual_level",
+                     c->op);
+    return outside;
+}
+
+enum { NO_GRADIENTS, GRADIENTS, WATCHED };
+
+/* What torch is about in this thread: c->torch_modes. */
+static bool ask_modes(call *c) {
+    const long grad = ask(c, TORCH_IS_GRAD_ENABLED);
+    const bool watched = ask(c, TORCH_DISPATCH_MODES) != 0 || ask(c, TORCH_IS_TRACING) != 0;
+    c->torch_modes = watched ? WATCHED : grad ? GRADIENTS : NO_GRADIENTS;
+    return !PyErr_Occurred() && outside_of_forward_mode(c);
+}
+
+/* False also when the call is handed over. */
+static bool check_modes(call *c, tensor *t) {
+    if (c->torch_modes < 0 && !ask_modes(c)) return false;
+    if (c->torch_modes != GRADIENTS) return c->torch_modes == NO_GRADIENTS || hand_over(c);
+    PyObject *requires_grad = PyObject_GetAttr(t->object, c->state->names[NAME_REQUIRES_GRAD]);
+    if (!requires_grad) return false;
+    Py_DECREF(requires_grad);
+    return requires_grad != Py_True || hand_over(c);
+}
+
+PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    PyObject *module = PyImport_ImportModule("minivllm.torch");
+    PyObject *function = module ? PyObject_GetAttrString(module, c->op) : NULL;
+    PyObject *positional = function ? PyTuple_New(count) : NULL;
+    PyObject *keywords = positional ? PyDict_New() : NULL;
+    bool ok = keywords != NULL;
+    for (Py_ssize_t i = 0; ok && i < count; i++) {
+        Py_INCREF(given[i]);
+        ok = PyTuple_SetItem(positional, i, given[i]) == 0;
+    }
+    for (Py_ssize_t i = 0; ok && names && i < PyTuple_Size(names); i++)
+        ok = PyDict_SetItem(keywords, PyTuple_GetItem(names, i), given[count + i]) == 0;
+    PyObject *result = ok ? PyObject_Call(function, positional, keywords) : NULL;
+    Py_XDECREF(keywords);
+    Py_XDECREF(positional);
+    Py_XDECREF(function);
+    Py_XDECREF(module);
+    return result;
+}
+
+/* ---- views ------------------------------------------------------------------------------------------------------ */
+
+/* Where a call is not handed over: a subclass that overrides __torch_dispatch__ need not have memory behind it. */
+static bool check_memory(call *c, tensor *t) {
+    PyTypeObject *type = Py_TYPE(t->object);
+    PyObject *tensor_type = known(c->state, TORCH_TENSOR);
+    if (!tensor_type) return false;
+    if (!overrides_dispatch(type, tensor_type)) return true;
     PyObject *name = PyType_GetQualName(type);
     if (name)
         refuse(c, t, PyExc_TypeError,
@@ -25,25 +119,6 @@ static bool is_plain(call *c, tensor *t) {
                name);
     Py_XDECREF(name);
     return false;
-}
-
-/* Outputs without a gradient where one is expected would train a model wrongly and silently. */
-static bool check_grad(call *c, tensor *t) {
-    if (c->grad_mode < 0) {
-        PyObject *function = known(c->state, TORCH_IS_GRAD_ENABLED);
-        PyObject *enabled = function ? PyObject_CallNoArgs(function) : NULL;
-        if (!enabled) return false;
-        c->grad_mode = enabled == Py_True;
-        Py_DECREF(enabled);
-    }
-    if (!c->grad_mode) return true;
-    PyObject *requires_grad = PyObject_GetAttr(t->object, c->state->names[NAME_REQUIRES_GRAD]);
-    if (!requires_grad) return false;
-    const bool refused = requires_grad == Py_True;
-    Py_DECREF(requires_grad);
-    return !refused || refuse(c, t, PyExc_RuntimeError,
-                              "requires grad and grad mode is on, but minivllm computes no gradients; call it under "
-                              "torch.no_grad() or torch.inference_mode(), or pass a detach()ed tensor");
 }
 
 /* Lazy negation is a property of views of conjugated complex tensors, and those never have unit strides. */
@@ -71,12 +146,20 @@ static bool view_by_protocol(call *c, tensor *t) {
 }
 
 static bool torch_view(call *c, tensor *t) {
-    if (!is_plain(c, t)) return false;
-    if (c->forbid_grad && !check_grad(c, t)) return false;
+    if (t->kind.overrides) {
+        if (c->may_hand_over) return hand_over(c);
+        if (!check_memory(c, t)) return false;
+    }
+    if (c->may_hand_over && !check_modes(c, t)) return false;
     if (!t->kind.api) return view_by_protocol(c, t);
     dl_tensor borrowed;
-    if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0)
+    if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0) {
+        if (c->may_hand_over && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+            PyErr_Clear();
+            return hand_over(c);
+        }
         return refuse_because(c, t, PyExc_BufferError, "is no tensor in plain memory");
+    }
     return view_of_dl_tensor(c, t, &borrowed) && check_not_negated(c, t);
 }
 
