@@ -202,9 +202,9 @@ class BuildExtension(build_ext):
         command += SANITIZE_FLAGS.split() * flag("MINIVLLM_SANITIZE")
         if cuda:
             command += [f"-L{path}" for path in cuda.library_dirs]
-            command += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
+            command += ["-lcudart_static", "-lrt", "-Wl,--exclude-libs,ALL"]
         fresh = target.with_name(f"{target.name}.new")
-        subprocess.run([*command, "-lpthread", "-lm", "-o", str(fresh)], check=True)
+        subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", str(fresh)], check=True)
         os.replace(fresh, target)  # a process that has the old one mapped keeps it
 
 

@@ -32,6 +32,7 @@ typedef enum {
     TORCH_DEVICE,
     TORCH_SPLIT,
     TORCH_SPLIT_FRESH,
+    TORCH_HANDLE,
     TORCH_IS_GRAD_ENABLED,
     TORCH_DISPATCH_MODES,
     TORCH_IS_TRACING,
@@ -105,6 +106,9 @@ PyObject *known(module_state *state, int object); /* borrowed; NULL with an erro
 /* Stores `value` (stolen, may be NULL) unless another thread was first; gives back what is stored, borrowed. */
 PyObject *keep_first(_Atomic(PyObject *) *slot, PyObject *value);
 
+/* What torch is about: does it record gradients, or is every operation watched, by a dispatch mode or a tracer? */
+enum { TORCH_NO_GRADIENTS, TORCH_GRADIENTS, TORCH_WATCHED };
+
 /* ---- one call --------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -127,7 +131,7 @@ typedef struct {
     const char *op;
     bool may_hand_over;          /* to minivllm.torch, where torch itself has to take part: see torch.c */
     bool hand_over;              /* it has; reading the arguments ends without an exception then */
-    signed char torch_modes;     /* asked once a call, see torch.c; -1: not yet */
+    signed char torch_modes;     /* of this thread, asked once a call; -1: not yet */
     PyObject *result;            /* what the caller gets; NULL: an exception is set */
     const framework *streams_of; /* the framework whose current stream is `stream`; NULL: none on a GPU yet */
     void *stream;
@@ -155,12 +159,13 @@ struct framework {
     bool (*view)(call *c, tensor *t);
     /* The stream that the framework is working on. NULL: it has none, the legacy default stream serves. */
     bool (*stream)(call *c, const tensor *t, void **stream);
-    /* A new C-contiguous array on like's device, in like's dtype. */
-    PyObject *(*empty)(call *c, const tensor *like, int ndim, const int64_t *shape);
+    /* A new C-contiguous array on like's device, in like's dtype. *data: its elements, set where the framework knows
+     * without a view of it; what comes back then need not be an array yet, for `finish` and `split` make one of it. */
+    PyObject *(*empty)(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
     /* `bytes` bytes of scratch on like's GPU, as an object that owns them; *data: where. */
     PyObject *(*scratch)(call *c, const tensor *like, size_t bytes, void **data);
-    /* q, k and v: a tuple of views of `packed`, given as [..., heads, head_dim] when fresh, else as [..., qkv]. */
-    PyObject *(*split)(call *c, PyObject *packed, const tensor *out, const head_counts *counts, bool fresh);
+    /* q, k and v: a tuple of views of `out`, which is [..., heads, head_dim] when fresh, else [..., qkv]. */
+    PyObject *(*split)(call *c, const tensor *like, const tensor *out, const head_counts *counts);
     /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
     PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
 };
@@ -200,6 +205,7 @@ void release_dlpack(tensor *t);
 bool strides_from_bytes(call *c, tensor *t, int64_t itemsize);
 
 PyObject *shape_tuple(int ndim, const int64_t *shape);
+void contiguous_strides(int ndim, const int64_t *shape, int64_t *strides);
 bool ints_of_tuple(PyObject *tuple, int64_t *values, int *count);           /* at most MAX_DIMS */
 bool take_pointer(PyObject *object, const char *attribute, void **pointer); /* object.attribute; steals object */
 
@@ -209,9 +215,11 @@ PyObject *numpy_dtype(module_state *state, mv_dtype dtype); /* borrowed */
 PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t *shape);
 
 /* For objects whose makers cannot make one for us: NumPy arrays on the CPU, DeviceArray on a GPU. */
-PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape);
+PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
 PyObject *plain_scratch(call *c, const tensor *like, size_t bytes, void **data);
-PyObject *split_by_slices(call *c, PyObject *packed, const tensor *out, const head_counts *counts, bool fresh);
+PyObject *split_by_slices(call *c, const tensor *like, const tensor *out, const head_counts *counts);
+/* The same of `packed`, which is what `out` has become. */
+PyObject *slices_of(call *c, PyObject *packed, const tensor *out, const head_counts *counts);
 /* The shape of `out`, [..., qkv], with qkv split: [..., all heads, head_dim]. */
 PyObject *split_shape(const tensor *out, const head_counts *counts);
 

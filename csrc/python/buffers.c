@@ -4,6 +4,8 @@
  * No framework is imported for it: an object of a framework that is not in sys.modules cannot exist. */
 #include "buffers.h"
 
+#include <string.h>
+
 /* ---- classification --------------------------------------------------------------------------------------------- */
 
 static const struct {
@@ -249,7 +251,7 @@ bool settle(call *c) {
 
 /* ---- one tensor, one call --------------------------------------------------------------------------------------- */
 
-bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
+static tensor *add_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
     tensor *t = &c->tensors[c->count++];
     Py_INCREF(object);
     t->object = object;
@@ -260,6 +262,24 @@ bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_vie
     t->fresh = false;
     t->has_producer = false;
     t->view = (mv_view){.shape = t->shape, .strides = t->strides};
+    return t;
+}
+
+void add_fresh_tensor(call *c, const char *name, PyObject *object, const tensor *like, void *data, int ndim,
+                      const int64_t *shape, mv_view *slot) {
+    tensor *t = add_tensor(c, name, -1, object, slot);
+    t->kind = like->kind;
+    memcpy(t->shape, shape, (size_t)ndim * sizeof shape[0]);
+    contiguous_strides(ndim, shape, t->strides);
+    t->view.data = data;
+    t->view.ndim = ndim;
+    t->view.dtype = like->view.dtype;
+    t->view.device = like->view.device;
+    *slot = t->view;
+}
+
+bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
+    tensor *t = add_tensor(c, name, member, object, slot);
     if (!find_framework(c, t) || !t->kind.framework->view(c, t)) return false;
     if (t->view.device.kind == MV_CUDA && !join_stream(c, t)) return false;
     *slot = t->view;

@@ -63,7 +63,8 @@ static PyObject *cupy_new(call *c, int index, PyObject *size, PyObject *dtype) {
     return result;
 }
 
-static PyObject *cupy_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+static PyObject *cupy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
+    (void)data;
     PyObject *dtype = numpy_dtype(c->state, like->view.dtype);
     PyObject *size = dtype ? shape_tuple(ndim, shape) : NULL;
     PyObject *result = size ? cupy_new(c, like->view.device.index, size, dtype) : NULL;

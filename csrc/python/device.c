@@ -186,10 +186,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
     c.streams_of = &device_array_framework; /* whose stream waits for the tensor's */
     if (take_tensor(&c, "array", -1, object, &view) && settle(&c)) {
         tensor *t = &c.tensors[0];
-        if (!view.strides) { /* C-contiguous */
-            int64_t step = 1;
-            for (int d = view.ndim - 1; d >= 0; step *= t->shape[d], d--) t->strides[d] = step;
-        }
+        if (!view.strides) contiguous_strides(view.ndim, t->shape, t->strides);
         PyObject *shape = shape_tuple(view.ndim, t->shape), *strides = shape_tuple(view.ndim, t->strides);
         PyObject *device = view.device.kind == MV_CPU ? PyUnicode_FromString("cpu")
                                                       : PyUnicode_FromFormat("cuda:%d", (int)view.device.index);
@@ -218,7 +215,14 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     c.may_hand_over = false;
     if (take_tensor(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
-        result = t->kind.framework->empty(&c, t, ndim, sizes);
+        const framework *from = t->kind.framework;
+        void *data;
+        result = from->empty(&c, t, ndim, sizes, &data);
+        if (result && from->finish) {
+            PyObject *unfinished = result;
+            result = from->finish(&c, t, unfinished);
+            Py_DECREF(unfinished);
+        }
     }
     end_call(&c);
     return result;

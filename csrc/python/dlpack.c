@@ -4,6 +4,8 @@
  * then on its deleter is ours to call, exactly once, at the end of the call. */
 #include "binding.h"
 
+#include <string.h>
+
 void release_dlpack(tensor *t) {
     if (!t->managed) return;
     if (t->versioned) {
@@ -106,9 +108,9 @@ static bool device_array_view(call *c, tensor *t) {
     return true;
 }
 
-static PyObject *device_array_split(call *c, PyObject *packed, const tensor *out, const head_counts *n, bool fresh) {
-    (void)c, (void)out, (void)fresh;
-    return PyObject_CallMethod(packed, "_split_heads", "LLLL", (long long)n->heads[0], (long long)n->heads[1],
+static PyObject *device_array_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
+    (void)c, (void)like;
+    return PyObject_CallMethod(out->object, "_split_heads", "LLLL", (long long)n->heads[0], (long long)n->heads[1],
                                (long long)n->heads[2], (long long)n->head_dim);
 }
 
@@ -138,12 +140,8 @@ static void set_error(void *context, const char *kind, const char *message) {
 
 static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, const int64_t *shape, void **data) {
     int64_t sizes[MAX_DIMS], strides[MAX_DIMS];
-    int64_t step = 1;
-    for (int d = ndim - 1; d >= 0; d--) {
-        sizes[d] = shape[d];
-        strides[d] = step;
-        step *= shape[d];
-    }
+    memcpy(sizes, shape, (size_t)ndim * sizeof sizes[0]);
+    contiguous_strides(ndim, shape, strides);
     const bool cuda = like->view.device.kind == MV_CUDA;
     dl_tensor prototype = {NULL, {cuda ? DL_CUDA : DL_CPU, like->view.device.index}, ndim, dtype, sizes, strides, 0};
     dl_managed_versioned *managed = NULL;
@@ -153,11 +151,10 @@ static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, cons
     return like->kind.api->owned_to_object(managed, &object) == 0 ? object : NULL;
 }
 
-static PyObject *exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+static PyObject *exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
     static const dl_dtype dtypes[] = {{DL_FLOAT, 32, 1}, {DL_FLOAT, 16, 1}, {DL_BFLOAT, 16, 1}};
-    void *data;
     (void)c;
-    return exchange_new(like, dtypes[like->view.dtype], ndim, shape, &data);
+    return exchange_new(like, dtypes[like->view.dtype], ndim, shape, data);
 }
 
 static PyObject *exchange_scratch(call *c, const tensor *like, size_t bytes, void **data) {

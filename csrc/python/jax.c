@@ -22,11 +22,18 @@ static PyObject *jax_finish(call *c, const tensor *like, PyObject *object) {
     return result;
 }
 
+static PyObject *jax_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
+    PyObject *packed = jax_finish(c, like, out->object);
+    PyObject *parts = packed ? slices_of(c, packed, out, n) : NULL;
+    Py_XDECREF(packed);
+    return parts;
+}
+
 const framework jax_framework = {.name = "JAX",
                                  .view = jax_view,
                                  .empty = plain_empty,
                                  .scratch = plain_scratch,
-                                 .split = split_by_slices,
+                                 .split = jax_split,
                                  .finish = jax_finish};
 
 /* What jit, vmap and grad pass instead of an array. */

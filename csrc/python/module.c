@@ -19,6 +19,7 @@ static const struct {
     [TORCH_DEVICE] = {"torch", "device"},
     [TORCH_SPLIT] = {"torch", "split_with_sizes"},
     [TORCH_SPLIT_FRESH] = {"torch", "unsafe_split_with_sizes"},
+    [TORCH_HANDLE] = {"torch._C._aoti", "unsafe_alloc_void_ptr_from_tensor"},
     [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
     [TORCH_DISPATCH_MODES] = {"torch._C", "_len_torch_dispatch_stack"},
     [TORCH_IS_TRACING] = {"torch._C", "_is_tracing"},

@@ -103,7 +103,8 @@ PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t
     return result;
 }
 
-static PyObject *numpy_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+static PyObject *numpy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
+    (void)data;
     return numpy_new(c->state, like->view.dtype, ndim, shape);
 }
 

@@ -15,12 +15,18 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
                       MAX_DIMS + 1 - last_count);
     memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
     memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
-    PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape);
+    void *data = NULL;
+    PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape, &data);
     if (!object) return false;
-    c->may_hand_over = false;
-    const bool ok = take_tensor(c, name, -1, object, slot);
+    bool ok = true;
+    if (data) {
+        add_fresh_tensor(c, name, object, like, data, lead + last_count, shape, slot);
+    } else {
+        c->may_hand_over = false;
+        ok = take_tensor(c, name, -1, object, slot);
+    }
     Py_DECREF(object);
-    if (ok) c->tensors[c->count - 1].fresh = true;
+    c->tensors[c->count - 1].fresh = true;
     return ok;
 }
 
@@ -52,12 +58,8 @@ PyObject *returned(call *c, const mv_view *slot, const mv_view *x) {
 
 PyObject *returned_parts(call *c, const mv_view *slot, const mv_view *x, const head_counts *counts) {
     const tensor *result = tensor_of(c, slot), *like = tensor_of(c, x);
-    PyObject *packed = finished(c, result, like);
-    if (!packed) return NULL;
-    const framework *from = packed == result->object ? result->kind.framework : like->kind.framework;
-    PyObject *parts = from->split(c, packed, result, counts, result->fresh);
-    Py_DECREF(packed);
-    return parts;
+    const bool unfinished = result->fresh && like->kind.framework->finish;
+    return (unfinished ? like : result)->kind.framework->split(c, like, result, counts);
 }
 
 /* ---- for several frameworks ------------------------------------------------------------------------------------- */
@@ -69,6 +71,11 @@ PyObject *shape_tuple(int ndim, const int64_t *shape) {
         if (!size || PyTuple_SetItem(tuple, d, size) < 0) Py_CLEAR(tuple);
     }
     return tuple;
+}
+
+void contiguous_strides(int ndim, const int64_t *shape, int64_t *strides) {
+    int64_t step = 1;
+    for (int d = ndim - 1; d >= 0; step *= shape[d], d--) strides[d] = step;
 }
 
 bool ints_of_tuple(PyObject *object, int64_t *values, int *count) {
@@ -106,7 +113,8 @@ static PyObject *new_device_array(call *c, int32_t device, const char *dtype, in
     return result;
 }
 
-PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
+PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
+    (void)data;
     const mv_dtype dtype = like->view.dtype;
     if (like->view.device.kind == MV_CUDA)
         return new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape);
@@ -150,9 +158,9 @@ static PyObject *slice_heads(PyObject *base, int64_t first, int64_t last) {
     return part;
 }
 
-PyObject *split_by_slices(call *c, PyObject *packed, const tensor *out, const head_counts *n, bool fresh) {
+PyObject *slices_of(call *c, PyObject *packed, const tensor *out, const head_counts *n) {
     PyObject *base = packed;
-    if (fresh) {
+    if (out->fresh) {
         Py_INCREF(base);
     } else {
         PyObject *shape = split_shape(out, n);
@@ -168,4 +176,9 @@ PyObject *split_by_slices(call *c, PyObject *packed, const tensor *out, const he
     }
     Py_XDECREF(base);
     return parts;
+}
+
+PyObject *split_by_slices(call *c, const tensor *like, const tensor *out, const head_counts *n) {
+    (void)like;
+    return slices_of(c, out->object, out, n);
 }

@@ -1,13 +1,13 @@
 /* torch.c: torch tensors, through the C exchange API (torch 2.10 and later) or __dlpack__.
  *
  * The exchange API checks neither requires_grad nor the negative bit, and knows no subclass that holds no memory of its
- * own: those checks are here. Results are torch.empty's, with torch's own storages: record_stream does nothing for a
- * tensor that was wrapped from elsewhere.
+ * own: those checks are here.
  *
  * Where torch itself has to take part in a call, the whole call goes to minivllm/torch.py: when a gradient is asked for;
- * when every operation is watched, by a dispatch mode or a tracer; when a tensor's class
- * overrides operations; and when a tensor has no memory (that of a vmap, meta tensors). */
-#include "binding.h"
+ * when every operation is watched, by a dispatch mode or a tracer; when a tensor's class overrides operations; and when
+ * a tensor has no memory (that of a vmap, meta tensors). */
+#include "torch_c.h"
+#include "torch_results.h"
 
 /* ---- when torch has to take part -------------------------------------------------------------------------------- */
 
@@ -63,20 +63,19 @@ static bool outside_of_forward_mode(call *c) {
     return outside;
 }
 
-enum { NO_GRADIENTS, GRADIENTS, WATCHED };
-
 /* What torch is about in this thread: c->torch_modes. */
 static bool ask_modes(call *c) {
-    const long grad = ask(c, TORCH_IS_GRAD_ENABLED);
+    const torch_c *torch = torch_c_functions();
+    const long grad = torch ? torch->is_grad_enabled() : ask(c, TORCH_IS_GRAD_ENABLED);
     const bool watched = ask(c, TORCH_DISPATCH_MODES) != 0 || ask(c, TORCH_IS_TRACING) != 0;
-    c->torch_modes = watched ? WATCHED : grad ? GRADIENTS : NO_GRADIENTS;
+    c->torch_modes = watched ? TORCH_WATCHED : grad ? TORCH_GRADIENTS : TORCH_NO_GRADIENTS;
     return !PyErr_Occurred() && outside_of_forward_mode(c);
 }
 
 /* False also when the call is handed over. */
 static bool check_modes(call *c, tensor *t) {
     if (c->torch_modes < 0 && !ask_modes(c)) return false;
-    if (c->torch_modes != GRADIENTS) return c->torch_modes == NO_GRADIENTS || hand_over(c);
+    if (c->torch_modes != TORCH_GRADIENTS) return c->torch_modes == TORCH_NO_GRADIENTS || hand_over(c);
     PyObject *requires_grad = PyObject_GetAttr(t->object, c->state->names[NAME_REQUIRES_GRAD]);
     if (!requires_grad) return false;
     Py_DECREF(requires_grad);
@@ -170,74 +169,10 @@ static bool torch_stream(call *c, const tensor *t, void **stream) {
     return object && take_pointer(object, "cuda_stream", stream);
 }
 
-/* dtype=, device= for torch.empty. dtype 3: uint8. Borrowed. */
-static PyObject *options_for(module_state *state, int dtype, mv_device device) {
-    const int place = device.kind == MV_CPU ? 0 : 1 + device.index;
-    if (place > MAX_CUDA_DEVICES)
-        return PyErr_Format(PyExc_RuntimeError, "minivllm: only the first %d GPUs can be used", MAX_CUDA_DEVICES);
-    PyObject *made = atomic_load_explicit(&state->torch_options[dtype][place], memory_order_acquire);
-    if (made) return made;
-    PyObject *type = known(state, TORCH_DTYPES + dtype);
-    PyObject *make_device = known(state, TORCH_DEVICE);
-    if (!type || !make_device) return NULL;
-    PyObject *where = device.kind == MV_CPU ? PyObject_CallFunction(make_device, "s", "cpu")
-                                            : PyObject_CallFunction(make_device, "si", "cuda", (int)device.index);
-    PyObject *options = where ? Py_BuildValue("{sOsO}", "dtype", type, "device", where) : NULL;
-    Py_XDECREF(where);
-    return keep_first(&state->torch_options[dtype][place], options);
-}
-
-static PyObject *torch_new(call *c, int dtype, mv_device device, int ndim, const int64_t *shape) {
-    PyObject *empty = known(c->state, TORCH_EMPTY);
-    PyObject *options = empty ? options_for(c->state, dtype, device) : NULL;
-    PyObject *sizes = options ? shape_tuple(ndim, shape) : NULL;
-    PyObject *arguments = sizes ? PyTuple_Pack(1, sizes) : NULL;
-    PyObject *result = arguments ? PyObject_Call(empty, arguments, options) : NULL;
-    Py_XDECREF(arguments);
-    Py_XDECREF(sizes);
-    return result;
-}
-
-static PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape) {
-    return torch_new(c, (int)like->view.dtype, like->view.device, ndim, shape);
-}
-
-static PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data) {
-    const int64_t size = (int64_t)bytes;
-    PyObject *object = torch_new(c, TORCH_UINT8 - TORCH_DTYPES, like->view.device, 1, &size);
-    PyObject *pointer = object ? PyObject_CallMethod(object, "data_ptr", NULL) : NULL;
-    *data = pointer ? PyLong_AsVoidPtr(pointer) : NULL;
-    Py_XDECREF(pointer);
-    if (PyErr_Occurred()) Py_CLEAR(object);
-    return object;
-}
-
-/* Nobody else holds a fresh packed buffer, so its parts need no autograd record of being views of one tensor. */
-static PyObject *torch_split(call *c, PyObject *packed, const tensor *out, const head_counts *n, bool fresh) {
-    PyObject *base = packed;
-    if (fresh) {
-        Py_INCREF(base);
-    } else {
-        PyObject *shape = split_shape(out, n);
-        base = shape ? PyObject_CallMethodObjArgs(packed, c->state->names[NAME_VIEW], shape, NULL) : NULL;
-        Py_XDECREF(shape);
-    }
-    PyObject *function = known(c->state, fresh ? TORCH_SPLIT_FRESH : TORCH_SPLIT);
-    PyObject *parts = NULL;
-    if (base && function) {
-        PyObject *sizes = shape_tuple(3, n->heads);
-        PyObject *dim = PyLong_FromLong(-2);
-        if (sizes && dim) parts = PyObject_CallFunctionObjArgs(function, base, sizes, dim, NULL);
-        Py_XDECREF(dim);
-        Py_XDECREF(sizes);
-    }
-    Py_XDECREF(base);
-    return parts;
-}
-
 const framework torch_framework = {.name = "torch",
                                    .view = torch_view,
                                    .stream = torch_stream,
                                    .empty = torch_empty,
                                    .scratch = torch_scratch,
-                                   .split = torch_split};
+                                   .split = torch_split,
+                                   .finish = torch_finish};

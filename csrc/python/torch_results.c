@@ -1,0 +1,172 @@
+/* torch_results.c: see torch_results.h. All of it is memory of torch's own allocator, in torch's own storages: what was
+ * wrapped from elsewhere would ignore record_stream. A fresh output is held by a capsule until the call is done, and only
+ * then becomes an object, or three: objects are what costs. */
+#include "torch_results.h"
+
+#include <string.h>
+
+#include "torch_c.h"
+
+/* ---- from C ----------------------------------------------------------------------------------------------------- */
+
+static const char holder_name[] = "minivllm.torch_tensor";
+
+static torch_handle *held_by(PyObject *holder) {
+    return PyCapsule_IsValid(holder, holder_name) ? PyCapsule_GetPointer(holder, holder_name) : NULL;
+}
+
+static void drop_held(PyObject *holder) { torch_c_functions()->drop(held_by(holder)); }
+
+/* NULL, without an error set, where torch cannot: torch.empty then says why. dtype 3: uint8. */
+static PyObject *new_holder(int dtype, mv_device device, int ndim, const int64_t *shape, void **data) {
+    const torch_c *torch = torch_c_functions();
+    int64_t strides[MAX_DIMS];
+    torch_handle *made;
+    if (!torch) return NULL;
+    contiguous_strides(ndim, shape, strides);
+    if (torch->empty(ndim, shape, strides, torch->dtypes[dtype], device.kind == MV_CPU ? TORCH_CPU : TORCH_CUDA,
+                     device.index, &made))
+        return NULL;
+    PyObject *holder = torch->data(made, data) == 0 && *data ? PyCapsule_New(made, holder_name, drop_held) : NULL;
+    if (!holder) torch->drop(made);
+    return holder;
+}
+
+/* A new object for a handle, which is dropped. */
+static PyObject *object_of(const torch_c *torch, torch_handle *handle) {
+    PyObject *object = torch->object(handle);
+    torch->drop(handle);
+    return object;
+}
+
+/* q, k and v as tensors that share the storage of `packed`, and that autograd does not know to be views of it. */
+static PyObject *share_parts(const torch_c *torch, torch_handle *packed, const tensor *out, const head_counts *n) {
+    int64_t shape[MAX_DIMS + 1], strides[MAX_DIMS + 1];
+    const int lead = out->view.ndim - (out->fresh ? 2 : 1);
+    memcpy(shape, out->shape, (size_t)lead * sizeof shape[0]);
+    memcpy(strides, out->strides, (size_t)lead * sizeof strides[0]);
+    shape[lead + 1] = strides[lead] = n->head_dim;
+    strides[lead + 1] = 1;
+    PyObject *parts = PyTuple_New(3);
+    int64_t offset = 0;
+    for (int i = 0; parts && i < 3; i++) {
+        torch_handle *part;
+        shape[lead] = n->heads[i];
+        if (torch->share(packed, lead + 2, shape, strides, offset, &part) != 0) {
+            PyErr_SetString(PyExc_RuntimeError, "minivllm: torch makes no views of its own tensor");
+            Py_CLEAR(parts);
+            break;
+        }
+        PyObject *object = object_of(torch, part);
+        if (!object || PyTuple_SetItem(parts, i, object) < 0) Py_CLEAR(parts);
+        offset += n->heads[i] * n->head_dim;
+    }
+    return parts;
+}
+
+/* The handle of a tensor object, to be dropped; NULL, maybe with an error set, where there is none to be had. */
+static torch_handle *handle_of(call *c, PyObject *object) {
+    PyObject *function = known(c->state, TORCH_HANDLE);
+    PyObject *capsule = function ? PyObject_CallFunctionObjArgs(function, object, NULL) : NULL;
+    torch_handle *handle = capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
+    Py_XDECREF(capsule);
+    return handle;
+}
+
+/* ---- through Python --------------------------------------------------------------------------------------------- */
+
+/* dtype=, device= for torch.empty. dtype 3: uint8. Borrowed. */
+static PyObject *options_for(module_state *state, int dtype, mv_device device) {
+    const int place = device.kind == MV_CPU ? 0 : 1 + device.index;
+    if (place > MAX_CUDA_DEVICES)
+        return PyErr_Format(PyExc_RuntimeError, "minivllm: only the first %d GPUs can be used", MAX_CUDA_DEVICES);
+    PyObject *made = atomic_load_explicit(&state->torch_options[dtype][place], memory_order_acquire);
+    if (made) return made;
+    PyObject *type = known(state, TORCH_DTYPES + dtype);
+    PyObject *make_device = known(state, TORCH_DEVICE);
+    if (!type || !make_device) return NULL;
+    PyObject *where = device.kind == MV_CPU ? PyObject_CallFunction(make_device, "s", "cpu")
+                                            : PyObject_CallFunction(make_device, "si", "cuda", (int)device.index);
+    PyObject *options = where ? Py_BuildValue("{sOsO}", "dtype", type, "device", where) : NULL;
+    Py_XDECREF(where);
+    return keep_first(&state->torch_options[dtype][place], options);
+}
+
+static PyObject *call_empty(call *c, int dtype, mv_device device, int ndim, const int64_t *shape) {
+    PyObject *empty = known(c->state, TORCH_EMPTY);
+    PyObject *options = empty ? options_for(c->state, dtype, device) : NULL;
+    PyObject *sizes = options ? shape_tuple(ndim, shape) : NULL;
+    PyObject *arguments = sizes ? PyTuple_Pack(1, sizes) : NULL;
+    PyObject *result = arguments ? PyObject_Call(empty, arguments, options) : NULL;
+    Py_XDECREF(arguments);
+    Py_XDECREF(sizes);
+    return result;
+}
+
+/* Nobody else holds a fresh packed buffer, so its parts need no autograd record of being views of one tensor. */
+static PyObject *call_split(call *c, const tensor *out, const head_counts *n) {
+    PyObject *base = out->object;
+    if (out->fresh) {
+        Py_INCREF(base);
+    } else {
+        PyObject *shape = split_shape(out, n);
+        base = shape ? PyObject_CallMethodObjArgs(base, c->state->names[NAME_VIEW], shape, NULL) : NULL;
+        Py_XDECREF(shape);
+    }
+    PyObject *function = known(c->state, out->fresh ? TORCH_SPLIT_FRESH : TORCH_SPLIT);
+    PyObject *parts = NULL;
+    if (base && function) {
+        PyObject *sizes = shape_tuple(3, n->heads);
+        PyObject *dim = PyLong_FromLong(-2);
+        if (sizes && dim) parts = PyObject_CallFunctionObjArgs(function, base, sizes, dim, NULL);
+        Py_XDECREF(dim);
+        Py_XDECREF(sizes);
+    }
+    Py_XDECREF(base);
+    return parts;
+}
+
+/* ---- either ----------------------------------------------------------------------------------------------------- */
+
+PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
+    PyObject *holder = new_holder((int)like->view.dtype, like->view.device, ndim, shape, data);
+    return holder ? holder : call_empty(c, (int)like->view.dtype, like->view.device, ndim, shape);
+}
+
+PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+    const int64_t size = (int64_t)bytes;
+    const int dtype = TORCH_UINT8 - TORCH_DTYPES;
+    PyObject *holder = new_holder(dtype, like->view.device, 1, &size, data);
+    if (holder) return holder;
+    PyObject *object = call_empty(c, dtype, like->view.device, 1, &size);
+    PyObject *pointer = object ? PyObject_CallMethod(object, "data_ptr", NULL) : NULL;
+    *data = pointer ? PyLong_AsVoidPtr(pointer) : NULL;
+    Py_XDECREF(pointer);
+    if (PyErr_Occurred()) Py_CLEAR(object);
+    return object;
+}
+
+PyObject *torch_finish(call *c, const tensor *like, PyObject *object) {
+    torch_handle *handle = held_by(object);
+    (void)c, (void)like;
+    if (handle) return torch_c_functions()->object(handle);
+    Py_INCREF(object);
+    return object;
+}
+
+/* A tensor that was given may take part in autograd: where gradients are recorded, its views have to be known as such. */
+PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
+    const torch_c *torch = torch_c_functions();
+    torch_handle *packed = held_by(out->object);
+    (void)like;
+    if (packed) return share_parts(torch, packed, out, n);
+    const bool exact = (PyObject *)Py_TYPE(out->object) == known(c->state, TORCH_TENSOR);
+    if (torch && exact && !out->fresh && out->view.strides && c->torch_modes == TORCH_NO_GRADIENTS &&
+        (packed = handle_of(c, out->object))) {
+        PyObject *parts = share_parts(torch, packed, out, n);
+        torch->drop(packed);
+        return parts;
+    }
+    PyErr_Clear(); /* a torch without that function */
+    return call_split(c, out, n);
+}

@@ -1,0 +1,12 @@
+/* torch_results.h: outputs and workspace of torch, and q, k, v as views of a packed tensor: see framework. */
+#ifndef MV_PYTHON_TORCH_RESULTS_H
+#define MV_PYTHON_TORCH_RESULTS_H
+
+#include "binding.h"
+
+PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
+PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data);
+PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *counts);
+PyObject *torch_finish(call *c, const tensor *like, PyObject *object);
+
+#endif
