@@ -8,6 +8,7 @@ from processes import PACKAGE, ROOT, succeeds
 # A page, and the module that it needs.
 PAGES = [
     pytest.param("parallel.md", "torch"),
+    pytest.param("torch.md", "torch"),
     pytest.param("jax.md", "jax"),
     pytest.param("cupy.md", "cupy", marks=pytest.mark.gpu),
 ]
