@@ -42,7 +42,7 @@ int torch_overrides(module_state *state, PyTypeObject *type) {
 }
 
 /* function() as a number; -1 with an exception set. */
-static long ask(call *c, known_object function) {
+static long ask(call *c, int function) {
     PyObject *callable = known(c->state, function);
     PyObject *answer = callable ? PyObject_CallNoArgs(callable) : NULL;
     const long number = answer ? PyLong_AsLong(answer) : -1;
