@@ -115,28 +115,31 @@ def _fused_add_rms_norm(x, residual, weight, eps):
     _C.fused_add_rms_norm(_plain(x), _plain(residual), _plain(weight), eps)
 
 
-def _run_qkv(packed, residual, x, norm_weight, qkv_weight, bias, num_heads, num_kv_heads, eps, *options):
-    return _C.rms_norm_qkv(
-        _plain(x), _plain(norm_weight), _one_or_three(qkv_weight), num_heads, num_kv_heads, eps, out=packed,
-        bias=_one_or_three(bias), residual=residual, **dict(zip(_QKV_OPTIONS[3:], options)))  # fmt: skip
-
-
 def _one_or_three(tensors):
-    tensors = [_plain(tensor) for tensor in tensors]
-    return tensors if len(tensors) > 1 else tensors[0] if tensors else None
+    if len(tensors) == 1:
+        return _plain(tensors[0])
+    return [_plain(tensor) for tensor in tensors] or None
+
+
+def _run_qkv(
+    residual, x, norm_weight, qkv_weight, bias, num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset,
+    batch_invariant, allow_tf32, static_weights, kernel
+):  # fmt: skip
+    return _C._rms_norm_qkv_packed(
+        _plain(x), _plain(norm_weight), _one_or_three(qkv_weight), num_heads, num_kv_heads, eps,
+        bias=_one_or_three(bias), residual=residual, weight_layout=weight_layout, rounding=rounding,
+        weight_offset=weight_offset, batch_invariant=batch_invariant, allow_tf32=allow_tf32,
+        static_weights=static_weights, kernel=kernel)  # fmt: skip
 
 
 @_register(f"rms_norm_qkv(Tensor x, {_QKV}) -> Tensor", _new_packed)
 def _rms_norm_qkv(x, *arguments):
-    packed = _new_packed(x, *arguments)
-    _run_qkv(packed, None, x, *arguments)
-    return packed
+    return _run_qkv(None, x, *arguments)
 
 
 @_register(f"add_rms_norm_qkv(Tensor x, Tensor residual, {_QKV}) -> (Tensor, Tensor)", _new_packed_and_sum)
 def _add_rms_norm_qkv(x, residual, *arguments):
-    packed = _new_packed(x, *arguments)
-    return packed, _run_qkv(packed, _plain(residual), x, *arguments)[3]
+    return _run_qkv(_plain(residual), x, *arguments)
 
 
 # ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------

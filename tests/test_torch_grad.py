@@ -233,6 +233,25 @@ def test_writing_ops_carry_no_gradient(torch, device):
         minivllm.rms_norm(i.x, i.norm, out=i.x.clone().requires_grad_())
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad mode", "no_grad"])
+def test_autograd_knows_what_was_overwritten(torch, device, grad):
+    """A tensor that an earlier operation saved for its backward pass, and one of ours then writes to."""
+    writing = {
+        "fused_add_rms_norm": lambda x, i: minivllm.fused_add_rms_norm(i.residual.clone(), x, i.norm),
+        "out=": lambda x, i: minivllm.rms_norm(i.residual, i.norm, out=x),
+        "packed out=": lambda x, i: minivllm.rms_norm_qkv(
+            i.residual, i.norm, i.square, HEADS, KV_HEADS, weight_layout="out_in", out=x
+        ),
+    }
+    for write in writing.values():
+        i, factor = Inputs(device), torch.ones((), device=device, requires_grad=True)
+        product = factor * i.x
+        with torch.set_grad_enabled(grad):
+            write(i.x, i)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 def test_other_frameworks_beside_a_gradient(torch):
     weight = torch.ones(8, requires_grad=True)
     with pytest.raises(TypeError, match=r"rms_norm: x is of type ndarray, expected a torch.Tensor: a gradient"):

@@ -38,6 +38,8 @@ typedef enum {
     TORCH_IS_TRACING,
     TORCH_FORWARD_AD,
     TORCH_NO_FUNCTION,
+    TORCH_IS_INFERENCE_MODE,
+    TORCH_INCREMENT_VERSION,
     TORCH_CURRENT_STREAM,
     NUMPY_EMPTY,
     NUMPY_DTYPE,
@@ -168,6 +170,8 @@ struct framework {
     PyObject *(*split)(call *c, const tensor *like, const tensor *out, const head_counts *counts);
     /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
     PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
+    /* The op has written to t, which was given. NULL: nobody needs to know. */
+    bool (*written)(call *c, const tensor *t);
 };
 
 extern const framework torch_framework, numpy_framework, cupy_framework, jax_framework, device_array_framework;

@@ -169,7 +169,13 @@ static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t he
     return result;
 }
 
-PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+/* out [..., qkv] itself, or with a residual (out, residual_out) */
+static PyObject *returned_packed(call *c, const mv_rms_norm_qkv_args *a) {
+    return is_given(&a->residual) ? returned_pair(c, &a->out, &a->residual_out, &a->x) : returned(c, &a->out, &a->x);
+}
+
+static PyObject *rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names,
+                              bool packed) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
     call c;
     begin_call(&c, module, a.call.op);
@@ -179,14 +185,23 @@ PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t c
         a.call.stream = c.stream;
         if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
             const int64_t hidden = hidden_of(&a.x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
-            if (provide(&c, "out", &a.out, &a.x, 2, heads) &&
+            if (provide(&c, "out", &a.out, &a.x, packed ? 1 : 2, packed ? &plan.qkv : heads) &&
                 (!is_given(&a.residual) || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
                 run(&c, &plan, &a.x, &a.out, &a.residual_out))
-                c.result = returned_qkv(&c, &a, plan.head_dim);
+                c.result = packed ? returned_packed(&c, &a) : returned_qkv(&c, &a, plan.head_dim);
         }
     }
     end_call(&c);
     return c.result;
+}
+
+PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    return rms_norm_qkv(module, given, count, names, false);
+}
+
+/* For torch's registered op, whose outputs must not be views. */
+PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    return rms_norm_qkv(module, given, count, names, true);
 }
 
 /* ---- for the layer object --------------------------------------------------------------------------------------- */

@@ -46,8 +46,14 @@ bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace
     return true;
 }
 
+static bool note_write(call *c, const tensor *result) {
+    const framework *from = result->kind.framework;
+    return result->fresh || !from->written || from->written(c, result);
+}
+
 static PyObject *finished(call *c, const tensor *result, const tensor *like) {
     if (result->fresh && like->kind.framework->finish) return like->kind.framework->finish(c, like, result->object);
+    if (!note_write(c, result)) return NULL;
     Py_INCREF(result->object);
     return result->object;
 }
@@ -59,6 +65,7 @@ PyObject *returned(call *c, const mv_view *slot, const mv_view *x) {
 PyObject *returned_parts(call *c, const mv_view *slot, const mv_view *x, const head_counts *counts) {
     const tensor *result = tensor_of(c, slot), *like = tensor_of(c, x);
     const bool unfinished = result->fresh && like->kind.framework->finish;
+    if (!note_write(c, result)) return NULL;
     return (unfinished ? like : result)->kind.framework->split(c, like, result, counts);
 }
 

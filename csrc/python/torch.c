@@ -169,10 +169,21 @@ static bool torch_stream(call *c, const tensor *t, void **stream) {
     return object && take_pointer(object, "cuda_stream", stream);
 }
 
+/* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
+static bool torch_written(call *c, const tensor *t) {
+    const long inference = ask(c, TORCH_IS_INFERENCE_MODE);
+    if (inference != 0) return inference > 0;
+    PyObject *function = known(c->state, TORCH_INCREMENT_VERSION);
+    PyObject *none = function ? PyObject_CallFunctionObjArgs(function, t->object, NULL) : NULL;
+    Py_XDECREF(none);
+    return none != NULL;
+}
+
 const framework torch_framework = {.name = "torch",
                                    .view = torch_view,
                                    .stream = torch_stream,
                                    .empty = torch_empty,
                                    .scratch = torch_scratch,
                                    .split = torch_split,
-                                   .finish = torch_finish};
+                                   .finish = torch_finish,
+                                   .written = torch_written};
