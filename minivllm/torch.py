@@ -6,8 +6,9 @@ arguments, to the function of the same name below, and torch.compile traces that
 registered op, torch.ops.minivllm.<name>, which the dispatcher leads back to the C function once every transformation
 is done; where a gradient is asked for, it does so through an autograd.Function.
 
-The registered ops are no API. They carry no gradients, and those of the projection return the packed buffer, because
-the outputs of an op must not be views of each other: q, k and v are split off outside.
+The registered ops are no API. Those of the projection return the packed buffer, because the outputs of an op must not
+be views of each other: q, k and v are split off outside. torch knows no gradient of them, and warns who goes backward
+through one that was called without the function around it, as an exported program does.
 """
 
 import torch
@@ -236,8 +237,8 @@ class _NormQKV(torch.autograd.Function):
 
 def _wants_gradient(op, outputs, **tensors):
     """Whether a gradient is asked for, of tensors that may be None or several. Refuses what the dispatcher could only
-    refuse in words of its own; `outputs`: those that the op is told to write to. An exported program is for inference:
-    it holds the op alone, and torch warns who goes backward through it."""
+    refuse in words of its own; `outputs`: those that the op is told to write to. An exported program holds the op
+    alone: the function around it would come with its forward pass only, which is detached."""
     wants = False
     for name, given in (tensors | outputs).items():
         several = isinstance(given, (tuple, list))
@@ -262,7 +263,8 @@ def _wants_gradient(op, outputs, **tensors):
                         f"gradients; call {op.replace('fused_', '')} without {', '.join(outputs)}, or under "
                         "torch.no_grad()"
                     )
-    return wants and not torch.compiler.is_exporting()
+    # torch.compiler.is_exporting() is the name of it, and in torch 2.11 true of torch.compile as well.
+    return wants and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _written(op, name, out, result):
@@ -307,6 +309,23 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6):
     return x, residual
 
 
+def rms_norm_qkv_packed(
+    x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, weight_layout, rounding,
+    weight_offset, batch_invariant, allow_tf32, static_weights, kernel, **outputs
+):  # fmt: skip
+    """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
+    weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
+    biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
+    options = (num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset, batch_invariant, allow_tf32,
+               static_weights, kernel)  # fmt: skip
+    inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
+    if _wants_gradient("rms_norm_qkv", outputs, **inputs):
+        return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
+    if residual is None:
+        return _rms_norm_qkv(x, norm_weight, weights, biases, *options)
+    return _add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
+
+
 def rms_norm_qkv(
     x,
     norm_weight,
@@ -329,21 +348,13 @@ def rms_norm_qkv(
     kernel=None,
 ):
     """minivllm.rms_norm_qkv for every torch tensor, with gradients of x, residual, the weights and biases."""
-    weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
-    biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
-    options = (num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset, batch_invariant, allow_tf32,
-               static_weights, kernel)  # fmt: skip
-    outputs = {"out": out, "residual_out": residual_out}
-    inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
-    if _wants_gradient("rms_norm_qkv", outputs, **inputs):
-        result = _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
-    elif residual is None:
-        result = _rms_norm_qkv(x, norm_weight, weights, biases, *options)
-    else:
-        result = _add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
-    packed, total = (result, None) if residual is None else result
+    result = rms_norm_qkv_packed(
+        x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, bias=bias, residual=residual,
+        weight_layout=weight_layout, rounding=rounding, weight_offset=weight_offset, batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32, static_weights=static_weights, kernel=kernel, out=out, residual_out=residual_out
+    )  # fmt: skip
+    packed, *total = [result] if residual is None else result
     packed = _written("rms_norm_qkv", "out", out, packed)
-
     heads = num_heads + 2 * num_kv_heads
     if packed.shape[-1] != heads * (head_dim or packed.shape[-1] // heads):
         raise ValueError(
@@ -351,7 +362,7 @@ def rms_norm_qkv(
             f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"
         )
     parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
-    return tuple(parts) if residual is None else (*parts, _written("rms_norm_qkv", "residual_out", residual_out, total))
+    return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
 
 
 def substitute_in_graphs():

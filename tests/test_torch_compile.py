@@ -99,6 +99,7 @@ def test_export(torch, device, strict, grad):
         assert "minivllm.rms_norm.default" in str(program.graph)
         for each in (i, more):
             assert_same(program.module()(each.x, each.residual), module(each.x, each.residual))
+    assert all(tensor.requires_grad for tensor in program.module()(i.x, i.residual))  # not detached in silence
 
 
 def test_what_the_op_refuses_it_refuses_in_a_graph(torch):

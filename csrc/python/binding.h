@@ -131,7 +131,8 @@ typedef struct {
 typedef struct {
     module_state *state;
     const char *op;
-    bool may_hand_over;          /* to minivllm.torch, where torch itself has to take part: see torch.c */
+    const char *torch_function;  /* of minivllm.torch, which serves where torch itself has to take part: see torch.c */
+    bool may_hand_over;          /* to that */
     bool hand_over;              /* it has; reading the arguments ends without an exception then */
     signed char torch_modes;     /* of this thread, asked once a call; -1: not yet */
     PyObject *result;            /* what the caller gets; NULL: an exception is set */
@@ -198,7 +199,7 @@ PyObject *loaded(const char *module_name, const char *attribute);
 
 /* Does the class, a subclass of torch.Tensor, change what operations on its tensors do? -1 with an exception set. */
 int torch_overrides(module_state *state, PyTypeObject *type);
-/* Calls the function of minivllm.torch that has the op's name, with the same arguments. */
+/* Calls c->torch_function with the same arguments. */
 PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names);
 
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);

@@ -295,6 +295,7 @@ tensor *tensor_of(call *c, const mv_view *slot) {
 void begin_call(call *c, PyObject *module, const char *op) {
     c->state = PyModule_GetState(module);
     c->op = op;
+    c->torch_function = op;
     c->may_hand_over = true;
     c->hand_over = false;
     c->torch_modes = -1;

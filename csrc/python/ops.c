@@ -179,6 +179,7 @@ static PyObject *rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
     call c;
     begin_call(&c, module, a.call.op);
+    if (packed) c.torch_function = "rms_norm_qkv_packed";
     if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names)) {
         mv_plan plan;
         mv_error error;

@@ -84,7 +84,7 @@ static bool check_modes(call *c, tensor *t) {
 
 PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     PyObject *module = PyImport_ImportModule("minivllm.torch");
-    PyObject *function = module ? PyObject_GetAttrString(module, c->op) : NULL;
+    PyObject *function = module ? PyObject_GetAttrString(module, c->torch_function) : NULL;
     PyObject *positional = function ? PyTuple_New(count) : NULL;
     PyObject *keywords = positional ? PyDict_New() : NULL;
     bool ok = keywords != NULL;
