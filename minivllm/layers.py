@@ -85,6 +85,8 @@ class FusedRMSNormQKV:
         else:
             blocks = [weight.T if in_out else weight for weight in members]
             self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
+            if any(getattr(weight, "requires_grad", False) for weight in members):
+                self._packed.requires_grad_().register_hook(_refuse_gradient)
         self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
 
     def __repr__(self):
@@ -114,6 +116,18 @@ def _concatenate(blocks, shape, packed=None):
     row = 0
     for block in blocks:
         rows = block.shape[0]
-        packed[row : row + rows] = block.detach() if hasattr(block, "detach") else block
+        _detached(packed)[row : row + rows] = _detached(block)
         row += rows
     return packed
+
+
+def _detached(array):
+    return array.detach() if hasattr(array, "detach") else array
+
+
+def _refuse_gradient(gradient):
+    """The copy knows no way back to the weights; a gradient that ended there would be lost."""
+    raise RuntimeError(
+        "FusedRMSNormQKV: qkv_weight requires grad, but prepack=True computes with a copy of it, which carries no "
+        "gradients; train a layer without prepack, or detach() the weight"
+    )

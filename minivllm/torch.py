@@ -5,143 +5,14 @@ A call on plain tensors that need no gradient never comes here. The C functions 
 arguments, to the function of the same name below, and torch.compile traces that function in their place. It calls a
 registered op, torch.ops.minivllm.<name>, which the dispatcher leads back to the C function once every transformation
 is done; where a gradient is asked for, it does so through an autograd.Function.
-
-The registered ops are no API. Those of the projection return the packed buffer, because the outputs of an op must not
-be views of each other: q, k and v are split off outside. torch knows no gradient of them, and warns who goes backward
-through one that was called without the function around it, as an exported program does.
 """
 
 import torch
 
-from minivllm import _C
+from minivllm import _C, torch_ops
 from minivllm.layers import is_in_out
 
-# ---- the registered ops ---------------------------------------------------------------------------------------------
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_library = torch.library.Library("minivllm", "DEF")
-_NORM = "Tensor weight, float eps, str rounding, float weight_offset, str? kernel"
-_QKV = (
-    "Tensor norm_weight, Tensor[] qkv_weight, Tensor[] bias, int num_heads, int num_kv_heads, float eps, "
-    "str weight_layout, str rounding, float weight_offset, bool batch_invariant, bool allow_tf32, "
-    "bool static_weights, str? kernel"
-)
-_QKV_OPTIONS = [part.split()[-1] for part in _QKV.split(", ")[3:]]
-
-
-def _register(schema, fake):
-    """Makes the function the op `schema` on the CPU and on CUDA. Strides have to stay as they are in eager mode: those
-    of a square weight tell its layout."""
-
-    def decorate(function):
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-        for backend in ("CPU", "CUDA"):
-            _library.impl(name, function, backend)
-        torch.library.register_fake(f"minivllm::{name}", fake, lib=_library)
-        op = getattr(torch.ops.minivllm, name).default
-        if not op._schema.is_mutable:
-            rows = [argument.name for argument in op._schema.arguments if argument.name in ("x", "residual")]
-            torch.library.register_vmap(f"minivllm::{name}", _batching_rule(op, len(rows)), lib=_library)
-        return op
-
-    return decorate
-
-
-def _new_like(x, *_):
-    return x.new_empty(x.shape)
-
-
-def _new_pair(x, *_):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _new_packed(x, norm_weight, qkv_weight, *_):
-    """[..., qkv]. Of a matrix in either layout, the dimension that is not hidden counts the outputs."""
-    hidden = x.shape[-1]
-    outputs = [w.shape[0] if w.shape[1] == hidden else w.shape[1] for w in qkv_weight]
-    return x.new_empty((*x.shape[:-1], sum(outputs)))
-
-
-def _new_packed_and_sum(x, residual, *weights):
-    return _new_packed(x, *weights), x.new_empty(x.shape)
-
-
-def _batching_rule(op, rows):
-    """For torch.vmap: `op`, whose first `rows` arguments have rows, on a batch of them at once, since all rows are
-    independent; with a batch of weights one by one."""
-
-    def select(value, dim, i):
-        if isinstance(value, list):
-            return [select(each, each_dim, i) for each, each_dim in zip(value, dim)]
-        return value if dim is None else value.select(dim, i)
-
-    def is_batched(dim):
-        return any(map(is_batched, dim)) if isinstance(dim, list) else dim is not None
-
-    def rule(info, dims, *arguments):
-        if any(map(is_batched, dims[rows:])):
-            each = [op(*map(select, arguments, dims, [i] * len(dims))) for i in range(info.batch_size)]
-            results = tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
-        else:
-            first = [
-                tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0).contiguous()
-                for tensor, dim in zip(arguments[:rows], dims)
-            ]
-            results = op(*first, *arguments[rows:])
-        return results, (0, 0) if isinstance(results, tuple) else 0
-
-    return rule
-
-
-def _plain(tensor):
-    """The tensor without its subclass, whose work is done by the time that the op runs."""
-    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
-
-
-@_register(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _new_like)
-def _rms_norm(x, weight, eps, rounding, weight_offset, kernel):
-    return _C.rms_norm(_plain(x), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
-
-
-@_register(f"add_rms_norm(Tensor x, Tensor residual, {_NORM}) -> (Tensor, Tensor)", _new_pair)
-def _add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel):
-    return _C.add_rms_norm(
-        _plain(x), _plain(residual), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel
-    )
-
-
-@_register("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()", lambda *_: None)
-def _fused_add_rms_norm(x, residual, weight, eps):
-    _C.fused_add_rms_norm(_plain(x), _plain(residual), _plain(weight), eps)
-
-
-def _one_or_three(tensors):
-    if len(tensors) == 1:
-        return _plain(tensors[0])
-    return [_plain(tensor) for tensor in tensors] or None
-
-
-def _run_qkv(
-    residual, x, norm_weight, qkv_weight, bias, num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset,
-    batch_invariant, allow_tf32, static_weights, kernel
-):  # fmt: skip
-    return _C._rms_norm_qkv_packed(
-        _plain(x), _plain(norm_weight), _one_or_three(qkv_weight), num_heads, num_kv_heads, eps,
-        bias=_one_or_three(bias), residual=residual, weight_layout=weight_layout, rounding=rounding,
-        weight_offset=weight_offset, batch_invariant=batch_invariant, allow_tf32=allow_tf32,
-        static_weights=static_weights, kernel=kernel)  # fmt: skip
-
-
-@_register(f"rms_norm_qkv(Tensor x, {_QKV}) -> Tensor", _new_packed)
-def _rms_norm_qkv(x, *arguments):
-    return _run_qkv(None, x, *arguments)
-
-
-@_register(f"add_rms_norm_qkv(Tensor x, Tensor residual, {_QKV}) -> (Tensor, Tensor)", _new_packed_and_sum)
-def _add_rms_norm_qkv(x, residual, *arguments):
-    return _run_qkv(_plain(residual), x, *arguments)
-
 
 # ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------
 
@@ -167,8 +38,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, weight, eps, rounding, weight_offset, kernel):
         if residual is None:
-            return _rms_norm(x, weight, eps, rounding, weight_offset, kernel)
-        return _add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel)
+            return torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel)
+        return torch_ops.add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -194,14 +65,14 @@ class _NormQKV(torch.autograd.Function):
     def forward(x, residual, norm_weight, members, options, *weights):
         arguments = (norm_weight, list(weights[:members]), list(weights[members:]), *options)
         if residual is None:
-            return _rms_norm_qkv(x, *arguments)
-        return _add_rms_norm_qkv(x, residual, *arguments)
+            return torch_ops.rms_norm_qkv(x, *arguments)
+        return torch_ops.add_rms_norm_qkv(x, residual, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, residual, norm_weight, ctx.members, options, *weights = inputs
         ctx.adds = residual is not None
-        options = dict(zip(_QKV_OPTIONS, options))
+        options = dict(zip(torch_ops.QKV_OPTIONS, options))
         ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
         ctx.in_out = is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
         ctx.save_for_backward(output[1] if ctx.adds else x, norm_weight, *weights)
@@ -284,7 +155,7 @@ def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0,
     arguments = (weight, eps, rounding, weight_offset, kernel)
     if _wants_gradient("rms_norm", {"out": out}, x=x, weight=weight):
         return _Norm.apply(x, None, *arguments)
-    return _written("rms_norm", "out", out, _rms_norm(x, *arguments))
+    return _written("rms_norm", "out", out, torch_ops.rms_norm(x, *arguments))
 
 
 def add_rms_norm(
@@ -295,7 +166,7 @@ def add_rms_norm(
     outputs = {"out": out, "residual_out": residual_out}
     if _wants_gradient("add_rms_norm", outputs, x=x, residual=residual, weight=weight):
         return _Norm.apply(x, residual, *arguments)
-    normed, total = _add_rms_norm(x, residual, *arguments)
+    normed, total = torch_ops.add_rms_norm(x, residual, *arguments)
     return (
         _written("add_rms_norm", "out", out, normed),
         _written("add_rms_norm", "residual_out", residual_out, total),
@@ -305,7 +176,7 @@ def add_rms_norm(
 def fused_add_rms_norm(x, residual, weight, eps=1e-6):
     """minivllm.fused_add_rms_norm for every torch tensor; no gradients."""
     _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
-    _fused_add_rms_norm(x, residual, weight, eps)
+    torch_ops.fused_add_rms_norm(x, residual, weight, eps)
     return x, residual
 
 
@@ -322,8 +193,8 @@ def rms_norm_qkv_packed(
     if _wants_gradient("rms_norm_qkv", outputs, **inputs):
         return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
     if residual is None:
-        return _rms_norm_qkv(x, norm_weight, weights, biases, *options)
-    return _add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
+        return torch_ops.rms_norm_qkv(x, norm_weight, weights, biases, *options)
+    return torch_ops.add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
 
 
 def rms_norm_qkv(

@@ -102,6 +102,19 @@ def test_export(torch, device, strict, grad):
     assert all(tensor.requires_grad for tensor in program.module()(i.x, i.residual))  # not detached in silence
 
 
+def test_an_exported_program_in_another_process(torch, tmp_path):
+    i = Inputs()
+    module = Block(torch, i)
+    torch.export.save(torch.export.export(module, (i.x, i.residual)), tmp_path / "program.pt2")
+    torch.save([i.x, i.residual, *module(i.x, i.residual)], tmp_path / "tensors.pt")
+    succeeds(f"""
+        import torch, minivllm.torch
+        x, residual, *expected = torch.load({str(tmp_path / "tensors.pt")!r})
+        for a, b in zip(torch.export.load({str(tmp_path / "program.pt2")!r}).module()(x, residual), expected):
+            assert torch.equal(a, b)
+    """)
+
+
 def test_what_the_op_refuses_it_refuses_in_a_graph(torch):
     i = Inputs()
     graph = compiled(torch, lambda x: minivllm.rms_norm(x, i.norm, rounding="bf16"), backend="aot_eager")
