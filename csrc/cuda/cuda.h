@@ -21,9 +21,11 @@ mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error);
 const char *mv_decode_fits(const mv_task *task);
 const char *mv_mma_fits(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
+const char *mv_norm_wgmma_fits(const mv_task *task);
 
 /* Workspace of the plans that write the normalised rows before the product. */
 size_t mv_norm_plan_workspace(const mv_task *task);
+size_t mv_norm_wgmma_workspace(const mv_task *task);
 
 #ifdef __cplusplus
 }

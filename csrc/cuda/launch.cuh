@@ -48,6 +48,7 @@ struct Grid {
     dim3 blocks;
     unsigned threads;
     size_t smem_bytes;
+    unsigned cluster; /* CTAs in a row that run together; 0: no clusters */
 };
 
 template <auto kernel, typename... Args>
@@ -65,16 +66,25 @@ static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args...
     }
 
     if (status == cudaSuccess) {
-        cudaLaunchAttribute programmatic = {};
-        programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        programmatic.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchAttribute attributes[2] = {};
+        unsigned count = 0;
+        if (task->programmatic_launch) {
+            attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+        }
+        if (grid.cluster > 1) {
+            attributes[count].id = cudaLaunchAttributeClusterDimension;
+            attributes[count].val.clusterDim.x = grid.cluster;
+            attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+            count++;
+        }
         cudaLaunchConfig_t config = {};
         config.gridDim = grid.blocks;
         config.blockDim = dim3(grid.threads);
         config.dynamicSmemBytes = grid.smem_bytes;
         config.stream = static_cast<cudaStream_t>(task->stream);
-        config.attrs = &programmatic;
-        config.numAttrs = task->programmatic_launch ? 1 : 0;
+        config.attrs = attributes;
+        config.numAttrs = count;
         void *pointers[] = {static_cast<void *>(&args)...};
         status = cudaLaunchKernelExC(&config, function, pointers);
     }

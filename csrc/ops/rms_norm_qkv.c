@@ -42,6 +42,9 @@ static double cost_decode_gpu(const mv_task *t) {
 }
 static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
 static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
+static double cost_norm_wgmma(const mv_task *t) {
+    return 6 + larger(weight_bytes(t) / 2.9e6, tile_flops(t, 128) / 6.2e8);
+}
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
     return 22 + larger((double)t->hidden * 0.17, tile_flops(t, 64) / 4.0e7);
@@ -55,6 +58,8 @@ static double cost_norm_ffma(const mv_task *t) {
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))   \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
+                           cost_norm_wgmma, mv_norm_wgmma_workspace))                                                  \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,            \
                          mv_norm_plan_workspace))                                                                      \

@@ -1,0 +1,485 @@
+/* rms_norm_qkv_wgmma_sm90a.cu: the projection of many tokens on Hopper's tensor cores, for 16-bit x and weights: the
+ * second launch of the plan whose first is the norm kernel.
+ *
+ * A CTA owns a tile of 128 tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps to a ring in
+ * shared memory by tensor copies; two warpgroups multiply 64 tokens each. The ring runs on over the CTA's tiles, so
+ * the copies of a tile begin while the one before it is still being stored, and one warpgroup stores while the other
+ * multiplies.
+ *
+ * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to both.
+ *
+ * The weights' first steps are on their way before the wait for the norm. An output's bits do not depend on the number of
+ * tokens: the tensor cores add the same groups of 16 k in the same order for every tile. */
+#include "cuda.h"
+#include "launch.cuh"
+#include "norm_plan.cuh"
+#include "ptx.cuh"
+#include "qkv_epilogue.cuh"
+#include "tensor_map.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace {
+
+constexpr int kTokens = 128, kStep = 64, kRowBytes = 2 * kStep;
+constexpr unsigned kCluster = 2; /* CTAs, where there are clusters */
+constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 32;
+constexpr int kBoxColumns = 32, kBoxBytes = 64 * kBoxColumns * 2; /* of the outputs: 64 tokens high */
+constexpr size_t kSmemBytes = 232448;                             /* of a Hopper CTA */
+
+/* The tile by its number of outputs, and what shared memory holds: the ring, then boxes of outputs on their way out
+ * (a part of each warpgroup's), biases, barriers. */
+template <int kOutputs, bool kInOut> struct Tile {
+    static constexpr int N = kOutputs;
+    static constexpr int x_bytes = kTokens * kRowBytes;
+    static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
+    static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
+    static constexpr int stage_bytes = x_bytes + w_bytes;
+    static constexpr int boxes = N / kBoxColumns;
+    static constexpr int boxes_at_once = boxes <= 5 ? boxes : (boxes + 1) / 2;
+    static constexpr int out_bytes = kWarpgroups * boxes_at_once * kBoxBytes;
+    static constexpr int bias_bytes = kWarpgroups * N * 4;
+    static constexpr int stages = (kSmemBytes - out_bytes - bias_bytes - 256) / stage_bytes;
+    static constexpr int ring_bytes = stages * stage_bytes;
+    static constexpr int barriers_at = ring_bytes + out_bytes + bias_bytes;
+    static constexpr size_t smem_bytes = barriers_at + 16 * stages;
+    static_assert(smem_bytes <= kSmemBytes && stages >= 3);
+};
+
+/* Consecutive outputs that one matrix of weights makes. */
+struct Segment {
+    CUtensorMap weight, out;
+    const void *bias;
+    mv_dtype bias_dtype;
+    int outputs;
+    unsigned tiles;
+    int64_t first_output;
+};
+
+struct Product {
+    CUtensorMap x;
+    Segment segment[3];
+    mv_rows out;
+    int64_t inner, tokens;
+    int steps;              /* along hidden */
+    unsigned rows, columns; /* of tiles: a row is as high as the cluster has CTAs */
+    unsigned group;         /* rows that walk over all columns together */
+    unsigned cluster;
+    bool out_boxes; /* outputs leave by tensor copies */
+    bool dynamic_weights;
+};
+
+/* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies that
+ * reach past the end of a matrix are slow, and what two tiles both have is the same. */
+struct Place {
+    int token, segment, output;
+};
+
+template <int N> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
+    const unsigned group_items = p.group * p.columns, group = item / group_items, within = item % group_items;
+    const unsigned height = min(p.group, p.rows - group * p.group);
+    const unsigned row = group * p.group + within % height;
+    unsigned tile = within / height;
+    int segment = 0;
+    while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
+    return {static_cast<int>((row * p.cluster + rank) * kTokens), segment,
+            max(0, min(static_cast<int>(tile * N), p.segment[segment].outputs - N))};
+}
+
+/* A place in the ring, and the parity of the round. */
+struct Slot {
+    int index = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++index == stages) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* ---- the producer ---------------------------------------------------------------------------------------------- */
+
+/* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA. */
+template <typename Tile, bool kInOut, bool kShared> struct Producer {
+    const Product &p;
+    uint32_t ring, full, empty;
+    unsigned rank;
+
+    __device__ __forceinline__ void load_x(const Place &place, int slot, int step) const {
+        load_box(ring + slot * Tile::stage_bytes, &p.x, step * kStep, place.token, full + 8 * slot);
+    }
+
+    __device__ __forceinline__ void load_w(const CUtensorMap *map, const Place &place, int slot, int step) const {
+        const uint32_t to = ring + slot * Tile::stage_bytes + Tile::x_bytes, barrier = full + 8 * slot;
+        if constexpr (kInOut) {
+#pragma unroll
+            for (int c = 0; c < Tile::chunks; c++)
+                load_part<kStep>(to + c * Tile::chunk_bytes, map, place.output + c * kStep, step * kStep, barrier);
+        } else {
+            load_part<Tile::N>(to, map, step * kStep, place.output, barrier);
+        }
+    }
+
+    template <int kRows> __device__ __forceinline__ void load_part(uint32_t to, const CUtensorMap *map, int column,
+                                                                   int row, uint32_t barrier) const {
+        constexpr int kPart = kRows / kCluster;
+        if constexpr (kShared)
+            load_box_multicast(to + rank * kPart * kRowBytes, map, column, row + rank * kPart, barrier, 3);
+        else
+            load_box(to, map, column, row, barrier);
+    }
+
+    __device__ __forceinline__ void run(unsigned item, unsigned items, unsigned apart) const {
+        const int ahead = min(Tile::stages, p.steps);
+        Place place = find_place<Tile::N>(p, item, rank);
+        const CUtensorMap *weight = &p.segment[place.segment].weight;
+        if (p.dynamic_weights) griddepcontrol_wait();
+#pragma unroll 1
+        for (int slot = 0; slot < ahead; slot++) {
+            mbarrier_arrive_expect(full + 8 * slot, Tile::stage_bytes);
+            load_w(weight, place, slot, slot);
+        }
+        griddepcontrol_wait();
+        griddepcontrol_launch();
+        fence_async_global(); /* the norm's stores were ordinary ones */
+        Slot slot;
+        int step = 0;
+#pragma unroll 1
+        for (; step < ahead; step++, slot.advance(Tile::stages)) load_x(place, slot.index, step);
+        for (;;) {
+#pragma unroll 1
+            for (; step < p.steps; step++, slot.advance(Tile::stages)) {
+                mbarrier_wait(empty + 8 * slot.index, slot.parity ^ 1);
+                mbarrier_arrive_expect(full + 8 * slot.index, Tile::stage_bytes);
+                load_x(place, slot.index, step);
+                load_w(weight, place, slot.index, step);
+            }
+            item += apart;
+            if (item >= items) break;
+            place = find_place<Tile::N>(p, item, rank);
+            weight = &p.segment[place.segment].weight;
+            step = 0;
+        }
+    }
+};
+
+/* ---- the consumers --------------------------------------------------------------------------------------------- */
+
+/* This warp has read a slot: each CTA that sends to it may overwrite it. */
+__device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas) {
+    const unsigned lane = threadIdx.x % 32;
+    if (ctas == 1) {
+        if (lane == 0) mbarrier_arrive(empty + 8 * slot);
+    } else if (lane < ctas) {
+        cluster_arrive(cluster_address(empty + 8 * slot, lane));
+    }
+}
+
+/* The sums of a tile, 64 tokens of this warpgroup, over some steps. */
+template <typename T, typename Tile, bool kInOut>
+__device__ __forceinline__ void multiply(float (&sum)[Tile::N / 2], uint32_t smem, uint32_t full, uint32_t empty,
+                                         Slot &slot, int steps, unsigned ctas) {
+    const uint32_t half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* a uniform register, this way */
+    int previous = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        mbarrier_wait(full + 8 * slot.index, slot.parity);
+        const uint32_t x_at = smem + slot.index * Tile::stage_bytes, w_at = x_at + Tile::x_bytes;
+        const uint64_t x = operand_descriptor(x_at + half * (Tile::x_bytes / 2));
+        const uint64_t w = kInOut ? operand_descriptor(w_at, Tile::chunk_bytes) : operand_descriptor(w_at);
+        wgmma_begin();
+#pragma unroll
+        for (int part = 0; part < kStep / 16; part++)
+            wgmma<T, Tile::N, kInOut>(sum, advance_descriptor(x, part * 32),
+                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
+                                      step > 0 || part > 0);
+        wgmma_commit();
+        if (step > 0) {
+            wgmma_wait<1>();
+            release(empty, previous, ctas);
+        }
+        previous = slot.index;
+        slot.advance(Tile::stages);
+    }
+    wgmma_wait<0>();
+    release(empty, previous, ctas);
+    wgmma_results(sum);
+}
+
+/* Eight columns of this thread's two rows, with the bias, rounded: rows l / 4 and l / 4 + 8 of its warp. */
+template <typename T>
+__device__ __forceinline__ void finish_columns(uint32_t (&m)[2], const float *sum, const float *bias, int column) {
+    const float2 b = *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
+    m[0] = finish_pair<T>(sum[0], sum[1], b);
+    m[1] = finish_pair<T>(sum[2], sum[3], b);
+}
+
+/* Outputs leave through boxes in shared memory, as many at once as there is room for. */
+template <typename T, typename Tile> __device__ __forceinline__ void
+store_tile(const float (&sum)[Tile::N / 2], const Product &p, const Place &place, char *out, const float *bias) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
+    const int first_token = place.token + 64 * half;
+    const uint32_t out_address = shared_address(out);
+    const Segment &segment = p.segment[place.segment];
+#pragma unroll
+    for (int first = 0; first < Tile::boxes; first += Tile::boxes_at_once) {
+        constexpr int kAtOnce = Tile::boxes_at_once;
+        if (thread == 0) store_wait_read();
+        warps_barrier(1 + half, 128);
+#pragma unroll
+        for (int box = 0; box < kAtOnce; box++) {
+            if (first + box >= Tile::boxes) break;
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                const int j = (first + box) * 4 + pair * 2;
+                uint32_t low[2], high[2];
+                finish_columns<T>(low, sum + 4 * j, bias, 8 * j);
+                finish_columns<T>(high, sum + 4 * j + 4, bias, 8 * j + 8);
+                const int row = warp * 16 + lane % 16, piece = pair * 2 + lane / 16;
+                const uint32_t m[4] = {low[0], low[1], high[0], high[1]};
+                stmatrix_x4(out_address + box * kBoxBytes + row * (kBoxColumns * 2) + ((piece ^ row / 2 % 4) << 4), m);
+            }
+        }
+        fence_async_shared();
+        warps_barrier(1 + half, 128);
+        if (p.out_boxes) {
+            if (thread == 0) {
+                for (int box = 0; box < kAtOnce && first + box < Tile::boxes; box++)
+                    store_box(&segment.out, place.output + (first + box) * kBoxColumns, first_token,
+                              out_address + box * kBoxBytes);
+                store_commit();
+            }
+            continue;
+        }
+        for (int i = thread; i < kAtOnce * 64 * 4; i += 128) {
+            const int box = i / 256, row = i / 4 % 64, piece = i % 4;
+            const int output = place.output + (first + box) * kBoxColumns + piece * 8;
+            if (first + box >= Tile::boxes || first_token + row >= p.tokens || output >= segment.outputs) continue;
+            T *to = row_address<T>(p.out, p.inner, first_token + row) + segment.first_output + output;
+            const char *from = out + box * kBoxBytes + row * (kBoxColumns * 2) + ((piece ^ row / 2 % 4) << 4);
+            store_packet(to, *reinterpret_cast<const Packet<T> *>(from), segment.outputs - output,
+                         reinterpret_cast<uintptr_t>(to) % 16 == 0);
+        }
+        warps_barrier(1 + half, 128);
+    }
+}
+
+/* Registers: what a quarter of the SM has for 3 of the 9 warps, as if they were 12. */
+template <typename T, int kOutputs, bool kInOut> __global__ void __launch_bounds__(384, 1)
+    rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
+    using Tile = ::Tile<kOutputs, kInOut>;
+    extern __shared__ __align__(1024) char smem[];
+    const uint32_t ring = shared_address(smem), full = ring + Tile::barriers_at, empty = full + 8 * Tile::stages;
+    const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Tile::stages; stage++) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, 4 * kWarpgroups * p.cluster);
+        }
+        mbarrier_init_fence();
+    }
+    if (p.cluster > 1)
+        cluster_barrier();
+    else
+        __syncthreads();
+
+    const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
+    if (threadIdx.x >= kConsumers) {
+        if (threadIdx.x == kConsumers && p.cluster > 1)
+            Producer<Tile, kInOut, true>{p, ring, full, empty, rank}.run(first, items, apart);
+        else if (threadIdx.x == kConsumers)
+            Producer<Tile, kInOut, false>{p, ring, full, empty, rank}.run(first, items, apart);
+    } else {
+        const int half = threadIdx.x / 128, thread = threadIdx.x % 128;
+        char *const out = smem + Tile::ring_bytes + half * Tile::boxes_at_once * kBoxBytes;
+        float *const bias = reinterpret_cast<float *>(smem + Tile::ring_bytes + Tile::out_bytes) + half * Tile::N;
+        if (p.dynamic_weights) griddepcontrol_wait();
+        float sum[Tile::N / 2];
+        Slot slot;
+        for (unsigned item = first; item < items; item += apart) {
+            const Place place = find_place<Tile::N>(p, item, rank);
+            const Segment &segment = p.segment[place.segment];
+            for (int n = thread; n < Tile::N; n += 128)
+                bias[n] = segment.bias && place.output + n < segment.outputs
+                              ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
+                              : 0.0f;
+            multiply<T, Tile, kInOut>(sum, ring, full, empty, slot, p.steps, p.cluster);
+            store_tile<T, Tile>(sum, p, place, out, bias);
+        }
+        if (thread == 0) store_wait_read();
+    }
+    if (p.cluster > 1) cluster_barrier(); /* nobody leaves while others still report to its barriers */
+}
+
+/* ---- launch ---------------------------------------------------------------------------------------------------- */
+
+struct Choice {
+    int outputs;
+    unsigned cluster; /* 1 or kCluster */
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Rows of y in the workspace. */
+int64_t padded_tokens(const mv_task *task) {
+    constexpr int64_t kWhole = kTokens * kCluster;
+    return ceil_div(task->tokens, kWhole) * kWhole;
+}
+
+/* Columns of tiles: no tile has outputs of two matrices. */
+int64_t count_columns(const mv_task *task, int outputs) {
+    if (task->packed) return ceil_div(task->outputs, outputs);
+    int64_t columns = 0;
+    for (const mv_block &block : task->block) columns += ceil_div(block.outputs, outputs);
+    return columns;
+}
+
+template <typename T, int kOutputs, bool kInOut>
+mv_status launch_tile(const mv_task *task, const Choice &choice, mv_error *error) {
+    using Tile = ::Tile<kOutputs, kInOut>;
+    Product p = {};
+    p.out = task->out;
+    p.inner = task->inner;
+    p.tokens = task->tokens;
+    p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
+    p.cluster = choice.cluster;
+    p.group = 16 / choice.cluster;
+    p.dynamic_weights = task->dynamic_weights;
+    /* Tiles read whole rows of y behind the last one; what comes of them is not stored. */
+    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, kTokens, kStep};
+    mv_status status = encode_map(&p.x, x, error);
+
+    /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
+    const mv_rows out = task->out;
+    const bool one_stride = task->inner >= task->tokens || out.outer_stride == task->inner * out.inner_stride;
+    const int64_t out_stride = task->inner == 1 ? out.outer_stride : out.inner_stride;
+    p.out_boxes = one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
+    int64_t first = 0;
+    for (int i = 0; i < 3 && first < task->outputs; i++) {
+        const mv_block &block = task->block[i];
+        Segment &segment = p.segment[i];
+        segment.outputs = static_cast<int>(task->packed ? task->outputs : block.outputs);
+        segment.tiles = static_cast<unsigned>(ceil_div(segment.outputs, Tile::N));
+        segment.bias = block.bias;
+        segment.bias_dtype = block.bias_dtype;
+        segment.first_output = first;
+        if (segment.outputs == 0) continue;
+        const BoxedMatrix weight =
+            kInOut ? BoxedMatrix{block.weight,
+                                 task->dtype,
+                                 task->hidden,
+                                 segment.outputs,
+                                 block.col_stride,
+                                 kStep / static_cast<int>(p.cluster),
+                                 kStep}
+                   : BoxedMatrix{block.weight, task->dtype,      segment.outputs,
+                                 task->hidden, block.row_stride, Tile::N / static_cast<int>(p.cluster),
+                                 kStep};
+        if (status == MV_OK) status = encode_map(&segment.weight, weight, error);
+        if (first % 8 != 0 || segment.outputs % 8 != 0) p.out_boxes = false; /* copies store whole 16 bytes */
+        first += segment.outputs;
+    }
+    for (Segment &segment : p.segment) {
+        if (!p.out_boxes || segment.outputs == 0) continue;
+        const BoxedMatrix to = {static_cast<uint16_t *>(out.data) + segment.first_output,
+                                task->dtype,
+                                task->tokens,
+                                segment.outputs,
+                                task->tokens == 1 ? ceil_div(segment.outputs, 8) * 8 : out_stride,
+                                64,
+                                kBoxColumns};
+        if (status == MV_OK) status = encode_map(&segment.out, to, error);
+    }
+    if (status != MV_OK) return status;
+
+    p.rows = static_cast<unsigned>(ceil_div(task->tokens, kTokens * p.cluster));
+    p.columns = static_cast<unsigned>(count_columns(task, Tile::N));
+    const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
+    Grid grid = {dim3(static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster)), kThreads,
+                 Tile::smem_bytes};
+    grid.cluster = p.cluster;
+    return launch<rms_norm_qkv_wgmma_kernel<T, kOutputs, kInOut>>(task, grid, error, p);
+}
+
+/* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile takes
+ * some for each of its steps and some for its outputs. Where waves are many, what a cluster saves in reads of L2 is
+ * worth more than its CTAs lose by waiting for each other. */
+Choice choose(const mv_task *task) {
+    constexpr int kSizes[] = {64, 96, 128, 160, 192, 224, 256};
+    const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
+    Choice best = {};
+    double lowest = 0;
+    for (const int outputs : kSizes) {
+        if (task->block[0].col_stride != 1 && outputs != 128 && outputs != 256) continue; /* in_out: fewer tiles */
+        const int64_t tiles = ceil_div(task->tokens, kTokens) * count_columns(task, outputs);
+        const int64_t waves = ceil_div(tiles, task->sm_count);
+        const double cost = static_cast<double>(waves) * (steps * (0.14 + 0.0024 * outputs) + 0.006 * outputs);
+        if (best.outputs == 0 || cost < lowest) {
+            lowest = cost;
+            best = {outputs, outputs == 256 && waves >= 5 ? kCluster : 1u};
+        }
+    }
+    return best;
+}
+
+template <typename T, bool kInOut> mv_status launch_choice(const mv_task *task, const Choice &choice, mv_error *error) {
+    if constexpr (kInOut) {
+        return choice.outputs == 128 ? launch_tile<T, 128, true>(task, choice, error)
+                                     : launch_tile<T, 256, true>(task, choice, error);
+    } else {
+        switch (choice.outputs) {
+        case 64: return launch_tile<T, 64, false>(task, choice, error);
+        case 96: return launch_tile<T, 96, false>(task, choice, error);
+        case 128: return launch_tile<T, 128, false>(task, choice, error);
+        case 160: return launch_tile<T, 160, false>(task, choice, error);
+        case 192: return launch_tile<T, 192, false>(task, choice, error);
+        case 224: return launch_tile<T, 224, false>(task, choice, error);
+        default: return launch_tile<T, 256, false>(task, choice, error);
+        }
+    }
+}
+
+template <typename T> mv_status product(const mv_task *task, mv_error *error) {
+    const Choice choice = choose(task);
+    return task->block[0].col_stride == 1 ? launch_choice<T, false>(task, choice, error)
+                                          : launch_choice<T, true>(task, choice, error);
+}
+
+} // namespace
+
+extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
+    if (task->compute_capability != 90) return "wgmma needs compute capability 9.0";
+    if (static_cast<size_t>(task->smem_bytes) < kSmemBytes) return "there is too little shared memory";
+    const char *why_not = mv_norm_mma_fits(task);
+    if (why_not) return why_not;
+    if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->outputs > INT32_MAX - 256)
+        return "a tensor map has coordinates of 32 bits";
+    if (ceil_div(task->tokens, kTokens) * count_columns(task, 64) > INT32_MAX)
+        return "there are more tiles than one launch can take";
+    for (const mv_block &block : task->block) {
+        const bool out_in = block.col_stride == 1;
+        if (block.outputs > 0 && !fits_map(block.weight, out_in ? block.row_stride : block.col_stride, 1))
+            return "the weight's stride is more than a tensor map can hold";
+        if (task->packed) break;
+    }
+    return nullptr;
+}
+
+extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {
+    return static_cast<size_t>(padded_tokens(task)) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+}
+
+/* ---- the rows -------------------------------------------------------------------------------------------------- */
+
+extern "C" {
+mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
+
+mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_f16_sm80, product<__half>, error);
+}
+
+mv_status mv_rms_norm_qkv_bf16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
+    return norm_then_product(task, mv_rms_norm_bf16_sm80, product<__nv_bfloat16>, error);
+}
+}

@@ -1,0 +1,67 @@
+/* tma.cuh: the tensor copies of Hopper, one instruction per function, and what CTAs of a cluster say to each other. A
+ * tensor map (tensor_map.cuh) describes a matrix and a box of it; a copy names the box by its first column and row. */
+#pragma once
+
+#include <cuda.h>
+
+#include "mbarrier.cuh"
+
+/* Brings a box to shared memory and reports its bytes to the barrier. What lies outside the matrix comes as zeros. */
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, int column, int row, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+/* The same to every CTA of the cluster whose bit is set, at the same places of its shared memory. */
+__device__ __forceinline__ void load_box_multicast(uint32_t to, const CUtensorMap *map, int column, int row,
+                                                   uint32_t barrier, uint16_t ctas) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ctas)
+                 : "memory");
+}
+
+/* Writes a box; what lies outside the matrix is left out. Copies of a thread are closed into groups, and awaited. */
+__device__ __forceinline__ void store_box(const CUtensorMap *map, int column, int row, uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+                 "r"(row), "r"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* Waits until all stores of this thread have read their shared memory. */
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+/* Makes this thread's ordinary accesses to shared, or global, memory visible to the copies that come after them. */
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+/* A barrier of some of the block's warps, by a number known at run time. */
+__device__ __forceinline__ void warps_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+/* ---- clusters -------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* All threads of the cluster that have not exited meet here; what they wrote before is seen after. */
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/* The place in another CTA's shared memory that corresponds to this one's. */
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+__device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}

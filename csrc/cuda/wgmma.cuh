@@ -1,0 +1,90 @@
+/* wgmma.cuh: Hopper's matrix product of a warpgroup, one instruction per function. Both operands lie in shared memory and
+ * are named by descriptors; the sums are registers. Products run on their own until they are awaited. */
+#pragma once
+
+#include "mma.cuh"
+
+/* An operand: rows of 128 bytes in shared memory, their 16-byte pieces swizzled with the row's number modulo 8 as tensor
+ * copies leave them, 8 rows in 1,024 bytes. k-contiguous: a row is 64 k of one m or n, and the next 16 k begin
+ * 32 bytes further on. n-contiguous: a row is 64 n of one k, the next 64 n begin chunk_bytes further on, the next 16 k
+ * 16 rows. */
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_t chunk_bytes = 16) {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
+    return kSwizzle128 | kEightRows | static_cast<uint64_t>(chunk_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+/* The same operand `bytes` further on. */
+__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+    return descriptor + (bytes >> 4);
+}
+
+/* Before the first product that uses registers written otherwise; after the last of a group; and until at most kPending
+ * groups are under way. */
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/* Keeps the compiler from reading sums before the wait that stands before this. */
+template <int kCount> __device__ __forceinline__ void wgmma_results(float (&sum)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+/* sum[64][N] (+)= a[64][16] * b[16][N], a k-contiguous, b n-contiguous if kInOut. Without `add` the sums start anew. Warp w
+ * of the four holds rows 16 w to 16 w + 15; lane l of sums 4 j + {0, 1}: row l / 4, columns 8 j + 2 (l % 4) + {0, 1};
+ * of 4 j + {2, 3}: the same of row l / 4 + 8. */
+template <typename T, int N, bool kInOut>
+__device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add);
+
+/* Per N: the names of the N / 2 sums in the instruction, the sums, and the names of the operands after them. */
+#define MV_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define MV_NAMES_32 MV_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MV_NAMES_48 MV_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define MV_NAMES_64 MV_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MV_NAMES_80 MV_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define MV_NAMES_96 MV_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MV_NAMES_112                                                                                                   \
+    MV_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define MV_NAMES_128                                                                                                   \
+    MV_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MV_SUMS_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define MV_SUMS_FROM(i) MV_SUMS_4(i), MV_SUMS_4(i + 4), MV_SUMS_4(i + 8), MV_SUMS_4(i + 12)
+#define MV_SUMS_16 MV_SUMS_FROM(0)
+#define MV_SUMS_32 MV_SUMS_16, MV_SUMS_FROM(16)
+#define MV_SUMS_48 MV_SUMS_32, MV_SUMS_FROM(32)
+#define MV_SUMS_64 MV_SUMS_48, MV_SUMS_FROM(48)
+#define MV_SUMS_80 MV_SUMS_64, MV_SUMS_FROM(64)
+#define MV_SUMS_96 MV_SUMS_80, MV_SUMS_FROM(80)
+#define MV_SUMS_112 MV_SUMS_96, MV_SUMS_FROM(96)
+#define MV_SUMS_128 MV_SUMS_112, MV_SUMS_FROM(112)
+
+#define MV_WGMMA(T, type, N, half, A, B, ADD, IN_OUT, kInOut)                                                          \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma<T, N, kInOut>(float(&sum)[half], uint64_t a, uint64_t b, bool add) {         \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" MV_NAMES_##half              \
+                     "}, " A ", " B ", add, 1, 1, 0, " IN_OUT ";\n}"                                                   \
+                     : MV_SUMS_##half                                                                                  \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kInOut));                                       \
+    }
+#define MV_WGMMA_ALL(...)                                                                                              \
+    MV_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__, false)                                                                \
+    MV_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__, true)                                                                 \
+    MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
+    MV_WGMMA(__half, "f16", __VA_ARGS__, true)
+
+MV_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35")
+MV_WGMMA_ALL(96, 48, "%48", "%49", "%50", "%51")
+MV_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67")
+MV_WGMMA_ALL(160, 80, "%80", "%81", "%82", "%83")
+MV_WGMMA_ALL(192, 96, "%96", "%97", "%98", "%99")
+MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115")
+MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131")
+
+/* The reverse of ldmatrix_x4 (mma.cuh): lane l gives the address of row l % 8 of matrix l / 8. */
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
