@@ -4,6 +4,7 @@ torch.compile lives in torch._dynamo, which takes a second to import and which m
 happens before somebody loads it: then, or at once where it is loaded already, minivllm.torch tells it.
 """
 
+import functools
 import sys
 from importlib.machinery import PathFinder
 
@@ -35,8 +36,9 @@ class _Finder:
         return spec
 
 
+@functools.cache
 def watch():
-    """Called once, when minivllm is imported."""
+    """Called when minivllm is imported; does nothing when it is reloaded."""
     if _DYNAMO in sys.modules:
         _tell()
     else:

@@ -9,6 +9,7 @@ import torch
 
 from minivllm import _C
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library("minivllm", "DEF")
 _NORM = "Tensor weight, float eps, str rounding, float weight_offset, str? kernel"
 _QKV = (
@@ -86,7 +87,7 @@ def _batching_rule(op, rows):
 
 def _plain(tensor):
     """The tensor without its subclass, whose work is done by the time that the op runs."""
-    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
+    return tensor if type(tensor) in _PLAIN else tensor.as_subclass(torch.Tensor)
 
 
 @_register(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _new_like)
