@@ -9,6 +9,7 @@ from processes import PACKAGE, ROOT, succeeds
 PAGES = [
     pytest.param("parallel.md", "torch"),
     pytest.param("torch.md", "torch"),
+    pytest.param("transformers.md", "transformers"),
     pytest.param("jax.md", "jax"),
     pytest.param("cupy.md", "cupy", marks=pytest.mark.gpu),
 ]
