@@ -5,6 +5,7 @@ norms           rms_norm, add_rms_norm
 qkv             rms_norm_qkv
 host            what a call costs from Python
 accuracy        errors against float64
+model           whole models of transformers, plain and fused: speed, and errors against float32
 plot, tables    what docs show, from committed JSON
 report          rows, the JSON file, the lines on the screen
 environment     what a figure depends on

@@ -14,12 +14,14 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="python -m benchmarks", description="minivllm beside its peers, in one run."
     )
-    commands.add_argument("op", choices=(*OPS, "all", "plot", "tables"))
+    commands.add_argument("op", choices=(*OPS, "model", "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
         "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names, or TOKENSxHIDDEN for the norms"
     )
-    commands.add_argument("--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts")
+    commands.add_argument(
+        "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model: batches"
+    )
     commands.add_argument("--dtype", nargs="+", choices=ALL_DTYPES, help="default: those of the op's targets")
     commands.add_argument(
         "--kernel", nargs="+", metavar="ROW", help="rows to force as well, or all; default: all on CUDA"
@@ -62,19 +64,19 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
         return tuple(args.dtype)
     if op == "accuracy":
         return ALL_DTYPES
-    if args.device == "cpu":
+    if args.device == "cpu" and op != "model":
         return ("bf16", "f32")
-    return ("bf16",) if args.quick or op in ("rms_norm_qkv", "host") else ALL_DTYPES
+    return ("bf16",) if args.quick or op in ("rms_norm_qkv", "host", "model") else ALL_DTYPES
 
 
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, host, norms, qkv
+    from benchmarks import accuracy, host, model, norms, qkv
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    module = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv}.get(op, norms)
+    module = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model}.get(op, norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
     if options.kernel is None:
         options.kernel = ["all"] if args.device == "cuda" and not args.quick else []

@@ -113,6 +113,42 @@ NORM_COLUMNS: dict[str, Column] = {
 }
 
 
+def tokens_per_second(case: Case, variant: str) -> str:
+    us = case.us(variant)
+    return "" if us is None else number(case.tokens / us * 1e6)
+
+
+MODEL_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: str(case.any("batch")),
+    "what": lambda case: case.mode or "",
+    "transformers, tokens/s": lambda case: tokens_per_second(case, "transformers"),
+    "minivllm, tokens/s": lambda case: bold(tokens_per_second(case, OURS)),
+    "speed-up": lambda case: ratio(case.us("transformers"), ours_us(case)),
+    "norm and q, k, v always one call": lambda case: tokens_per_second(case, f"{OURS} in one call"),
+}
+MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "prompts": lambda case: case.kind or "",
+    "error of transformers": lambda case: mean_error(case, "transformers"),
+    "error of minivllm": lambda case: mean_error(case, OURS),
+    "chooses as float32": lambda case: agreement(case, "transformers"),
+    "minivllm does": lambda case: agreement(case, OURS),
+}
+
+
+def mean_error(case: Case, variant: str) -> str:
+    row = case.rows.get(variant, {})
+    return f"{row['mean_error']:.3e} ± {row['error_deviation']:.1e}" if "mean_error" in row else ""
+
+
+def agreement(case: Case, variant: str) -> str:
+    row = case.rows.get(variant, {})
+    return f"{100 * row['agreement']:.2f} %" if "agreement" in row else ""
+
+
 def cases_table(columns: dict[str, Column], cases: list[Case]) -> str:
     return table(list(columns), [[column(case) for column in columns.values()] for case in cases])
 
@@ -132,6 +168,22 @@ def norms(results: Results, device: str, op: str, **wanted) -> str:
     return section(f"`{op}`, microseconds:", cases, cases_table(NORM_COLUMNS, cases))
 
 
+def model_speed(results: Results, device: str) -> str:
+    cases = results.of(device, "model")
+    return section(
+        "A whole model of transformers, as it is and with `apply`:", cases, cases_table(MODEL_COLUMNS, cases)
+    )
+
+
+def model_page(results: Results) -> str:
+    parts = []
+    for device in ("cuda", "cpu"):
+        cases = results.of(device, "model", accuracy=True)
+        text = cases_table(MODEL_ACCURACY_COLUMNS, cases)
+        parts += [model_speed(results, device), section("Logits, against float32:", cases, text)]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
 def figures(results: Results) -> str:
     """The README's: what is drawn, then the numbers behind it for one token and for the norms."""
     images = [
@@ -142,6 +194,7 @@ def figures(results: Results) -> str:
     ]
     found = [f"![{text}](docs/img/{name})" for name, text in images if (ROOT / "docs/img" / name).exists()]
     on_gpu = [decode(results, "cuda", README_COLUMNS), norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk")]
+    on_gpu.append(model_speed(results, "cuda"))
     on_cpu = [decode(results, "cpu", README_COLUMNS), prefill(results, "cpu", README_COLUMNS)]
     if any(on_gpu):
         found += ["### On the GPU", *on_gpu]
@@ -223,6 +276,7 @@ NAMES = {
     "table: rms_norm_qkv": qkv_page,
     "table: numerics": numerics,
     "table: host": host,
+    "table: model": model_page,
 }
 
 

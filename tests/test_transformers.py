@@ -2,9 +2,11 @@
 float64."""
 
 import copy
+import json
 import threading
 
 import pytest
+from processes import PACKAGE, ROOT, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch", reason="transformers models need torch")
@@ -547,6 +549,47 @@ def test_cuda_graph_of_a_step(packed):
         graph.replay()
         got.append(logits.clone())
     assert rms(torch.cat(got, 1) - expected) < 0.05 * rms(expected)
+
+
+# ---- the example and the benchmark ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_layer_of_the_example(dtype, device, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from examples import nano_layer
+
+    before, after = nano_layer.compare(device, dtype)
+    assert after <= (1.25 if dtype == torch.float32 else 1.05) * before
+
+
+def test_the_benchmark(tmp_path):
+    """On the CPU, where it has no graphs."""
+    path = tmp_path / "model.json"
+    arguments = [
+        "-m",
+        "benchmarks",
+        "model",
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny-llama",
+        "--quick",
+        "--json",
+        str(path),
+    ]
+    done = run(None, arguments=arguments, paths=(PACKAGE, ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    speed = [(row["mode"], row["batch"], row["variant"]) for row in rows if "us" in row]
+    cases = [("decode, eager", 1), ("decode, eager", 16), ("prefill, eager", 1)]
+    assert [row for row in speed if row[2] != "minivllm in one call"] == [
+        (*case, variant) for case in cases for variant in ("transformers", "minivllm")
+    ]
+    errors = {(row["kind"], row["variant"]): row["mean_error"] for row in rows if "kind" in row}
+    assert len(errors) == 9 and not any("error" in row for row in rows)
+    for (kind, variant), error in errors.items():
+        assert 0 < error <= 1.05 * errors[kind, "transformers"], (kind, variant)
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
