@@ -61,14 +61,23 @@ class Step:
     def __init__(self, last):
         self.pending = None
         self.last = last
-        self.embeddings = None
-        self.rotation = None
+        self.embeddings = self.rotation = None
+        self.mask = self.bias = None
 
     def rotation_of(self, embeddings):
         """rotation(embeddings), computed once for all layers."""
         if self.embeddings is not embeddings:
             self.embeddings, self.rotation = embeddings, rotation(embeddings)
         return self.rotation
+
+    def bias_of(self, mask, dtype):
+        """A mask of booleans as what is added to scores: torch would make that anew in every layer."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        if self.mask is not mask:
+            self.mask = mask
+            self.bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return self.bias
 
 
 def rotation(embeddings):
@@ -194,7 +203,7 @@ class FusedLayer:
             rotate(q, cos, sin)
             rotate(k, cos, sin)
 
-    def attend(self, q, k, v, mask, cache, kwargs):
+    def attend(self, q, k, v, step, mask, cache, kwargs):
         """The attention of transformers, from [batch, tokens, heads, head_dim] to [batch, tokens, heads * head_dim]."""
         attention = self.attention
         batch, tokens, heads, head_dim = q.shape
@@ -209,6 +218,8 @@ class FusedLayer:
             # One query per head: the query heads that share keys become the queries of one head. transformers would
             # instead copy the keys and values of the whole cache, once per query head.
             q = q.view(batch, self.kv_heads, heads // self.kv_heads, head_dim)
+            if step is not None:
+                mask = step.bias_of(mask, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling)
         else:
             more = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
@@ -249,7 +260,7 @@ def eager_layer(fused, x, pending, step, mask, cache, embeddings, kwargs):
     q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
     cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
     fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
-    out = fused.o_proj(fused.attend(q, k, v, mask, cache, kwargs))
+    out = fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
     norm = fused.post_norm
     if total is x or type(fused.o_proj) is not torch.nn.Linear or fused.o_proj._forward_hooks:  # not ours alone
         y, total = minivllm.add_rms_norm(out, total, norm.weight, norm.variance_epsilon)
@@ -266,7 +277,7 @@ def traced_layer(fused, x, pending, step, mask, cache, embeddings, kwargs):
         q_norm, k_norm = fused.head_norms
         q, k = q_norm(q), k_norm(k)
     q, k = fused.apply_rotary(q, k, *embeddings, unsqueeze_dim=2)
-    total = total + fused.o_proj(fused.attend(q, k, v, mask, cache, kwargs))
+    total = total + fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
     return fused.mlp(fused.post_norm(total)), total
 
 
