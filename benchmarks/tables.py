@@ -262,12 +262,27 @@ def host(results: Results) -> str:
     for device in ("cuda", "cpu"):
         cases = results.of(device, "host")
         names = list(dict.fromkeys(name for case in cases for name in case.rows))
-        head = ["host time of a call, us", *(case.dtype for case in cases)]
+        head = ["host time of a call, us", *(f"{case.dtype}, {case.mode.removeprefix('host, ')}" for case in cases)]
         rows = [[name, *(number(case.us(name)) for case in cases)] for name in names]
         parts.append(
             section(f"On the {'GPU' if device == 'cuda' else 'CPU'}:", cases, table(head, rows) if rows else "")
         )
+        counted = [case for case in cases if any("read_us" in row for row in case.rows.values())]
+        parts += [host_steps(case) for case in counted[:1]]
     return "\n\n".join(part.strip() for part in parts if part)
+
+
+def host_steps(case: Case) -> str:
+    """Where the time of our own calls goes, in one case."""
+    columns = ("net_us", "read_us", "plan_us", "allocate_us", "run_us", "return_us")
+    rows = [
+        [name, *(number(row.get(column)) for column in columns)] for name, row in case.rows.items() if "read_us" in row
+    ]
+    head = [
+        f"{case.dtype}, {case.mode.removeprefix('host, ')}: us",
+        *(column.removesuffix("_us") for column in columns),
+    ]
+    return table(head, rows)
 
 
 NAMES = {

@@ -93,8 +93,8 @@ typedef struct {
     void *workspace;          /* workspace_bytes, 256-byte aligned, free again when the stream has passed the run */
 } mv_memory;
 
-/* Runs a plan on the stream of its args. memory: may be NULL when nothing is wanted of it. */
-mv_status mv_run(const mv_plan *plan, const mv_memory *memory, mv_error *error);
+/* Runs a plan on the stream of its args; it may run again. memory: may be NULL when nothing is wanted of it. */
+mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error);
 
 /* ---- rms_norm, add_rms_norm -----------------------------------------------------------------------------------
  *
@@ -195,6 +195,8 @@ mv_status mv_cuda_copy(int32_t device, void *to, const void *from, size_t bytes,
 /* Makes `waiting` wait for what `producing` was given so far. */
 mv_status mv_cuda_stream_wait(int32_t device, void *waiting, void *producing, mv_error *error);
 mv_status mv_cuda_synchronize(int32_t device, void *stream, mv_error *error);
+/* Launches a kernel that does nothing, on the legacy default stream: what any launch costs. */
+mv_status mv_cuda_launch_nothing(int32_t device, mv_error *error);
 /* The GPU that a device pointer belongs to: for protocols that do not say. */
 mv_status mv_cuda_pointer_device(const void *data, int32_t *device, mv_error *error);
 

@@ -183,3 +183,14 @@ def test_the_log(value, lines):
     if lines:
         assert "rms_norm ran f32_" in logged[0] and "tokens=3 hidden=8" in logged[0]
         assert "rms_norm_qkv ran f32_decode_portable" in logged[1] and "forced" in logged[1]
+
+
+def test_steps_of_a_call_are_counted_when_asked():
+    x, weight = np.ones((4, 64), np.float32), np.ones(64, np.float32)
+    minivllm._C._steps(True)
+    minivllm.rms_norm(x, weight)
+    minivllm.rms_norm(x, weight)
+    counted = minivllm._C._steps(False)
+    assert len(counted) == 5 and min(counted) > 0
+    minivllm.rms_norm(x, weight)
+    assert minivllm._C._steps(False) == (0, 0, 0, 0, 0)

@@ -13,7 +13,7 @@
 
 namespace {
 
-/* Never launched: its attributes say for which architecture the driver took this binary's generic code. */
+/* Its attributes say for which architecture the driver took this binary's generic code; its launch, what any costs. */
 __global__ void probe_kernel() {}
 
 /* What was asked of the driver, once per device. Races only ask twice. */
@@ -181,6 +181,15 @@ extern "C" mv_status mv_cuda_stream_wait(int32_t device, void *waiting, void *pr
 extern "C" mv_status mv_cuda_synchronize(int32_t device, void *stream, mv_error *error) {
     return on_device(device, "cudaStreamSynchronize", error,
                      [&] { return cudaStreamSynchronize(static_cast<cudaStream_t>(stream)); });
+}
+
+extern "C" mv_status mv_cuda_launch_nothing(int32_t device, mv_error *error) {
+    return on_device(device, "kernel launch", error, [] {
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(1);
+        config.blockDim = dim3(32);
+        return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(probe_kernel), nullptr);
+    });
 }
 
 extern "C" mv_status mv_cuda_pointer_device(const void *data, int32_t *device, mv_error *error) {

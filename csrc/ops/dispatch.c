@@ -91,16 +91,21 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
 mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, mv_choice *choice,
                     mv_error *error) {
     if (forced) return find_forced(list, op, task, forced, choice, error);
-    mv_task priced = *task;
-    if (task->batch_invariant) priced.tokens = 64; /* whatever their number, the choice is the same */
+    mv_task of_64_tokens;
+    const mv_task *priced = task;
+    if (task->batch_invariant) { /* whatever their number, the choice is the same */
+        of_64_tokens = *task;
+        of_64_tokens.tokens = 64;
+        priced = &of_64_tokens;
+    }
     *choice = (mv_choice){NULL, 0};
     for (int i = 0; i < list->count; i++) {
         const mv_row *row = &list->rows[i];
         if (row->dtype != task->dtype || row->backend != task->device.kind) continue;
+        const double cost = row->cost(priced);
+        if (choice->row && cost >= choice->cost) continue; /* the price is what is cheapest to ask for */
         if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
-        if (does_not_fit(row, task)) continue;
-        const double cost = row->cost(&priced);
-        if (!choice->row || cost < choice->cost) *choice = (mv_choice){row, cost};
+        if (!does_not_fit(row, task)) *choice = (mv_choice){row, cost};
     }
     if (choice->row) return MV_OK;
     return mv_fail(error, MV_DEVICE_ERROR, "%s: no kernel fits this call; minivllm.kernels('%s') lists what exists", op,

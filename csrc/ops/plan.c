@@ -70,17 +70,20 @@ static int64_t task_count(const mv_plan_state *state) {
     return count;
 }
 
-/* Moves a task from index 0 of the loop over the leads to index i. */
-static void move_task(const mv_plan_state *state, mv_task *task, int64_t i) {
+/* The part's task for index i of the loop over the leads; *moved is for the rare one that is not the first. */
+static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, int64_t i, mv_task *moved) {
+    if (i == 0) return &part->task;
+    *moved = part->task;
     for (int d = state->leads - 1; d >= 0; d--) {
         const mv_lead *lead = &state->lead[d];
         const int64_t at = i % lead->size;
         i /= lead->size;
-        task->x.data = advance(task->x.data, at * lead->x, task->dtype);
-        task->residual.data = advance(task->residual.data, at * lead->residual, task->dtype);
-        task->out.data = advance(task->out.data, at * lead->out, task->dtype);
-        task->residual_out.data = advance(task->residual_out.data, at * lead->residual_out, task->dtype);
+        moved->x.data = advance(moved->x.data, at * lead->x, moved->dtype);
+        moved->residual.data = advance(moved->residual.data, at * lead->residual, moved->dtype);
+        moved->out.data = advance(moved->out.data, at * lead->out, moved->dtype);
+        moved->residual_out.data = advance(moved->residual_out.data, at * lead->residual_out, moved->dtype);
     }
+    return moved;
 }
 
 /* ---- planning ------------------------------------------------------------------------------------------------- */
@@ -128,10 +131,10 @@ mv_status mv_finish_plan(mv_plan *plan, mv_error *error) {
         mv_part *part = &state->part[p];
         outputs += part->task.outputs;
         for (int64_t i = count - 1; i >= 0; i--) {
-            mv_task task = part->task;
-            move_task(state, &task, i);
-            MV_TRY(mv_choose(state->list, state->op, &task, state->kernel, &part->choice, error));
-            const size_t bytes = part->choice.row->workspace(&task);
+            mv_task moved;
+            const mv_task *task = task_at(state, part, i, &moved);
+            MV_TRY(mv_choose(state->list, state->op, task, state->kernel, &part->choice, error));
+            const size_t bytes = part->choice.row->workspace(task);
             if (bytes > plan->workspace_bytes) plan->workspace_bytes = bytes;
         }
     }
@@ -159,24 +162,30 @@ static mv_status check_memory(const mv_plan *plan, const mv_plan_state *state, c
     return MV_OK;
 }
 
-mv_status mv_run(const mv_plan *plan, const mv_memory *memory, mv_error *error) {
-    const mv_plan_state *state = (const mv_plan_state *)plan->state;
+static void take_memory(mv_plan_state *state, const mv_memory *memory) {
+    for (int p = 0; p < state->parts; p++) {
+        mv_task *task = &state->part[p].task;
+        task->workspace = memory->workspace;
+        if (state->out_later) task->out.data = advance(memory->out, state->part[p].first_output, task->dtype);
+    }
+    if (state->residual_out_later) state->part[0].task.residual_out.data = memory->residual_out;
+}
+
+mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error) {
+    mv_plan_state *state = mv_state(plan);
     const mv_memory none = {NULL, NULL, NULL};
     if (!memory) memory = &none;
     if (state->parts == 0) return MV_OK;
     MV_TRY(check_memory(plan, state, memory, error));
+    take_memory(state, memory);
     const int64_t count = task_count(state);
     for (int64_t i = 0; i < count; i++) {
         for (int p = 0; p < state->parts; p++) {
-            const mv_part *part = &state->part[p];
-            mv_choice choice = part->choice;
-            mv_task task = part->task;
-            task.workspace = memory->workspace;
-            if (state->out_later) task.out.data = advance(memory->out, part->first_output, task.dtype);
-            if (state->residual_out_later && p == 0) task.residual_out.data = memory->residual_out;
-            move_task(state, &task, i);
-            if (i > 0) MV_TRY(mv_choose(state->list, state->op, &task, state->kernel, &choice, error));
-            MV_TRY(mv_run_row(state->op, choice, &task, error));
+            mv_task moved;
+            const mv_task *task = task_at(state, &state->part[p], i, &moved);
+            mv_choice choice = state->part[p].choice;
+            if (i > 0) MV_TRY(mv_choose(state->list, state->op, task, state->kernel, &choice, error));
+            MV_TRY(mv_run_row(state->op, choice, task, error));
         }
     }
     return MV_OK;

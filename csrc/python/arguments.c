@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "buffers.h"
+#include "steps.h"
 
 /* ---- matching --------------------------------------------------------------------------------------------------- */
 
@@ -30,8 +31,11 @@ static PyObject *names_of(const signature *s, int count) {
     return text;
 }
 
-static int find_keyword(PyObject *const *keywords, int count, PyObject *name) {
-    for (int i = 0; i < count; i++)
+/* `likely` is where to look first: callers tend to keep to the order of the signature. */
+static int find_keyword(PyObject *const *keywords, int count, PyObject *name, int likely) {
+    for (int i = likely; i < count; i++)
+        if (keywords[i] == name) return i;
+    for (int i = 0; i < likely; i++)
         if (keywords[i] == name) return i;
     for (int i = 0; i < count; i++)
         if (PyUnicode_Compare(keywords[i], name) == 0) return i;
@@ -51,9 +55,10 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
     }
     for (Py_ssize_t i = 0; i < count; i++) values[i] = given[i];
     const Py_ssize_t keywords = names ? PyTuple_Size(names) : 0;
+    int likely = (int)count;
     for (Py_ssize_t k = 0; k < keywords; k++) {
         PyObject *name = PyTuple_GetItem(names, k);
-        const int i = find_keyword(c->state->keywords[s->index], s->count, name);
+        const int i = find_keyword(c->state->keywords[s->index], s->count, name, likely);
         if (i < 0) {
             PyObject *known_names = names_of(s, s->count);
             if (known_names)
@@ -66,6 +71,7 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
             return false;
         }
         values[i] = given[count + k];
+        likely = i + 1;
     }
     for (int i = 0; i < s->required; i++) {
         if (!values[i]) {
@@ -85,6 +91,7 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
         if (c->hand_over) c->result = call_torch(c, given, count, names);
         return false;
     }
+    end_step(c, STEP_READ);
     return true;
 }
 

@@ -91,7 +91,7 @@ typedef struct {
     type_kind kind;
 } type_slot;
 
-enum { MAX_TYPES = 64, MAX_CUDA_DEVICES = 64 };
+enum { MAX_TYPES = 64, MAX_CUDA_DEVICES = 64, STEPS = 5 };
 
 typedef struct {
     _Atomic(PyObject *) objects[KNOWN_OBJECTS];
@@ -102,6 +102,8 @@ typedef struct {
     _Atomic(PyObject *) numpy_dtypes[3];
     type_slot types[MAX_TYPES];
     atomic_int types_used;
+    bool counts_steps; /* see steps.h */
+    int64_t step_ns[STEPS];
 } module_state;
 
 PyObject *known(module_state *state, int object); /* borrowed; NULL with an error set when the import fails */
@@ -140,7 +142,9 @@ typedef struct {
     void *stream;
     int32_t device;   /* of that stream; -1: not known yet */
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
-    void *scratch;    /* the workspace on the CPU; on a GPU the object that owns it */
+    int64_t *step_ns; /* NULL: nobody counts */
+    int64_t step_began;
+    void *scratch; /* the workspace on the CPU; on a GPU the object that owns it */
     PyObject *scratch_owner;
     int count;
     tensor tensors[MAX_TENSORS];

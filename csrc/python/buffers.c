@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include "steps.h"
+
 /* ---- classification --------------------------------------------------------------------------------------------- */
 
 static const struct {
@@ -307,6 +309,7 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->scratch = NULL;
     c->scratch_owner = NULL;
     c->count = 0;
+    begin_steps(c);
 }
 
 void end_call(call *c) {
@@ -320,4 +323,5 @@ void end_call(call *c) {
         Py_DECREF(c->tensors[i].object);
     }
     if (failed) PyErr_Restore(type, value, traceback);
+    end_step(c, STEP_RETURN);
 }

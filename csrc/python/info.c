@@ -58,6 +58,16 @@ PyObject *py_cuda_device_count(PyObject *module, PyObject *unused) {
     return check_status(mv_cuda_device_count(&count, &error), &error) ? PyLong_FromLong(count) : NULL;
 }
 
+/* _launch_nothing(device) */
+PyObject *py_launch_nothing(PyObject *module, PyObject *device) {
+    mv_error error;
+    (void)module;
+    const long index = PyLong_AsLong(device);
+    if (index == -1 && PyErr_Occurred()) return NULL;
+    if (!check_status(mv_cuda_launch_nothing((int32_t)index, &error), &error)) return NULL;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_cuda_device_info(PyObject *module, PyObject *device) {
     mv_cuda_info info;
     mv_error error;

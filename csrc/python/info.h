@@ -11,6 +11,7 @@ PyObject *py_get_num_threads(PyObject *module, PyObject *unused);
 PyObject *py_cpu_features(PyObject *module, PyObject *unused);
 PyObject *py_cuda_archs(PyObject *module, PyObject *unused);
 PyObject *py_cuda_device_count(PyObject *module, PyObject *unused);
+PyObject *py_launch_nothing(PyObject *module, PyObject *device);
 PyObject *py_cuda_device_info(PyObject *module, PyObject *device);
 
 #endif

@@ -3,6 +3,7 @@
 #include "docstrings.h"
 #include "info.h"
 #include "ops.h"
+#include "steps.h"
 #include "xla_ffi.h"
 
 /* ---- objects of other modules ----------------------------------------------------------------------------------- */
@@ -114,6 +115,9 @@ static PyMethodDef methods[] = {
     {"_stream_wait", py_stream_wait, METH_VARARGS, "(device, waiting, producing)"},
     {"_to_dlpack", py_to_dlpack, METH_VARARGS, "(owner, device, address, dtype, shape, strides, versioned) -> capsule"},
     {"_view", py_view, METH_O, "(array) -> (address, shape, strides, dtype, device, read_only, keeper)"},
+    {"_launch_nothing", py_launch_nothing, METH_O, "(device): launches an empty kernel"},
+    {"_steps", py_steps, METH_O,
+     "(on) -> nanoseconds of calls since the last time: (read, plan, allocate, run, return)"},
     {"_empty", py_empty, METH_VARARGS, "(like, shape) -> a new array of like's framework, device and dtype"},
     {NULL, NULL, 0, NULL},
 };

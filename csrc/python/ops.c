@@ -3,23 +3,26 @@
 
 #include "buffers.h"
 #include "results.h"
+#include "steps.h"
 
 #define LENGTH(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
 static int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
 
 /* Runs a plan; its outputs are there. */
-static bool run(call *c, const mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out) {
+static bool run(call *c, mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out) {
     mv_memory memory = {.out = out->data, .residual_out = residual_out->data};
     mv_error error;
     mv_status status;
     if (!provide_workspace(c, x, plan->workspace_bytes, &memory.workspace)) return false;
+    end_step(c, STEP_ALLOCATE);
     if (plan->is_long) {
         Py_BEGIN_ALLOW_THREADS status = mv_run(plan, &memory, &error);
         Py_END_ALLOW_THREADS
     } else {
         status = mv_run(plan, &memory, &error);
     }
+    end_step(c, STEP_RUN);
     return check_status(status, &error) && settle(c);
 }
 
@@ -33,6 +36,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     mv_error error;
     a->call.stream = c->stream;
     if (!check_status(entry(a, &plan, &error), &error)) return false;
+    end_step(c, STEP_PLAN);
     const int64_t hidden = hidden_of(&a->x);
     return provide(c, "out", &a->out, &a->x, 1, &hidden) &&
            (!is_given(&a->residual) || provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) &&
@@ -185,6 +189,7 @@ static PyObject *rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize
         mv_error error;
         a.call.stream = c.stream;
         if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
+            end_step(&c, STEP_PLAN);
             const int64_t hidden = hidden_of(&a.x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
             if (provide(&c, "out", &a.out, &a.x, packed ? 1 : 2, packed ? &plan.qkv : heads) &&
                 (!is_given(&a.residual) || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
