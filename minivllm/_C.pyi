@@ -109,7 +109,18 @@ def _check_rms_norm_qkv(
     weight_offset: SupportsFloat = 0.0,
     batch_invariant: bool = False,
     allow_tf32: bool = False,
-) -> tuple[int, int, int]: ...
+) -> tuple[int, int, int, bytes]: ...
+def _call_layer(
+    layer: Any,
+    numbers: bytes,
+    x: _T,
+    norm_weight: _Tensor,
+    qkv_weight: _Tensors,
+    bias: _Tensors | None,
+    residual: _T | None,
+    out: _T | None,
+    residual_out: _T | None,
+) -> tuple[_T, ...]: ...
 def _xla_plan(op: str, gpu: int, /, *args: Any, **options: Any) -> tuple[int, int, int, dict[str, Any]]: ...
 def _xla_handlers() -> list[tuple[str, str, object]]: ...
 def _allocate(device: int, bytes: int, /) -> object: ...

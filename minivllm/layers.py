@@ -5,6 +5,11 @@ import sys
 from minivllm import _C
 from minivllm.device_array import DeviceArray, to_device
 
+_READ_ONCE = frozenset(
+    ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
+     "allow_tf32")
+)  # fmt: skip
+
 
 class FusedRMSNormQKV:
     """RMSNorm and the q, k, v projection of an attention layer, in one kernel.
@@ -41,10 +46,6 @@ class FusedRMSNormQKV:
         allow_tf32=False,
         prepack=False,
     ):
-        self.hidden, self.qkv, self.head_dim = _C._check_rms_norm_qkv(
-            norm_weight, qkv_weight, num_heads, num_kv_heads, eps, bias=bias, head_dim=head_dim,
-            weight_layout=weight_layout, rounding=rounding, weight_offset=weight_offset,
-            batch_invariant=batch_invariant, allow_tf32=allow_tf32)  # fmt: skip
         self.norm_weight = norm_weight
         self.qkv_weight = qkv_weight
         self.num_heads = num_heads
@@ -59,10 +60,27 @@ class FusedRMSNormQKV:
         self.prepack = prepack
         self.prepacked_bytes = 0
         self._packed = None
+        self.hidden, self.qkv, self.head_dim, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
         self.refresh()
 
     def __call__(self, x, *, residual=None, out=None, residual_out=None):
         """x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."""
+        weight = self.qkv_weight if self._packed is None else self._packed
+        return _C._call_layer(self, self._numbers, x, self.norm_weight, weight, self.bias, residual, out, residual_out)
+
+    def __setattr__(self, name, value):
+        if name in _READ_ONCE and name in self.__dict__:
+            raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
+        super().__setattr__(name, value)
+
+    def _checked(self, qkv_weight, head_dim, weight_layout):
+        return _C._check_rms_norm_qkv(
+            self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
+            head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
+            batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32)  # fmt: skip
+
+    def spelled_out(self, x, residual=None, out=None, residual_out=None):
+        """The same call with every argument by its name: for what traces or transforms it."""
         packed = self._packed
         return _C.rms_norm_qkv(
             x, self.norm_weight, self.qkv_weight if packed is None else packed, self.num_heads, self.num_kv_heads,
@@ -87,6 +105,7 @@ class FusedRMSNormQKV:
             self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
             if any(getattr(weight, "requires_grad", False) for weight in members):
                 self._packed.requires_grad_().register_hook(_refuse_gradient)
+        *_, self._numbers = self._checked(self._packed, self.head_dim, "out_in")
         self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
 
     def __repr__(self):

@@ -236,7 +236,12 @@ def rms_norm_qkv(
     return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
 
 
+def _call_layer(layer, numbers, x, norm_weight, qkv_weight, bias, residual, out, residual_out):
+    """A call of FusedRMSNormQKV, whose `numbers` only the C function can read."""
+    return layer.spelled_out(x, residual, out, residual_out)
+
+
 def substitute_in_graphs():
     """Tells torch.compile to trace these functions where it meets the C functions."""
-    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv):
+    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv, _call_layer):
         torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)

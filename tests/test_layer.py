@@ -1,5 +1,7 @@
 """The layer object: checked once, cheap to call, and no copy of the weights unless asked for."""
 
+import copy
+
 import numpy as np
 import pytest
 from cases import assert_same_bits, normal
@@ -157,3 +159,17 @@ def test_it_lives_in_a_module(torch):
         pair = module.qkv(module.norm(x))
         fused = torch.cat([part.flatten(1) for part in module.fused(x)], 1)
     assert TORCH_CPU.is_mine(fused) and torch.allclose(fused, pair, atol=1e-5)
+
+
+def test_its_numbers_are_fixed_and_its_weights_are_not(device, framework):
+    weights = {
+        name: framework.full(shape, 0.5, "f32") for name, shape in (("norm_weight", 64), ("qkv_weight", (40, 64)))
+    }
+    layer = minivllm.FusedRMSNormQKV(**weights, num_heads=3, num_kv_heads=1)
+    x = framework.full((2, 64), 1.0, "f32")
+    for name, value in (("eps", 1.0), ("num_heads", 1), ("rounding", "fp32"), ("weight_offset", 1.0), ("head_dim", 4)):
+        with pytest.raises(AttributeError, match=f"{name} was read when the layer was made"):
+            setattr(layer, name, value)
+    layer.norm_weight = framework.full((64,), 2.0, "f32")
+    assert_same_bits(layer(x)[0], minivllm.rms_norm_qkv(x, layer.norm_weight, layer.qkv_weight, 3, 1)[0])
+    assert_same_bits(copy.deepcopy(layer)(x)[0], layer(x)[0])

@@ -1,6 +1,8 @@
 /* ops.c: one function per op: its table, the args struct, outputs where none were given, the call, the result. */
 #include "ops.h"
 
+#include <string.h>
+
 #include "buffers.h"
 #include "results.h"
 #include "steps.h"
@@ -178,36 +180,39 @@ static PyObject *returned_packed(call *c, const mv_rms_norm_qkv_args *a) {
     return is_given(&a->residual) ? returned_pair(c, &a->out, &a->residual_out, &a->x) : returned(c, &a->out, &a->x);
 }
 
-static PyObject *rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names,
-                              bool packed) {
+static PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
+    mv_plan plan;
+    mv_error error;
+    a->call.stream = c->stream;
+    if (!check_status(mv_rms_norm_qkv(a, &plan, &error), &error)) return NULL;
+    end_step(c, STEP_PLAN);
+    const int64_t hidden = hidden_of(&a->x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
+    if (!provide(c, "out", &a->out, &a->x, packed ? 1 : 2, packed ? &plan.qkv : heads) ||
+        (is_given(&a->residual) && !provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) ||
+        !run(c, &plan, &a->x, &a->out, &a->residual_out))
+        return NULL;
+    return packed ? returned_packed(c, a) : returned_qkv(c, a, plan.head_dim);
+}
+
+/* torch_function: of minivllm.torch, for a call that is handed over. */
+static PyObject *rms_norm_qkv(PyObject *module, const signature *s, const char *torch_function, PyObject *const *given,
+                              Py_ssize_t count, PyObject *names, bool packed) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
     call c;
     begin_call(&c, module, a.call.op);
-    if (packed) c.torch_function = "rms_norm_qkv_packed";
-    if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names)) {
-        mv_plan plan;
-        mv_error error;
-        a.call.stream = c.stream;
-        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
-            end_step(&c, STEP_PLAN);
-            const int64_t hidden = hidden_of(&a.x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
-            if (provide(&c, "out", &a.out, &a.x, packed ? 1 : 2, packed ? &plan.qkv : heads) &&
-                (!is_given(&a.residual) || provide(&c, "residual_out", &a.residual_out, &a.x, 1, &hidden)) &&
-                run(&c, &plan, &a.x, &a.out, &a.residual_out))
-                c.result = packed ? returned_packed(&c, &a) : returned_qkv(&c, &a, plan.head_dim);
-        }
-    }
+    c.torch_function = torch_function;
+    if (parse(&c, s, &a, given, count, names)) c.result = run_qkv(&c, &a, packed);
     end_call(&c);
     return c.result;
 }
 
 PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    return rms_norm_qkv(module, given, count, names, false);
+    return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv", given, count, names, false);
 }
 
 /* For torch's registered op, whose outputs must not be views. */
 PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    return rms_norm_qkv(module, given, count, names, true);
+    return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv_packed", given, count, names, true);
 }
 
 /* ---- for the layer object --------------------------------------------------------------------------------------- */
@@ -228,8 +233,45 @@ static const parameter check_parameters[] = {
 };
 static const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
 
-/* Everything that can be known before there is an x: (hidden, qkv, head_dim). Parameters are not read, so gradients do
- * not matter. Any weight that is not float32 tells x's dtype. */
+/* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
+enum {
+    NUMBERS_AT = offsetof(mv_rms_norm_qkv_args, num_heads),
+    NUMBERS_SIZE = sizeof(mv_rms_norm_qkv_args) - NUMBERS_AT
+};
+
+static bool to_numbers(call *c, const parameter *p, PyObject *value, void *target) {
+    if (!PyBytes_Check(value) || PyBytes_Size(value) != NUMBERS_SIZE)
+        return refuse_argument(c, p->name, PyExc_TypeError, "must be what _check_rms_norm_qkv() gave");
+    memcpy(target, PyBytes_AsString(value), NUMBERS_SIZE);
+    return true;
+}
+
+/* The layer itself is for minivllm.torch, where a call is handed over. */
+static bool to_nothing(call *c, const parameter *p, PyObject *value, void *target) {
+    (void)c, (void)p, (void)value, (void)target;
+    return true;
+}
+
+static const parameter layer_parameters[] = {
+    QKV("layer", to_nothing, x),
+    QKV("numbers", to_numbers, num_heads),
+    QKV("x", to_tensor, x),
+    QKV("norm_weight", to_tensor, norm_weight),
+    QKV("qkv_weight", to_tensors, qkv_weight),
+    QKV("bias", to_optional_tensors, bias),
+    QKV("residual", to_optional_tensor, residual),
+    QKV("out", to_optional_tensor, out),
+    QKV("residual_out", to_optional_tensor, residual_out),
+};
+static const signature layer_signature = {
+    "rms_norm_qkv", 5, LENGTH(layer_parameters), LENGTH(layer_parameters), LENGTH(layer_parameters), layer_parameters};
+
+PyObject *py_call_layer(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    return rms_norm_qkv(module, &layer_signature, "_call_layer", given, count, names, false);
+}
+
+/* Everything that can be known before there is an x: (hidden, qkv, head_dim, numbers). Parameters are not read, so
+ * gradients do not matter. Any weight that is not float32 tells x's dtype. */
 PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
     mv_plan plan;
@@ -243,13 +285,20 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
         a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
         for (int i = 0; i < c.count; i++)
             if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
-        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error))
-            result = Py_BuildValue("(LLL)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim);
+        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
+            a.head_dim = plan.head_dim;
+            result = Py_BuildValue("(LLLy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
+                                   (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
+        }
     }
     end_call(&c);
     return result;
 }
 
-const signature *const all_signatures[] = {
-    &rms_norm_signature,     &add_rms_norm_signature, &fused_add_rms_norm_signature,
-    &rms_norm_qkv_signature, &check_signature,        NULL};
+const signature *const all_signatures[] = {&rms_norm_signature,
+                                           &add_rms_norm_signature,
+                                           &fused_add_rms_norm_signature,
+                                           &rms_norm_qkv_signature,
+                                           &check_signature,
+                                           &layer_signature,
+                                           NULL};
