@@ -15,6 +15,9 @@ pytestmark = pytest.mark.gpu
 SHAPES = ((130, 200, 4096), (300, 200, 4096), (500, 136, 4096), (500, 128, 6144), (512, 128, 7168), (1000, 64, 4096),
           (1000, 64, 10240), (4300, 64, 6144), (4300, 64, 5632))  # fmt: skip
 
+# the same, where spare warps normalise the rows of later tiles: 4, 2, 1 row at a time, and a row in two rounds
+MEANWHILE = ((2048, 1024, 4096), (1300, 1280, 6144), (1100, 2560, 3840), (1100, 4104, 3840))
+
 
 @pytest.fixture(params=["f16", "bf16"])
 def dtype(request):
@@ -37,6 +40,17 @@ def case_of(tokens, hidden, outputs, dtype, **options):
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])
 def test_every_tile(dtype, shape, rounding):
     check_qkv(TORCH_CUDA, case_of(*shape, dtype, rounding=rounding, bias=True))
+
+
+@pytest.mark.parametrize("shape", MEANWHILE, ids=str)
+def test_rows_normalised_meanwhile(dtype, shape):
+    for options in (
+        {"bias": True},
+        {"rounding": "fp32", "weights": "tuple", "norm_dtype": "f32"},
+        {"residual": True, "weight_offset": 1.0},
+        {"residual": True, "weights": "in_out"},
+    ):
+        check_qkv(TORCH_CUDA, case_of(*shape, dtype, **options))
 
 
 @pytest.mark.parametrize("weights", ["tuple", "packed_t", "in_out"])

@@ -3,16 +3,22 @@
 
 #include "../kernel.h"
 
-static inline mv_status norm_then_product(const mv_task *task, mv_kernel *norm, mv_kernel *product, mv_error *error) {
-    const mv_rows y = {task->workspace, task->inner * task->hidden, task->hidden};
-    mv_task first = *task;
-    first.out = y;
-    first.outputs = 0;
-    const mv_status status = norm(&first, error);
-    if (status != MV_OK) return status;
+struct PlanTasks {
+    mv_task norm, product;
+};
 
-    mv_task second = *task;
-    second.x = y;
-    second.residual = second.residual_out = mv_rows{nullptr, 0, 0};
-    return product(&second, error);
+static inline PlanTasks plan_tasks(const mv_task *task) {
+    const mv_rows y = {task->workspace, task->inner * task->hidden, task->hidden};
+    PlanTasks tasks = {*task, *task};
+    tasks.norm.out = y;
+    tasks.norm.outputs = 0;
+    tasks.product.x = y;
+    tasks.product.residual = tasks.product.residual_out = mv_rows{nullptr, 0, 0};
+    return tasks;
+}
+
+static inline mv_status norm_then_product(const mv_task *task, mv_kernel *norm, mv_kernel *product, mv_error *error) {
+    const PlanTasks tasks = plan_tasks(task);
+    const mv_status status = norm(&tasks.norm, error);
+    return status == MV_OK ? product(&tasks.product, error) : status;
 }

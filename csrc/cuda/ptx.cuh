@@ -34,3 +34,23 @@ __device__ __forceinline__ uint4 load_streaming(const void *p, bool wanted) {
                  : "l"(p), "r"(static_cast<uint32_t>(wanted)));
     return v;
 }
+
+/* What this thread wrote before, and what it has seen others write at a barrier, is seen by who reads the counter. */
+__device__ __forceinline__ void add_release(uint32_t *counter, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *counter) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+/* True for one lane of a whole warp: the compiler knows that it is one. */
+__device__ __forceinline__ bool elect_lane() {
+    uint32_t elected = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\nselp.u32 %0, 1, 0, elected;\n}"
+                 : "=r"(elected));
+#endif
+    return elected != 0;
+}

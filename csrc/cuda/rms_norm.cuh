@@ -84,6 +84,12 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
     return pack<T>(y);
 }
 
+/* By one of the CTAs, after the wait: zeroes what the next kernel of a plan counts with. */
+__device__ __forceinline__ void clear_counters(const mv_task &task) {
+    if (blockIdx.x != 0) return;
+    for (int64_t i = threadIdx.x; i < task.counter_count; i += blockDim.x) task.counters[i] = 0;
+}
+
 /* Host: are these rows, where they exist, all fit for 16-byte accesses? */
 template <typename T> static inline bool norm_rows_aligned(const mv_task *task) {
     const auto fits = [](mv_rows rows) { return !rows.data || rows_aligned16(rows, sizeof(T)); };

@@ -1,10 +1,11 @@
 /* rms_norm_qkv_wgmma_sm90a.cu: the projection of many tokens on Hopper's tensor cores, for 16-bit x and weights: the
- * second launch of the plan whose first is the norm kernel.
+ * second launch of the plan whose first is the norm kernel. That one normalises the rows that the first wave of tiles needs,
+ * and spare warps of this one the others, while the tensor cores work (norm_rows.cuh).
  *
- * A CTA owns a tile of 128 tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps to a ring in
- * shared memory by tensor copies; two warpgroups multiply 64 tokens each. The ring runs on over the CTA's tiles, so
- * the copies of a tile begin while the one before it is still being stored, and one warpgroup stores while the other
- * multiplies.
+ * A CTA owns a tile of 128 (or 64) tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps to a
+ * ring in shared memory by tensor copies; two warpgroups multiply half of the tile each. The ring runs on over the CTA's
+ * tiles, so the copies of a tile begin while the one before it is still being stored, and one warpgroup stores while the
+ * other multiplies.
  *
  * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to both.
  *
@@ -13,6 +14,7 @@
 #include "cuda.h"
 #include "launch.cuh"
 #include "norm_plan.cuh"
+#include "norm_rows.cuh"
 #include "ptx.cuh"
 #include "qkv_epilogue.cuh"
 #include "tensor_map.cuh"
@@ -21,29 +23,34 @@
 
 namespace {
 
-constexpr int kTokens = 128, kStep = 64, kRowBytes = 2 * kStep;
+constexpr int kStep = 64, kRowBytes = 2 * kStep;
 constexpr unsigned kCluster = 2; /* CTAs, where there are clusters */
-constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 32;
+constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
 constexpr int kBoxColumns = 32, kBoxBytes = 64 * kBoxColumns * 2; /* of the outputs: 64 tokens high */
-constexpr size_t kSmemBytes = 232448;                             /* of a Hopper CTA */
+constexpr int kSpareOutputs = 128;    /* tiles of so many have three warps more, that may normalise rows meanwhile */
+constexpr size_t kSmemBytes = 232448; /* of a Hopper CTA */
 
-/* The tile by its number of outputs, and what shared memory holds: the ring, then boxes of outputs on their way out
- * (a part of each warpgroup's), biases, barriers. */
-template <int kOutputs, bool kInOut> struct Tile {
-    static constexpr int N = kOutputs;
-    static constexpr int x_bytes = kTokens * kRowBytes;
+/* M tokens x N outputs, and what shared memory holds: the ring, then boxes of outputs on their way out (a part of each
+ * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the outputs. */
+template <int kTokens, int kOutputs, bool kInOut> struct Tile {
+    static constexpr int M = kTokens, N = kOutputs;
+    static constexpr bool split_tokens = M == 128, in_out = kInOut;
+    static constexpr bool spare_warps = N >= kSpareOutputs;
+    static constexpr int own_outputs = split_tokens ? N : N / 2; /* of a warpgroup */
+    static constexpr int x_bytes = M * kRowBytes;
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
     static constexpr int stage_bytes = x_bytes + w_bytes;
-    static constexpr int boxes = N / kBoxColumns;
+    static constexpr int boxes = own_outputs / kBoxColumns;
     static constexpr int boxes_at_once = boxes <= 5 ? boxes : (boxes + 1) / 2;
     static constexpr int out_bytes = kWarpgroups * boxes_at_once * kBoxBytes;
-    static constexpr int bias_bytes = kWarpgroups * N * 4;
+    static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
     static constexpr int stages = (kSmemBytes - out_bytes - bias_bytes - 256) / stage_bytes;
     static constexpr int ring_bytes = stages * stage_bytes;
     static constexpr int barriers_at = ring_bytes + out_bytes + bias_bytes;
     static constexpr size_t smem_bytes = barriers_at + 16 * stages;
     static_assert(smem_bytes <= kSmemBytes && stages >= 3);
+    static_assert(split_tokens || (M == 64 && !in_out));
 };
 
 /* Consecutive outputs that one matrix of weights makes. */
@@ -67,6 +74,8 @@ struct Product {
     unsigned cluster;
     bool out_boxes; /* outputs leave by tensor copies */
     bool dynamic_weights;
+    mv_task norm; /* what makes the rows from counters.first_row on */
+    RowCounters counters;
 };
 
 /* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies that
@@ -75,15 +84,15 @@ struct Place {
     int token, segment, output;
 };
 
-template <int N> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
+template <typename Tile> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
     const unsigned group_items = p.group * p.columns, group = item / group_items, within = item % group_items;
     const unsigned height = min(p.group, p.rows - group * p.group);
     const unsigned row = group * p.group + within % height;
     unsigned tile = within / height;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
-    return {static_cast<int>((row * p.cluster + rank) * kTokens), segment,
-            max(0, min(static_cast<int>(tile * N), p.segment[segment].outputs - N))};
+    return {static_cast<int>((row * p.cluster + rank) * Tile::M), segment,
+            max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
 }
 
 /* A place in the ring, and the parity of the round. */
@@ -101,7 +110,7 @@ struct Slot {
 /* ---- the producer ---------------------------------------------------------------------------------------------- */
 
 /* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA. */
-template <typename Tile, bool kInOut, bool kShared> struct Producer {
+template <typename Tile, bool kShared> struct Producer {
     const Product &p;
     uint32_t ring, full, empty;
     unsigned rank;
@@ -112,7 +121,7 @@ template <typename Tile, bool kInOut, bool kShared> struct Producer {
 
     __device__ __forceinline__ void load_w(const CUtensorMap *map, const Place &place, int slot, int step) const {
         const uint32_t to = ring + slot * Tile::stage_bytes + Tile::x_bytes, barrier = full + 8 * slot;
-        if constexpr (kInOut) {
+        if constexpr (Tile::in_out) {
 #pragma unroll
             for (int c = 0; c < Tile::chunks; c++)
                 load_part<kStep>(to + c * Tile::chunk_bytes, map, place.output + c * kStep, step * kStep, barrier);
@@ -130,9 +139,15 @@ template <typename Tile, bool kInOut, bool kShared> struct Producer {
             load_box(to, map, column, row, barrier);
     }
 
+    /* The rows of a tile are there; ordinary stores have written them, and copies read them. */
+    __device__ __forceinline__ void await(const Place &place) const {
+        await_rows(p.counters, place.token / kBlockRows * kBlockRows, static_cast<int>(p.tokens));
+        fence_async_global();
+    }
+
     __device__ __forceinline__ void run(unsigned item, unsigned items, unsigned apart) const {
         const int ahead = min(Tile::stages, p.steps);
-        Place place = find_place<Tile::N>(p, item, rank);
+        Place place = find_place<Tile>(p, item, rank);
         const CUtensorMap *weight = &p.segment[place.segment].weight;
         if (p.dynamic_weights) griddepcontrol_wait();
 #pragma unroll 1
@@ -142,7 +157,7 @@ template <typename Tile, bool kInOut, bool kShared> struct Producer {
         }
         griddepcontrol_wait();
         griddepcontrol_launch();
-        fence_async_global(); /* the norm's stores were ordinary ones */
+        await(place);
         Slot slot;
         int step = 0;
 #pragma unroll 1
@@ -157,9 +172,10 @@ template <typename Tile, bool kInOut, bool kShared> struct Producer {
             }
             item += apart;
             if (item >= items) break;
-            place = find_place<Tile::N>(p, item, rank);
+            place = find_place<Tile>(p, item, rank);
             weight = &p.segment[place.segment].weight;
             step = 0;
+            await(place);
         }
     }
 };
@@ -176,24 +192,27 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
     }
 }
 
-/* The sums of a tile, 64 tokens of this warpgroup, over some steps. */
-template <typename T, typename Tile, bool kInOut>
-__device__ __forceinline__ void multiply(float (&sum)[Tile::N / 2], uint32_t smem, uint32_t full, uint32_t empty,
-                                         Slot &slot, int steps, unsigned ctas) {
+/* A warpgroup's sums of a tile. */
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply(float (&sum)[Tile::own_outputs / 2], uint32_t smem, uint32_t full,
+                                         uint32_t empty, Slot &slot, int steps, unsigned ctas) {
+    constexpr bool kInOut = Tile::in_out;
     const uint32_t half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* a uniform register, this way */
+    const uint32_t own_x = Tile::split_tokens ? half * (Tile::x_bytes / 2) : 0;
+    const uint32_t own_w = Tile::split_tokens ? 0 : half * (Tile::w_bytes / 2);
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         mbarrier_wait(full + 8 * slot.index, slot.parity);
-        const uint32_t x_at = smem + slot.index * Tile::stage_bytes, w_at = x_at + Tile::x_bytes;
-        const uint64_t x = operand_descriptor(x_at + half * (Tile::x_bytes / 2));
+        const uint32_t x_at = smem + slot.index * Tile::stage_bytes, w_at = x_at + Tile::x_bytes + own_w;
+        const uint64_t x = operand_descriptor(x_at + own_x);
         const uint64_t w = kInOut ? operand_descriptor(w_at, Tile::chunk_bytes) : operand_descriptor(w_at);
         wgmma_begin();
 #pragma unroll
         for (int part = 0; part < kStep / 16; part++)
-            wgmma<T, Tile::N, kInOut>(sum, advance_descriptor(x, part * 32),
-                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
-                                      step > 0 || part > 0);
+            wgmma<T, Tile::own_outputs, kInOut>(sum, advance_descriptor(x, part * 32),
+                                                advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
+                                                step > 0 || part > 0);
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
@@ -216,10 +235,10 @@ __device__ __forceinline__ void finish_columns(uint32_t (&m)[2], const float *su
 }
 
 /* Outputs leave through boxes in shared memory, as many at once as there is room for. */
-template <typename T, typename Tile> __device__ __forceinline__ void
-store_tile(const float (&sum)[Tile::N / 2], const Product &p, const Place &place, char *out, const float *bias) {
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
+                                           const Place &place, char *out, const float *bias) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
-    const int first_token = place.token + 64 * half;
     const uint32_t out_address = shared_address(out);
     const Segment &segment = p.segment[place.segment];
 #pragma unroll
@@ -246,7 +265,7 @@ store_tile(const float (&sum)[Tile::N / 2], const Product &p, const Place &place
         if (p.out_boxes) {
             if (thread == 0) {
                 for (int box = 0; box < kAtOnce && first + box < Tile::boxes; box++)
-                    store_box(&segment.out, place.output + (first + box) * kBoxColumns, first_token,
+                    store_box(&segment.out, place.output + (first + box) * kBoxColumns, place.token,
                               out_address + box * kBoxBytes);
                 store_commit();
             }
@@ -255,8 +274,8 @@ store_tile(const float (&sum)[Tile::N / 2], const Product &p, const Place &place
         for (int i = thread; i < kAtOnce * 64 * 4; i += 128) {
             const int box = i / 256, row = i / 4 % 64, piece = i % 4;
             const int output = place.output + (first + box) * kBoxColumns + piece * 8;
-            if (first + box >= Tile::boxes || first_token + row >= p.tokens || output >= segment.outputs) continue;
-            T *to = row_address<T>(p.out, p.inner, first_token + row) + segment.first_output + output;
+            if (first + box >= Tile::boxes || place.token + row >= p.tokens || output >= segment.outputs) continue;
+            T *to = row_address<T>(p.out, p.inner, place.token + row) + segment.first_output + output;
             const char *from = out + box * kBoxBytes + row * (kBoxColumns * 2) + ((piece ^ row / 2 % 4) << 4);
             store_packet(to, *reinterpret_cast<const Packet<T> *>(from), segment.outputs - output,
                          reinterpret_cast<uintptr_t>(to) % 16 == 0);
@@ -266,9 +285,9 @@ store_tile(const float (&sum)[Tile::N / 2], const Product &p, const Place &place
 }
 
 /* Registers: what a quarter of the SM has for 3 of the 9 warps, as if they were 12. */
-template <typename T, int kOutputs, bool kInOut> __global__ void __launch_bounds__(384, 1)
+template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __launch_bounds__(384, 1)
     rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
-    using Tile = ::Tile<kOutputs, kInOut>;
+    using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     extern __shared__ __align__(1024) char smem[];
     const uint32_t ring = shared_address(smem), full = ring + Tile::barriers_at, empty = full + 8 * Tile::stages;
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
@@ -285,26 +304,36 @@ template <typename T, int kOutputs, bool kInOut> __global__ void __launch_bounds
         __syncthreads();
 
     const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
-    if (threadIdx.x >= kConsumers) {
-        if (threadIdx.x == kConsumers && p.cluster > 1)
-            Producer<Tile, kInOut, true>{p, ring, full, empty, rank}.run(first, items, apart);
-        else if (threadIdx.x == kConsumers)
-            Producer<Tile, kInOut, false>{p, ring, full, empty, rank}.run(first, items, apart);
+    if (Tile::spare_warps && threadIdx.x >= kConsumers + 32) {
+        if (p.counters.first_row < p.tokens) {
+            griddepcontrol_wait();
+            normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
+        }
+    } else if (threadIdx.x >= kConsumers) {
+        if (elect_lane()) {
+            if (p.cluster > 1)
+                Producer<Tile, true>{p, ring, full, empty, rank}.run(first, items, apart);
+            else
+                Producer<Tile, false>{p, ring, full, empty, rank}.run(first, items, apart);
+        }
+        __syncwarp();
     } else {
         const int half = threadIdx.x / 128, thread = threadIdx.x % 128;
         char *const out = smem + Tile::ring_bytes + half * Tile::boxes_at_once * kBoxBytes;
-        float *const bias = reinterpret_cast<float *>(smem + Tile::ring_bytes + Tile::out_bytes) + half * Tile::N;
+        float *const bias =
+            reinterpret_cast<float *>(smem + Tile::ring_bytes + Tile::out_bytes) + half * Tile::own_outputs;
         if (p.dynamic_weights) griddepcontrol_wait();
-        float sum[Tile::N / 2];
+        float sum[Tile::own_outputs / 2];
         Slot slot;
         for (unsigned item = first; item < items; item += apart) {
-            const Place place = find_place<Tile::N>(p, item, rank);
+            Place place = find_place<Tile>(p, item, rank);
+            (Tile::split_tokens ? place.token : place.output) += half * (Tile::split_tokens ? 64 : Tile::own_outputs);
             const Segment &segment = p.segment[place.segment];
-            for (int n = thread; n < Tile::N; n += 128)
+            for (int n = thread; n < Tile::own_outputs; n += 128)
                 bias[n] = segment.bias && place.output + n < segment.outputs
                               ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
                               : 0.0f;
-            multiply<T, Tile, kInOut>(sum, ring, full, empty, slot, p.steps, p.cluster);
+            multiply<T, Tile>(sum, ring, full, empty, slot, p.steps, p.cluster);
             store_tile<T, Tile>(sum, p, place, out, bias);
         }
         if (thread == 0) store_wait_read();
@@ -315,15 +344,16 @@ template <typename T, int kOutputs, bool kInOut> __global__ void __launch_bounds
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
 struct Choice {
-    int outputs;
-    unsigned cluster; /* 1 or kCluster */
+    int tokens, outputs; /* of a tile */
+    unsigned cluster;    /* 1 or kCluster */
+    bool meanwhile;      /* spare warps normalise the rows behind the first wave's */
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* Rows of y in the workspace. */
 int64_t padded_tokens(const mv_task *task) {
-    constexpr int64_t kWhole = kTokens * kCluster;
+    constexpr int64_t kWhole = 128 * kCluster;
     return ceil_div(task->tokens, kWhole) * kWhole;
 }
 
@@ -335,19 +365,41 @@ int64_t count_columns(const mv_task *task, int outputs) {
     return columns;
 }
 
-template <typename T, int kOutputs, bool kInOut>
-mv_status launch_tile(const mv_task *task, const Choice &choice, mv_error *error) {
-    using Tile = ::Tile<kOutputs, kInOut>;
+/* Rows of tiles that walk over all columns together: 2,048 tokens high, so that both operands are read from memory few
+ * times; as high as the first wave when the rows behind it are normalised meanwhile, but at least 512 tokens. */
+unsigned group_height(const mv_task *task, const Choice &choice) {
+    const int64_t most = 2048 / choice.tokens, least = 512 / choice.tokens;
+    const int64_t wave = ceil_div(task->sm_count, count_columns(task, choice.outputs));
+    const int64_t tiles = !choice.meanwhile ? most : wave < least ? least : wave;
+    return static_cast<unsigned>(ceil_div(tiles, choice.cluster));
+}
+
+/* The rows of the first group. */
+int64_t first_rows(const mv_task *task, const Choice &choice) {
+    return int64_t{group_height(task, choice)} * choice.cluster * choice.tokens;
+}
+
+/* The second launch: x is y. rest: the norm of those rows that the first launch leaves to this one. */
+struct Rest {
+    mv_task norm;
+    RowCounters counters;
+};
+
+template <typename T, int kTokens, int kOutputs, bool kInOut>
+mv_status launch_tile(const mv_task *task, const Choice &choice, const Rest &rest, mv_error *error) {
+    using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     Product p = {};
     p.out = task->out;
     p.inner = task->inner;
     p.tokens = task->tokens;
     p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
     p.cluster = choice.cluster;
-    p.group = 16 / choice.cluster;
+    p.norm = rest.norm;
+    p.counters = rest.counters;
+    p.group = group_height(task, choice);
     p.dynamic_weights = task->dynamic_weights;
     /* Tiles read whole rows of y behind the last one; what comes of them is not stored. */
-    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, kTokens, kStep};
+    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, Tile::M, kStep};
     mv_status status = encode_map(&p.x, x, error);
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
@@ -393,57 +445,88 @@ mv_status launch_tile(const mv_task *task, const Choice &choice, mv_error *error
     }
     if (status != MV_OK) return status;
 
-    p.rows = static_cast<unsigned>(ceil_div(task->tokens, kTokens * p.cluster));
+    p.rows = static_cast<unsigned>(ceil_div(task->tokens, Tile::M * p.cluster));
     p.columns = static_cast<unsigned>(count_columns(task, Tile::N));
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
-    Grid grid = {dim3(static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster)), kThreads,
-                 Tile::smem_bytes};
+    Grid grid = {dim3(static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster)),
+                 kConsumers + (choice.meanwhile ? 128u : 32u), Tile::smem_bytes};
     grid.cluster = p.cluster;
-    return launch<rms_norm_qkv_wgmma_kernel<T, kOutputs, kInOut>>(task, grid, error, p);
+    return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);
 }
 
 /* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile takes
  * some for each of its steps and some for its outputs. Where waves are many, what a cluster saves in reads of L2 is
  * worth more than its CTAs lose by waiting for each other. */
 Choice choose(const mv_task *task) {
-    constexpr int kSizes[] = {64, 96, 128, 160, 192, 224, 256};
+    constexpr struct {
+        int tokens, outputs;
+        double step_us;
+        bool in_out; /* also for in_out weights, which are rarer */
+    } kTiles[] = {{64, 64, 0.20, false},   {128, 64, 0.29, false},  {128, 96, 0.37, false},  {128, 128, 0.45, true},
+                  {128, 160, 0.52, false}, {128, 192, 0.60, false}, {128, 224, 0.68, false}, {128, 256, 0.75, true}};
+    constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     Choice best = {};
     double lowest = 0;
-    for (const int outputs : kSizes) {
-        if (task->block[0].col_stride != 1 && outputs != 128 && outputs != 256) continue; /* in_out: fewer tiles */
-        const int64_t tiles = ceil_div(task->tokens, kTokens) * count_columns(task, outputs);
+    for (const auto &tile : kTiles) {
+        if (task->block[0].col_stride != 1 && !tile.in_out) continue;
+        const int64_t tiles = ceil_div(task->tokens, tile.tokens) * count_columns(task, tile.outputs);
         const int64_t waves = ceil_div(tiles, task->sm_count);
-        const double cost = static_cast<double>(waves) * (steps * (0.14 + 0.0024 * outputs) + 0.006 * outputs);
-        if (best.outputs == 0 || cost < lowest) {
-            lowest = cost;
-            best = {outputs, outputs == 256 && waves >= 5 ? kCluster : 1u};
-        }
+        const double tile_us = steps * tile.step_us + 0.006 * tile.outputs, cost = static_cast<double>(waves) * tile_us;
+        if (best.outputs != 0 && cost >= lowest) continue;
+        lowest = cost;
+        best.tokens = tile.tokens;
+        best.outputs = tile.outputs;
+        best.cluster = tile.outputs == 256 && waves >= 5 ? kCluster : 1;
+        best.meanwhile = tile.outputs >= kSpareOutputs && tile_us >= kMeanwhile;
     }
+    best.meanwhile = best.meanwhile && first_rows(task, best) < task->tokens && norm_rows_fit(task) &&
+                     !task->batch_invariant; /* they add in another order than the norm kernel */
     return best;
 }
 
-template <typename T, bool kInOut> mv_status launch_choice(const mv_task *task, const Choice &choice, mv_error *error) {
+template <typename T, bool kInOut>
+mv_status launch_choice(const mv_task *task, const Choice &choice, const Rest &rest, mv_error *error) {
     if constexpr (kInOut) {
-        return choice.outputs == 128 ? launch_tile<T, 128, true>(task, choice, error)
-                                     : launch_tile<T, 256, true>(task, choice, error);
+        return choice.outputs == 128 ? launch_tile<T, 128, 128, true>(task, choice, rest, error)
+                                     : launch_tile<T, 128, 256, true>(task, choice, rest, error);
     } else {
         switch (choice.outputs) {
-        case 64: return launch_tile<T, 64, false>(task, choice, error);
-        case 96: return launch_tile<T, 96, false>(task, choice, error);
-        case 128: return launch_tile<T, 128, false>(task, choice, error);
-        case 160: return launch_tile<T, 160, false>(task, choice, error);
-        case 192: return launch_tile<T, 192, false>(task, choice, error);
-        case 224: return launch_tile<T, 224, false>(task, choice, error);
-        default: return launch_tile<T, 256, false>(task, choice, error);
+        case 64:
+            return choice.tokens == 64 ? launch_tile<T, 64, 64, false>(task, choice, rest, error)
+                                       : launch_tile<T, 128, 64, false>(task, choice, rest, error);
+        case 96: return launch_tile<T, 128, 96, false>(task, choice, rest, error);
+        case 128: return launch_tile<T, 128, 128, false>(task, choice, rest, error);
+        case 160: return launch_tile<T, 128, 160, false>(task, choice, rest, error);
+        case 192: return launch_tile<T, 128, 192, false>(task, choice, rest, error);
+        case 224: return launch_tile<T, 128, 224, false>(task, choice, rest, error);
+        default: return launch_tile<T, 128, 256, false>(task, choice, rest, error);
         }
     }
 }
 
-template <typename T> mv_status product(const mv_task *task, mv_error *error) {
+size_t y_bytes(const mv_task *task) {
+    return static_cast<size_t>(padded_tokens(task)) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+}
+
+/* The norm kernel writes the rows of the first wave of tiles, which would otherwise wait; the product's spare warps write
+ * the others while the tensor cores work. */
+template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_error *error) {
+    PlanTasks tasks = plan_tasks(task);
     const Choice choice = choose(task);
-    return task->block[0].col_stride == 1 ? launch_choice<T, false>(task, choice, error)
-                                          : launch_choice<T, true>(task, choice, error);
+    Rest rest = {tasks.norm, {nullptr, INT32_MAX}};
+    if (choice.meanwhile) {
+        const int64_t first = first_rows(task, choice);
+        tasks.norm.tokens = first;
+        tasks.norm.counters = reinterpret_cast<uint32_t *>(static_cast<char *>(task->workspace) + y_bytes(task));
+        tasks.norm.counter_count = static_cast<int64_t>(row_counters(task->tokens));
+        rest.counters = {tasks.norm.counters, static_cast<int>(first)};
+    }
+    tasks.norm.launch_early = true; /* the first weights can be on their way while x is still being made */
+    const mv_status status = norm(&tasks.norm, error);
+    if (status != MV_OK) return status;
+    return task->block[0].col_stride == 1 ? launch_choice<T, false>(&tasks.product, choice, rest, error)
+                                          : launch_choice<T, true>(&tasks.product, choice, rest, error);
 }
 
 } // namespace
@@ -455,7 +538,7 @@ extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
     if (why_not) return why_not;
     if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->outputs > INT32_MAX - 256)
         return "a tensor map has coordinates of 32 bits";
-    if (ceil_div(task->tokens, kTokens) * count_columns(task, 64) > INT32_MAX)
+    if (ceil_div(task->tokens, 64) * count_columns(task, 64) > INT32_MAX)
         return "there are more tiles than one launch can take";
     for (const mv_block &block : task->block) {
         const bool out_in = block.col_stride == 1;
@@ -467,7 +550,7 @@ extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
 }
 
 extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {
-    return static_cast<size_t>(padded_tokens(task)) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+    return y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
 }
 
 /* ---- the rows -------------------------------------------------------------------------------------------------- */
@@ -476,10 +559,10 @@ extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_f16_sm80, product<__half>, error);
+    return plan<__half>(task, mv_rms_norm_f16_sm80, error);
 }
 
 mv_status mv_rms_norm_qkv_bf16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_bf16_sm80, product<__nv_bfloat16>, error);
+    return plan<__nv_bfloat16>(task, mv_rms_norm_bf16_sm80, error);
 }
 }

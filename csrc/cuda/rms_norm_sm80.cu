@@ -60,7 +60,9 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
         for (int p = 0; p < kPackets; p++)
             raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, aligned.weight);
     }
+    if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
+    clear_counters(task);
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
     const T *x = row_address<const T>(task.x, task.inner, row);
@@ -108,7 +110,9 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
     const bool hf = task.rounding == MV_ROUNDING_HF;
+    if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
+    clear_counters(task);
     griddepcontrol_launch();
 
     const T *x = row_address<const T>(task.x, task.inner, row);

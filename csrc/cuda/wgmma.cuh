@@ -74,6 +74,7 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
     MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
     MV_WGMMA(__half, "f16", __VA_ARGS__, true)
 
+MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19")
 MV_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35")
 MV_WGMMA_ALL(96, 48, "%48", "%49", "%50", "%51")
 MV_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67")

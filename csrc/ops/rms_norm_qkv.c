@@ -43,7 +43,7 @@ static double cost_decode_gpu(const mv_task *t) {
 static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
 static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
 static double cost_norm_wgmma(const mv_task *t) {
-    return 6 + larger(weight_bytes(t) / 2.9e6, tile_flops(t, 128) / 6.2e8);
+    return 5 + larger(weight_bytes(t) / 2.9e6, tile_flops(t, 128) / 6.2e8);
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
