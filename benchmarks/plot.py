@@ -140,6 +140,42 @@ def tokens(results: Results) -> None:
     save(drawing, "tokens.png", cases)
 
 
+def rates(results: Results) -> None:
+    """TFLOP/s of many tokens: with the norm, and of torch's GEMM without it."""
+    cases = [
+        case
+        for case in results.of("cuda", "rms_norm_qkv", dtype="bf16")
+        if case.tokens > 64 and case.us(OURS) and case.us("gemm alone")
+    ]
+    if not cases:
+        return
+    drawing, axes = figure(2)
+    counts = sorted({case.tokens for case in cases} - {1000})  # its label would lie on that of 1024
+    for axis, variant, title in (
+        (axes[0], OURS, "minivllm, norm included: TFLOP/s"),
+        (axes[1], "gemm alone", "torch's GEMM alone: TFLOP/s"),
+    ):
+        for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
+            points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
+            axis.plot(
+                [case.tokens for case in points],
+                [case.any("flops") / case.us(variant) / 1e6 for case in points],
+                label=shape,
+                color=MODEL_COLORS[number % len(MODEL_COLORS)],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.6,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
+        axis.minorticks_off()
+        axis.set_ylim(0, 850)
+        axis.set_xlabel("tokens")
+        axis.set_title(title, loc="left")
+    legend(drawing, axes[:1])
+    save(drawing, "rates.png", cases)
+
+
 def norms(results: Results) -> None:
     """Rate of the norms, read and written once, beside a copy."""
     pick = {"dtype": "bf16", "mode": "walk"}
@@ -190,6 +226,6 @@ def cpu(results: Results) -> None:
 def draw(directory: Path) -> int:
     """Draws what there are results for."""
     results = Results(directory)
-    for drawn in (decode, tokens, norms, cpu):
+    for drawn in (decode, tokens, rates, norms, cpu):
         drawn(results)
     return 0

@@ -16,7 +16,7 @@ from minivllm.testing.shapes import MODELS, QKVShape, model
 from minivllm.testing.timing import copies_needed
 
 CUDA_WEIGHT_BYTES = 400e6
-CUDA_TOKENS = (1, 2, 4, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CUDA_TOKENS = (1, 2, 4, 8, 16, 64, 96, 128, 200, 256, 384, 512, 1000, 1024, 2048, 4096, 8192, 16384)
 CPU_TOKENS = (1, 128)
 QUICK_TOKENS = (1, 16, 128, 1024, 4096)
 FEW_TOKENS = 64  # up to here reading the weights is what takes the time, and the read floor is shown
