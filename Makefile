@@ -55,6 +55,7 @@ ctest:
 	$(PYTHON) setup.py -q build_c
 	for run in 1 2 3 4 5 6 7 8 9 10; do build/c/test_first_call || exit; done
 	build/c/test_rms_norm
+	build/c/test_plan
 
 # Without CUDA, and in a directory of its own. libstdc++ comes along because torch throws exceptions.
 ASAN_LIB = $(CURDIR)/build/asan/lib

@@ -257,12 +257,15 @@ def numerics_line(cases: list[Case], name: str, peer: str) -> list[str] | None:
     ]
 
 
+HOST_MODES = {"host": "gradients recorded", "host, no_grad": "no_grad"}
+
+
 def host(results: Results) -> str:
     parts = []
     for device in ("cuda", "cpu"):
         cases = results.of(device, "host")
         names = list(dict.fromkeys(name for case in cases for name in case.rows))
-        head = ["host time of a call, us", *(f"{case.dtype}, {case.mode.removeprefix('host, ')}" for case in cases)]
+        head = ["host time of a call, us", *(f"{case.dtype}, {HOST_MODES[case.mode]}" for case in cases)]
         rows = [[name, *(number(case.us(name)) for case in cases)] for name in names]
         parts.append(
             section(f"On the {'GPU' if device == 'cuda' else 'CPU'}:", cases, table(head, rows) if rows else "")
@@ -279,7 +282,7 @@ def host_steps(case: Case) -> str:
         [name, *(number(row.get(column)) for column in columns)] for name, row in case.rows.items() if "read_us" in row
     ]
     head = [
-        f"{case.dtype}, {case.mode.removeprefix('host, ')}: us",
+        f"{case.dtype}, {HOST_MODES[case.mode]}: us",
         *(column.removesuffix("_us") for column in columns),
     ]
     return table(head, rows)

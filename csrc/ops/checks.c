@@ -194,20 +194,26 @@ static bool meets(overlap_search *search, int d, int64_t delta, int64_t reach_a,
     return false;
 }
 
-/* Adds a view's strides in bytes, largest first; gives its first byte and the distance to its last. */
-static uintptr_t add_dims(overlap_search *search, const mv_view *view, bool is_a, int64_t *reach) {
+/* A view's first byte, and the distance to its last. */
+static uintptr_t extent(const mv_view *view, int64_t *reach) {
     const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
     uintptr_t first = (uintptr_t)view->data;
     *reach = width - 1;
     for (int d = 0; d < view->ndim; d++) {
+        const int64_t span = (view->shape[d] - 1) * mv_stride(view, d) * width;
+        if (span < 0) first -= (uintptr_t)-span;
+        *reach += span < 0 ? -span : span;
+    }
+    return first;
+}
+
+/* Adds a view's strides in bytes, largest first. */
+static void add_dims(overlap_search *search, const mv_view *view, bool is_a) {
+    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
+    for (int d = 0; d < view->ndim; d++) {
         int64_t stride = mv_stride(view, d) * width;
         if (stride == 0) continue;
-        const int64_t span = (view->shape[d] - 1) * stride;
-        if (stride < 0) {
-            first -= (uintptr_t)-span;
-            stride = -stride;
-        }
-        *reach += span < 0 ? -span : span;
+        if (stride < 0) stride = -stride;
         int at = 0;
         while (at < search->dims && search->dim[at].stride > stride) at++;
         const bool exists = at < search->dims && search->dim[at].stride == stride &&
@@ -219,17 +225,18 @@ static uintptr_t add_dims(overlap_search *search, const mv_view *view, bool is_a
         }
         *(is_a ? &search->dim[at].count_a : &search->dim[at].count_b) = view->shape[d];
     }
-    return first;
 }
 
 bool mv_overlap(const mv_view *a, const mv_view *b) {
     if (mv_is_empty(a) || mv_is_empty(b)) return false;
+    int64_t reach_a, reach_b;
+    const uintptr_t first_a = extent(a, &reach_a), first_b = extent(b, &reach_b);
+    if (first_a + (uintptr_t)reach_a < first_b || first_b + (uintptr_t)reach_b < first_a) return false;
     overlap_search search;
     search.dims = 0;
     search.budget = 4096;
-    int64_t reach_a, reach_b;
-    const uintptr_t first_a = add_dims(&search, a, true, &reach_a);
-    const uintptr_t first_b = add_dims(&search, b, false, &reach_b);
+    add_dims(&search, a, true);
+    add_dims(&search, b, false);
     return meets(&search, 0, (int64_t)(first_b - first_a), reach_a, reach_b);
 }
 
