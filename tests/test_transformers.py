@@ -52,7 +52,8 @@ def rms(x):
 
 
 def close(a, b):
-    return torch.allclose(a, b, rtol=1e-4, atol=2e-5)
+    """float32 against float32: sums in another order, which the outlier in k_norm makes larger."""
+    return torch.allclose(a, b, rtol=1e-3, atol=5e-4)
 
 
 def all_close(got, expected):
@@ -115,8 +116,9 @@ def test_generate(name, options, cache, device):
     assert (report.packed_bytes > 0) == ("packed" in options)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_left_padding(attention, device):
+def test_left_padding(attention, cache, device):
     """A batch of prompts of several lengths gives what each gives alone."""
     model = causal_lm("tiny-qwen3", device=device)
     model.set_attn_implementation(attention)
@@ -124,12 +126,23 @@ def test_left_padding(attention, device):
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 5, 17)):
         ids[row, :padding], mask[row, :padding] = 0, 0
-    expected = greedy(model, ids, attention_mask=mask)
+    how = {"attention_mask": mask, "cache_implementation": cache, "disable_compile": True}
+    expected = greedy(model, ids, **how)
     minivllm.transformers.apply(model)
-    got = greedy(model, ids, attention_mask=mask)
+    got = greedy(model, ids, **how)
     assert got.equal(expected)
     for row, padding in enumerate((0, 5, 17)):
         assert greedy(model, ids[row : row + 1, padding:])[0, -12:].equal(got[row, -12:])
+
+
+def test_sliding_windows(device):
+    """Layers of two kinds, each with its mask: the first sees everything, the others eight tokens."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    model, ids = causal_lm("tiny-qwen2", device=device, **windows), prompt(1, 30).to(device)
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+    expected = decode(model, model, ids)
+    minivllm.transformers.apply(model)
+    assert close(decode(model, model, ids), expected)
 
 
 def test_a_long_prompt_in_parts():
