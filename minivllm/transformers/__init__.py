@@ -19,7 +19,7 @@ import transformers
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"minivllm.transformers needs transformers >= 5, found {transformers.__version__}")
 
-from minivllm import _C  # noqa: E402
+from minivllm import _C, kernels  # noqa: E402
 from minivllm.transformers.layer import (  # noqa: E402
     DTYPES,
     FusedLayer,
@@ -32,8 +32,8 @@ from minivllm.transformers.layer import (  # noqa: E402
 )
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# Where three products of cuBLAS catch up with mma.sync kernels on an H100. The benchmark of models times both sides.
-FUSED_TOKENS = {"cpu": None, "cuda": 64}
+BACKENDS = ("cpu", "cuda")
+FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
 
 
 class Family(NamedTuple):
@@ -87,7 +87,7 @@ def apply(model, *, packed=False, fused_tokens="auto"):
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
     tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
-    never; "auto": FUSED_TOKENS of the device.
+    never; "auto": FUSED_TOKENS on a GPU that has no kernel for Hopper's tensor cores in the model's dtype, else None.
 
     What cannot be fused is left alone and named in the report. Applied anew, it starts from the model's own code.
 
@@ -157,10 +157,17 @@ def _apply_to_layer(family, name, layer, packed, fused_tokens, report):
             linear.weight.data = part
         report.packed_bytes += matrix.nbytes
     if fused_tokens == "auto":
-        fused_tokens = FUSED_TOKENS[linears[0].weight.device.type]
+        fused_tokens = _default_limit(linears[0].weight)
     layer._minivllm = FusedLayer(name, layer, matrix, fused_tokens, report.fallbacks)
     layer.forward = types.MethodType(layer_forward, layer)
     report.fused.append(name)
+
+
+def _default_limit(weight):
+    """fused_tokens="auto" for a weight of q_proj."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    on_hopper = any(row.usable and row.isa == "sm90a" and row.dtype == dtype for row in kernels("rms_norm_qkv"))
+    return None if weight.device.type == "cpu" or on_hopper else FUSED_TOKENS
 
 
 def _why_not_layer(family, layer):
@@ -227,7 +234,7 @@ def _why_not_parameters(parameters):
             return f"{name} is a {type(parameter).__qualname__}, expected a plain Parameter"
         if parameter.dtype not in DTYPES:
             return f"{name} has dtype {parameter.dtype}, expected float32, float16 or bfloat16"
-        if parameter.device.type not in FUSED_TOKENS:
+        if parameter.device.type not in BACKENDS:
             return f"{name} is on {parameter.device}, expected the CPU or CUDA"
         if parameter.device.type == "cuda" and not _C.cuda_archs():
             return f"{name} is on {parameter.device}, and this build of minivllm has no CUDA backend"
