@@ -6,6 +6,7 @@ Streams and graphs of several ops are in test_cuda.py.
 import gc
 
 import pytest
+from processes import SANITIZED
 from test_leaks import resident_bytes
 
 import minivllm
@@ -38,6 +39,10 @@ def inputs(request, torch):
     return Inputs(torch, request.param)
 
 
+def is_filled(tensor, value):
+    return abs(to_float64(tensor) - value).max(initial=0) < 1e-5
+
+
 def shapes_and_places(parts):
     return [(tuple(part.shape), part.stride(), part.storage_offset()) for part in parts]
 
@@ -53,7 +58,7 @@ def test_fresh_outputs_are_real_storages(torch, inputs):
             assert tensor.untyped_storage().resizable() and reference.untyped_storage().resizable()
             assert not tensor.requires_grad and tensor.is_leaf and not tensor._is_view()
             assert tensor.is_inference() == reference.is_inference()
-            assert (to_float64(tensor) == (4 if tensor.ndim == 4 else 1)).all()
+            assert is_filled(tensor, 4 if tensor.ndim == 4 else 1)
         assert normed.untyped_storage().nbytes() == inputs.x.nbytes
         storage = parts[0].untyped_storage()
         assert storage.nbytes() == 6 * QKV * 4
@@ -78,8 +83,9 @@ def test_parts_of_a_given_output(torch, inputs, tokens):
         with mode():
             parts = inputs.qkv(out=out)
         assert shapes_and_places(parts) == shapes_and_places(views)
-        assert all((to_float64(part) == 4).all() for part in (*parts, out))
-        assert wide.sum() == 4 * out.numel()
+        assert all(is_filled(part, 4) for part in (*parts, out))
+        out.zero_()
+        assert not wide.any(), "something was written beside out"
         assert {part.untyped_storage().data_ptr() for part in parts} == {wide.untyped_storage().data_ptr()}
 
 
@@ -92,6 +98,7 @@ def test_autograd_knows_views_of_a_given_output(torch, inputs):
         q.mul_(factor)
 
 
+@pytest.mark.skipif(SANITIZED, reason="AddressSanitizer ends a process that asks for so much")
 def test_torch_says_why_there_is_no_memory(torch, inputs):
     x = inputs.x[:1, :1].expand(2**20, 2**25, HIDDEN)
     error = torch.OutOfMemoryError if x.is_cuda else RuntimeError
@@ -101,6 +108,7 @@ def test_torch_says_why_there_is_no_memory(torch, inputs):
         minivllm.rms_norm_qkv(x, inputs.weight, inputs.matrix, HEADS, KV_HEADS)
 
 
+@pytest.mark.skipif(SANITIZED, reason="AddressSanitizer keeps freed memory for a while, by design")
 def test_memory_is_given_back(torch):
     x, weight = torch.ones(1, 1 << 20), torch.ones(1 << 20)
     matrix, out = torch.ones(3, 1 << 20), torch.empty(1, 3)
@@ -149,6 +157,7 @@ def test_record_stream_protects_an_output(cuda_torch, op, recorded):
         result = getattr(inputs, op)()
         return result if op == "norm" else result[1]
 
+    torch.cuda.empty_cache()
     side = torch.cuda.Stream()
     out = call()
     expected, place = out.clone(), out.data_ptr()
@@ -161,7 +170,8 @@ def test_record_stream_protects_an_output(cuda_torch, op, recorded):
         out.record_stream(side)
     del out
     inputs.x.zero_()
-    assert (call().data_ptr() == place) == (not recorded)
+    later = [call() for _ in range(32)]
+    assert (place in [tensor.data_ptr() for tensor in later]) == (not recorded)
     torch.cuda.synchronize()
     assert not recorded or torch.equal(copy, expected)
 
@@ -180,7 +190,7 @@ def test_outputs_of_a_capture_are_in_the_graphs_pool(cuda_torch):
     assert pools == {tuple(graph.pool())}
     graph.replay()
     torch.cuda.synchronize()
-    assert (q == 4).all()
+    assert is_filled(q, 4)
 
 
 @pytest.mark.gpu
