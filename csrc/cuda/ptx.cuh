@@ -54,3 +54,25 @@ __device__ __forceinline__ bool elect_lane() {
 #endif
     return elected != 0;
 }
+
+/* 16 bytes, or zeros unless `wanted`, without a branch. */
+__device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {
+    uint4 v;
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.u32 wanted, %5, 0;\n"
+                 "mov.u32 %0, 0;\n"
+                 "mov.u32 %1, 0;\n"
+                 "mov.u32 %2, 0;\n"
+                 "mov.u32 %3, 0;\n"
+                 "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+                 : "l"(p), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+    return v;
+}
+
+/* Has the compiler compute a value here, and not later where it is used. */
+template <typename T> __device__ __forceinline__ void compute_now(T *&pointer) { asm volatile("" : "+l"(pointer)); }
+__device__ __forceinline__ void compute_now(int &number) { asm volatile("" : "+r"(number)); }

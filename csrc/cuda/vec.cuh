@@ -51,6 +51,11 @@ template <> __device__ __forceinline__ float Packet<__nv_bfloat16>::get(int i) c
     return __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
 }
 
+/* Two values of 16 bits. */
+template <typename T> struct PairOf;
+template <> struct PairOf<__half> { using type = __half2; };
+template <> struct PairOf<__nv_bfloat16> { using type = __nv_bfloat162; };
+
 /* Two values, rounded, in one word; for float32 one value. */
 template <typename T> __device__ __forceinline__ uint32_t pack_word(const float *v);
 template <> __device__ __forceinline__ uint32_t pack_word<float>(const float *v) { return __float_as_uint(v[0]); }
@@ -61,6 +66,13 @@ template <> __device__ __forceinline__ uint32_t pack_word<__half>(const float *v
 template <> __device__ __forceinline__ uint32_t pack_word<__nv_bfloat16>(const float *v) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(v[0], v[1]);
     return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* Two products of two values each, rounded, in words of 16 bits a value. */
+template <typename T> __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    using Pair = typename PairOf<T>::type;
+    const Pair product = __hmul2(*reinterpret_cast<const Pair *>(&a), *reinterpret_cast<const Pair *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&product);
 }
 
 template <typename T> __device__ __forceinline__ Packet<T> pack(const float (&v)[Packet<T>::size]) {

@@ -31,8 +31,8 @@ static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 
 
 #ifdef MV_WITH_CUDA
 /* GPU, in microseconds of an H100 (SPEED.md): launches, and the larger of the weights at the kernel's share of memory
- * speed and the products at its rate. Decode takes 4 tokens at a time; the tiles of the others are 32 or 64 tokens high,
- * and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
+ * speed and the products at its rate. decode_sm80 takes 4 tokens at a time; the tiles of the others are 32 or 64 tokens
+ * high, and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
 static double larger(double a, double b) { return a > b ? a : b; }
 static double tile_flops(const mv_task *t, double tokens) {
     return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
@@ -40,6 +40,7 @@ static double tile_flops(const mv_task *t, double tokens) {
 static double cost_decode_gpu(const mv_task *t) {
     return (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
 }
+static double cost_decode_hopper(const mv_task *t) { return 1.5 + 0.05 * (double)t->tokens + weight_bytes(t) / 3.0e6; }
 static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
 static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
 static double cost_norm_wgmma(const mv_task *t) {
@@ -55,6 +56,8 @@ static double cost_norm_ffma(const mv_task *t) {
 #define RMS_NORM_QKV_KERNELS(K)                                                                                        \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
                          mv_no_workspace))                                                                             \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_fits,                 \
+                           cost_decode_hopper, mv_no_workspace))                                                       \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))   \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \

@@ -1,0 +1,44 @@
+"""The projection of few tokens on Hopper: every number of row tiles and tokens, slots that are used again, several launches."""
+
+import pytest
+from checks import QKV, check_qkv
+from frameworks import TORCH_CUDA
+
+import minivllm
+
+pytestmark = pytest.mark.gpu
+
+# tokens, hidden, outputs: 1 to 5 tiles of 16 rows a block, two launches; few columns, and so many that slots are used again
+SHAPES = ((1, 64, 320), (2, 128, 2112), (4, 960, 4224), (7, 1536, 6336), (8, 2560, 7168), (11, 1024, 8448),
+          (16, 448, 10560), (2, 5376, 15360), (1, 8192, 10240), (3, 3584, 4608))  # fmt: skip
+
+
+@pytest.fixture(params=["f16", "bf16"])
+def dtype(request):
+    if reason := TORCH_CUDA.why_not(request.param):
+        pytest.skip(reason)
+    if not any(row.usable and row.name == f"{request.param}_decode_sm90a" for row in minivllm.kernels()):
+        pytest.skip("this build has no kernels for sm_90a")
+    if TORCH_CUDA.torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    return request.param
+
+
+def check(shape, dtype, **options):
+    tokens, hidden, outputs = shape
+    heads = outputs // 64
+    kv_heads = heads // 6 or 1
+    check_qkv(TORCH_CUDA, QKV((tokens,), hidden, heads - 2 * kv_heads, kv_heads, 64, dtype,
+                              kernel=f"{dtype}_decode_sm90a", **options))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+def test_every_tile(dtype, shape, rounding):
+    check(shape, dtype, rounding=rounding)
+
+
+@pytest.mark.parametrize("weights", ["packed", "packed_t", "tuple"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16])
+def test_everything_at_once(dtype, weights, tokens):
+    check((tokens, 1024, 4224), dtype, weights=weights, bias=True, residual=True)
