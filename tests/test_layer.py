@@ -163,7 +163,7 @@ def test_it_lives_in_a_module(torch):
 
 def test_its_numbers_are_fixed_and_its_weights_are_not(device, framework):
     weights = {
-        name: framework.full(shape, 0.5, "f32") for name, shape in (("norm_weight", 64), ("qkv_weight", (40, 64)))
+        name: framework.full(shape, 0.5, "f32") for name, shape in (("norm_weight", (64,)), ("qkv_weight", (40, 64)))
     }
     layer = minivllm.FusedRMSNormQKV(**weights, num_heads=3, num_kv_heads=1)
     x = framework.full((2, 64), 1.0, "f32")

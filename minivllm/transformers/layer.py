@@ -14,6 +14,7 @@ that arrives later is not passed over: the layer then runs the code of its class
 """
 
 import sys
+import types
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ def is_replaced(module):
 
 def is_fused(module, forward):
     """Whether `forward`, of those below, stands in for the module's own."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
+    own = module.__dict__.get("forward")
+    return isinstance(own, types.MethodType) and own.__func__ is forward  # as Dynamo of torch 2.11 can follow it
 
 
 def named_forward(function):
