@@ -77,10 +77,16 @@ def gigabytes_per_second(case: Case) -> str:
     return number(case.any("bytes") / ours_us(case) / 1e3) if ours_us(case) else ""
 
 
+def gpu(case: Case) -> str:
+    """H100, H200, ...; nothing on the CPU."""
+    return (case.run["environment"].get("gpu") or "").removeprefix("NVIDIA ").partition(" ")[0]
+
+
 QKV_COLUMNS: dict[str, Column] = {
     "shape": lambda case: f"{case.shape} {case.any('hidden')} -> {case.any('outputs')}",
     "tokens": lambda case: str(case.tokens),
     "dtype": lambda case: case.dtype,
+    "GPU": gpu,
     "minivllm": lambda case: bold(number(ours_us(case))),
     "torch pair": lambda case: number(case.us("torch")),
     "speed-up": lambda case: ratio(case.us("torch"), ours_us(case)),

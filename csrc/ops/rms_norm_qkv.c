@@ -38,7 +38,7 @@ static double tile_flops(const mv_task *t, double tokens) {
     return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
 }
 static double cost_decode_gpu(const mv_task *t) {
-    return (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
+    return 1.5 * (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
 }
 static double cost_decode_hopper(const mv_task *t) { return 1.5 + 0.05 * (double)t->tokens + weight_bytes(t) / 3.0e6; }
 static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
