@@ -9,6 +9,9 @@ import importlib
 import os
 
 import numpy as np
+import pytest
+
+import minivllm
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the GPU from the others
 
@@ -200,3 +203,14 @@ ALL = (NUMPY, TORCH_CPU, JAX("cpu"), TORCH_CUDA, CuPy(), JAX("cuda"), DeviceArra
 def native(device: str):
     """The framework in which tests of a device are written when the framework does not matter."""
     return NUMPY if device == "cpu" else TORCH_CUDA
+
+
+def hopper_dtype(dtype: str, kernel: str) -> str:
+    """dtype, where torch has a Hopper GPU and this build the kernel `<dtype>_<kernel>` for it; skips the test elsewhere."""
+    if reason := TORCH_CUDA.why_not(dtype):
+        pytest.skip(reason)
+    if not any(row.usable and row.name == f"{dtype}_{kernel}" for row in minivllm.kernels()):
+        pytest.skip("this build has no kernels for sm_90a")
+    if TORCH_CUDA.torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel needs compute capability 9.0")
+    return dtype

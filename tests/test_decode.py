@@ -2,9 +2,7 @@
 
 import pytest
 from checks import QKV, check_qkv
-from frameworks import TORCH_CUDA
-
-import minivllm
+from frameworks import TORCH_CUDA, hopper_dtype
 
 pytestmark = pytest.mark.gpu
 
@@ -15,13 +13,7 @@ SHAPES = ((1, 64, 320), (2, 128, 2112), (4, 960, 4224), (7, 1536, 6336), (8, 256
 
 @pytest.fixture(params=["f16", "bf16"])
 def dtype(request):
-    if reason := TORCH_CUDA.why_not(request.param):
-        pytest.skip(reason)
-    if not any(row.usable and row.name == f"{request.param}_decode_sm90a" for row in minivllm.kernels()):
-        pytest.skip("this build has no kernels for sm_90a")
-    if TORCH_CUDA.torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-    return request.param
+    return hopper_dtype(request.param, "decode_sm90a")
 
 
 def check(shape, dtype, **options):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cases import UNALIGNED, assert_same_bits, normal
 from checks import QKV, check_qkv
-from frameworks import TORCH_CUDA
+from frameworks import TORCH_CUDA, hopper_dtype
 
 import minivllm
 from minivllm.testing.reference import to_float64
@@ -21,13 +21,7 @@ MEANWHILE = ((2048, 1024, 4096), (1300, 1280, 6144), (1100, 2560, 3840), (1100, 
 
 @pytest.fixture(params=["f16", "bf16"])
 def dtype(request):
-    if reason := TORCH_CUDA.why_not(request.param):
-        pytest.skip(reason)
-    if not any(row.usable and row.name == f"{request.param}_norm_wgmma_sm90a" for row in minivllm.kernels()):
-        pytest.skip("this build has no kernels for sm_90a")
-    if TORCH_CUDA.torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma needs compute capability 9.0")
-    return request.param
+    return hopper_dtype(request.param, "norm_wgmma_sm90a")
 
 
 def case_of(tokens, hidden, outputs, dtype, **options):
