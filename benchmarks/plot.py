@@ -110,68 +110,79 @@ def decode(results: Results) -> None:
     save(drawing, "decode.png", cases)
 
 
-def tokens(results: Results) -> None:
-    """Speed relative to the torch pair, by the number of tokens."""
-    cases = [case for case in results.of("cuda", "rms_norm_qkv", dtype="bf16") if case.us(OURS) and case.us("torch")]
-    if not cases:
-        return
-    drawing, (left, right) = figure(2)
-    counts = sorted({case.tokens for case in cases})
+def by_tokens(axis, cases: list[Case], title: str, value, skip: tuple[int, ...] = ()) -> None:
+    """A line per shape of value(case) over the number of tokens; no labels at the counts in `skip`."""
     for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
         points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
-        at = [case.tokens for case in points]
-        line = {"color": MODEL_COLORS[number % len(MODEL_COLORS)], "marker": "o", "markersize": 3.5, "linewidth": 1.6}
-        left.plot(at, [case.us("torch") / case.us(OURS) for case in points], label=shape, **line)
-        with_gemm = [case for case in points if case.us("gemm alone")]
-        rates = [case.us("gemm alone") / case.us(OURS) for case in with_gemm]
-        right.plot([case.tokens for case in with_gemm], rates, label=shape, **line)
-    for axis, title in (
-        (left, "speed relative to the torch pair"),
-        (right, "speed, norm included, relative to torch's GEMM alone"),
+        color = MODEL_COLORS[number % len(MODEL_COLORS)]
+        at, values = [case.tokens for case in points], [value(case) for case in points]
+        axis.plot(at, values, label=shape, color=color, marker="o", markersize=3.5, linewidth=1.6)
+    counts = sorted({case.tokens for case in cases} - set(skip))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens")
+    axis.set_title(title, loc="left")
+
+
+def timed(results: Results, *variants: str) -> list[Case]:
+    """The projection's cases in bfloat16 on the GPU that have our time and those of all variants."""
+    cases = results.of("cuda", "rms_norm_qkv", dtype="bf16")
+    return [case for case in cases if all(case.us(variant) for variant in (OURS, *variants))]
+
+
+def tokens(results: Results) -> None:
+    """Speed relative to the torch pair and to its GEMM, by the number of tokens."""
+    cases = timed(results, "torch", "gemm alone")
+    if not cases:
+        return
+    drawing, axes = figure(2)
+    for axis, peer, title in (
+        (axes[0], "torch", "speed relative to the torch pair"),
+        (axes[1], "gemm alone", "speed, norm included, relative to torch's GEMM alone"),
     ):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
-        axis.minorticks_off()
+        by_tokens(axis, cases, title, lambda case, peer=peer: case.us(peer) / case.us(OURS))
         axis.axhline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("tokens")
-        axis.set_title(title, loc="left")
-    legend(drawing, [left])
+    legend(drawing, axes[:1])
     save(drawing, "tokens.png", cases)
+
+
+def floors(results: Results) -> None:
+    """Few tokens: time over that of only reading the weights, ours and that of torch's GEMM without the norm."""
+    cases = timed(results, "gemm alone", "read_floor_pdl")
+    if not cases:
+        return
+    drawing, axes = figure(2)
+    for axis, variant, title in (
+        (axes[0], OURS, "minivllm, norm included: time / read floor (dashed)"),
+        (axes[1], "gemm alone", "torch's GEMM alone: time / read floor (dashed)"),
+    ):
+        by_tokens(axis, cases, title, lambda case, variant=variant: case.us(variant) / case.us("read_floor_pdl"))
+        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        axis.set_ylim(0, 7)
+    legend(drawing, axes[:1])
+    save(drawing, "floors.png", cases)
 
 
 def rates(results: Results) -> None:
     """TFLOP/s of many tokens: with the norm, and of torch's GEMM without it."""
-    cases = [
-        case
-        for case in results.of("cuda", "rms_norm_qkv", dtype="bf16")
-        if case.tokens > 64 and case.us(OURS) and case.us("gemm alone")
-    ]
+    cases = [case for case in timed(results, "gemm alone") if case.tokens > 64]
     if not cases:
         return
     drawing, axes = figure(2)
-    counts = sorted({case.tokens for case in cases} - {1000})  # its label would lie on that of 1024
     for axis, variant, title in (
         (axes[0], OURS, "minivllm, norm included: TFLOP/s"),
         (axes[1], "gemm alone", "torch's GEMM alone: TFLOP/s"),
     ):
-        for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
-            points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
-            axis.plot(
-                [case.tokens for case in points],
-                [case.any("flops") / case.us(variant) / 1e6 for case in points],
-                label=shape,
-                color=MODEL_COLORS[number % len(MODEL_COLORS)],
-                marker="o",
-                markersize=3.5,
-                linewidth=1.6,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
-        axis.minorticks_off()
+        by_tokens(
+            axis,
+            cases,
+            title,
+            lambda case, variant=variant: case.any("flops") / case.us(variant) / 1e6,
+            skip=(1000,),  # its label would lie on that of 1024
+        )
         axis.set_ylim(0, 850)
-        axis.set_xlabel("tokens")
-        axis.set_title(title, loc="left")
     legend(drawing, axes[:1])
     save(drawing, "rates.png", cases)
 
@@ -226,6 +237,6 @@ def cpu(results: Results) -> None:
 def draw(directory: Path) -> int:
     """Draws what there are results for."""
     results = Results(directory)
-    for drawn in (decode, tokens, rates, norms, cpu):
+    for drawn in (decode, floors, tokens, rates, norms, cpu):
         drawn(results)
     return 0
