@@ -1,5 +1,6 @@
-/* mbarrier.cuh: Hopper's barriers in shared memory, to which copies report, one instruction per function. A barrier completes a phase when so many threads have arrived and all bytes that it was told of are there; who waits
- * names the parity of the phase, 0 for the first. */
+/* mbarrier.cuh: Hopper's barriers in shared memory, to which copies report, one instruction per function. A barrier
+ * completes a phase when so many threads have arrived and all bytes that it was told of are there; who waits names the
+ * parity of the phase, 0 for the first. */
 #pragma once
 
 #include <cstdint>

@@ -18,20 +18,30 @@ __device__ __forceinline__ void griddepcontrol_launch() {
 #endif
 }
 
-/* 16 bytes that are read once, such as weights: they take no room in L1. Zeros unless `wanted`, without a branch. */
+/* 16 bytes by a load instruction, zeros unless `wanted`, without a branch; then what the load clobbers. */
+#define MV_LOAD_IF(value, instruction, p, wanted, ...)                                                                 \
+    asm volatile("{\n"                                                                                                 \
+                 ".reg .pred wanted;\n"                                                                                \
+                 "setp.ne.u32 wanted, %5, 0;\n"                                                                        \
+                 "mov.u32 %0, 0;\n"                                                                                    \
+                 "mov.u32 %1, 0;\n"                                                                                    \
+                 "mov.u32 %2, 0;\n"                                                                                    \
+                 "mov.u32 %3, 0;\n"                                                                                    \
+                 "@wanted " instruction ".v4.u32 {%0, %1, %2, %3}, [%4];\n"                                            \
+                 "}"                                                                                                   \
+                 : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)                                      \
+                 : "l"(p), "r"(static_cast<uint32_t>(wanted))                                                          \
+                 : __VA_ARGS__)
+
+/* What is read once, such as weights: it takes no room in L1. */
 __device__ __forceinline__ uint4 load_streaming(const void *p, bool wanted) {
     uint4 v;
-    asm volatile("{\n"
-                 ".reg .pred wanted;\n"
-                 "setp.ne.u32 wanted, %5, 0;\n"
-                 "mov.u32 %0, 0;\n"
-                 "mov.u32 %1, 0;\n"
-                 "mov.u32 %2, 0;\n"
-                 "mov.u32 %3, 0;\n"
-                 "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 "}"
-                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-                 : "l"(p), "r"(static_cast<uint32_t>(wanted)));
+    MV_LOAD_IF(v, "ld.global.nc.L1::no_allocate", p, wanted, );
+    return v;
+}
+__device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {
+    uint4 v;
+    MV_LOAD_IF(v, "ld.global", p, wanted, "memory");
     return v;
 }
 
@@ -53,24 +63,6 @@ __device__ __forceinline__ bool elect_lane() {
                  : "=r"(elected));
 #endif
     return elected != 0;
-}
-
-/* 16 bytes, or zeros unless `wanted`, without a branch. */
-__device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {
-    uint4 v;
-    asm volatile("{\n"
-                 ".reg .pred wanted;\n"
-                 "setp.ne.u32 wanted, %5, 0;\n"
-                 "mov.u32 %0, 0;\n"
-                 "mov.u32 %1, 0;\n"
-                 "mov.u32 %2, 0;\n"
-                 "mov.u32 %3, 0;\n"
-                 "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 "}"
-                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-                 : "l"(p), "r"(static_cast<uint32_t>(wanted))
-                 : "memory");
-    return v;
 }
 
 /* Has the compiler compute a value here, and not later where it is used. */
