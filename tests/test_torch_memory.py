@@ -90,12 +90,60 @@ def test_parts_of_a_given_output(torch, inputs, tokens):
 
 
 def test_autograd_knows_views_of_a_given_output(torch, inputs):
-    """Where gradients are recorded, torch refuses what would change `out` behind its back."""
-    out = torch.empty(2, 3, QKV, device=inputs.x.device)
+    """Where gradients are recorded, what happens to a part is known to have happened to `out`, and the other way
+    round."""
+    wide = torch.zeros(2, 3, QKV + 7, device=inputs.x.device)
+    out = wide[..., 4 : 4 + QKV]
     factor = torch.tensor(2.0, device=out.device, requires_grad=True)
-    q, _, _ = inputs.qkv(out=out)
-    with pytest.raises(RuntimeError, match="modified inplace"):
-        q.mul_(factor)
+    q, k, v = inputs.qkv(out=out)
+    for part, heads in ((q, HEADS), (k, KV_HEADS), (v, KV_HEADS)):
+        assert part._is_view() and part._base is wide and part.shape == (2, 3, heads, HEAD_DIM)
+    k.mul_(factor)
+    out.sum().backward()
+    assert float(factor.grad) == k.numel() * 4
+    factor.grad = None
+    out = torch.empty(2, 3, QKV, device=inputs.x.device)
+    q, k, v = inputs.qkv(out=out)
+    out.mul_(factor)
+    v.sum().backward()
+    assert float(factor.grad) == v.numel() * 4
+
+
+@pytest.mark.parametrize("mode", ["enable_grad", "no_grad"])
+def test_parts_of_a_given_output_have_its_version(torch, inputs, mode):
+    """So that a tensor which a backward pass needs is known to have changed, under whichever name it was written."""
+    out = torch.empty(2, 3, QKV, device=inputs.x.device)
+    factor = torch.ones(1, device=out.device, requires_grad=True)
+    with getattr(torch, mode)():
+        before = out._version
+        parts = inputs.qkv(out=out)
+        assert out._version == before + 1
+        for part in parts:
+            for written in (part, out):
+                product = out.detach() * factor if mode == "enable_grad" else None
+                before = out._version
+                written.add_(1)
+                assert {each._version for each in (out, *parts)} == {before + 1}
+                if product is not None:
+                    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                        product.sum().backward()
+    fresh = inputs.qkv()
+    fresh[0].add_(1)
+    assert [part._version for part in fresh] == [1, 0, 0]  # of a packed tensor that nobody else has
+
+
+def test_versions_in_inference_mode(torch, inputs):
+    """A tensor of other modes has its version there too; one that was made there has none, wherever it is written."""
+    out = torch.empty_like(inputs.x)
+    with torch.inference_mode():
+        before = out._version
+        minivllm.rms_norm(inputs.x, inputs.weight, eps=0.0, out=out)
+        assert out._version == before + 1
+        packed = torch.empty(2, 3, QKV, device=out.device)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            packed.zero_() if mode is torch.inference_mode else None
+            assert all(is_filled(part, 4) for part in inputs.qkv(out=packed))
 
 
 @pytest.mark.skipif(SANITIZED, reason="AddressSanitizer ends a process that asks for so much")

@@ -32,7 +32,6 @@ typedef enum {
     TORCH_DEVICE,
     TORCH_SPLIT,
     TORCH_SPLIT_FRESH,
-    TORCH_HANDLE,
     TORCH_IS_GRAD_ENABLED,
     TORCH_DISPATCH_MODES,
     TORCH_IS_TRACING,
@@ -56,6 +55,7 @@ typedef enum {
 /* Interned names: see the table in module.c. */
 typedef enum {
     NAME_ARRAY_STRUCT,
+    NAME_CDATA,
     NAME_CUDA_ARRAY_INTERFACE,
     NAME_CURRENT_LEVEL,
     NAME_DATA,

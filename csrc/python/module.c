@@ -20,7 +20,6 @@ static const struct {
     [TORCH_DEVICE] = {"torch", "device"},
     [TORCH_SPLIT] = {"torch", "split_with_sizes"},
     [TORCH_SPLIT_FRESH] = {"torch", "unsafe_split_with_sizes"},
-    [TORCH_HANDLE] = {"torch._C._aoti", "unsafe_alloc_void_ptr_from_tensor"},
     [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
     [TORCH_DISPATCH_MODES] = {"torch._C", "_len_torch_dispatch_stack"},
     [TORCH_IS_TRACING] = {"torch._C", "_is_tracing"},
@@ -44,6 +43,7 @@ static const struct {
 
 static const char *const name_texts[KNOWN_NAMES] = {
     [NAME_ARRAY_STRUCT] = "__array_struct__",
+    [NAME_CDATA] = "_cdata",
     [NAME_CUDA_ARRAY_INTERFACE] = "__cuda_array_interface__",
     [NAME_CURRENT_LEVEL] = "_current_level",
     [NAME_DATA] = "data",

@@ -66,8 +66,9 @@ static bool outside_of_forward_mode(call *c) {
 /* What torch is about in this thread: c->torch_modes. */
 static bool ask_modes(call *c) {
     const torch_c *torch = torch_c_functions();
-    const long grad = torch ? torch->is_grad_enabled() : ask(c, TORCH_IS_GRAD_ENABLED);
-    const bool watched = ask(c, TORCH_DISPATCH_MODES) != 0 || ask(c, TORCH_IS_TRACING) != 0;
+    const bool grad = torch ? torch->is_grad_enabled() : ask(c, TORCH_IS_GRAD_ENABLED) != 0;
+    const bool watched = torch ? torch->dispatch_modes() != 0 || *torch->tracer()
+                               : ask(c, TORCH_DISPATCH_MODES) != 0 || ask(c, TORCH_IS_TRACING) != 0;
     c->torch_modes = watched ? TORCH_WATCHED : grad ? TORCH_GRADIENTS : TORCH_NO_GRADIENTS;
     return !PyErr_Occurred() && outside_of_forward_mode(c);
 }
@@ -171,6 +172,14 @@ static bool torch_stream(call *c, const tensor *t, void **stream) {
 
 /* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
 static bool torch_written(call *c, const tensor *t) {
+    const torch_c *torch = torch_c_functions();
+    if (torch) {
+        void *const tensor = torch_tensor_of(c->state, t->object);
+        if (!tensor) return false;
+        const torch_handle *handle = (const torch_handle *)&tensor;
+        if (torch->version(handle)->counter) torch->bump_version(handle);
+        return true;
+    }
     const long inference = ask(c, TORCH_IS_INFERENCE_MODE);
     if (inference != 0) return inference > 0;
     PyObject *function = known(c->state, TORCH_INCREMENT_VERSION);

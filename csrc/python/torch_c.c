@@ -16,18 +16,29 @@ static void *loaded_library(const char *name) { return dlopen(name, RTLD_LAZY | 
 static bool find_all(torch_c *found) {
     static const char *const dtypes[] = {"aoti_torch_dtype_float32", "aoti_torch_dtype_float16",
                                          "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_uint8"};
-    void *const tensors = loaded_library("libtorch_cpu.so"), *const objects = loaded_library("libtorch_python.so");
+    void *const core = loaded_library("libc10.so"), *const tensors = loaded_library("libtorch_cpu.so"),
+                *const objects = loaded_library("libtorch_python.so");
     for (int i = 0; i < 4; i++) {
         int32_t (*dtype)(void);
         if (!find(tensors, dtypes[i], &dtype)) return false;
         found->dtypes[i] = dtype();
     }
-    return find(tensors, "aoti_torch_empty_strided", &found->empty) &&
+    return find(tensors, "aoti_torch_grad_mode_is_enabled", &found->is_grad_enabled) &&
+           find(core, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", &found->dispatch_modes) &&
+           find(tensors, "_ZN5torch3jit6tracer15getTracingStateEv", &found->tracer) &&
+           find(tensors, "aoti_torch_empty_strided", &found->empty) &&
            find(tensors, "aoti_torch_get_data_ptr", &found->data) &&
+           find(tensors, "aoti_torch_get_storage_offset", &found->offset) &&
            find(tensors, "aoti_torch__reinterpret_tensor", &found->share) &&
            find(tensors, "aoti_torch_delete_tensor_object", &found->drop) &&
-           find(tensors, "aoti_torch_grad_mode_is_enabled", &found->is_grad_enabled) &&
-           find(objects, "_Z16THPVariable_WrapRKN2at10TensorBaseE", &found->object);
+           find(tensors, "_ZN2at4_ops10as_strided4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEES8_St8optionalIS7_E",
+                &found->view) &&
+           find(objects, "_Z16THPVariable_WrapRKN2at10TensorBaseE", &found->object) &&
+           find(objects, "_Z16THPVariable_WrapON2at10TensorBaseE", &found->object_taking) &&
+           find(tensors, "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE", &found->version) &&
+           find(tensors, "_ZN5torch8autograd4impl19set_version_counterERKN2at6TensorERKN3c1015VariableVersionE",
+                &found->set_version) &&
+           find(tensors, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &found->bump_version);
 }
 
 const torch_c *torch_c_functions(void) {
@@ -39,4 +50,11 @@ const torch_c *torch_c_functions(void) {
         atomic_store_explicit(&state, seen, memory_order_release);
     }
     return seen == 2 ? &functions : NULL;
+}
+
+void *torch_tensor_of(module_state *state, PyObject *object) {
+    PyObject *address = PyObject_GetAttr(object, state->names[NAME_CDATA]);
+    void *const tensor = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(address);
+    return tensor;
 }

@@ -1,7 +1,9 @@
-/* torch_c.h: tensors of torch made from C, in a tenth of the time that its Python functions take.
+/* torch_c.h: torch asked, and tensors of it made, from C: in a tenth of the time that its Python functions take.
  *
- * These are the functions that torch keeps for the code its own compiler writes, found at run time in the torch that is
- * loaded: nothing of torch is linked or included. A version without them is served through Python instead. */
+ * Nothing of torch is linked or included: the functions are found at run time in the torch that is loaded. Some are those
+ * that torch keeps for the code its own compiler writes. The others are C++, whose names in the library spell out the
+ * types of their arguments, so that one of other types would not be found. A version that lacks any of them is served
+ * through Python instead. */
 #ifndef MV_PYTHON_TORCH_C_H
 #define MV_PYTHON_TORCH_C_H
 
@@ -9,25 +11,63 @@
 
 enum { TORCH_CPU = 0, TORCH_CUDA = 1 }; /* device types */
 
-typedef struct torch_handle torch_handle; /* torch's own: a reference to a tensor, which has an owner */
+/* torch's own: the address of an at::Tensor, which is a counted pointer to what the tensor is. */
+typedef struct torch_handle torch_handle;
+
+/* An at::Tensor by value. C++ returns an object that has a destructor through a hidden pointer, as C does a struct that
+ * is too large for registers: hence its size. */
+typedef struct {
+    void *tensor, *unused[2];
+} torch_returned;
 
 typedef struct {
+    const int64_t *data;
+    size_t count;
+} torch_numbers; /* c10::ArrayRef, of int64_t or of SymInt that holds one */
+
+typedef struct {
+    int64_t value;
+    bool given;
+} torch_optional; /* std::optional<c10::SymInt> */
+
+typedef struct {
+    void *counter; /* NULL: of an inference tensor, which has none */
+} torch_version;   /* c10::VariableVersion */
+
+typedef struct {
+    /* ---- what torch is about, in this thread ---- */
+    bool (*is_grad_enabled)(void);
+    int64_t (*dispatch_modes)(void);
+    void *const *(*tracer)(void); /* points to NULL: none */
+
+    /* ---- tensors ---- */
     /* Each returns 0, or an error whose text it has written to stderr. */
     int32_t (*empty)(int64_t ndim, const int64_t *shape, const int64_t *strides, int32_t dtype, int32_t device_type,
                      int32_t device_index, torch_handle **made);
     int32_t (*data)(torch_handle *tensor, void **data);
+    int32_t (*offset)(torch_handle *tensor, int64_t *offset); /* of its first element in its storage */
     /* A tensor of its own that shares the storage of `base`; strides and offset (from base's own) count elements. */
     int32_t (*share)(torch_handle *base, int64_t ndim, const int64_t *shape, const int64_t *strides, int64_t offset,
                      torch_handle **made);
     int32_t (*drop)(torch_handle *tensor);
-    bool (*is_grad_enabled)(void);
-    /* A new torch.Tensor that refers to the same tensor. In C++ it takes a `const at::TensorBase &`, which is the address
-     * that a handle is; its name in the library spells out that type, so one of another type would not be found. */
+    /* A view of `base` that autograd knows as such; offset: as above. */
+    torch_returned (*view)(const torch_handle *base, torch_numbers shape, torch_numbers strides,
+                           const torch_optional *offset);
+    /* A new torch.Tensor that refers to the same tensor; and one that takes it over, leaving NULL. */
     PyObject *(*object)(const torch_handle *tensor);
-    int32_t dtypes[4]; /* in the order of mv_dtype, then uint8 */
+    PyObject *(*object_taking)(torch_returned *tensor);
+    /* By its version autograd knows that a tensor has changed since it was saved. */
+    const torch_version *(*version)(const torch_handle *tensor);
+    void (*set_version)(const torch_handle *tensor, const torch_version *version);
+    void (*bump_version)(const torch_handle *tensor); /* not of one that has none */
+    int32_t dtypes[4];                                /* in the order of mv_dtype, then uint8 */
 } torch_c;
 
 /* NULL where the loaded torch lacks any of them. */
 const torch_c *torch_c_functions(void);
+
+/* What the handle of a torch.Tensor points to: `void *tensor` on the caller's stack, its address the handle, for as long
+ * as the object lives. NULL with an exception set. */
+void *torch_tensor_of(module_state *state, PyObject *object);
 
 #endif

@@ -32,15 +32,48 @@ static PyObject *new_holder(int dtype, mv_device device, int ndim, const int64_t
     return holder;
 }
 
-/* A new object for a handle, which is dropped. */
-static PyObject *object_of(const torch_c *torch, torch_handle *handle) {
-    PyObject *object = torch->object(handle);
-    torch->drop(handle);
+/* A part of a packed tensor as an object; strides and offset, which counts from the beginning of `packed`, in elements. */
+typedef PyObject *make_part(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
+                            const int64_t *strides, int64_t offset);
+
+static PyObject *share_part(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
+                            const int64_t *strides, int64_t offset, bool same_version) {
+    torch_handle *part;
+    if (torch->share(packed, ndim, shape, strides, offset, &part) != 0)
+        return PyErr_Format(PyExc_RuntimeError, "minivllm: torch makes no views of its own tensor");
+    const torch_version *version = same_version ? torch->version(packed) : NULL;
+    if (version && version->counter && torch->version(part)->counter) torch->set_version(part, version);
+    PyObject *object = torch->object(part);
+    torch->drop(part);
     return object;
 }
 
-/* q, k and v as tensors that share the storage of `packed`, and that autograd does not know to be views of it. */
-static PyObject *share_parts(const torch_c *torch, torch_handle *packed, const tensor *out, const head_counts *n) {
+/* Nobody else holds a fresh packed tensor, so its parts need no record of being parts of one. */
+static PyObject *part_of_fresh(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
+                               const int64_t *strides, int64_t offset) {
+    return share_part(torch, packed, ndim, shape, strides, offset, false);
+}
+
+/* While no gradients are recorded: a write to the part is one to the whole, and the other way round. */
+static PyObject *part_of_given(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
+                               const int64_t *strides, int64_t offset) {
+    return share_part(torch, packed, ndim, shape, strides, offset, true);
+}
+
+/* While they are: what the whole becomes part of, its views do too. */
+static PyObject *view_of_given(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
+                               const int64_t *strides, int64_t offset) {
+    const size_t count = (size_t)ndim;
+    torch_optional begin = {0, true};
+    if (torch->offset(packed, &begin.value) != 0)
+        return PyErr_Format(PyExc_RuntimeError, "minivllm: torch does not know where its own tensor begins");
+    begin.value += offset;
+    torch_returned view = torch->view(packed, (torch_numbers){shape, count}, (torch_numbers){strides, count}, &begin);
+    return torch->object_taking(&view);
+}
+
+/* (q, k, v) */
+static PyObject *make_parts(make_part *make, torch_handle *packed, const tensor *out, const head_counts *n) {
     int64_t shape[MAX_DIMS + 1], strides[MAX_DIMS + 1];
     const int lead = out->view.ndim - (out->fresh ? 2 : 1);
     memcpy(shape, out->shape, (size_t)lead * sizeof shape[0]);
@@ -50,27 +83,12 @@ static PyObject *share_parts(const torch_c *torch, torch_handle *packed, const t
     PyObject *parts = PyTuple_New(3);
     int64_t offset = 0;
     for (int i = 0; parts && i < 3; i++) {
-        torch_handle *part;
         shape[lead] = n->heads[i];
-        if (torch->share(packed, lead + 2, shape, strides, offset, &part) != 0) {
-            PyErr_SetString(PyExc_RuntimeError, "minivllm: torch makes no views of its own tensor");
-            Py_CLEAR(parts);
-            break;
-        }
-        PyObject *object = object_of(torch, part);
-        if (!object || PyTuple_SetItem(parts, i, object) < 0) Py_CLEAR(parts);
+        PyObject *part = make(torch_c_functions(), packed, lead + 2, shape, strides, offset);
+        if (!part || PyTuple_SetItem(parts, i, part) < 0) Py_CLEAR(parts);
         offset += n->heads[i] * n->head_dim;
     }
     return parts;
-}
-
-/* The handle of a tensor object, to be dropped; NULL, maybe with an error set, where there is none to be had. */
-static torch_handle *handle_of(call *c, PyObject *object) {
-    PyObject *function = known(c->state, TORCH_HANDLE);
-    PyObject *capsule = function ? PyObject_CallFunctionObjArgs(function, object, NULL) : NULL;
-    torch_handle *handle = capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
-    Py_XDECREF(capsule);
-    return handle;
 }
 
 /* ---- through Python --------------------------------------------------------------------------------------------- */
@@ -154,19 +172,15 @@ PyObject *torch_finish(call *c, const tensor *like, PyObject *object) {
     return object;
 }
 
-/* A tensor that was given may take part in autograd: where gradients are recorded, its views have to be known as such. */
 PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
-    const torch_c *torch = torch_c_functions();
     torch_handle *packed = held_by(out->object);
     (void)like;
-    if (packed) return share_parts(torch, packed, out, n);
+    if (packed) return make_parts(part_of_fresh, packed, out, n);
     const bool exact = (PyObject *)Py_TYPE(out->object) == known(c->state, TORCH_TENSOR);
-    if (torch && exact && !out->fresh && out->view.strides && c->torch_modes == TORCH_NO_GRADIENTS &&
-        (packed = handle_of(c, out->object))) {
-        PyObject *parts = share_parts(torch, packed, out, n);
-        torch->drop(packed);
-        return parts;
-    }
-    PyErr_Clear(); /* a torch without that function */
-    return call_split(c, out, n);
+    const bool knows_modes = c->torch_modes == TORCH_GRADIENTS || c->torch_modes == TORCH_NO_GRADIENTS;
+    if (!torch_c_functions() || !exact || !knows_modes || !out->view.strides) return call_split(c, out, n);
+    void *const tensor = torch_tensor_of(c->state, out->object);
+    if (!tensor) return NULL;
+    return make_parts(c->torch_modes == TORCH_GRADIENTS ? view_of_given : part_of_given, (torch_handle *)&tensor, out,
+                      n);
 }
