@@ -14,6 +14,7 @@ class _Tensor(Protocol):
     def dtype(self) -> Any: ...
 
 _T = TypeVar("_T", bound=_Tensor)  # results are of x's framework
+_Class = TypeVar("_Class")
 _Rounding = Literal["hf", "fp32"]
 _WeightLayout = Literal["auto", "out_in", "in_out"]
 _Tensors = _Tensor | tuple[_Tensor, _Tensor, _Tensor] | list[_Tensor]
@@ -110,17 +111,7 @@ def _check_rms_norm_qkv(
     batch_invariant: bool = False,
     allow_tf32: bool = False,
 ) -> tuple[int, int, int, bytes]: ...
-def _call_layer(
-    layer: Any,
-    numbers: bytes,
-    x: _T,
-    norm_weight: _Tensor,
-    qkv_weight: _Tensors,
-    bias: _Tensors | None,
-    residual: _T | None,
-    out: _T | None,
-    residual_out: _T | None,
-) -> tuple[_T, ...]: ...
+def _callable_layer(layer: type[_Class], /) -> type[_Class]: ...
 def _xla_plan(op: str, gpu: int, /, *args: Any, **options: Any) -> tuple[int, int, int, dict[str, Any]]: ...
 def _xla_handlers() -> list[tuple[str, str, object]]: ...
 def _allocate(device: int, bytes: int, /) -> object: ...

@@ -11,13 +11,15 @@ _READ_ONCE = frozenset(
 )  # fmt: skip
 
 
+@_C._callable_layer
 class FusedRMSNormQKV:
     """RMSNorm and the q, k, v projection of an attention layer, in one kernel.
 
         q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias)
 
     `FusedRMSNormQKV.forward` is `minivllm.rms_norm_qkv`, for calls that bring their own weights. An instance holds
-    them: it checks shapes and dtypes once, and then `layer(x)` is cheap.
+    them: it checks shapes and dtypes once, and then `layer(x, residual=None, out=None, residual_out=None)`, which is
+    (q, k, v) or with a residual (q, k, v, residual_out), is cheap.
 
     norm_weight: [hidden]. qkv_weight: [qkv, hidden] or [hidden, qkv], with qkv = (num_heads + 2 num_kv_heads) head_dim,
     or a tuple (wq, wk, wv). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
@@ -62,11 +64,6 @@ class FusedRMSNormQKV:
         self._packed = None
         self.hidden, self.qkv, self.head_dim, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
         self.refresh()
-
-    def __call__(self, x, *, residual=None, out=None, residual_out=None):
-        """x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."""
-        weight = self.qkv_weight if self._packed is None else self._packed
-        return _C._call_layer(self, self._numbers, x, self.norm_weight, weight, self.bias, residual, out, residual_out)
 
     def __setattr__(self, name, value):
         if name in _READ_ONCE and name in self.__dict__:

@@ -7,10 +7,12 @@ registered op, torch.ops.minivllm.<name>, which the dispatcher leads back to the
 is done; where a gradient is asked for, it does so through an autograd.Function.
 """
 
+import functools
+
 import torch
 
 from minivllm import _C, torch_ops
-from minivllm.layers import is_in_out
+from minivllm.layers import FusedRMSNormQKV, is_in_out
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -236,12 +238,25 @@ def rms_norm_qkv(
     return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
 
 
-def _call_layer(layer, numbers, x, norm_weight, qkv_weight, bias, residual, out, residual_out):
-    """A call of FusedRMSNormQKV, whose `numbers` only the C function can read."""
+def call_layer(layer, x, *, residual=None, out=None, residual_out=None):
+    """A call of FusedRMSNormQKV."""
     return layer.spelled_out(x, residual, out, residual_out)
 
 
 def substitute_in_graphs():
     """Tells torch.compile to trace these functions where it meets the C functions."""
-    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv, _call_layer):
+    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv):
         torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)
+    FusedRMSNormQKV.__call__ = _traceable(FusedRMSNormQKV.__call__)
+
+
+def _traceable(call):
+    """Of a method, for which torch.compile has no such substitutes before torch 2.13."""
+
+    @functools.wraps(call)
+    def __call__(layer, *arguments, **options):
+        if torch.compiler.is_compiling():
+            return call_layer(layer, *arguments, **options)
+        return call(layer, *arguments, **options)
+
+    return __call__

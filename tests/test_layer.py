@@ -1,6 +1,9 @@
 """The layer object: checked once, cheap to call, and no copy of the weights unless asked for."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -173,3 +176,53 @@ def test_its_numbers_are_fixed_and_its_weights_are_not(device, framework):
     layer.norm_weight = framework.full((64,), 2.0, "f32")
     assert_same_bits(layer(x)[0], minivllm.rms_norm_qkv(x, layer.norm_weight, layer.qkv_weight, 3, 1)[0])
     assert_same_bits(copy.deepcopy(layer)(x)[0], layer(x)[0])
+
+
+def small_layer(cls=minivllm.FusedRMSNormQKV):
+    weights = {"norm_weight": np.ones(64, np.float32), "qkv_weight": np.ones((40, 64), np.float32)}
+    return cls(**weights, num_heads=3, num_kv_heads=1)
+
+
+def test_it_is_copied_pickled_and_collected():
+    layer, x = small_layer(), np.ones((2, 64), np.float32)
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is minivllm.FusedRMSNormQKV
+        assert_all_same(twin(x), layer(x))
+    layer.itself, gone = layer, weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+def test_subclasses():
+    class Same(minivllm.FusedRMSNormQKV):
+        pass
+
+    class OnlyQ(minivllm.FusedRMSNormQKV):
+        def __call__(self, x, **options):
+            return super().__call__(x, **options)[0]
+
+    x, out = np.ones((2, 64), np.float32), np.zeros((2, 40), np.float32)
+    expected = small_layer()(x)
+    assert_all_same(small_layer(Same)(x), expected)
+    assert_all_same(small_layer(Same).__call__(x=x), expected)
+    assert_same_bits(small_layer(OnlyQ)(x, out=out), expected[0])
+    assert np.allclose(out, 64)
+    assert repr(small_layer(OnlyQ)).startswith("OnlyQ(hidden=64, ")
+
+
+def test_what_a_call_refuses():
+    layer, x = small_layer(), np.ones((2, 64), np.float32)
+    for call in (layer, layer.__call__):
+        for arguments, options, message in (
+            ((), {}, r"x is missing"),
+            ((x, x), {}, r"takes at most 1 positional arguments \(x\), got 2"),
+            ((x,), {"x": x}, r"x is given twice"),
+            ((x,), {"bias": x}, r"has no argument bias; it takes x, residual, out, residual_out"),
+            ((x,), {f"option{i}": x for i in range(30)}, r"takes at most 20 arguments, got 31|has no argument option0"),
+        ):
+            with pytest.raises(TypeError, match=f"rms_norm_qkv: {message}"):
+                call(*arguments, **options)
+    del layer.bias
+    with pytest.raises(AttributeError, match="bias"):
+        layer(x)

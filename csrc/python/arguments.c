@@ -84,15 +84,28 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
 
 bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     PyObject *values[MAX_PARAMETERS] = {NULL};
+    c->given = given;
+    c->given_count = count;
+    c->given_names = names;
     if (!match(c, s, given, count, names, values)) return false;
     for (int i = 0; i < s->count; i++) {
         const parameter *p = &s->parameters[i];
-        if (!values[i] || p->convert(c, p, values[i], (char *)args + p->offset)) continue;
-        if (c->hand_over) c->result = call_torch(c, given, count, names);
-        return false;
+        if (values[i] && !p->convert(c, p, values[i], (char *)args + p->offset)) return false;
     }
     end_step(c, STEP_READ);
     return true;
+}
+
+bool read_attributes(call *c, const signature *s, void *args, PyObject *object) {
+    bool ok = true;
+    for (int i = 0; ok && i < s->count; i++) {
+        const parameter *p = &s->parameters[i];
+        PyObject *value = PyObject_GetAttr(object, c->state->keywords[s->index][i]);
+        ok = value && p->convert(c, p, value, (char *)args + p->offset);
+        Py_XDECREF(value);
+    }
+    end_step(c, STEP_READ);
+    return ok;
 }
 
 /* ---- converters ------------------------------------------------------------------------------------------------- */

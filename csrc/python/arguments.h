@@ -23,8 +23,10 @@ typedef struct {
     const parameter *parameters;
 } signature;
 
-/* Fills `args`; false with an exception set. */
+/* Fills `args`; false with an exception set, or where the call is handed over. */
 bool parse(call *c, const signature *s, void *args, PyObject *const *values, Py_ssize_t count, PyObject *names);
+/* The same from the attributes of an object, which must have all of them. */
+bool read_attributes(call *c, const signature *s, void *args, PyObject *object);
 bool intern_keywords(module_state *state, const signature *s);
 
 /* Converters, and the C type they write. */

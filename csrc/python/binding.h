@@ -75,7 +75,7 @@ typedef enum {
     KNOWN_NAMES
 } known_name;
 
-enum { MAX_SIGNATURES = 6, MAX_PARAMETERS = 20 };
+enum { MAX_SIGNATURES = 7, MAX_PARAMETERS = 20 };
 
 typedef struct framework framework;
 
@@ -135,7 +135,11 @@ typedef struct {
     const char *op;
     const char *torch_function;  /* of minivllm.torch, which serves where torch itself has to take part: see torch.c */
     bool may_hand_over;          /* to that */
-    bool hand_over;              /* it has; reading the arguments ends without an exception then */
+    bool hand_over;              /* it will; reading the arguments ends without an exception then */
+    PyObject *self;              /* whose method is called; NULL: a function is */
+    PyObject *const *given;      /* the arguments as they came */
+    Py_ssize_t given_count;      /* of those by position */
+    PyObject *given_names;       /* of the others; NULL: none */
     signed char torch_modes;     /* of this thread, asked once a call; -1: not yet */
     PyObject *result;            /* what the caller gets; NULL: an exception is set */
     const framework *streams_of; /* the framework whose current stream is `stream`; NULL: none on a GPU yet */
@@ -151,7 +155,7 @@ typedef struct {
 } call;
 
 void begin_call(call *c, PyObject *module, const char *op);
-void end_call(call *c); /* gives everything back; keeps a Python error that is set */
+void end_call(call *c); /* gives everything back, then hands over; keeps a Python error that is set */
 
 /* ---- frameworks ------------------------------------------------------------------------------------------------- */
 
@@ -203,8 +207,8 @@ PyObject *loaded(const char *module_name, const char *attribute);
 
 /* Does the class, a subclass of torch.Tensor, change what operations on its tensors do? -1 with an exception set. */
 int torch_overrides(module_state *state, PyTypeObject *type);
-/* Calls c->torch_function with the same arguments. */
-PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names);
+/* Calls c->torch_function with the same arguments, behind c->self. */
+PyObject *call_torch(const call *c);
 
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);
 bool check_view(call *c, tensor *t); /* what every view must be: data where there are elements, aligned, few dims */

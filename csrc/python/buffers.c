@@ -300,6 +300,7 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->torch_function = op;
     c->may_hand_over = true;
     c->hand_over = false;
+    c->self = NULL;
     c->torch_modes = -1;
     c->result = NULL;
     c->streams_of = NULL;
@@ -323,5 +324,6 @@ void end_call(call *c) {
         Py_DECREF(c->tensors[i].object);
     }
     if (failed) PyErr_Restore(type, value, traceback);
+    if (c->hand_over) c->result = call_torch(c);
     end_step(c, STEP_RETURN);
 }

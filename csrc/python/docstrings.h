@@ -51,4 +51,8 @@
     "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n\n" DOC_TENSORS            \
     "\n" DOC_ERRORS
 
+#define DOC_CALL_LAYER                                                                                                 \
+    "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
+    "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."
+
 #endif

@@ -1,15 +1,10 @@
 /* ops.c: one function per op: its table, the args struct, outputs where none were given, the call, the result. */
 #include "ops.h"
 
-#include <string.h>
-
 #include "buffers.h"
+#include "layer.h"
 #include "results.h"
 #include "steps.h"
-
-#define LENGTH(array) ((int)(sizeof(array) / sizeof((array)[0])))
-
-static int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
 
 /* Runs a plan; its outputs are there. */
 static bool run(call *c, mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out) {
@@ -135,28 +130,25 @@ PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssi
 
 /* ---- rms_norm_qkv ----------------------------------------------------------------------------------------------- */
 
-#define QKV(name, convert, field)                                                                                      \
-    { name, convert, offsetof(mv_rms_norm_qkv_args, field) }
-
 static const parameter rms_norm_qkv_parameters[] = {
-    QKV("x", to_tensor, x),
-    QKV("norm_weight", to_tensor, norm_weight),
-    QKV("qkv_weight", to_tensors, qkv_weight),
-    QKV("num_heads", to_integer, num_heads),
-    QKV("num_kv_heads", to_integer, num_kv_heads),
-    QKV("eps", to_number, eps),
-    QKV("bias", to_optional_tensors, bias),
-    QKV("residual", to_optional_tensor, residual),
-    QKV("head_dim", to_optional_integer, head_dim),
-    QKV("out", to_optional_tensor, out),
-    QKV("residual_out", to_optional_tensor, residual_out),
-    QKV("weight_layout", to_weight_layout, weight_layout),
-    QKV("rounding", to_rounding, rounding),
-    QKV("weight_offset", to_number, weight_offset),
-    QKV("batch_invariant", to_flag, batch_invariant),
-    QKV("allow_tf32", to_flag, allow_tf32),
-    QKV("static_weights", to_negated_flag, dynamic_weights),
-    QKV("kernel", to_optional_text, call.kernel),
+    QKV_PARAMETER("x", to_tensor, x),
+    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
+    QKV_PARAMETER("qkv_weight", to_tensors, qkv_weight),
+    QKV_PARAMETER("num_heads", to_integer, num_heads),
+    QKV_PARAMETER("num_kv_heads", to_integer, num_kv_heads),
+    QKV_PARAMETER("eps", to_number, eps),
+    QKV_PARAMETER("bias", to_optional_tensors, bias),
+    QKV_PARAMETER("residual", to_optional_tensor, residual),
+    QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
+    QKV_PARAMETER("out", to_optional_tensor, out),
+    QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
+    QKV_PARAMETER("weight_layout", to_weight_layout, weight_layout),
+    QKV_PARAMETER("rounding", to_rounding, rounding),
+    QKV_PARAMETER("weight_offset", to_number, weight_offset),
+    QKV_PARAMETER("batch_invariant", to_flag, batch_invariant),
+    QKV_PARAMETER("allow_tf32", to_flag, allow_tf32),
+    QKV_PARAMETER("static_weights", to_negated_flag, dynamic_weights),
+    QKV_PARAMETER("kernel", to_optional_text, call.kernel),
 };
 const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),
                                           rms_norm_qkv_parameters};
@@ -180,7 +172,7 @@ static PyObject *returned_packed(call *c, const mv_rms_norm_qkv_args *a) {
     return is_given(&a->residual) ? returned_pair(c, &a->out, &a->residual_out, &a->x) : returned(c, &a->out, &a->x);
 }
 
-static PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
+PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
     mv_plan plan;
     mv_error error;
     a->call.stream = c->stream;
@@ -215,90 +207,11 @@ PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ss
     return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv_packed", given, count, names, true);
 }
 
-/* ---- for the layer object --------------------------------------------------------------------------------------- */
-
-static const parameter check_parameters[] = {
-    QKV("norm_weight", to_tensor, norm_weight),
-    QKV("qkv_weight", to_tensors, qkv_weight),
-    QKV("num_heads", to_integer, num_heads),
-    QKV("num_kv_heads", to_integer, num_kv_heads),
-    QKV("eps", to_number, eps),
-    QKV("bias", to_optional_tensors, bias),
-    QKV("head_dim", to_optional_integer, head_dim),
-    QKV("weight_layout", to_weight_layout, weight_layout),
-    QKV("rounding", to_rounding, rounding),
-    QKV("weight_offset", to_number, weight_offset),
-    QKV("batch_invariant", to_flag, batch_invariant),
-    QKV("allow_tf32", to_flag, allow_tf32),
-};
-static const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
-
-/* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
-enum {
-    NUMBERS_AT = offsetof(mv_rms_norm_qkv_args, num_heads),
-    NUMBERS_SIZE = sizeof(mv_rms_norm_qkv_args) - NUMBERS_AT
-};
-
-static bool to_numbers(call *c, const parameter *p, PyObject *value, void *target) {
-    if (!PyBytes_Check(value) || PyBytes_Size(value) != NUMBERS_SIZE)
-        return refuse_argument(c, p->name, PyExc_TypeError, "must be what _check_rms_norm_qkv() gave");
-    memcpy(target, PyBytes_AsString(value), NUMBERS_SIZE);
-    return true;
-}
-
-/* The layer itself is for minivllm.torch, where a call is handed over. */
-static bool to_nothing(call *c, const parameter *p, PyObject *value, void *target) {
-    (void)c, (void)p, (void)value, (void)target;
-    return true;
-}
-
-static const parameter layer_parameters[] = {
-    QKV("layer", to_nothing, x),
-    QKV("numbers", to_numbers, num_heads),
-    QKV("x", to_tensor, x),
-    QKV("norm_weight", to_tensor, norm_weight),
-    QKV("qkv_weight", to_tensors, qkv_weight),
-    QKV("bias", to_optional_tensors, bias),
-    QKV("residual", to_optional_tensor, residual),
-    QKV("out", to_optional_tensor, out),
-    QKV("residual_out", to_optional_tensor, residual_out),
-};
-static const signature layer_signature = {
-    "rms_norm_qkv", 5, LENGTH(layer_parameters), LENGTH(layer_parameters), LENGTH(layer_parameters), layer_parameters};
-
-PyObject *py_call_layer(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    return rms_norm_qkv(module, &layer_signature, "_call_layer", given, count, names, false);
-}
-
-/* Everything that can be known before there is an x: (hidden, qkv, head_dim, numbers). Parameters are not read, so
- * gradients do not matter. Any weight that is not float32 tells x's dtype. */
-PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
-    mv_plan plan;
-    mv_error error;
-    PyObject *result = NULL;
-    call c;
-    begin_call(&c, module, a.call.op);
-    c.may_hand_over = false;
-    if (parse(&c, &check_signature, &a, given, count, names)) {
-        const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
-        a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
-        for (int i = 0; i < c.count; i++)
-            if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
-        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
-            a.head_dim = plan.head_dim;
-            result = Py_BuildValue("(LLLy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
-                                   (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
-        }
-    }
-    end_call(&c);
-    return result;
-}
-
 const signature *const all_signatures[] = {&rms_norm_signature,
                                            &add_rms_norm_signature,
                                            &fused_add_rms_norm_signature,
                                            &rms_norm_qkv_signature,
                                            &check_signature,
-                                           &layer_signature,
+                                           &held_signature,
+                                           &call_signature,
                                            NULL};

@@ -4,12 +4,19 @@
 
 #include "arguments.h"
 
+#define LENGTH(array) ((int)(sizeof(array) / sizeof((array)[0])))
+#define QKV_PARAMETER(name, convert, field)                                                                            \
+    { name, convert, offsetof(mv_rms_norm_qkv_args, field) }
+
 typedef PyObject *fast_function(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names);
 
-fast_function py_rms_norm, py_add_rms_norm, py_fused_add_rms_norm, py_rms_norm_qkv, py_rms_norm_qkv_packed,
-    py_check_rms_norm_qkv, py_call_layer;
+fast_function py_rms_norm, py_add_rms_norm, py_fused_add_rms_norm, py_rms_norm_qkv, py_rms_norm_qkv_packed;
 
 extern const signature rms_norm_signature, add_rms_norm_signature, rms_norm_qkv_signature;
 extern const signature *const all_signatures[]; /* ends with NULL */
+
+static inline int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
+/* The call whose arguments have been read: what it returns. packed: q, k and v as one tensor. */
+PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed);
 
 #endif

@@ -83,18 +83,20 @@ static bool check_modes(call *c, tensor *t) {
     return requires_grad != Py_True || hand_over(c);
 }
 
-PyObject *call_torch(const call *c, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+PyObject *call_torch(const call *c) {
     PyObject *module = PyImport_ImportModule("minivllm.torch");
     PyObject *function = module ? PyObject_GetAttrString(module, c->torch_function) : NULL;
-    PyObject *positional = function ? PyTuple_New(count) : NULL;
+    const Py_ssize_t self = c->self != NULL, named = c->given_names ? PyTuple_Size(c->given_names) : 0;
+    PyObject *positional = function ? PyTuple_New(self + c->given_count) : NULL;
     PyObject *keywords = positional ? PyDict_New() : NULL;
     bool ok = keywords != NULL;
-    for (Py_ssize_t i = 0; ok && i < count; i++) {
-        Py_INCREF(given[i]);
-        ok = PyTuple_SetItem(positional, i, given[i]) == 0;
+    for (Py_ssize_t i = 0; ok && i < self + c->given_count; i++) {
+        PyObject *argument = i < self ? c->self : c->given[i - self];
+        Py_INCREF(argument);
+        ok = PyTuple_SetItem(positional, i, argument) == 0;
     }
-    for (Py_ssize_t i = 0; ok && names && i < PyTuple_Size(names); i++)
-        ok = PyDict_SetItem(keywords, PyTuple_GetItem(names, i), given[count + i]) == 0;
+    for (Py_ssize_t i = 0; ok && i < named; i++)
+        ok = PyDict_SetItem(keywords, PyTuple_GetItem(c->given_names, i), c->given[c->given_count + i]) == 0;
     PyObject *result = ok ? PyObject_Call(function, positional, keywords) : NULL;
     Py_XDECREF(keywords);
     Py_XDECREF(positional);

@@ -5,7 +5,6 @@
 
 /* ---- the ops ---------------------------------------------------------------------------------------------------- */
 
-#define LENGTH(array) ((int)(sizeof(array) / sizeof((array)[0])))
 #define NORM(field) offsetof(op_args, norm.field)
 #define QKV(field) offsetof(op_args, qkv.field)
 

@@ -1,0 +1,142 @@
+/* layer.c: see layer.h. A layer is an instance of a Python class that holds the weights; a call reads its attributes here. */
+#include "layer.h"
+
+#include <string.h>
+
+#include "buffers.h"
+#include "docstrings.h"
+
+/* ---- making one ------------------------------------------------------------------------------------------------- */
+
+static const parameter check_parameters[] = {
+    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
+    QKV_PARAMETER("qkv_weight", to_tensors, qkv_weight),
+    QKV_PARAMETER("num_heads", to_integer, num_heads),
+    QKV_PARAMETER("num_kv_heads", to_integer, num_kv_heads),
+    QKV_PARAMETER("eps", to_number, eps),
+    QKV_PARAMETER("bias", to_optional_tensors, bias),
+    QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
+    QKV_PARAMETER("weight_layout", to_weight_layout, weight_layout),
+    QKV_PARAMETER("rounding", to_rounding, rounding),
+    QKV_PARAMETER("weight_offset", to_number, weight_offset),
+    QKV_PARAMETER("batch_invariant", to_flag, batch_invariant),
+    QKV_PARAMETER("allow_tf32", to_flag, allow_tf32),
+};
+const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
+
+/* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
+enum {
+    NUMBERS_AT = offsetof(mv_rms_norm_qkv_args, num_heads),
+    NUMBERS_SIZE = sizeof(mv_rms_norm_qkv_args) - NUMBERS_AT
+};
+
+/* Everything that can be known before there is an x: (hidden, qkv, head_dim, numbers). Parameters are not read, so
+ * gradients do not matter. Any weight that is not float32 tells x's dtype. */
+PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
+    mv_plan plan;
+    mv_error error;
+    PyObject *result = NULL;
+    call c;
+    begin_call(&c, module, a.call.op);
+    c.may_hand_over = false;
+    if (parse(&c, &check_signature, &a, given, count, names)) {
+        const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
+        a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
+        for (int i = 0; i < c.count; i++)
+            if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
+        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
+            a.head_dim = plan.head_dim;
+            result = Py_BuildValue("(LLLy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
+                                   (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
+        }
+    }
+    end_call(&c);
+    return result;
+}
+
+/* ---- calling it ------------------------------------------------------------------------------------------------- */
+
+static bool to_numbers(call *c, const parameter *p, PyObject *value, void *target) {
+    if (!PyBytes_Check(value) || PyBytes_Size(value) != NUMBERS_SIZE)
+        return refuse_argument(c, p->name, PyExc_TypeError, "must be what _check_rms_norm_qkv() gave");
+    memcpy(target, PyBytes_AsString(value), NUMBERS_SIZE);
+    return true;
+}
+
+/* What a layer holds; _packed, where it is not None, in place of qkv_weight. */
+static bool to_tensors_if_absent(call *c, const parameter *p, PyObject *value, void *target) {
+    return is_given(target) || to_tensors(c, p, value, target);
+}
+
+static const parameter held_parameters[] = {
+    QKV_PARAMETER("_numbers", to_numbers, num_heads),
+    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
+    QKV_PARAMETER("_packed", to_optional_tensors, qkv_weight),
+    QKV_PARAMETER("qkv_weight", to_tensors_if_absent, qkv_weight),
+    QKV_PARAMETER("bias", to_optional_tensors, bias),
+};
+const signature held_signature = {"rms_norm_qkv", 5, 0, 0, LENGTH(held_parameters), held_parameters};
+
+static const parameter call_parameters[] = {
+    QKV_PARAMETER("x", to_tensor, x),
+    QKV_PARAMETER("residual", to_optional_tensor, residual),
+    QKV_PARAMETER("out", to_optional_tensor, out),
+    QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
+};
+const signature call_signature = {"rms_norm_qkv", 6, 1, 1, LENGTH(call_parameters), call_parameters};
+
+/* layer.__call__(...), to which calls of subclasses come too. */
+static PyObject *call_layer(PyObject *layer, PyTypeObject *type, PyObject *const *given, Py_ssize_t count,
+                            PyObject *names) {
+    mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv"};
+    call c;
+    begin_call(&c, PyType_GetModule(type), a.call.op);
+    c.torch_function = "call_layer";
+    c.self = layer;
+    if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer))
+        c.result = run_qkv(&c, &a, false);
+    end_call(&c);
+    return c.result;
+}
+
+/* layer(...), without a look at __call__. */
+static PyObject *call_layer_slot(PyObject *layer, PyObject *arguments, PyObject *keywords) {
+    PyObject *given[MAX_PARAMETERS], *name;
+    const Py_ssize_t count = PyTuple_Size(arguments), named = keywords ? PyDict_Size(keywords) : 0;
+    if (count + named > MAX_PARAMETERS)
+        return PyErr_Format(PyExc_TypeError, "rms_norm_qkv: takes at most %d arguments, got %zd", MAX_PARAMETERS,
+                            count + named);
+    for (Py_ssize_t i = 0; i < count; i++) given[i] = PyTuple_GetItem(arguments, i);
+    PyObject *names = named ? PyTuple_New(named) : NULL;
+    if (named && !names) return NULL;
+    for (Py_ssize_t i = 0, at = 0; i < named && PyDict_Next(keywords, &at, &name, &given[count + i]); i++) {
+        Py_INCREF(name);
+        PyTuple_SetItem(names, i, name);
+    }
+    PyObject *result = call_layer(layer, Py_TYPE(layer), given, count, names);
+    Py_XDECREF(names);
+    return result;
+}
+
+PyObject *py_callable_layer(PyObject *module, PyObject *class) {
+    static PyMethodDef methods[] = {
+        {"__call__", (PyCFunction)(void (*)(void))call_layer,
+         METH_METHOD | METH_FASTCALL | METH_KEYWORDS | METH_COEXIST, DOC_CALL_LAYER},
+        {NULL, NULL, 0, NULL},
+    };
+    static PyType_Slot slots[] = {
+        {Py_tp_call, __extension__(void *) call_layer_slot},
+        {Py_tp_methods, methods},
+        {0, NULL},
+    };
+    static PyType_Spec spec = {
+        .name = "minivllm.layers.FusedRMSNormQKV", .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, .slots = slots};
+    PyObject *bases = PyTuple_Pack(1, class);
+    PyObject *type = bases ? PyType_FromModuleAndSpec(module, &spec, bases) : NULL;
+    PyObject *text = type ? PyObject_GetAttrString(class, "__doc__") : NULL;
+    if (!text || PyObject_SetAttrString(type, "__doc__", text) < 0) Py_CLEAR(type);
+    Py_XDECREF(text);
+    Py_XDECREF(bases);
+    return type;
+}
