@@ -247,9 +247,7 @@ bool mv_same_elements(const mv_view *a, const mv_view *b) {
     return true;
 }
 
-mv_status mv_check_apart(mv_named out, mv_named other, bool allow_same, mv_error *error) {
-    if (!mv_present(out.view) || !mv_present(other.view)) return MV_OK;
-    if (!mv_overlap(out.view, other.view)) return MV_OK;
+mv_status mv_refuse_overlap(mv_named out, mv_named other, bool allow_same, mv_error *error) {
     if (allow_same && mv_same_elements(out.view, other.view)) return MV_OK;
     return mv_fail(error, MV_BAD_VALUE, "%s: %s overlaps %s%s; pass memory of its own", out.op, out.name, other.name,
                    allow_same ? " in part (being exactly the same tensor is fine)" : "");

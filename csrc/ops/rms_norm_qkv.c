@@ -261,6 +261,18 @@ static mv_status check_inputs(const char *op, const mv_rms_norm_qkv_args *a, mv_
     return read_bias(op, a, p, error);
 }
 
+static mv_status check_apart_from_inputs(mv_named out, const mv_rms_norm_qkv_args *a, mv_error *error) {
+    if (!mv_present(out.view)) return MV_OK;
+    MV_TRY(mv_check_apart(out, (mv_named){out.op, "x", &a->x}, false, error));
+    MV_TRY(mv_check_apart(out, (mv_named){out.op, "residual", &a->residual}, false, error));
+    MV_TRY(mv_check_apart(out, (mv_named){out.op, "norm_weight", &a->norm_weight}, false, error));
+    for (int i = 0; i < 3; i++) {
+        MV_TRY(mv_check_apart(out, weight_at(out.op, a, i), false, error));
+        MV_TRY(mv_check_apart(out, bias_at(out.op, a, i), false, error));
+    }
+    return MV_OK;
+}
+
 /* No output may overlap anything else. */
 static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, int64_t qkv, mv_error *error) {
     const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
@@ -268,15 +280,8 @@ static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, in
     MV_REQUIRE(!mv_present(&a->residual_out) || mv_present(&a->residual), MV_BAD_VALUE,
                "%s: residual_out was given without a residual", op);
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));
-    const mv_named inputs[] = {{op, "x", &a->x}, {op, "residual", &a->residual}, {op, "norm_weight", &a->norm_weight}};
-    for (int i = 0; i < 3; i++) {
-        MV_TRY(mv_check_apart(out, inputs[i], false, error));
-        MV_TRY(mv_check_apart(residual_out, inputs[i], false, error));
-        MV_TRY(mv_check_apart(out, weight_at(op, a, i), false, error));
-        MV_TRY(mv_check_apart(residual_out, weight_at(op, a, i), false, error));
-        MV_TRY(mv_check_apart(out, bias_at(op, a, i), false, error));
-        MV_TRY(mv_check_apart(residual_out, bias_at(op, a, i), false, error));
-    }
+    MV_TRY(check_apart_from_inputs(out, a, error));
+    MV_TRY(check_apart_from_inputs(residual_out, a, error));
     return mv_check_apart(out, residual_out, false, error);
 }
 
