@@ -162,11 +162,12 @@ template <typename T> mv_status launch_long_rows(const mv_task *task, Aligned al
 }
 
 /* Threads for a row by its packets. Measured on an H100: 2 packets a thread are faster than 4 up to 512 packets and slower
- * from 1,024 on (SPEED.md); short rows take part of a warp. */
+ * from 1,024 on, and with a residual 1 is faster than 2 up to 128 (SPEED.md); short rows take part of a warp. */
 template <typename T> mv_status launch_by_hidden(const mv_task *task, Aligned aligned, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
     if (packets <= 16) return launch_rows<T, 16, 1>(task, aligned, error);
     if (packets <= 32) return launch_rows<T, 32, 1>(task, aligned, error);
+    if (packets <= 128 && task->residual.data) return launch_rows<T, 128, 1>(task, aligned, error);
     if (packets <= 128) return launch_rows<T, 64, 2>(task, aligned, error);
     if (packets <= 256) return launch_rows<T, 128, 2>(task, aligned, error);
     if (packets <= 512) return launch_rows<T, 256, 2>(task, aligned, error);
