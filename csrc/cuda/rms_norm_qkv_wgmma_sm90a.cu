@@ -20,15 +20,14 @@
 #include "tensor_map.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
+#include "wgmma_tiles.cuh"
 
 namespace {
 
-constexpr int kStep = 64, kRowBytes = 2 * kStep;
-constexpr unsigned kCluster = 2; /* CTAs, where there are clusters */
+constexpr int kRowBytes = 2 * kStep;
 constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
 constexpr int kBoxColumns = 32, kBoxBytes = 64 * kBoxColumns * 2; /* of the outputs: 64 tokens high */
-constexpr int kSpareOutputs = 128;    /* tiles of so many have three warps more, that may normalise rows meanwhile */
-constexpr size_t kSmemBytes = 232448; /* of a Hopper CTA */
+constexpr size_t kSmemBytes = 232448;                             /* of a Hopper CTA */
 
 /* M tokens x N outputs, and what shared memory holds: the ring, then boxes of outputs on their way out (a part of each
  * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the outputs. */
@@ -343,42 +342,6 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
-struct Choice {
-    int tokens, outputs; /* of a tile */
-    unsigned cluster;    /* 1 or kCluster */
-    bool meanwhile;      /* spare warps normalise the rows behind the first wave's */
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/* Rows of y in the workspace. */
-int64_t padded_tokens(const mv_task *task) {
-    constexpr int64_t kWhole = 128 * kCluster;
-    return ceil_div(task->tokens, kWhole) * kWhole;
-}
-
-/* Columns of tiles: no tile has outputs of two matrices. */
-int64_t count_columns(const mv_task *task, int outputs) {
-    if (task->packed) return ceil_div(task->outputs, outputs);
-    int64_t columns = 0;
-    for (const mv_block &block : task->block) columns += ceil_div(block.outputs, outputs);
-    return columns;
-}
-
-/* Rows of tiles that walk over all columns together: 2,048 tokens high, so that both operands are read from memory few
- * times; as high as the first wave when the rows behind it are normalised meanwhile, but at least 512 tokens. */
-unsigned group_height(const mv_task *task, const Choice &choice) {
-    const int64_t most = 2048 / choice.tokens, least = 512 / choice.tokens;
-    const int64_t wave = ceil_div(task->sm_count, count_columns(task, choice.outputs));
-    const int64_t tiles = !choice.meanwhile ? most : wave < least ? least : wave;
-    return static_cast<unsigned>(ceil_div(tiles, choice.cluster));
-}
-
-/* The rows of the first group. */
-int64_t first_rows(const mv_task *task, const Choice &choice) {
-    return int64_t{group_height(task, choice)} * choice.cluster * choice.tokens;
-}
-
 /* The second launch: x is y. rest: the norm of those rows that the first launch leaves to this one. */
 struct Rest {
     mv_task norm;
@@ -386,7 +349,7 @@ struct Rest {
 };
 
 template <typename T, int kTokens, int kOutputs, bool kInOut>
-mv_status launch_tile(const mv_task *task, const Choice &choice, const Rest &rest, mv_error *error) {
+mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     Product p = {};
     p.out = task->out;
@@ -454,39 +417,8 @@ mv_status launch_tile(const mv_task *task, const Choice &choice, const Rest &res
     return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);
 }
 
-/* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile takes
- * some for each of its steps and some for its outputs. Where waves are many, what a cluster saves in reads of L2 is
- * worth more than its CTAs lose by waiting for each other. */
-Choice choose(const mv_task *task) {
-    constexpr struct {
-        int tokens, outputs;
-        double step_us;
-        bool in_out; /* also for in_out weights, which are rarer */
-    } kTiles[] = {{64, 64, 0.20, false},   {128, 64, 0.29, false},  {128, 96, 0.37, false},  {128, 128, 0.45, true},
-                  {128, 160, 0.52, false}, {128, 192, 0.60, false}, {128, 224, 0.68, false}, {128, 256, 0.75, true}};
-    constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
-    const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
-    Choice best = {};
-    double lowest = 0;
-    for (const auto &tile : kTiles) {
-        if (task->block[0].col_stride != 1 && !tile.in_out) continue;
-        const int64_t tiles = ceil_div(task->tokens, tile.tokens) * count_columns(task, tile.outputs);
-        const int64_t waves = ceil_div(tiles, task->sm_count);
-        const double tile_us = steps * tile.step_us + 0.006 * tile.outputs, cost = static_cast<double>(waves) * tile_us;
-        if (best.outputs != 0 && cost >= lowest) continue;
-        lowest = cost;
-        best.tokens = tile.tokens;
-        best.outputs = tile.outputs;
-        best.cluster = tile.outputs == 256 && waves >= 5 ? kCluster : 1;
-        best.meanwhile = tile.outputs >= kSpareOutputs && tile_us >= kMeanwhile;
-    }
-    best.meanwhile = best.meanwhile && first_rows(task, best) < task->tokens && norm_rows_fit(task) &&
-                     !task->batch_invariant; /* they add in another order than the norm kernel */
-    return best;
-}
-
 template <typename T, bool kInOut>
-mv_status launch_choice(const mv_task *task, const Choice &choice, const Rest &rest, mv_error *error) {
+mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     if constexpr (kInOut) {
         return choice.outputs == 128 ? launch_tile<T, 128, 128, true>(task, choice, rest, error)
                                      : launch_tile<T, 128, 256, true>(task, choice, rest, error);
@@ -513,7 +445,7 @@ size_t y_bytes(const mv_task *task) {
  * the others while the tensor cores work. */
 template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
-    const Choice choice = choose(task);
+    const TileChoice choice = choose_tile(task);
     Rest rest = {tasks.norm, {nullptr, INT32_MAX}};
     if (choice.meanwhile) {
         const int64_t first = first_rows(task, choice);
