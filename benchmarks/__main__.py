@@ -32,6 +32,10 @@ def parser() -> argparse.ArgumentParser:
         default=False,
         help="torch.compile too (slow: name the shapes; for chains of a norm, the --tokens)",
     )
+    commands.add_argument("--layers", type=int, metavar="N", help="of model: only so many layers, and no accuracy")
+    commands.add_argument(
+        "--modes", nargs="+", choices=("eager", "graph", "compile"), help="of model; default: eager graph"
+    )
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")

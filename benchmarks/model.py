@@ -3,9 +3,12 @@
 Speed: a decode step (embedding to the next token, on a static cache that holds CONTEXT tokens) and a prefill of
 PREFILL tokens, run eagerly, as a CUDA graph, and under torch.compile. Both models share their weights' memory.
 
-Accuracy: all are fed the same tokens as the same model in float32, prompts of several lengths padded on the left, then
+The graph is of the decode step. torch.compile takes seconds per layer, model and batch: time it with --layers.
+
+Accuracy: both are fed the same tokens as the same model in float32, prompts of several lengths padded on the left, then
 one token at a time; what each would choose next is compared with what float32 would. Errors are RMS over the logits of
-a prompt; their mean and standard deviation over prompts.
+a prompt; their mean and standard deviation over prompts, and the mean over prompts of by how much minivllm's is larger,
+with the standard error of that mean.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from minivllm.testing.timing import Failed, failure, time_cpu
 NAMES = ("qwen3-0.6b", "qwen3-8b")
 BATCHES = (1, 16)
 CONTEXT, CACHE, PREFILL = 512, 1024, 2048
-PROMPTS, LONGEST = 8, 64
+PROMPTS, LONGEST, LONG_PROMPTS = 64, 64, 4
 PLAIN = "transformers"
 LINEAR = f"{OURS} and linear"  # the fused sum and norm, then torch's linear, however few tokens
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -30,12 +33,13 @@ METHOD = {
 }
 
 
-def twins(name: str, dtype: str, device: str) -> dict:
-    """By variant, over the same weights: the plain model, the fused one, and one whose projection is torch's linear."""
+def twins(name: str, dtype: str, device: str, layers: int | None) -> dict:
+    """By variant, over the same weights: the plain model, the fused one, and one whose projection is torch's linear.
+    layers: the first so many only; None: all."""
     import minivllm.transformers
     from minivllm.testing.models import causal_lm
 
-    plain = causal_lm(name, TORCH_DTYPES[dtype], device)
+    plain = causal_lm(name, TORCH_DTYPES[dtype], device, **({"num_hidden_layers": layers} if layers else {}))
     models = {PLAIN: plain}
     for variant, options in {OURS: {}, LINEAR: {"fused_tokens": 0}}.items():
         shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
@@ -138,20 +142,25 @@ def time_mode(mode: str, sequences: dict[str, Sequences], ids: dict, length: int
         wait()
 
     settle = {"settle": 0.0} if args.device == "cuda" else {}
-    timed = time_cpu(ready, seconds=0.6 if args.quick else 2.0, rounds=4, batch=1, between=between, **settle)
+    timed = time_cpu(ready, seconds=0.6 if args.quick else 1.2, rounds=3, batch=1, between=between, **settle)
     return {name: results.get(name) or timed[name] for name in sequences}
 
 
 def works(args: argparse.Namespace):
-    """(decode or prefill, batch, mode), the dearest last. Quick: only decode but eagerly, and one batch of the dear."""
+    """(decode or prefill, batch, mode), the dearest last. Quick: one batch of the dear."""
     batches = args.tokens or BATCHES
-    for mode in ["eager"] + ["graph"] * (args.device == "cuda") + ["compile"] * args.compile:
-        for work in ("decode", "prefill"):
-            if args.quick and work == "prefill" and mode != "eager":
-                continue
+    modes = args.modes or ["eager", "graph"] + ["compile"] * args.compile
+    for mode in modes:
+        if mode == "graph" and args.device == "cpu":
+            continue
+        for work in ("decode",) if mode == "graph" else ("decode", "prefill"):
             dear = work == "prefill" or mode == "compile"
             for batch in batches[:1] if args.quick and dear else batches:
                 yield work, batch, mode
+
+
+def label(name: str, args: argparse.Namespace) -> str:
+    return f"{name}, {args.layers} layers" if args.layers else name
 
 
 def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, report: Report) -> None:
@@ -162,7 +171,7 @@ def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, re
     for work, batch, mode in works(args):
         length, room = (context, cache) if work == "decode" else (0, prefill)
         prompt = torch.randint(0, config.vocab_size, (batch, room), device=models[PLAIN].device)
-        wanted = [PLAIN, OURS] if work == "decode" else models
+        wanted = models if work == "prefill" and mode == "eager" else [PLAIN, OURS]
         sequences = {variant: Sequences(models[variant], batch, room) for variant in wanted}
         for each in sequences.values():
             each.fill(prompt[:, : length or 1], logits_to_keep=1)  # the cache comes into being outside of any graph
@@ -170,7 +179,8 @@ def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, re
         ids = {variant: each.tokens if work == "decode" else prompt for variant, each in sequences.items()}
         results = time_mode(mode, sequences, ids, length, args)
         tokens = batch if work == "decode" else batch * room
-        case = {"op": "model", "shape": name, "tokens": tokens, "batch": batch, "hidden": config.hidden_size}
+        case = {"op": "model", "shape": label(name, args), "tokens": tokens, "batch": batch}
+        case |= {"hidden": config.hidden_size}
         case |= {"outputs": config.vocab_size, "dtype": dtype, "mode": f"{work}, {mode}", "copies": 1}
         case |= {"bytes": parameters * models[PLAIN].dtype.itemsize, "flops": 2 * parameters * tokens}
         report.add(case, results)
@@ -190,17 +200,26 @@ class Errors:
     def __init__(self, prompts: int):
         self.squares, self.counts, self.agreed, self.choices = [0.0] * prompts, [0] * prompts, 0, 0
 
-    def add(self, prompt: int, logits, true) -> None:
-        """logits, true: [tokens, vocabulary]."""
-        self.squares[prompt] += float((logits.double() - true.double()).square().mean(-1).sum())
-        self.counts[prompt] += len(true)
+    def add(self, prompts, logits, true) -> None:
+        """logits, true: [tokens, vocabulary]; prompts: of which prompt each token is."""
+        squares = (logits.double() - true.double()).square().mean(-1).tolist()
+        for prompt, square in zip(prompts, squares, strict=True):
+            self.squares[prompt] += square
+            self.counts[prompt] += 1
         self.agreed += int((logits.argmax(-1) == true.argmax(-1)).sum())
         self.choices += len(true)
 
-    def row(self) -> dict:
-        errors = [(square / count) ** 0.5 for square, count in zip(self.squares, self.counts)]
-        spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-        figures = {"mean_error": statistics.fmean(errors), "error_deviation": spread, "prompts": len(errors)}
+    def each(self) -> list[float]:
+        return [(square / count) ** 0.5 for square, count in zip(self.squares, self.counts)]
+
+    def row(self, plain: "Errors") -> dict:
+        errors = self.each()
+        more = [error - other for error, other in zip(errors, plain.each())]
+        several = len(errors) > 1
+        figures = {"mean_error": statistics.fmean(errors), "prompts": len(errors)}
+        figures["error_deviation"] = statistics.stdev(errors) if several else 0.0
+        figures["difference"] = statistics.fmean(more)
+        figures["difference_error"] = statistics.stdev(more) / len(more) ** 0.5 if several else 0.0
         return figures | {"agreement": self.agreed / self.choices, "choices": self.choices}
 
 
@@ -218,11 +237,12 @@ def padded_prompts(vocabulary: int, device):
 
 
 def accuracy(name: str, dtype: str, models: dict, args: argparse.Namespace, report: Report) -> None:
-    """Prompts, steps after them, and one long prompt."""
+    """Prompts, steps after them, and long prompts."""
     import torch
 
-    steps = 64 if args.quick else 512
+    steps = 32 if args.quick else 512
     exact = copy.deepcopy(models[PLAIN]).float()
+    models = {variant: models[variant] for variant in (PLAIN, OURS)}
     everyone = {"exact": exact} | models
     ids, mask, positions, lengths = padded_prompts(exact.config.vocab_size, exact.device)
     whole_mask = torch.cat([mask, mask.new_ones(PROMPTS, steps)], 1)
@@ -237,44 +257,48 @@ def accuracy(name: str, dtype: str, models: dict, args: argparse.Namespace, repo
             replays[variant] = lambda replay=replay, result=result: (replay(), result)[1]
             run.fill(ids, attention_mask=whole_mask, position_ids=positions)
             run.more["position_ids"].copy_(positions[:, -1:] + 1)
-    case = {"op": "model", "shape": name, "hidden": exact.config.hidden_size, "dtype": dtype}
+    case = {"op": "model", "shape": label(name, args), "hidden": exact.config.hidden_size, "dtype": dtype}
 
     errors = {variant: Errors(PROMPTS) for variant in models}
     for row, length in enumerate(lengths):
         for variant, found in errors.items():
-            found.add(row, logits[variant][row, -length:], logits["exact"][row, -length:])
-    finish(case | {"kind": f"prompts of {min(lengths)} to {LONGEST}", "tokens": LONGEST}, errors, report)
+            found.add([row] * length, logits[variant][row, -length:], logits["exact"][row, -length:])
+    finish(case | {"kind": f"{PROMPTS} prompts of {min(lengths)} to {LONGEST}", "tokens": LONGEST}, errors, report)
 
     errors = {variant: Errors(PROMPTS) for variant in models}
     fed = torch.randint(0, exact.config.vocab_size, (PROMPTS, steps)).to(exact.device)
+    del logits
     for token in fed.split(1, 1):
         for run in runs.values():
             run.tokens.copy_(token)
         logits = {variant: replay() for variant, replay in replays.items()}
         for variant, found in errors.items():
-            for row in range(PROMPTS):
-                found.add(row, logits[variant][row], logits["exact"][row])
-    finish(case | {"kind": f"{steps} steps", "tokens": steps}, errors, report)
+            found.add(range(PROMPTS), logits[variant][:, 0], logits["exact"][:, 0])
+    finish(case | {"kind": f"{steps} steps after them", "tokens": steps}, errors, report)
 
-    errors = {variant: Errors(1) for variant in models}
-    long = torch.randint(0, exact.config.vocab_size, (1, 700 if name.startswith("tiny") else PREFILL)).to(exact.device)
-    true = exact(long).logits[0]
-    for variant, model in models.items():
-        errors[variant].add(0, model(long).logits[0], true)
-    finish(case | {"kind": f"a prompt of {long.shape[1]}", "tokens": long.shape[1]}, errors, report)
+    errors = {variant: Errors(LONG_PROMPTS) for variant in models}
+    length = 700 if name.startswith("tiny") else PREFILL
+    for prompt in range(LONG_PROMPTS):
+        long = torch.randint(0, exact.config.vocab_size, (1, length)).to(exact.device)
+        true = exact(long).logits[0]
+        for variant, model in models.items():
+            errors[variant].add([prompt] * length, model(long).logits[0], true)
+    finish(case | {"kind": f"{LONG_PROMPTS} prompts of {length}", "tokens": length}, errors, report)
 
 
 def finish(case: dict, errors: dict[str, Errors], report: Report) -> None:
-    rows = [case | {"variant": variant} | found.row() for variant, found in errors.items()]
+    rows = [case | {"variant": variant} | found.row(errors[PLAIN]) for variant, found in errors.items()]
     print(f"\nmodel {case['shape']} {case['dtype']}, {case['kind']}")
     for row in rows:
         spread = f"{row['mean_error']:.4e} +- {row['error_deviation']:.1e}"
-        print(f"  {row['variant']:14} logits' error {spread}, {100 * row['agreement']:.2f} % of the choices of float32")
+        more = f"{row['difference']:+.1e} +- {row['difference_error']:.1e}"
+        chosen = f"{100 * row['agreement']:.2f} % of the choices of float32"
+        print(f"  {row['variant']:14} logits' error {spread} ({more}), {chosen}")
     report.add_rows(rows)
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    """Every model x dtype; the float32 copy of the accuracy part is made for the first model only."""
+    """Every model x dtype; the accuracy part, with its float32 copy, is of the first model only, and of all layers."""
     import torch
 
     torch.manual_seed(20)
@@ -282,8 +306,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for dtype in args.dtype:
             for name in names:
-                models = twins(name, dtype, args.device)
-                if name == names[0]:
+                models = twins(name, dtype, args.device, args.layers)
+                if name == names[0] and not args.layers:
                     try:
                         accuracy(name, dtype, models, args, report)
                     except Exception as error:  # the speed is still worth having

@@ -140,6 +140,7 @@ MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
     "prompts": lambda case: case.kind or "",
     "error of transformers": lambda case: mean_error(case, "transformers"),
     "error of minivllm": lambda case: mean_error(case, OURS),
+    "difference": lambda case: difference(case),
     "chooses as float32": lambda case: agreement(case, "transformers"),
     "minivllm does": lambda case: agreement(case, OURS),
 }
@@ -148,6 +149,15 @@ MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
 def mean_error(case: Case, variant: str) -> str:
     row = case.rows.get(variant, {})
     return f"{row['mean_error']:.3e} ± {row['error_deviation']:.1e}" if "mean_error" in row else ""
+
+
+def difference(case: Case) -> str:
+    """Of minivllm's error from that of transformers, with its standard error, as a share."""
+    row, other = case.rows.get(OURS, {}), case.rows.get("transformers", {})
+    if not row.get("difference_error") or "mean_error" not in other:
+        return ""
+    share, spread = (100 * row[column] / other["mean_error"] for column in ("difference", "difference_error"))
+    return f"{share:+.2f} ± {spread:.2f} %"
 
 
 def agreement(case: Case, variant: str) -> str:
