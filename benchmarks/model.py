@@ -115,7 +115,7 @@ def compiled(sequences: Sequences, ids, device: str):
     return lambda: sequences.tokens.copy_(choose(ids, sequences.cache))
 
 
-def time_mode(mode: str, sequences: dict[str, Sequences], ids: dict, length: int, args) -> dict:
+def time_mode(mode: str, sequences: dict[str, Sequences], ids: dict, length: int, rounds: int, args) -> dict:
     """Feeding `ids`, by variant, in one mode and in turns; the caches are rewound to `length` off the clock."""
     import torch
 
@@ -142,7 +142,7 @@ def time_mode(mode: str, sequences: dict[str, Sequences], ids: dict, length: int
         wait()
 
     settle = {"settle": 0.0} if args.device == "cuda" else {}
-    timed = time_cpu(ready, seconds=0.6 if args.quick else 1.2, rounds=3, batch=1, between=between, **settle)
+    timed = time_cpu(ready, seconds=0.6 if args.quick else 1.2, rounds=rounds, batch=1, between=between, **settle)
     return {name: results.get(name) or timed[name] for name in sequences}
 
 
@@ -171,13 +171,13 @@ def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, re
     for work, batch, mode in works(args):
         length, room = (context, cache) if work == "decode" else (0, prefill)
         prompt = torch.randint(0, config.vocab_size, (batch, room), device=models[PLAIN].device)
-        wanted = models if work == "prefill" and mode == "eager" else [PLAIN, OURS]
+        wanted = models if (work, mode, batch) == ("prefill", "eager", 1) else [PLAIN, OURS]
         sequences = {variant: Sequences(models[variant], batch, room) for variant in wanted}
         for each in sequences.values():
             each.fill(prompt[:, : length or 1], logits_to_keep=1)  # the cache comes into being outside of any graph
             each.rewind(length)
         ids = {variant: each.tokens if work == "decode" else prompt for variant, each in sequences.items()}
-        results = time_mode(mode, sequences, ids, length, args)
+        results = time_mode(mode, sequences, ids, length, 4 if work == "decode" else 2, args)
         tokens = batch if work == "decode" else batch * room
         case = {"op": "model", "shape": label(name, args), "tokens": tokens, "batch": batch}
         case |= {"hidden": config.hidden_size}
