@@ -6,18 +6,22 @@ from frameworks import TORCH_CUDA, hopper_dtype
 
 pytestmark = pytest.mark.gpu
 
-# tokens, hidden, outputs: 1 to 5 tiles of 16 rows a block, two launches; few columns, and so many that slots are used again
+# tokens, hidden, outputs: 1 to 5 tiles of 16 rows a block, two launches; few columns, and so many that slots are used again;
+# two blocks of an SM, and one with a long ring; tokens read at once, copied before the ring is full, and copied after it
 SHAPES = ((1, 64, 320), (2, 128, 2112), (4, 960, 4224), (7, 1536, 6336), (8, 2560, 7168), (11, 1024, 8448),
-          (16, 448, 10560), (2, 5376, 15360), (1, 8192, 10240), (3, 3584, 4608))  # fmt: skip
+          (16, 448, 10560), (2, 5376, 15360), (1, 8192, 10240), (3, 3584, 4608), (12, 4096, 3072),
+          (16, 1024, 4096))  # fmt: skip
 
 
-@pytest.fixture(params=["f16", "bf16"])
+@pytest.fixture(params=["f32", "f16", "bf16"])
 def dtype(request):
     return hopper_dtype(request.param, "decode_sm90a")
 
 
 def check(shape, dtype, **options):
     tokens, hidden, outputs = shape
+    if dtype == "f32":
+        tokens = (tokens + 3) // 4  # it takes up to 4
     heads = outputs // 64
     kv_heads = heads // 6 or 1
     check_qkv(TORCH_CUDA, QKV((tokens,), hidden, heads - 2 * kv_heads, kv_heads, 64, dtype,
@@ -34,3 +38,8 @@ def test_every_tile(dtype, shape, rounding):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16])
 def test_everything_at_once(dtype, weights, tokens):
     check((tokens, 1024, 4224), dtype, weights=weights, bias=True, residual=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1024, 1152), (4, 2048, 6144), (16, 2560, 6144)], ids=str)
+def test_residual_and_offset_with_every_way_to_read_tokens(dtype, shape):
+    check(shape, dtype, residual=True, norm_dtype="f32", weight_offset=1.0)
