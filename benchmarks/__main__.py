@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument(
         "--modes", nargs="+", choices=("eager", "graph", "compile"), help="of model; default: eager graph"
     )
+    commands.add_argument(
+        "--surroundings",
+        action="store_true",
+        help="rms_norm_qkv on CUDA: also warm and transposed weights, a neighbour of torch's, a second stream",
+    )
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")

@@ -81,12 +81,20 @@ class Chain:
     def layer(self, i: int):
         return self.layers[i % len(self.layers)]
 
-    def fused(self, i: int, **options) -> None:
-        norm_weight, weight, bias = self.layer(i)
+    def fused(self, i: int, x=None, layer=None, **options) -> None:
+        norm_weight, weight, bias = layer or self.layer(i)
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         out = self.outs[1 - i % 2]
         minivllm.rms_norm_qkv(
-            self.xs[i % 2], norm_weight, weight, heads, kv_heads, peers.EPS, bias=bias, out=out, **options
+            self.xs[i % 2] if x is None else x,
+            norm_weight,
+            weight,
+            heads,
+            kv_heads,
+            peers.EPS,
+            bias=bias,
+            out=out,
+            **options,
         )
 
     def torch_pair(self, function):
@@ -131,6 +139,10 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
         from benchmarks import device_peers
 
         found |= device_peers.read_floors([weight for _, weight, _ in chain.layers], environment["gpu_sms"])
+    if cuda and args.surroundings:
+        from benchmarks.surroundings import surroundings
+
+        found |= surroundings(chain)
     if not cuda and dtype == "f32":
         found["numpy"] = chain.numpy()
     return found
