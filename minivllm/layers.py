@@ -70,6 +70,10 @@ class FusedRMSNormQKV:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
 
+    def __getstate__(self):
+        """For copies and pickles: all there is, though Python sees that C keeps something more in a layer."""
+        return self.__dict__
+
     def _checked(self, qkv_weight, head_dim, weight_layout):
         return _C._check_rms_norm_qkv(
             self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,

@@ -238,25 +238,19 @@ def rms_norm_qkv(
     return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
 
 
-def call_layer(layer, x, *, residual=None, out=None, residual_out=None):
+def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
     """A call of FusedRMSNormQKV."""
     return layer.spelled_out(x, residual, out, residual_out)
 
 
 def substitute_in_graphs():
-    """Tells torch.compile to trace these functions where it meets the C functions."""
-    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv):
+    """Tells torch.compile to trace these functions where it meets the C functions. Before torch 2.13 it has no such
+    substitutes for methods: that of the layer becomes one in Python."""
+    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv, _call_layer):
         torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)
-    FusedRMSNormQKV.__call__ = _traceable(FusedRMSNormQKV.__call__)
 
+    @functools.wraps(FusedRMSNormQKV.__call__)
+    def __call__(layer, x, *, residual=None, out=None, residual_out=None):
+        return _C._call_layer(layer, x, residual=residual, out=out, residual_out=residual_out)
 
-def _traceable(call):
-    """Of a method, for which torch.compile has no such substitutes before torch 2.13."""
-
-    @functools.wraps(call)
-    def __call__(layer, *arguments, **options):
-        if torch.compiler.is_compiling():
-            return call_layer(layer, *arguments, **options)
-        return call(layer, *arguments, **options)
-
-    return __call__
+    FusedRMSNormQKV.__call__ = __call__

@@ -2,6 +2,7 @@
 #include "layer.h"
 
 #include <string.h>
+#include <structmember.h>
 
 #include "buffers.h"
 #include "docstrings.h"
@@ -86,13 +87,12 @@ static const parameter call_parameters[] = {
 };
 const signature call_signature = {"rms_norm_qkv", 6, 1, 1, LENGTH(call_parameters), call_parameters};
 
-/* layer.__call__(...), to which calls of subclasses come too. */
-static PyObject *call_layer(PyObject *layer, PyTypeObject *type, PyObject *const *given, Py_ssize_t count,
+static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *given, Py_ssize_t count,
                             PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv"};
     call c;
-    begin_call(&c, PyType_GetModule(type), a.call.op);
-    c.torch_function = "call_layer";
+    begin_call(&c, module, a.call.op);
+    c.torch_function = "_call_layer";
     c.self = layer;
     if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer))
         c.result = run_qkv(&c, &a, false);
@@ -100,38 +100,62 @@ static PyObject *call_layer(PyObject *layer, PyTypeObject *type, PyObject *const
     return c.result;
 }
 
-/* layer(...), without a look at __call__. */
+PyObject *py_call_layer(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    if (count < 1) return PyErr_Format(PyExc_TypeError, "_call_layer: layer is missing (argument 1)");
+    return call_layer(module, given[0], given + 1, count - 1, names);
+}
+
+/* layer.__call__(...), to which calls of subclasses come too. */
+static PyObject *call_layer_method(PyObject *layer, PyTypeObject *type, PyObject *const *given, Py_ssize_t count,
+                                   PyObject *names) {
+    return call_layer(PyType_GetModule(type), layer, given, count, names);
+}
+
+/* layer(...) is a vectorcall: no tuple and no dict is made for it. CPython has had those since 3.9, its limited API since
+ * 3.12, hence names of our own. */
+typedef PyObject *vector_function(PyObject *callable, PyObject *const *given, size_t count, PyObject *names);
+enum { HAS_VECTORCALL = 1 << 11 }; /* Py_TPFLAGS_HAVE_VECTORCALL */
+static const size_t mark_of_count = (size_t)1 << (8 * sizeof(size_t) - 1);
+static Py_ssize_t vector_offset; /* of the function in a layer; NULL stands there before the first call */
+
+static PyObject *call_layer_vector(PyObject *layer, PyObject *const *given, size_t count, PyObject *names) {
+    return call_layer(PyType_GetModule(Py_TYPE(layer)), layer, given, (Py_ssize_t)(count & ~mark_of_count), names);
+}
+
+/* The first call of a layer, however it was made: a copy, for one, runs no constructor. */
 static PyObject *call_layer_slot(PyObject *layer, PyObject *arguments, PyObject *keywords) {
-    PyObject *given[MAX_PARAMETERS], *name;
-    const Py_ssize_t count = PyTuple_Size(arguments), named = keywords ? PyDict_Size(keywords) : 0;
-    if (count + named > MAX_PARAMETERS)
-        return PyErr_Format(PyExc_TypeError, "rms_norm_qkv: takes at most %d arguments, got %zd", MAX_PARAMETERS,
-                            count + named);
-    for (Py_ssize_t i = 0; i < count; i++) given[i] = PyTuple_GetItem(arguments, i);
-    PyObject *names = named ? PyTuple_New(named) : NULL;
-    if (named && !names) return NULL;
-    for (Py_ssize_t i = 0, at = 0; i < named && PyDict_Next(keywords, &at, &name, &given[count + i]); i++) {
-        Py_INCREF(name);
-        PyTuple_SetItem(names, i, name);
-    }
-    PyObject *result = call_layer(layer, Py_TYPE(layer), given, count, names);
-    Py_XDECREF(names);
+    vector_function **place = (vector_function **)((char *)layer + vector_offset);
+    __atomic_store_n(place, call_layer_vector, __ATOMIC_RELAXED);
+    PyObject *method = PyObject_GetAttrString(layer, "__call__");
+    PyObject *result = method ? PyObject_Call(method, arguments, keywords) : NULL;
+    Py_XDECREF(method);
     return result;
 }
 
 PyObject *py_callable_layer(PyObject *module, PyObject *class) {
     static PyMethodDef methods[] = {
-        {"__call__", (PyCFunction)(void (*)(void))call_layer,
+        {"__call__", (PyCFunction)(void (*)(void))call_layer_method,
          METH_METHOD | METH_FASTCALL | METH_KEYWORDS | METH_COEXIST, DOC_CALL_LAYER},
         {NULL, NULL, 0, NULL},
+    };
+    static PyMemberDef members[] = {
+        {"__vectorcalloffset__", T_PYSSIZET, 0, READONLY, NULL},
+        {NULL, 0, 0, 0, NULL},
     };
     static PyType_Slot slots[] = {
         {Py_tp_call, __extension__(void *) call_layer_slot},
         {Py_tp_methods, methods},
+        {Py_tp_members, members},
         {0, NULL},
     };
-    static PyType_Spec spec = {
-        .name = "minivllm.layers.FusedRMSNormQKV", .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, .slots = slots};
+    static PyType_Spec spec = {.name = "minivllm.layers.FusedRMSNormQKV",
+                               .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | HAS_VECTORCALL,
+                               .slots = slots};
+    PyObject *size = PyObject_GetAttrString(class, "__basicsize__");
+    if (!size) return NULL;
+    vector_offset = members[0].offset = PyLong_AsSsize_t(size);
+    spec.basicsize = (int)(vector_offset + (Py_ssize_t)sizeof(vector_function *));
+    Py_DECREF(size);
     PyObject *bases = PyTuple_Pack(1, class);
     PyObject *type = bases ? PyType_FromModuleAndSpec(module, &spec, bases) : NULL;
     PyObject *text = type ? PyObject_GetAttrString(class, "__doc__") : NULL;

@@ -91,6 +91,8 @@ static PyMethodDef methods[] = {
     FAST("rms_norm_qkv", py_rms_norm_qkv, DOC_RMS_NORM_QKV),
     FAST("_rms_norm_qkv_packed", py_rms_norm_qkv_packed, "rms_norm_qkv -> out [..., qkv], or (out, residual_out)"),
     FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, numbers) of a layer"),
+    FAST("_call_layer", py_call_layer,
+         "_call_layer($module, layer, x, *, residual=None, out=None, residual_out=None)\n--\n\nlayer(x, ...)"),
     {"_callable_layer", py_callable_layer, METH_O, "(class) -> a subclass whose instances are called from C"},
     {"kernels", py_kernels, METH_NOARGS, "[(op, name, dtype, isa, usable, why_not), ...]"},
     {"last_kernel", py_last_kernel, METH_NOARGS, "(op, name, why) of this thread's last call, or None"},
