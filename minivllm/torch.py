@@ -250,7 +250,7 @@ def substitute_in_graphs():
         torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)
 
     @functools.wraps(FusedRMSNormQKV.__call__)
-    def __call__(layer, x, *, residual=None, out=None, residual_out=None):
-        return _C._call_layer(layer, x, residual=residual, out=out, residual_out=residual_out)
+    def __call__(layer, *arguments, **options):
+        return _C._call_layer(layer, *arguments, **options)
 
     FusedRMSNormQKV.__call__ = __call__
