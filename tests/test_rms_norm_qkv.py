@@ -271,9 +271,9 @@ def test_members_of_a_tuple_may_differ(device, framework, dtype):
 @pytest.mark.rows("rms_norm_qkv")
 def test_one_matrix_with_three_biases_and_the_reverse(kernel, framework):
     dtype = short_dtype(kernel.dtype)
-    case = QKV((5,), 128, 3, 2, 8, dtype, bias=True)
+    case = QKV((4,), 128, 3, 2, 8, dtype, bias=True)
     norm_weight, weight, bias = weight_data(case)
-    x = normal((5, 128), dtype, "x")
+    x = normal((4, 128), dtype, "x")
     ends = np.cumsum(case.sizes)[:-1]
     matrix, three = (
         framework.tensor(weight, dtype),
@@ -297,7 +297,7 @@ def test_one_matrix_with_three_biases_and_the_reverse(kernel, framework):
         except ValueError as error:
             assert "mma" in kernel.name and "cannot serve this call" in str(error)
             continue
-        packed = np.concatenate([to_float64(part).reshape(5, -1) for part in got], -1)
+        packed = np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1)
         expect_qkv(case, packed, x, norm_weight, weight, bias)
 
 
@@ -363,24 +363,27 @@ def test_a_weight_of_any_strides(device, framework):
 @pytest.mark.rows("rms_norm_qkv")
 def test_nan_and_infinity_stay_in_their_row(kernel, framework):
     dtype = short_dtype(kernel.dtype)
-    case = QKV((11,), 128, 2, 1, 16, dtype)
+    tokens = 4 if kernel.name == "f32_decode_sm90a" else 11  # it takes no more
+    case = QKV((tokens,), 128, 2, 1, 16, dtype)
     norm_weight, weight, _ = weight_data(case)
     fixed = (framework.tensor(norm_weight, dtype), framework.tensor(weight, dtype), 2, 1)
-    x = normal((11, 128), dtype, "nan")
+    x = normal((tokens, 128), dtype, "nan")
     for rounding in ("hf", "fp32"):
         dirty = x.copy()
-        dirty[1, 64], dirty[3, 0], dirty[9, 127] = np.nan, np.inf, -np.inf
+        bad = {1: (64, np.nan), 3: (0, np.inf), tokens - 2: (127, -np.inf)}
+        for row, (column, value) in bad.items():
+            dirty[row, column] = value
 
         def run(values):
             result = minivllm.rms_norm_qkv(
                 framework.tensor(values, dtype), *fixed, rounding=rounding, kernel=kernel.name
             )
-            return np.concatenate([to_float64(part).reshape(11, -1) for part in result], -1)
+            return np.concatenate([to_float64(part).reshape(tokens, -1) for part in result], -1)
 
         clean, got = run(x), run(dirty)
-        bad = [1, 3, 9]
-        assert np.isnan(got[bad]).all()
-        assert_same_bits(np.delete(got, bad, axis=0), np.delete(clean, bad, axis=0), "rows beside the bad ones")
+        assert np.isnan(got[list(bad)]).all()
+        good = [row for row in range(tokens) if row not in bad]
+        assert_same_bits(got[good], clean[good], "rows beside the bad ones")
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
