@@ -20,7 +20,6 @@ mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error);
 /* Legality of the projection kernels: NULL, or the reason why this task is not for them. */
 const char *mv_decode_fits(const mv_task *task);
 const char *mv_decode_sm90a_fits(const mv_task *task);
-const char *mv_mma_fits(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
 const char *mv_norm_wgmma_fits(const mv_task *task);
 

@@ -12,6 +12,7 @@ static inline PlanTasks plan_tasks(const mv_task *task) {
     PlanTasks tasks = {*task, *task};
     tasks.norm.out = y;
     tasks.norm.outputs = 0;
+    tasks.norm.launch_early = true; /* the first weights can be on their way while x is still being made */
     tasks.product.x = y;
     tasks.product.residual = tasks.product.residual_out = mv_rows{nullptr, 0, 0};
     return tasks;

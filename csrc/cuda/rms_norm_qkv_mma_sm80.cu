@@ -1,17 +1,16 @@
-/* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores, for 16-bit x and weights.
+/* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores of any GPU from Ampere up, for 16-bit x and
+ * weights: the second launch of the plan whose first is the norm kernel.
  *
  * A CTA owns a tile of tokens x outputs (mma_tile.cuh) and walks over hidden in steps of 64, which cp.async brings to a
  * ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
  * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones. A quarter of a
- * stage is asked for beside each 16 k, so that fragments never queue behind a burst of copies.
+ * stage is asked for beside each 16 k, so that fragments never queue behind a burst of copies. There is one barrier a step.
  *
- * The norm is a template flag. With it the CTA first computes r of its tokens (once per tile, never per output), and
- * each thread turns the pieces of x it has copied itself into y, in place, before the barrier that shows the stage to
- * the others: the product sees exactly the rounded y. Without it x is multiplied as it is: the second launch of the plan
- * whose first is the norm kernel.
+ * The largest tile has an SM to itself: its CTAs take one tile after the other, and the ring runs on over them. Of the
+ * others two or more share an SM, and one stores its outputs while another multiplies.
  *
  * An output's bits do not depend on the number of tokens: every tile shape adds the same groups of 16 k in the same
- * order into one float32 sum, k is never split, and r has its own fixed order (token_tile.cuh). */
+ * order into one float32 sum, and k is never split. */
 #include "cuda.h"
 #include "launch.cuh"
 #include "mma_tile.cuh"
@@ -24,268 +23,254 @@
 
 namespace {
 
-/* Where the rows of the tile are, looked up once. Weights: the address at k = 0 of output n, or in the in_out layout of
- * the 8 outputs from 8 n on, and the bytes from there to the next k. */
-template <typename Tile> struct Places {
-    const char *x[Tile::M], *residual[Tile::M];
-    char *out[Tile::M];
-    const char *weight[Tile::N];
-    int64_t weight_step[Tile::N / kPiece];
-    alignas(8) float bias[Tile::N];
-    float scale[Tile::M]; /* r */
+/* A tile: its first token, and its first output in a block of weights whose own first output is `first`. */
+struct Place {
+    int64_t token, output, outputs, first;
+    int block;
 };
 
-template <typename Tile> constexpr size_t smem_bytes(bool residual) {
-    return Tile::stages * (Tile::x_bytes + Tile::w_bytes + (residual ? Tile::x_bytes : 0)) + sizeof(Places<Tile>);
+template <typename Tile>
+__device__ __forceinline__ Place find_place(const mv_task &task, unsigned tile, unsigned columns) {
+    const unsigned rows = static_cast<unsigned>((task.tokens + Tile::M - 1) / Tile::M);
+    const TileIndex index = index_tile(tile, rows, columns, 2048 / Tile::M);
+    Place place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.outputs, 0, 0};
+    if (task.packed) return place;
+    for (; place.block < 3; place.block++) {
+        place.outputs = task.block[place.block].outputs;
+        if (place.output < place.outputs) break;
+        place.output -= (place.outputs + Tile::N - 1) / Tile::N * Tile::N;
+        place.first += place.outputs;
+    }
+    return place;
 }
 
-__device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+/* The steps of a CTA's tiles, one after the other, on their way to the ring. */
+template <typename T, typename Tile, bool kInOut> struct Stream {
+    const mv_task &task;
+    unsigned columns, tiles; /* of tiles; all of them */
+    uint32_t ring;
 
-/* Rows past the end repeat the last one: what they give is not stored. */
+    unsigned tile = blockIdx.x;
+    int steps = 0;         /* left of the tile */
+    uint32_t stage = ring; /* the next step's */
+    Source<Tile::M, kStepK, Tile::threads, false> x = {};
+    Source<kInOut ? kStepK : Tile::N, kInOut ? Tile::N : kStepK, Tile::threads, !kInOut> w = {};
+    int64_t w_stride = 0;
+
+    /* Behind the last tile come zeros. */
+    __device__ __forceinline__ void begin() {
+        const bool any = tile < tiles;
+        const Place place = find_place<Tile>(task, any ? tile : 0, columns);
+        const mv_block &block = task.block[place.block];
+        const T *weight = static_cast<const T *>(block.weight);
+        const int64_t outputs = place.outputs - place.output, hidden = any ? task.hidden : 0;
+        x.begin(static_cast<const T *>(task.x.data) + place.token * task.hidden, task.hidden, task.tokens - place.token,
+                hidden);
+        w_stride = kInOut ? block.col_stride : block.row_stride;
+        if constexpr (kInOut)
+            w.begin(weight + place.output, w_stride, hidden, outputs);
+        else
+            w.begin(weight + place.output * w_stride, w_stride, outputs, hidden);
+        steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
+    }
+
+    __device__ __forceinline__ void copy_x(int part) const { x.copy(stage, part); }
+    __device__ __forceinline__ void copy_w(int part) const { w.copy(stage + Tile::x_bytes, part); }
+
+    __device__ __forceinline__ void advance_w() {
+        if constexpr (kInOut)
+            w.advance_rows(w_stride);
+        else
+            w.advance_columns();
+    }
+
+    __device__ __forceinline__ uint32_t after(uint32_t at) const {
+        return at + Tile::stage_bytes == ring + Tile::smem_bytes ? ring : at + Tile::stage_bytes;
+    }
+
+    __device__ __forceinline__ void advance() {
+        stage = after(stage);
+        x.advance_columns();
+        advance_w();
+        if (--steps > 0) return;
+        tile += gridDim.x;
+        begin();
+    }
+};
+
+/* The bias joins the warp's sums, and they become outputs. */
 template <typename T, typename Tile, bool kInOut>
-__device__ __forceinline__ void find_weights(const mv_task &task, int64_t first, Places<Tile> &places) {
-    if constexpr (!kInOut) {
-        for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
-            const OutputPlace place = find_output(task, least(first + n, task.outputs - 1));
-            places.weight[n] = reinterpret_cast<const char *>(weight_row<T>(task, place));
-        }
-    } else {
-        for (int c = threadIdx.x; c < Tile::N / kPiece; c += Tile::threads) {
-            const OutputPlace place = find_output(task, least(first + c * kPiece, task.outputs - kPiece));
-            places.weight[c] = reinterpret_cast<const char *>(weight_row<T>(task, place));
-            places.weight_step[c] = task.block[place.block].col_stride * static_cast<int64_t>(sizeof(T));
-        }
-    }
-}
-
-template <typename T, typename Tile>
-__device__ __forceinline__ void load_biases(const mv_task &task, int64_t first, Places<Tile> &places) {
-    for (int n = threadIdx.x; n < Tile::N; n += Tile::threads)
-        places.bias[n] = load_bias<T>(task, find_output(task, least(first + n, task.outputs - 1)));
-}
-
-template <typename T, typename Tile>
-__device__ __forceinline__ void find_tokens(const mv_task &task, int64_t first, Places<Tile> &places) {
-    for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
-        const int64_t token = least(first + m, task.tokens - 1);
-        places.x[m] = reinterpret_cast<const char *>(row_address<const T>(task.x, task.inner, token));
-        places.out[m] = reinterpret_cast<char *>(row_address<T>(task.out, task.inner, token));
-        if (task.residual.data)
-            places.residual[m] = reinterpret_cast<const char *>(row_address<const T>(task.residual, task.inner, token));
-    }
-}
-
-/* x -> y in place, on the pieces that this thread has copied and therefore already sees. */
-template <typename T, typename Tile> __device__ __forceinline__ void
-normalise_pieces(char *x, const char *residual, const float *scale, const NormWeights<T> &weights, bool hf) {
-    using Own = OwnPieces<Tile::M, Tile::threads>;
-#pragma unroll
-    for (int i = 0; i < Own::count; i++) {
-        const int offset = Own::offset_bytes(i);
-        Packet<T> *packet = reinterpret_cast<Packet<T> *>(x + offset);
-        Packet<T> s = *packet;
-        if (residual) s = add_residual(s, *reinterpret_cast<const Packet<T> *>(residual + offset));
-        *packet = apply_norm(s, scale[Own::row(i)], weights, hf);
-    }
-}
-
-/* The warp's sums become outputs: through its own corner of shared memory, so that they leave 16 bytes at a time. */
-template <typename T, typename Tile>
-__device__ __forceinline__ void store_outputs(const float (&sum)[Tile::warp_m / 16][Tile::warp_n / 8][4],
-                                              const Places<Tile> &places, char *smem, int64_t first_token,
-                                              int64_t first_output, const mv_task &task) {
-    constexpr int kPitch = Tile::warp_n + kPiece; /* the extra piece spreads the rows over the banks */
+__device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &task, const Place &place) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
-    T *corner = reinterpret_cast<T *>(smem) + warp * Tile::warp_m * kPitch;
-#pragma unroll
-    for (int i = 0; i < Tile::warp_m / 16; i++)
+    const mv_block &block = task.block[place.block];
+    const int64_t output = place.output + first_n, left = place.outputs - output;
+    if (block.bias) {
 #pragma unroll
         for (int j = 0; j < Tile::warp_n / 8; j++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) { /* rows lane / 4 and lane / 4 + 8 of the fragment */
-                const int m = i * 16 + lane / 4 + half * 8, n = j * 8 + lane % 4 * 2;
-                const float2 bias = *reinterpret_cast<const float2 *>(places.bias + first_n + n);
-                *reinterpret_cast<uint32_t *>(corner + m * kPitch + n) =
-                    finish_pair<T>(sum[i][j][2 * half], sum[i][j][2 * half + 1], bias);
+            for (int v = 0; v < 2; v++) {
+                const int n = j / 2 * 16 + output_of<kInOut>(j % 2) + v;
+                const float bias = load_as<T>(block.bias, block.bias_dtype, n < left ? output + n : 0);
+#pragma unroll
+                for (int i = 0; i < Tile::warp_m / 16; i++) {
+                    sum[i][j][v] += bias;
+                    sum[i][j][2 + v] += bias;
+                }
             }
-    __syncwarp();
-    constexpr int kPieces = Tile::warp_n / kPiece;
-#pragma unroll 4
-    for (int i = lane; i < Tile::warp_m * kPieces; i += 32) {
-        const int m = i / kPieces, n = i % kPieces * kPiece;
-        const int64_t output = first_output + first_n + n;
-        if (first_token + first_m + m >= task.tokens || output >= task.outputs) continue;
-        T *to = reinterpret_cast<T *>(places.out[first_m + m]) + output;
-        store_packet(to, *reinterpret_cast<const Packet<T> *>(corner + m * kPitch + n), task.outputs - output,
-                     reinterpret_cast<uintptr_t>(to) % 16 == 0);
     }
+#pragma unroll
+    for (int i = 0; i < Tile::warp_m / 16; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) { /* rows lane / 4 and lane / 4 + 8 of the fragment */
+            const int64_t token = place.token + first_m + i * 16 + half * 8 + lane / 4;
+            if (token >= task.tokens) continue;
+            T *row = row_address<T>(task.out, task.inner, token) + place.first + output;
+            const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(row) % 8 == 0;
+#pragma unroll
+            for (int j = 0; j < Tile::warp_n / 8; j += 2) {
+                const uint32_t pair[2] = {pack_word<T>(sum[i][j] + 2 * half), pack_word<T>(sum[i][j + 1] + 2 * half)};
+                T *to = row + j * 8;
+                if (whole && !kInOut) {
+                    *reinterpret_cast<uint2 *>(to + output_of<kInOut>(0)) = make_uint2(pair[0], pair[1]);
+                } else if (whole) {
+                    *reinterpret_cast<uint32_t *>(to + output_of<kInOut>(0)) = pair[0];
+                    *reinterpret_cast<uint32_t *>(to + output_of<kInOut>(1)) = pair[1];
+                } else {
+#pragma unroll
+                    for (int v = 0; v < 4; v++) {
+                        const int n = output_of<kInOut>(v / 2) + v % 2;
+                        if (j * 8 + n < left) to[n] = reinterpret_cast<const T *>(pair)[v];
+                    }
+                }
+            }
+        }
 }
 
-template <typename T, typename Tile, bool kInOut, bool kNorm>
-__global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
-    rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task) {
+template <typename T, typename Tile, bool kInOut> __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
+    rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
     extern __shared__ __align__(1024) char smem[];
-    constexpr int kRing = Tile::stages;
-    char *const x_stages = smem, *const w_stages = x_stages + kRing * Tile::x_bytes;
-    Places<Tile> &places = *reinterpret_cast<Places<Tile> *>(w_stages + kRing * Tile::w_bytes);
-    char *const residual_stages = reinterpret_cast<char *>(&places + 1);
-    const uint32_t x_address = shared_address(x_stages), w_address = shared_address(w_stages);
-    const uint32_t residual_address = shared_address(residual_stages);
-    const bool has_residual = kNorm && task.residual.data, hf = task.rounding == MV_ROUNDING_HF;
-    const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
-    const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
-
-    const auto copy_x = [&](int step, int part) {
-        const int slot = step % kRing;
-        const int64_t k0 = step * int64_t{kStepK};
-        copy_rows<Tile::M, Tile::threads>(places.x, x_address + slot * Tile::x_bytes, k0, task.hidden, part);
-        if (has_residual)
-            copy_rows<Tile::M, Tile::threads>(places.residual, residual_address + slot * Tile::x_bytes, k0, task.hidden,
-                                              part);
-    };
-    const auto copy_w = [&](int step, int part) {
-        const uint32_t to = w_address + step % kRing * Tile::w_bytes;
-        const int64_t k0 = step * int64_t{kStepK};
-        if constexpr (kInOut)
-            copy_columns<Tile::N, Tile::threads>(places.weight, places.weight_step, to, k0, task.hidden, part);
-        else
-            copy_rows<Tile::N, Tile::threads>(places.weight, to, k0, task.hidden, part);
-    };
+    constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
+    Stream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
 
     /* Weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies arrive in
      * order, and the first product should not wait for the last stage. The loops stay loops: code is loaded, too. */
-    constexpr int kEarly = kRing / 2;
     if (task.dynamic_weights) griddepcontrol_wait();
-    find_weights<T, Tile, kInOut>(task, tile.first_output, places);
-    __syncthreads();
+    stream.begin();
+    const int steps = stream.steps, early = min(kAhead / 2, steps);
+    Stream<T, Tile, kInOut> weights = stream;
 #pragma unroll 1
-    for (int step = 0; step < kEarly && step < steps; step++)
+    for (int step = 0; step < early; step++) {
 #pragma unroll
-        for (int part = 0; part < kParts; part++) copy_w(step, part);
-    find_tokens<T, Tile>(task, tile.first_token, places);
-    const bool norm_weight_aligned = reinterpret_cast<uintptr_t>(task.norm_weight) % 16 == 0;
-    const int own_column = OwnPieces<Tile::M, Tile::threads>::column();
-    NormWeights<T> norm_weights = {};
-    if (kNorm) norm_weights = load_norm_weights<T>(task, own_column, norm_weight_aligned);
-    __syncthreads();
+        for (int part = 0; part < kParts; part++) weights.copy_w(part);
+        weights.stage += Tile::stage_bytes;
+        weights.advance_w();
+    }
     griddepcontrol_wait();
     griddepcontrol_launch();
 #pragma unroll 1
-    for (int step = 0; step < kRing - 1; step++) {
+    for (int step = 0; step < kAhead; step++) {
 #pragma unroll
         for (int part = 0; part < kParts; part++) {
-            if (step < steps) copy_x(step, part);
-            if (step < steps && step >= kEarly) copy_w(step, part);
+            stream.copy_x(part);
+            if (step >= early) stream.copy_w(part);
         }
         cp_async_commit();
+        stream.advance();
     }
-    load_biases<T, Tile>(task, tile.first_output, places);
-    if (kNorm) {
-        tile_row_scales<T, Tile::M, Tile::threads>(task, tile.first_token, tile.first_output == 0, places.scale);
-        __syncthreads();
-    }
-
-    /* Step `step` has arrived: this thread's copies of it are visible to this thread; now y takes x's place. */
-    const auto normalise = [&](int step) {
-        if (kNorm && step < steps) {
-            const int offset = step % kRing * Tile::x_bytes;
-            normalise_pieces<T, Tile>(x_stages + offset, has_residual ? residual_stages + offset : nullptr,
-                                      places.scale, norm_weights, hf);
-            norm_weights = load_norm_weights<T>(task, (step + 1) * int64_t{kStepK} + own_column, norm_weight_aligned);
-        }
-    };
-    cp_async_wait<kRing - 2>();
-    normalise(0);
+    stream.copy_x(0);
+    stream.copy_w(0);
+    cp_async_wait<kAhead - 1>();
     __syncthreads();
 
-    float sum[Tile::warp_m / 16][Tile::warp_n / 8][4] = {};
+    uint32_t stage = stream.ring;
+    Sums<Tile> sum;
     Fragments<Tile, kInOut> fragments[2];
-    fragments[0].load(x_address, w_address, 0);
+    fragments[0].load(stage, 0);
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
+    for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
 #pragma unroll
-        for (int part = 0; part < kParts; part++) {
-            constexpr int kLast = kParts - 1;
-            if (part == kLast - 1) {
-                cp_async_wait<kRing - 3>();
-                normalise(step + 1);
+        for (int i = 0; i < Tile::warp_m * Tile::warp_n / 32; i++) (&sum[0][0][0])[i] = 0;
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+#pragma unroll
+            for (int part = 0; part < kParts; part++) {
+                if (part == kLast) {
+                    cp_async_commit();
+                    stream.advance();
+                    /* All threads' copies of the next step are in, and all warps hold their last fragments of this one:
+                     * the next copies go where it was. */
+                    cp_async_wait<kAhead - 1>();
+                    __syncthreads();
+                    stage = stream.after(stage);
+                }
+                const int next = (part + 1) % kParts;
+                fragments[next % 2].load(stage, next);
+                stream.copy_x(next);
+                stream.copy_w(next);
+                multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
             }
-            /* All threads' copies of the next step are in, and all warps hold their last fragments of this one. */
-            if (part == kLast) __syncthreads();
-            const int slot = (part == kLast ? step + 1 : step) % kRing;
-            if (part < kLast || step + 1 < steps)
-                fragments[(part + 1) % 2].load(x_address + slot * Tile::x_bytes, w_address + slot * Tile::w_bytes,
-                                               (part + 1) % kParts);
-            if (step + kRing - 1 < steps) { /* into the slot of the step before, which all warps have left */
-                copy_w(step + kRing - 1, part);
-                copy_x(step + kRing - 1, part);
-            }
-            if (part == kLast) cp_async_commit();
-            multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
         }
+        store_outputs<T, Tile, kInOut>(sum, task, find_place<Tile>(task, tile, columns));
     }
-    __syncthreads(); /* the stages become the epilogue's */
-    store_outputs<T, Tile>(sum, places, smem, tile.first_token, tile.first_output, task);
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
 /* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. step_us: measured on an
- * H100, for 64 k of all the tiles that share an SM. */
+ * H100, for 64 k of a tile; so many take their time one after the other, whether they share an SM or not. */
 struct Tile128x256 : Tile<128, 256, 2, 4, 4, 1> {
-    static constexpr double step_us = 1.23;
+    static constexpr double step_us = 1.06;
 };
-struct Tile128x192 : Tile<128, 192, 2, 4, 5, 1> {
-    static constexpr double step_us = 1.00;
+struct Tile128x160 : Tile<128, 160, 2, 2, 3, 2> {
+    static constexpr double step_us = 0.73;
 };
-struct Tile128x128 : Tile<128, 128, 2, 4, 6, 1> {
-    static constexpr double step_us = 0.83;
+struct Tile128x128 : Tile<128, 128, 2, 2, 3, 2> {
+    static constexpr double step_us = 0.57;
 };
-struct Tile128x96 : Tile<128, 96, 4, 2, 6, 1> {
-    static constexpr double step_us = 0.72;
+struct Tile128x96 : Tile<128, 96, 2, 2, 4, 2> {
+    static constexpr double step_us = 0.46;
 };
-struct Tile64x128 : Tile<64, 128, 2, 4, 8, 1> {
-    static constexpr double step_us = 0.54;
+struct Tile64x128 : Tile<64, 128, 2, 2, 4, 2> {
+    static constexpr double step_us = 0.35;
 };
-struct Tile64x64 : Tile<64, 64, 2, 2, 6, 2> {
-    static constexpr double step_us = 0.58;
+struct Tile64x96 : Tile<64, 96, 2, 2, 3, 3> {
+    static constexpr double step_us = 0.28;
+};
+struct Tile64x64 : Tile<64, 64, 2, 2, 3, 4> {
+    static constexpr double step_us = 0.22;
 };
 struct Tile32x64 : Tile<32, 64, 2, 2, 8, 2> {
-    static constexpr double step_us = 0.48;
-};
-/* With the norm, shared memory also holds the residual. These two step_us are estimates. */
-struct NormTile128x128 : Tile<128, 128, 2, 4, 4, 1> {
-    static constexpr double step_us = 2.0;
-};
-struct NormTile32x64 : Tile<32, 64, 2, 2, 6, 2> {
-    static constexpr double step_us = 0.9;
+    static constexpr double step_us = 0.165;
 };
 
-/* Microseconds of an H100: the tiles run in waves, and a tile takes its steps and about two more to begin and to end
- * (SPEED.md). */
-template <typename Tile> double tile_cost(const mv_task *task) {
-    if (smem_bytes<Tile>(task->residual.data) > static_cast<size_t>(task->smem_bytes)) return 1e30;
-    const int64_t at_once = Tile::ctas_per_sm * static_cast<int64_t>(task->sm_count);
-    const int64_t waves = (tile_count(task, Tile::M, Tile::N) + at_once - 1) / at_once;
-    const int64_t steps = (task->hidden + kStepK - 1) / kStepK;
-    return static_cast<double>(waves * (steps + 2)) * Tile::step_us;
+template <typename Tile> int64_t count_tiles(const mv_task *task) {
+    return ceil_div(task->tokens, Tile::M) * block_columns(task, Tile::N);
 }
 
-template <typename T, typename Tile, bool kInOut, bool kNorm>
-mv_status launch_tile(const mv_task *task, mv_error *error) {
-    const int64_t tiles = tile_count(task, Tile::M, Tile::N);
+/* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about two
+ * more to begin and to end. One that is alone where several have room waits more (SPEED.md). */
+template <typename Tile> double tile_cost(const mv_task *task) {
+    if (Tile::smem_bytes > task->smem_bytes) return 1e30;
+    const double steps = static_cast<double>(ceil_div(task->hidden, kStepK)) + 2.0 / Tile::ctas_per_sm;
+    const int64_t share = ceil_div(count_tiles<Tile>(task), task->sm_count);
+    return (share < Tile::ctas_per_sm && share == 1 ? 1.15 : static_cast<double>(share)) * steps * Tile::step_us;
+}
+
+template <typename T, typename Tile, bool kInOut> mv_status launch_tile(const mv_task *task, mv_error *error) {
+    const int64_t tiles = count_tiles<Tile>(task);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE,
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
-    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, smem_bytes<Tile>(task->residual.data)};
-    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut, kNorm>>(task, grid, error, *task);
+    const int64_t ctas = Tile::ctas_per_sm == 1 && tiles > task->sm_count ? task->sm_count : tiles;
+    const Grid grid = {dim3(static_cast<unsigned>(ctas)), Tile::threads, Tile::smem_bytes};
+    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut>>(
+        task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));
 }
 
-template <typename T, bool kInOut, bool kNorm, typename... Tiles>
-mv_status launch_cheapest(const mv_task *task, mv_error *error) {
-    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut, kNorm>...};
+template <typename T, bool kInOut, typename... Tiles> mv_status launch_cheapest(const mv_task *task, mv_error *error) {
+    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut>...};
     const double costs[] = {tile_cost<Tiles>(task)...};
     size_t best = 0;
     for (size_t i = 1; i < sizeof...(Tiles); i++)
@@ -293,16 +278,12 @@ mv_status launch_cheapest(const mv_task *task, mv_error *error) {
     return launches[best](task, error);
 }
 
-/* The last of each list fits every GPU. Fewer tiles for the rarer cases: each is code to compile, ship and load. */
-template <typename T> mv_status norm_and_product(const mv_task *task, mv_error *error) {
-    return task->block[0].col_stride == 1 ? launch_cheapest<T, false, true, NormTile128x128, NormTile32x64>(task, error)
-                                          : launch_cheapest<T, true, true, NormTile128x128, NormTile32x64>(task, error);
-}
-
+/* The last of each list fits every GPU. Fewer tiles for the rarer layout: each is code to compile, ship and load. */
 template <typename T> mv_status product(const mv_task *task, mv_error *error) {
-    return task->block[0].col_stride == 1 ? launch_cheapest<T, false, false, Tile128x256, Tile128x192, Tile128x128,
-                                                            Tile128x96, Tile64x128, Tile32x64>(task, error)
-                                          : launch_cheapest<T, true, false, Tile128x128, Tile64x64>(task, error);
+    return task->block[0].col_stride == 1
+               ? launch_cheapest<T, false, Tile128x256, Tile128x160, Tile128x128, Tile128x96, Tile64x128, Tile64x96,
+                                 Tile64x64, Tile32x64>(task, error)
+               : launch_cheapest<T, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task, error);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */
@@ -331,15 +312,6 @@ extern "C" const char *mv_norm_mma_fits(const mv_task *task) {
     return nullptr;
 }
 
-extern "C" const char *mv_mma_fits(const mv_task *task) {
-    const char *why_not = mv_norm_mma_fits(task);
-    if (why_not) return why_not;
-    if (!rows_aligned16(task->x, 2)) return "the rows of x are not 16-byte aligned";
-    if (task->residual.data && !rows_aligned16(task->residual, 2))
-        return "the rows of the residual are not 16-byte aligned";
-    return nullptr;
-}
-
 extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
     return static_cast<size_t>(task->tokens) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
 }
@@ -348,14 +320,6 @@ extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
 
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
-
-mv_status mv_rms_norm_qkv_f16_mma_sm80(const mv_task *task, mv_error *error) {
-    return norm_and_product<__half>(task, error);
-}
-
-mv_status mv_rms_norm_qkv_bf16_mma_sm80(const mv_task *task, mv_error *error) {
-    return norm_and_product<__nv_bfloat16>(task, error);
-}
 
 mv_status mv_rms_norm_qkv_f16_norm_mma_sm80(const mv_task *task, mv_error *error) {
     return norm_then_product(task, mv_rms_norm_f16_sm80, product<__half>, error);

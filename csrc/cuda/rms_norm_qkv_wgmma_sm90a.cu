@@ -19,6 +19,7 @@
 #include "qkv_epilogue.cuh"
 #include "tensor_map.cuh"
 #include "tma.cuh"
+#include "token_tile.cuh"
 #include "wgmma.cuh"
 #include "wgmma_tiles.cuh"
 
@@ -84,13 +85,11 @@ struct Place {
 };
 
 template <typename Tile> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
-    const unsigned group_items = p.group * p.columns, group = item / group_items, within = item % group_items;
-    const unsigned height = min(p.group, p.rows - group * p.group);
-    const unsigned row = group * p.group + within % height;
-    unsigned tile = within / height;
+    const TileIndex index = index_tile(item, p.rows, p.columns, p.group);
+    unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
-    return {static_cast<int>((row * p.cluster + rank) * Tile::M), segment,
+    return {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
             max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
 }
 
@@ -409,7 +408,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     if (status != MV_OK) return status;
 
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, Tile::M * p.cluster));
-    p.columns = static_cast<unsigned>(count_columns(task, Tile::N));
+    p.columns = static_cast<unsigned>(block_columns(task, Tile::N));
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
     Grid grid = {dim3(static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster)),
                  kConsumers + (choice.meanwhile ? 128u : 32u), Tile::smem_bytes};
@@ -454,7 +453,6 @@ template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_er
         tasks.norm.counter_count = static_cast<int64_t>(row_counters(task->tokens));
         rest.counters = {tasks.norm.counters, static_cast<int>(first)};
     }
-    tasks.norm.launch_early = true; /* the first weights can be on their way while x is still being made */
     const mv_status status = norm(&tasks.norm, error);
     if (status != MV_OK) return status;
     return task->block[0].col_stride == 1 ? launch_choice<T, false>(&tasks.product, choice, rest, error)
@@ -470,7 +468,7 @@ extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
     if (why_not) return why_not;
     if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->outputs > INT32_MAX - 256)
         return "a tensor map has coordinates of 32 bits";
-    if (ceil_div(task->tokens, 64) * count_columns(task, 64) > INT32_MAX)
+    if (ceil_div(task->tokens, 64) * block_columns(task, 64) > INT32_MAX)
         return "there are more tiles than one launch can take";
     for (const mv_block &block : task->block) {
         const bool out_in = block.col_stride == 1;

@@ -1,5 +1,5 @@
-/* token_tile.cuh: what a CTA of the projection of many tokens does before it multiplies: it finds its tile, and computes
- * the statistic of its rows. Shared by the tensor core and the CUDA core kernels. */
+/* token_tile.cuh: what a CTA of the projection of many tokens does before it multiplies: it finds its tile and, on the
+ * CUDA cores, computes the statistic of its rows; and how many tiles there are. */
 #pragma once
 
 #include "../kernel.h"
@@ -7,20 +7,30 @@
 #include "rms_norm.cuh"
 #include "vec.cuh"
 
-/* The tile of a CTA: 2,048 tokens at a time walk over all outputs. Those tokens stay in L2 (32 MB at hidden 8192) and
- * the CTAs that run together form a block about as high as wide, so both operands are read from memory few times. */
+/* The order of tiles: `group` rows of them at a time walk over all columns. Those tokens stay in L2 (2,048 are 32 MB at hidden
+ * 8192) and the tiles that run together form a block about as high as wide, so both operands are read from memory few
+ * times. 32 bits: a launch has no more than 2^31 tiles. */
+struct TileIndex {
+    unsigned row, column;
+};
+
+__device__ __forceinline__ TileIndex index_tile(unsigned tile, unsigned rows, unsigned columns, unsigned group) {
+    const unsigned group_tiles = min(group, rows) * columns;
+    const unsigned first = tile / group_tiles * group, within = tile % group_tiles;
+    const unsigned height = min(group, rows - first);
+    return {first + within % height, within / height};
+}
+
+/* The tile of a CTA, its outputs counted over all blocks of the task. */
 struct TilePlace {
     int64_t first_token, first_output;
 };
 
 template <int kTokens, int kOutputs> __device__ __forceinline__ TilePlace find_tile(const mv_task &task) {
-    constexpr unsigned kGroup = 2048 / kTokens; /* 32 bits: a launch has no more than 2^31 tiles */
-    const unsigned token_tiles = static_cast<unsigned>((task.tokens + kTokens - 1) / kTokens);
-    const unsigned output_tiles = static_cast<unsigned>((task.outputs + kOutputs - 1) / kOutputs);
-    const unsigned group_tiles = min(kGroup, token_tiles) * output_tiles;
-    const unsigned group = blockIdx.x / group_tiles, within = blockIdx.x % group_tiles;
-    const unsigned height = min(kGroup, token_tiles - group * kGroup);
-    return {int64_t{group * kGroup + within % height} * kTokens, int64_t{within / height} * kOutputs};
+    const unsigned rows = static_cast<unsigned>((task.tokens + kTokens - 1) / kTokens);
+    const unsigned columns = static_cast<unsigned>((task.outputs + kOutputs - 1) / kOutputs);
+    const TileIndex index = index_tile(blockIdx.x, rows, columns, 2048 / kTokens);
+    return {int64_t{index.row} * kTokens, int64_t{index.column} * kOutputs};
 }
 
 /* r of the kRows rows from `first` on, into shared memory, by all kThreads threads; 0 past the last row. A warp takes a
@@ -70,7 +80,19 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
     }
 }
 
-/* Host: CTAs of tiles of this size. */
+/* ---- host ------------------------------------------------------------------------------------------------------ */
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Tiles of this size. */
 static inline int64_t tile_count(const mv_task *task, int tokens, int outputs) {
-    return ((task->tokens + tokens - 1) / tokens) * ((task->outputs + outputs - 1) / outputs);
+    return ceil_div(task->tokens, tokens) * ceil_div(task->outputs, outputs);
+}
+
+/* Columns of tiles when no tile has outputs of two matrices. */
+static inline int64_t block_columns(const mv_task *task, int outputs) {
+    if (task->packed) return ceil_div(task->outputs, outputs);
+    int64_t columns = 0;
+    for (const mv_block &block : task->block) columns += ceil_div(block.outputs, outputs);
+    return columns;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "norm_rows.cuh"
+#include "token_tile.cuh"
 
 constexpr int kStep = 64;          /* along hidden */
 constexpr unsigned kCluster = 2;   /* CTAs, where there are clusters */
@@ -13,27 +14,17 @@ struct TileChoice {
     bool meanwhile;      /* spare warps normalise the rows behind the first wave's */
 };
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* Rows of y in the workspace. */
 static inline int64_t padded_tokens(const mv_task *task) {
     constexpr int64_t kWhole = 128 * kCluster;
     return ceil_div(task->tokens, kWhole) * kWhole;
 }
 
-/* Columns of tiles: no tile has outputs of two matrices. */
-static inline int64_t count_columns(const mv_task *task, int outputs) {
-    if (task->packed) return ceil_div(task->outputs, outputs);
-    int64_t columns = 0;
-    for (const mv_block &block : task->block) columns += ceil_div(block.outputs, outputs);
-    return columns;
-}
-
 /* Rows of tiles that walk over all columns together: 2,048 tokens high, so that both operands are read from memory few
  * times; as high as the first wave when the rows behind it are normalised meanwhile, but at least 512 tokens. */
 static inline unsigned group_height(const mv_task *task, const TileChoice &choice) {
     const int64_t most = 2048 / choice.tokens, least = 512 / choice.tokens;
-    const int64_t wave = ceil_div(task->sm_count, count_columns(task, choice.outputs));
+    const int64_t wave = ceil_div(task->sm_count, block_columns(task, choice.outputs));
     const int64_t tiles = !choice.meanwhile ? most : wave < least ? least : wave;
     return static_cast<unsigned>(ceil_div(tiles, choice.cluster));
 }
@@ -60,7 +51,7 @@ static inline TileChoice choose_tile(const mv_task *task) {
     for (const auto &tile : kTiles) {
         if (task->block[0].col_stride != 1 && !tile.in_out) continue;
         if (tile.tokens < 128 && task->tokens > tile.tokens) continue; /* two of them read the weights twice */
-        const int64_t tiles = ceil_div(task->tokens, tile.tokens) * count_columns(task, tile.outputs);
+        const int64_t tiles = ceil_div(task->tokens, tile.tokens) * block_columns(task, tile.outputs);
         const int64_t waves = ceil_div(tiles, task->sm_count);
         const double tile_us = steps * tile.step_us + 0.006 * tile.outputs, cost = static_cast<double>(waves) * tile_us;
         if (best.outputs != 0 && cost >= lowest) continue;

@@ -45,14 +45,13 @@ static double cost_decode_hopper(const mv_task *t) {
     const double token_bytes = (double)t->tokens * (double)t->hidden * (double)mv_dtype_bytes(t->dtype);
     return 1.2 + weight_bytes(t) / 2.97e6 + larger(token_bytes - 60e3, 0) / 18e3;
 }
-static double cost_mma(const mv_task *t) { return 10 + larger(weight_bytes(t) / 0.75e6, tile_flops(t, 32) / 1.2e8); }
-static double cost_norm_mma(const mv_task *t) { return 7 + larger(weight_bytes(t) / 2.2e6, tile_flops(t, 32) / 3.6e8); }
+static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8); }
 static double cost_norm_wgmma(const mv_task *t) {
     return 3.8 + larger(weight_bytes(t) / 2.9e6, tile_flops(t, 128) / 6.2e8);
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
-    return 22 + larger((double)t->hidden * 0.17, tile_flops(t, 64) / 4.0e7);
+    return 5 + larger((double)t->hidden * 0.04, tile_flops(t, 64) / 4.0e7);
 }
 #endif
 
@@ -62,7 +61,6 @@ static double cost_norm_ffma(const mv_task *t) {
                          mv_no_workspace))                                                                             \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_fits,                   \
                          cost_decode_hopper, mv_no_workspace))                                                         \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, mma_sm80, sm80, MV_CUDA, false, mv_mma_fits, cost_mma, mv_no_workspace))   \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
