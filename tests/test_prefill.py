@@ -1,13 +1,9 @@
 """The tensor core projection of Hopper over many tokens: every tile, several waves of them, clusters, blocks of a tuple."""
 
-import numpy as np
 import pytest
-from cases import UNALIGNED, assert_same_bits, normal
+from cases import UNALIGNED
 from checks import QKV, check_qkv
 from frameworks import TORCH_CUDA, hopper_dtype
-
-import minivllm
-from minivllm.testing.reference import to_float64
 
 pytestmark = pytest.mark.gpu
 
@@ -53,21 +49,3 @@ def test_every_layout_of_many_tokens(dtype, weights):
     for tokens, outputs in ((700, 3840), (4300, 5632)):
         check_qkv(TORCH_CUDA, case_of(tokens, 72, outputs, dtype, weights=weights, bias=True, residual=True))
     check_qkv(TORCH_CUDA, case_of(700, 72, 3840, dtype, weights=weights, bias=True, out_layout=UNALIGNED))
-
-
-def test_a_row_keeps_its_bits_among_any_number_of_rows(dtype):
-    """Also without batch_invariant, as long as it is this kernel: hidden is never split."""
-    hidden, outputs = 1024, 4096
-    x = normal((2500, hidden), dtype, "x", hidden)
-    weights = [
-        TORCH_CUDA.tensor(normal(shape, dtype, *shape, scale=0.02), dtype) for shape in ((hidden,), (outputs, hidden))
-    ]
-
-    def run(rows):
-        parts = minivllm.rms_norm_qkv(TORCH_CUDA.tensor(rows, dtype), *weights, 40, 12, batch_invariant=True)
-        assert minivllm.last_kernel().name == f"{dtype}_norm_wgmma_sm90a"
-        return np.concatenate([to_float64(part).reshape(len(rows), -1) for part in parts], -1)
-
-    whole = run(x)
-    for first, last in ((0, 1), (7, 40), (0, 130), (1100, 1500), (0, 1000), (300, 2400)):
-        assert_same_bits(run(x[first:last]), whole[first:last], f"rows {first} to {last}")
