@@ -16,7 +16,6 @@
 #include "mma_tile.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
-#include "qkv_epilogue.cuh"
 #include "rms_norm.cuh"
 #include "token_tile.cuh"
 #include "vec.cuh"
