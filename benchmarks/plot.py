@@ -1,5 +1,6 @@
 """python -m benchmarks plot: draws docs/img/*.png from committed results."""
 
+import math
 from pathlib import Path
 
 from benchmarks.results import OURS, Case, Results, machine
@@ -110,14 +111,15 @@ def decode(results: Results) -> None:
     save(drawing, "decode.png", cases)
 
 
-def by_tokens(axis, cases: list[Case], title: str, value, skip: tuple[int, ...] = ()) -> None:
-    """A line per shape of value(case) over the number of tokens; no labels at the counts in `skip`."""
+def by_tokens(axis, cases: list[Case], title: str, value) -> None:
+    """A line per shape of value(case) over the number of tokens; of two counts that are close the larger has a label."""
     for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
         points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
         color = MODEL_COLORS[number % len(MODEL_COLORS)]
         at, values = [case.tokens for case in points], [value(case) for case in points]
         axis.plot(at, values, label=shape, color=color, marker="o", markersize=3.5, linewidth=1.6)
-    counts = sorted({case.tokens for case in cases} - set(skip))
+    counts = sorted({case.tokens for case in cases})
+    counts = [count for count, after in zip(counts, [*counts[1:], math.inf], strict=True) if after > 1.1 * count]
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
     axis.minorticks_off()
@@ -180,7 +182,6 @@ def rates(results: Results) -> None:
             cases,
             title,
             lambda case, variant=variant: case.any("flops") / case.us(variant) / 1e6,
-            skip=(1000,),  # its label would lie on that of 1024
         )
         axis.set_ylim(0, 850)
     legend(drawing, axes[:1])
