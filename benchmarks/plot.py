@@ -112,7 +112,7 @@ def decode(results: Results) -> None:
 
 
 def by_tokens(axis, cases: list[Case], title: str, value) -> None:
-    """A line per shape of value(case) over the number of tokens; of two counts that are close the larger has a label."""
+    """A line per shape of value(case) over the number of tokens; only the larger of two close counts has a label."""
     for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
         points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
         color = MODEL_COLORS[number % len(MODEL_COLORS)]
