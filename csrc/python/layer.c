@@ -10,18 +10,9 @@
 /* ---- making one ------------------------------------------------------------------------------------------------- */
 
 static const parameter check_parameters[] = {
-    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
-    QKV_PARAMETER("qkv_weight", to_tensors, qkv_weight),
-    QKV_PARAMETER("num_heads", to_integer, num_heads),
-    QKV_PARAMETER("num_kv_heads", to_integer, num_kv_heads),
-    QKV_PARAMETER("eps", to_number, eps),
-    QKV_PARAMETER("bias", to_optional_tensors, bias),
+    QKV_WEIGHT_PARAMETERS,
     QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
-    QKV_PARAMETER("weight_layout", to_weight_layout, weight_layout),
-    QKV_PARAMETER("rounding", to_rounding, rounding),
-    QKV_PARAMETER("weight_offset", to_number, weight_offset),
-    QKV_PARAMETER("batch_invariant", to_flag, batch_invariant),
-    QKV_PARAMETER("allow_tf32", to_flag, allow_tf32),
+    QKV_OPTION_PARAMETERS,
 };
 const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
 

@@ -132,21 +132,12 @@ PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssi
 
 static const parameter rms_norm_qkv_parameters[] = {
     QKV_PARAMETER("x", to_tensor, x),
-    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
-    QKV_PARAMETER("qkv_weight", to_tensors, qkv_weight),
-    QKV_PARAMETER("num_heads", to_integer, num_heads),
-    QKV_PARAMETER("num_kv_heads", to_integer, num_kv_heads),
-    QKV_PARAMETER("eps", to_number, eps),
-    QKV_PARAMETER("bias", to_optional_tensors, bias),
+    QKV_WEIGHT_PARAMETERS,
     QKV_PARAMETER("residual", to_optional_tensor, residual),
     QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
     QKV_PARAMETER("out", to_optional_tensor, out),
     QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
-    QKV_PARAMETER("weight_layout", to_weight_layout, weight_layout),
-    QKV_PARAMETER("rounding", to_rounding, rounding),
-    QKV_PARAMETER("weight_offset", to_number, weight_offset),
-    QKV_PARAMETER("batch_invariant", to_flag, batch_invariant),
-    QKV_PARAMETER("allow_tf32", to_flag, allow_tf32),
+    QKV_OPTION_PARAMETERS,
     QKV_PARAMETER("static_weights", to_negated_flag, dynamic_weights),
     QKV_PARAMETER("kernel", to_optional_text, call.kernel),
 };
