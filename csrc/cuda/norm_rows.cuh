@@ -57,30 +57,6 @@ template <typename T> __device__ __forceinline__ NormWeights<T> wide_norm_weight
     return weights;
 }
 
-/* The product of two packets, rounded once: what apply_norm's last step gives for weights of T and no offset, since float32
- * holds the product of two 16-bit values exactly. */
-__device__ __forceinline__ uint32_t multiply_words(uint32_t a, uint32_t b, __half) {
-    const __half2 product = __hmul2(*reinterpret_cast<__half2 *>(&a), *reinterpret_cast<__half2 *>(&b));
-    return *reinterpret_cast<const uint32_t *>(&product);
-}
-__device__ __forceinline__ uint32_t multiply_words(uint32_t a, uint32_t b, __nv_bfloat16) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b));
-    return *reinterpret_cast<const uint32_t *>(&product);
-}
-
-/* s of one packet, as "hf" without an offset wants it: few instructions count here, where each warp runs alone. */
-template <typename T>
-__device__ __forceinline__ Packet<T> apply_norm_hf(const Packet<T> &s, float r, const Packet<T> &weights) {
-    float normalised[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) normalised[i] = s.get(i) * r;
-    Packet<T> y = pack<T>(normalised);
-#pragma unroll
-    for (int w = 0; w < 4; w++) y.word[w] = multiply_words(y.word[w], weights.word[w], T{});
-    return y;
-}
-
 /* A quarter of a warp's packets: `count` of this lane's 4, kApart values apart, from k of a row. */
 constexpr int kQuarters = 4, kApart = 32 * 8;
 struct Quarter {

@@ -90,6 +90,19 @@ __device__ __forceinline__ void clear_counters(const mv_task &task) {
     for (int64_t i = threadIdx.x; i < task.counter_count; i += blockDim.x) task.counters[i] = 0;
 }
 
+/* y of 16 bits as "hf" without an offset wants it, in few instructions: float32 holds the product of two 16-bit values exactly,
+ * so one instruction multiplies and rounds two of them as apply_norm would. */
+template <typename T>
+__device__ __forceinline__ Packet<T> apply_norm_hf(const Packet<T> &s, float r, const Packet<T> &weights) {
+    Packet<T> y;
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        const float normalised[2] = {s.get(2 * w) * r, s.get(2 * w + 1) * r};
+        y.word[w] = multiply_pair<T>(pack_word<T>(normalised), weights.word[w]);
+    }
+    return y;
+}
+
 /* Host: are these rows, where they exist, all fit for 16-byte accesses? */
 template <typename T> static inline bool norm_rows_aligned(const mv_task *task) {
     const auto fits = [](mv_rows rows) { return !rows.data || rows_aligned16(rows, sizeof(T)); };

@@ -162,22 +162,11 @@ __device__ __forceinline__ void read_tokens(const mv_task &task, const Split &sp
     }
 }
 
-/* y of a packet. Where the norm weights of "hf" are of T and have no offset, the second product and its rounding are one
- * instruction for two values. */
+/* y of a packet. */
 template <typename T> __device__ __forceinline__ Packet<T>
 normalised(const mv_task &task, bool in_pairs, const Packet<T> &s, float r, const char *norm_weight, int k) {
-    if constexpr (sizeof(T) == 2) {
-        if (in_pairs) {
-            const Packet<T> weight = *reinterpret_cast<const Packet<T> *>(norm_weight + k * 2);
-            Packet<T> y;
-#pragma unroll
-            for (int w = 0; w < 4; w++) {
-                const float v[2] = {s.get(2 * w) * r, s.get(2 * w + 1) * r};
-                y.word[w] = multiply_pair<T>(pack_word<T>(v), weight.word[w]);
-            }
-            return y;
-        }
-    }
+    if constexpr (sizeof(T) == 2)
+        if (in_pairs) return apply_norm_hf(s, r, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
     NormWeights<T> weights;
     if (task.norm_weight_dtype == Dtype<T>::value) {
         weights = widen_norm_weights<T>(task, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
