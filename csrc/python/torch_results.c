@@ -40,7 +40,8 @@ static PyObject *share_part(const torch_c *torch, torch_handle *packed, int ndim
                             const int64_t *strides, int64_t offset, bool same_version) {
     torch_handle *part;
     if (torch->share(packed, ndim, shape, strides, offset, &part) != 0)
-        return PyErr_Format(PyExc_RuntimeError, "minivllm: torch makes no views of its own tensor");
+        return PyErr_Format(PyExc_RuntimeError,
+                            "minivllm: torch could not make a view of the packed q, k and v; its reason is on stderr");
     const torch_version *version = same_version ? torch->version(packed) : NULL;
     if (version && version->counter && torch->version(part)->counter) torch->set_version(part, version);
     PyObject *object = torch->object(part);
@@ -66,7 +67,8 @@ static PyObject *view_of_given(const torch_c *torch, torch_handle *packed, int n
     const size_t count = (size_t)ndim;
     torch_optional begin = {0, true};
     if (torch->offset(packed, &begin.value) != 0)
-        return PyErr_Format(PyExc_RuntimeError, "minivllm: torch does not know where its own tensor begins");
+        return PyErr_Format(PyExc_RuntimeError,
+                            "minivllm: torch could not tell the storage offset of out; its reason is on stderr");
     begin.value += offset;
     torch_returned view = torch->view(packed, (torch_numbers){shape, count}, (torch_numbers){strides, count}, &begin);
     return torch->object_taking(&view);
