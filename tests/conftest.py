@@ -94,3 +94,27 @@ def cuda_torch():
     if reason := TORCH_CUDA.why_not():
         pytest.skip(reason)
     return TORCH_CUDA.torch
+
+
+@pytest.fixture
+def no_gradients():
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The ops that fused layers of minivllm.transformers call, counted by name."""
+    import minivllm.transformers
+
+    counts = {}
+
+    class Spy:
+        def __getattr__(self, name):
+            counts[name] = counts.get(name, 0) + 1
+            return getattr(minivllm, name)
+
+    monkeypatch.setattr(minivllm.transformers.layer, "minivllm", Spy())
+    return counts
