@@ -1,15 +1,15 @@
 /* rms_norm_qkv_ffma_sm80.cu: the projection of many tokens on the CUDA cores, in plain float32. It takes anything: every
  * dtype, float32 weights under 16-bit x, any strides and any alignment of x and of the weights.
  *
- * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 16; a thread keeps 8 x 8
- * sums. While a step is multiplied out of one half of shared memory, the next one is on its way to registers as groups
+ * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 16; a thread keeps 8 x 8 or
+ * 8 x 4 sums. While a step is multiplied out of one half of shared memory, the next one is on its way to registers as groups
  * of four values, becomes float32 there (and x becomes y), and goes to the other half.
  *
  * Groups of x lie along k; those of the weight along k or along n, whichever is denser in memory. Where alignment
  * allows a group is one load, otherwise four: the same values in the same places.
  *
- * An output's bits do not depend on the number of tokens: one float32 sum takes k in order whatever the tile, and r has
- * its own fixed order (token_tile.cuh).
+ * An output's bits do not depend on the number of tokens: sums take k in order whatever the tile, and r has its own fixed
+ * order (token_tile.cuh).
  *
  * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a warp
  * that transpose groups of neighbouring rows write to 32 different banks. */
@@ -28,11 +28,15 @@ constexpr int kStepK = 16;
 constexpr int kGroup = 4; /* values loaded together */
 constexpr int kGroupsK = kStepK / kGroup;
 
-/* A warp computes 64 x 32: its lanes are 8 x 4, and a lane has rows m + {0-3, 32-35} and columns n + {0-3, 16-19}. */
-template <int kTileM, int kTileN> struct Tile {
-    static constexpr int M = kTileM, N = kTileN, warps_n = N / 32, threads = M * N / 64;
+/* A thread keeps own_m x own_n sums. The lanes of a warp are 8 x 4, and a lane has rows m + {0-3, 32-35, ...} and columns
+ * n + {0-3, 16-19, ...}. */
+template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct Tile {
+    static constexpr int M = kTileM, N = kTileN, own_m = kOwnM, own_n = kOwnN, ctas_per_sm = kCtas;
+    static constexpr int warp_m = 8 * own_m, warp_n = 4 * own_n, warps_n = N / warp_n;
+    static constexpr int threads = M * N / (own_m * own_n);
     static constexpr int x_groups = M * kGroupsK / threads, w_groups = N * kGroupsK / threads; /* of a thread */
-    static_assert(M % 64 == 0 && threads % 64 == 0, "whole warps, and rows of groups apart by a multiple of 16");
+    static_assert(M % warp_m == 0 && N % warp_n == 0 && threads % 64 == 0);
+    static_assert(M * kGroupsK % threads == 0 && N * kGroupsK % threads == 0);
 };
 
 template <typename T> struct alignas(kGroup * sizeof(T)) Group { T v[kGroup]; };
@@ -52,7 +56,6 @@ template <typename Tile, typename T, typename W> struct Shared {
     int64_t w_step[Tile::N]; /* in elements, from one k to the next */
     float bias[Tile::N];
     float scale[Tile::M]; /* r */
-    int tokens, outputs;  /* rows of the tile that exist; kept here because registers are short */
 };
 
 __device__ __forceinline__ int column(int k, int c) { return c ^ (k / kGroup % 4 * 8); }
@@ -78,15 +81,12 @@ template <typename T> __device__ __forceinline__ const T *bytes_after(const void
     return reinterpret_cast<const T *>(static_cast<const char *>(from) + bytes);
 }
 
+/* Rows past the end repeat the first one of the tile: what they give is not stored. */
 template <typename Tile, typename T, typename W>
 __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
     const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
-    if (threadIdx.x == 0) {
-        shared.tokens = static_cast<int>(tokens < Tile::M ? tokens : Tile::M);
-        shared.outputs = static_cast<int>(outputs < Tile::N ? outputs : Tile::N);
-    }
-    for (int m = threadIdx.x; m < Tile::M && m < tokens; m += Tile::threads) {
-        const int64_t token = tile.first_token + m;
+    for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
+        const int64_t token = tile.first_token + (m < tokens ? m : 0);
         shared.x_row[m] = bytes_between(task.x.data, row_address<const T>(task.x, task.inner, token));
         if (task.residual.data)
             shared.residual_row[m] =
@@ -110,7 +110,7 @@ template <typename Tile, typename T> struct TokenGroups {
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
             const int m = (threadIdx.x + i * Tile::threads) / kGroupsK;
-            const int64_t count = m < shared.tokens ? task.hidden - k : 0;
+            const int64_t count = task.hidden - k;
             group[i] = load_group(bytes_after<T>(task.x.data, shared.x_row[m]) + k, count, whole);
             if (residual) {
                 const T *row = bytes_after<T>(task.residual.data, shared.residual_row[m]);
@@ -149,7 +149,7 @@ template <typename Tile, typename W> struct WeightGroups {
                 const int n = index / kGroupsK;
                 const int64_t k = k0 + index % kGroupsK * kGroup;
                 const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
-                const int64_t count = n < shared.outputs ? task.hidden - k : 0;
+                const int64_t count = task.hidden - k;
                 if (access.w_whole) {
                     group[i] = load_group(row + k, count, true);
                 } else {
@@ -160,15 +160,14 @@ template <typename Tile, typename W> struct WeightGroups {
             } else {
                 const int n = index % (Tile::N / kGroup) * kGroup;
                 const int64_t k = k0 + index / (Tile::N / kGroup);
-                const int count = k < task.hidden ? shared.outputs - n : 0;
                 if (access.w_whole) {
                     const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
-                    group[i] = load_group(row + k * shared.w_step[n], count, true);
+                    group[i] = load_group(row + k * shared.w_step[n], task.hidden - k, true);
                 } else {
 #pragma unroll
                     for (int j = 0; j < kGroup; j++) {
                         const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n + j]);
-                        group[i].v[j] = j < count ? row[k * shared.w_step[n + j]] : W(0.0f);
+                        group[i].v[j] = k < task.hidden ? row[k * shared.w_step[n + j]] : W(0.0f);
                     }
                 }
             }
@@ -193,74 +192,85 @@ template <typename Tile, typename W> struct WeightGroups {
     }
 };
 
-/* offset + weight of this thread's four columns of x; anything past hidden, where x is zero. */
+/* offset + weight of this thread's four columns of x; zeros past hidden, as in x. */
 template <typename T>
 __device__ __forceinline__ void load_group_weights(const mv_task &task, int64_t k0, float (&weights)[kGroup]) {
 #pragma unroll
     for (int j = 0; j < kGroup; j++) {
         const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup + j;
-        weights[j] = task.weight_offset +
-                     load_as<T>(task.norm_weight, task.norm_weight_dtype, k < task.hidden ? k : task.hidden - 1);
+        weights[j] =
+            k < task.hidden ? task.weight_offset + load_as<T>(task.norm_weight, task.norm_weight_dtype, k) : 0.0f;
     }
 }
 
-/* sum[8][8] += x[8] w[8] for the 16 k of a step. */
+template <typename Tile> using Sums = float[Tile::own_m][Tile::own_n];
+
+/* sum += x w for the 16 k of a step. Neighbouring products share an operand, which saves reading the register again. */
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void multiply(float (&sum)[8][8], const Shared<Tile, T, W> &shared, int half, int m, int n) {
+__device__ __forceinline__ void multiply(Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int half, int m, int n) {
 #pragma unroll
     for (int k = 0; k < kStepK; k++) {
-        float x[8], w[8];
+        float x[Tile::own_m], w[Tile::own_n];
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
-            *reinterpret_cast<float4 *>(x + part * 4) =
-                *reinterpret_cast<const float4 *>(&shared.x[half][k][column(k, m + part * 32)]);
-            *reinterpret_cast<float4 *>(w + part * 4) =
-                *reinterpret_cast<const float4 *>(&shared.w[half][k][column(k, n + part * 16)]);
-        }
+        for (int i = 0; i < Tile::own_m; i += 4)
+            *reinterpret_cast<float4 *>(x + i) =
+                *reinterpret_cast<const float4 *>(&shared.x[half][k][column(k, m + i * 8)]);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int j = 0; j < Tile::own_n; j += 4)
+            *reinterpret_cast<float4 *>(w + j) =
+                *reinterpret_cast<const float4 *>(&shared.w[half][k][column(k, n + j * 4)]);
 #pragma unroll
-            for (int j = 0; j < 8; j++) sum[i][j] = fmaf(x[i], w[j], sum[i][j]);
+        for (int j = 0; j < Tile::own_n; j++)
+#pragma unroll
+            for (int turn = 0; turn < Tile::own_m; turn++) {
+                const int i = j % 2 ? Tile::own_m - 1 - turn : turn;
+                sum[i][j] = fmaf(x[i], w[j], sum[i][j]);
+            }
     }
 }
 
-/* Rows m + {0-3, 32-35}, columns n + {0-3, 16-19} of the tile, a group at a time. */
+/* The thread's rows and columns of the tile, a group at a time. With `join` the sums are added to what out holds of
+ * earlier k; only with `last` are they finished. */
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void store_outputs(const float (&sum)[8][8], const Shared<Tile, T, W> &shared, int m, int n,
-                                              TilePlace tile, const mv_task &task) {
+__device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n,
+                                              TilePlace tile, const mv_task &task, bool join, bool last) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < Tile::own_m; i++) {
         const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
         if (token >= task.tokens) continue;
         T *row = row_address<T>(task.out, task.inner, token);
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
-            const int column = n + part * 16;
-            const int64_t output = tile.first_output + column;
+        for (int j = 0; j < Tile::own_n; j += kGroup) {
+            const int column = n + j * 4;
+            const int64_t output = tile.first_output + column, count = task.outputs - output;
+            const bool whole = count >= kGroup && reinterpret_cast<uintptr_t>(row + output) % sizeof(Group<T>) == 0;
             Group<T> group;
+            if (join) group = load_group(row + output, count, whole);
 #pragma unroll
-            for (int j = 0; j < kGroup; j++)
-                group.v[j] = finish_output<T>(sum[i][part * 4 + j], shared.bias[column + j]);
-            if (output + kGroup <= task.outputs && reinterpret_cast<uintptr_t>(row + output) % sizeof(group) == 0) {
+            for (int v = 0; v < kGroup; v++) {
+                const float total = join ? to_float(group.v[v]) + sum[i][j + v] : sum[i][j + v];
+                group.v[v] = last ? finish_output<T>(total, shared.bias[column + v]) : from_float<T>(total);
+            }
+            if (whole) {
                 *reinterpret_cast<Group<T> *>(row + output) = group;
             } else {
 #pragma unroll
-                for (int j = 0; j < kGroup; j++)
-                    if (output + j < task.outputs) row[output + j] = group.v[j];
+                for (int v = 0; v < kGroup; v++)
+                    if (v < count) row[output + v] = group.v[v];
             }
         }
     }
 }
 
-/* Blocks per SM: 8 warps on it may have 255 registers each, 16 warps 128. */
-template <typename W, typename Tile, bool kNorm> constexpr int kBlocks = Tile::M == 64             ? 4
-                                                                         : kNorm || sizeof(W) == 4 ? 1
-                                                                                                   : 2;
+enum class Loads { kAny, kAlongK, kAlongN };
 
-template <typename T, typename W, typename Tile, bool kNorm>
-__global__ void __launch_bounds__(Tile::threads, kBlocks<W, Tile, kNorm>)
+/* kLoads: what is known of access when compiled. */
+template <typename T, typename W, typename Tile, bool kNorm, Loads kLoads>
+__global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
-    __shared__ Shared<Tile, T, W> shared;
+    extern __shared__ __align__(16) char smem[];
+    Shared<Tile, T, W> &shared = *reinterpret_cast<Shared<Tile, T, W> *>(smem);
+    if (kLoads != Loads::kAny) access = {true, true, kLoads == Loads::kAlongN};
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
     const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.residual.data;
@@ -286,36 +296,33 @@ __global__ void __launch_bounds__(Tile::threads, kBlocks<W, Tile, kNorm>)
     __syncthreads();
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int m = warp / Tile::warps_n * 64 + lane / 4 * kGroup, n = warp % Tile::warps_n * 32 + lane % 4 * kGroup;
-    /* float32 results keep what they are worth: every 512 k the sums join a total, so that a long sum has not its own
-     * size times the error of an addition for each of its terms. */
-    constexpr bool kTotals = sizeof(T) == 4;
-    constexpr int kTotalSteps = 512 / kStepK;
-    float sum[8][8] = {}, total[kTotals ? 8 : 1][8] = {};
+    /* Lanes that read together have few different addresses. */
+    const int lane_m = lane / 2 % 8, lane_n = lane % 2 + lane / 16 * 2;
+    const int m = warp / Tile::warps_n * Tile::warp_m + lane_m * kGroup;
+    const int n = warp % Tile::warps_n * Tile::warp_n + lane_n * kGroup;
+    /* float32 results keep what they are worth: every 1,024 k the sums join those in out, so that a long sum has not its
+     * own size times the error of an addition for each of its terms. */
+    const int together = sizeof(T) == 4 ? 1024 / kStepK : steps;
+    for (int step = 0; step < steps;) {
+        const int first = step, end = min(step + together, steps);
+        Sums<Tile> sum = {};
+        /* Two steps a turn, so that addresses in shared memory are known when compiled. Behind the last come zeros. */
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
-        const int half = step % 2;
-        const bool more = step + 1 < steps;
-        if (more) {
-            w_next.load(task, shared, (step + 1) * int64_t{kStepK}, access);
-            x_next.load(task, shared, (step + 1) * int64_t{kStepK}, access.x_whole, residual);
-            if (kNorm) load_group_weights<T>(task, (step + 1) * int64_t{kStepK}, norm_weights);
-        }
-        multiply(sum, shared, half, m, n);
-        if (kTotals && (!more || step % kTotalSteps == kTotalSteps - 1)) {
+        for (; step < end; step += 2)
 #pragma unroll
-            for (int i = 0; i < 64; i++) {
-                total[kTotals ? i / 8 : 0][i % 8] += sum[i / 8][i % 8];
-                sum[i / 8][i % 8] = more ? 0 : total[kTotals ? i / 8 : 0][i % 8];
+            for (int half = 0; half < 2; half++) {
+                const int64_t next = (step + half + 1) * int64_t{kStepK};
+                w_next.load(task, shared, next, access);
+                x_next.load(task, shared, next, access.x_whole, residual);
+                if (kNorm) load_group_weights<T>(task, next, norm_weights);
+                multiply<Tile>(sum, shared, half, m, n);
+                /* to where all warps have left at the last barrier */
+                x_next.store(shared, half ^ 1, norm_weights, kNorm, hf);
+                w_next.store(shared, half ^ 1, access.w_along_n);
+                __syncthreads();
             }
-        }
-        if (more) { /* the half that all warps have left at the last barrier */
-            x_next.store(shared, half ^ 1, norm_weights, kNorm, hf);
-            w_next.store(shared, half ^ 1, access.w_along_n);
-        }
-        __syncthreads();
+        store_outputs<Tile>(sum, shared, m, n, tile, task, first > 0, step >= steps);
     }
-    store_outputs(sum, shared, m, n, tile, task);
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
@@ -348,21 +355,44 @@ template <typename T, typename W> Access find_access(const mv_task *task) {
     return access;
 }
 
-template <typename T, typename W, typename Tile, bool kNorm>
+template <typename T, typename W, typename Tile, bool kNorm, Loads kLoads = Loads::kAny>
 mv_status launch_tile(const mv_task *task, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE,
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
-    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads, 0};
-    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm>>(task, grid, error, *task, find_access<T, W>(task));
+    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads,
+                       spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(Shared<Tile, T, W>))};
+    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kLoads>>(task, grid, error, *task,
+                                                                       find_access<T, W>(task));
 }
 
-/* The large tile needs half the loads per product, and takes four times as long: worth it with two for every SM. */
+using Large = Tile<128, 64, 8, 8, 3>;
+template <bool kNorm> using SmallTile = Tile<64, 64, 8, 4, kNorm ? 3 : 4>; /* the norm needs more registers */
+using Small = SmallTile<false>;
+
+/* In turns of a tile: an SM computes so many, and one alone on it takes as long as one and a half. */
+template <typename Tile> double turns(const mv_task *task) {
+    const int64_t share = ceil_div(tile_count(task, Tile::M, Tile::N), task->sm_count);
+    return share > 1 ? static_cast<double>(share) : 1.5;
+}
+
+/* The large tile needs fewer loads per product: of twice the size, it takes 1.8 times as long. */
+template <Loads kLoads> mv_status launch_float32(const mv_task *task, mv_error *error) {
+    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kLoads>(task, error)
+                                                         : launch_tile<float, float, Small, false, kLoads>(task, error);
+}
+
+/* The small tile takes anything. */
 template <typename T, typename W, bool kNorm> mv_status launch_product(const mv_task *task, mv_error *error) {
-    return tile_count(task, 128, 128) >= 2 * task->sm_count ? launch_tile<T, W, Tile<128, 128>, kNorm>(task, error)
-                                                            : launch_tile<T, W, Tile<64, 64>, kNorm>(task, error);
+    if constexpr (!kNorm && sizeof(T) == 4) {
+        const Access access = find_access<T, W>(task);
+        if (access.x_whole && access.w_whole)
+            return access.w_along_n ? launch_float32<Loads::kAlongN>(task, error)
+                                    : launch_float32<Loads::kAlongK>(task, error);
+    }
+    return launch_tile<T, W, SmallTile<kNorm>, kNorm>(task, error);
 }
 
 template <typename T, bool kNorm> mv_status run(const mv_task *task, mv_error *error) {

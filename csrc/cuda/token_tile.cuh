@@ -84,6 +84,14 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* The shared memory to ask for, for so many blocks of which an SM could hold ctas_per_sm, so that none gets more than its
+ * share: with more than they need, others find no room beside them. */
+static inline size_t spread_blocks(const mv_task *task, int64_t blocks, int ctas_per_sm, size_t needed) {
+    const int64_t share = ceil_div(blocks, task->sm_count);
+    const size_t alone = share < ctas_per_sm ? static_cast<size_t>(task->smem_bytes / (share + 1)) + 1024 : 0;
+    return alone > needed ? alone : needed;
+}
+
 /* Tiles of this size. */
 static inline int64_t tile_count(const mv_task *task, int tokens, int outputs) {
     return ceil_div(task->tokens, tokens) * ceil_div(task->outputs, outputs);

@@ -51,7 +51,7 @@ static double cost_norm_wgmma(const mv_task *t) {
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
-    return 22 + larger((double)t->hidden * 0.17, tile_flops(t, 64) / 4.0e7);
+    return 5 + larger((double)t->hidden * 0.04, tile_flops(t, 64) / 4.0e7);
 }
 #endif
 
