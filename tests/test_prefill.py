@@ -7,10 +7,13 @@ from frameworks import TORCH_CUDA, hopper_dtype
 
 pytestmark = pytest.mark.gpu
 
-# tokens, hidden, outputs: 64 tokens high; tiles of 64, 96, 128, 192, 224, 256 outputs; 160, four waves of them; nine waves;
-# clusters
-SHAPES = ((50, 200, 4096), (130, 200, 4096), (300, 200, 4096), (500, 136, 4096), (500, 128, 6144), (512, 128, 7168), (1000, 64, 4096),
-          (1000, 64, 10240), (4300, 64, 6144), (4300, 64, 5632))  # fmt: skip
+# tokens, hidden, outputs. On the 132 SMs of an H100: every tile 64 tokens high, of 32 to 96 outputs; every tile of 128, of 64 to
+# 256; nine waves of them; clusters
+SHAPES = (
+    *((40, 72, outputs) for outputs in (1024, 4288, 6400, 8512, 12288)),
+    *((130, 72, outputs) for outputs in (1024, 4288, 5312, 6400, 7424, 8512, 9536)),
+    *((300, 72, outputs) for outputs in (7104, 7808, 8512, 9216, 9920, 10624)),
+    (4300, 64, 6144), (4300, 64, 5632), (1100, 8192, 3840))  # fmt: skip
 
 # the same, where spare warps normalise the rows of later tiles: 4, 2, 1 row at a time, and a row in two rounds
 MEANWHILE = ((2048, 1024, 4096), (1300, 1280, 6144), (1100, 2560, 3840), (1100, 4104, 3840))

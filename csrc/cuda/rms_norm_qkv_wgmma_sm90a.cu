@@ -27,8 +27,7 @@ namespace {
 
 constexpr int kRowBytes = 2 * kStep;
 constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
-constexpr int kBoxColumns = 32, kBoxBytes = 64 * kBoxColumns * 2; /* of the outputs: 64 tokens high */
-constexpr size_t kSmemBytes = 232448;                             /* of a Hopper CTA */
+constexpr size_t kSmemBytes = 232448; /* of a Hopper CTA */
 
 /* M tokens x N outputs, and what shared memory holds: the ring, then boxes of outputs on their way out (a part of each
  * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the outputs. */
@@ -41,9 +40,11 @@ template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
     static constexpr int stage_bytes = x_bytes + w_bytes;
-    static constexpr int boxes = own_outputs / kBoxColumns;
-    static constexpr int boxes_at_once = boxes <= 5 ? boxes : (boxes + 1) / 2;
-    static constexpr int out_bytes = kWarpgroups * boxes_at_once * kBoxBytes;
+    static constexpr int box_columns = own_outputs % 32 == 0 ? 32 : own_outputs % 16 == 0 ? 16 : 8; /* 64 tokens high */
+    static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
+    static constexpr int boxes = own_outputs / box_columns;
+    static constexpr int boxes_at_once = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
+    static constexpr int out_bytes = kWarpgroups * boxes_at_once * box_bytes;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
     static constexpr int stages = (kSmemBytes - out_bytes - bias_bytes - 256) / stage_bytes;
     static constexpr int ring_bytes = stages * stage_bytes;
@@ -69,6 +70,7 @@ struct Product {
     mv_rows out;
     int64_t inner, tokens;
     int steps;              /* along hidden */
+    int stage_bytes;        /* that copies bring for a step */
     unsigned rows, columns; /* of tiles: a row is as high as the cluster has CTAs */
     unsigned group;         /* rows that walk over all columns together */
     unsigned cluster;
@@ -150,7 +152,7 @@ template <typename Tile, bool kShared> struct Producer {
         if (p.dynamic_weights) griddepcontrol_wait();
 #pragma unroll 1
         for (int slot = 0; slot < ahead; slot++) {
-            mbarrier_arrive_expect(full + 8 * slot, Tile::stage_bytes);
+            mbarrier_arrive_expect(full + 8 * slot, p.stage_bytes);
             load_w(weight, place, slot, slot);
         }
         griddepcontrol_wait();
@@ -164,7 +166,7 @@ template <typename Tile, bool kShared> struct Producer {
 #pragma unroll 1
             for (; step < p.steps; step++, slot.advance(Tile::stages)) {
                 mbarrier_wait(empty + 8 * slot.index, slot.parity ^ 1);
-                mbarrier_arrive_expect(full + 8 * slot.index, Tile::stage_bytes);
+                mbarrier_arrive_expect(full + 8 * slot.index, p.stage_bytes);
                 load_x(place, slot.index, step);
                 load_w(weight, place, slot.index, step);
             }
@@ -224,9 +226,16 @@ __device__ __forceinline__ void multiply(float (&sum)[Tile::own_outputs / 2], ui
     wgmma_results(sum);
 }
 
+/* Where a piece of eight outputs of a row lies among the boxes: swizzled as tensor copies want it. */
+template <typename Tile> __device__ __forceinline__ int piece_offset(int row, int piece) {
+    constexpr int kPieces = Tile::box_pieces;
+    const int swizzled = piece % kPieces ^ (row * kPieces / 8) % kPieces;
+    return piece / kPieces * Tile::box_bytes + (row * kPieces + swizzled) * 16;
+}
+
 /* Eight columns of this thread's two rows, with the bias, rounded: rows l / 4 and l / 4 + 8 of its warp. */
 template <typename T>
-__device__ __forceinline__ void finish_columns(uint32_t (&m)[2], const float *sum, const float *bias, int column) {
+__device__ __forceinline__ void finish_columns(uint32_t *m, const float *sum, const float *bias, int column) {
     const float2 b = *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
     m[0] = finish_pair<T>(sum[0], sum[1], b);
     m[1] = finish_pair<T>(sum[2], sum[3], b);
@@ -236,47 +245,44 @@ __device__ __forceinline__ void finish_columns(uint32_t (&m)[2], const float *su
 template <typename T, typename Tile>
 __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
                                            const Place &place, char *out, const float *bias) {
+    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * Tile::box_pieces, kAll = Tile::own_outputs / 8;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
     const uint32_t out_address = shared_address(out);
     const Segment &segment = p.segment[place.segment];
 #pragma unroll
-    for (int first = 0; first < Tile::boxes; first += Tile::boxes_at_once) {
-        constexpr int kAtOnce = Tile::boxes_at_once;
+    for (int first = 0; first < kAll; first += kPieces) {
         if (thread == 0) store_wait_read();
         warps_barrier(1 + half, 128);
 #pragma unroll
-        for (int box = 0; box < kAtOnce; box++) {
-            if (first + box >= Tile::boxes) break;
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                const int j = (first + box) * 4 + pair * 2;
-                uint32_t low[2], high[2];
-                finish_columns<T>(low, sum + 4 * j, bias, 8 * j);
-                finish_columns<T>(high, sum + 4 * j + 4, bias, 8 * j + 8);
-                const int row = warp * 16 + lane % 16, piece = pair * 2 + lane / 16;
-                const uint32_t m[4] = {low[0], low[1], high[0], high[1]};
-                stmatrix_x4(out_address + box * kBoxBytes + row * (kBoxColumns * 2) + ((piece ^ row / 2 % 4) << 4), m);
+        for (int i = 0; i < kPieces && first + i < kAll; i += 2) {
+            const int j = first + i;
+            const uint32_t to = out_address + piece_offset<Tile>(warp * 16 + lane % 16, i + lane / 16);
+            uint32_t m[4];
+            finish_columns<T>(m, sum + 4 * j, bias, 8 * j);
+            if (j + 1 < kAll) {
+                finish_columns<T>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
+                stmatrix_x4(to, m);
+            } else {
+                stmatrix_x2(to, {m[0], m[1]});
             }
         }
         fence_async_shared();
         warps_barrier(1 + half, 128);
         if (p.out_boxes) {
             if (thread == 0) {
-                for (int box = 0; box < kAtOnce && first + box < Tile::boxes; box++)
-                    store_box(&segment.out, place.output + (first + box) * kBoxColumns, place.token,
-                              out_address + box * kBoxBytes);
+                for (int i = 0; i < kPieces && first + i < kAll; i += Tile::box_pieces)
+                    store_box(&segment.out, place.output + (first + i) * 8, place.token,
+                              out_address + i / Tile::box_pieces * Tile::box_bytes);
                 store_commit();
             }
             continue;
         }
-        for (int i = thread; i < kAtOnce * 64 * 4; i += 128) {
-            const int box = i / 256, row = i / 4 % 64, piece = i % 4;
-            const int output = place.output + (first + box) * kBoxColumns + piece * 8;
-            if (first + box >= Tile::boxes || place.token + row >= p.tokens || output >= segment.outputs) continue;
+        for (int i = thread; i < kPieces * 64; i += 128) {
+            const int row = i / kPieces, piece = i % kPieces, output = place.output + (first + piece) * 8;
+            if (first + piece >= kAll || place.token + row >= p.tokens || output >= segment.outputs) continue;
             T *to = row_address<T>(p.out, p.inner, place.token + row) + segment.first_output + output;
-            const char *from = out + box * kBoxBytes + row * (kBoxColumns * 2) + ((piece ^ row / 2 % 4) << 4);
-            store_packet(to, *reinterpret_cast<const Packet<T> *>(from), segment.outputs - output,
-                         reinterpret_cast<uintptr_t>(to) % 16 == 0);
+            store_packet(to, *reinterpret_cast<const Packet<T> *>(out + piece_offset<Tile>(row, piece)),
+                         segment.outputs - output, reinterpret_cast<uintptr_t>(to) % 16 == 0);
         }
         warps_barrier(1 + half, 128);
     }
@@ -317,7 +323,7 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
         __syncwarp();
     } else {
         const int half = threadIdx.x / 128, thread = threadIdx.x % 128;
-        char *const out = smem + Tile::ring_bytes + half * Tile::boxes_at_once * kBoxBytes;
+        char *const out = smem + Tile::ring_bytes + half * Tile::boxes_at_once * Tile::box_bytes;
         float *const bias =
             reinterpret_cast<float *>(smem + Tile::ring_bytes + Tile::out_bytes) + half * Tile::own_outputs;
         if (p.dynamic_weights) griddepcontrol_wait();
@@ -360,8 +366,11 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.counters = rest.counters;
     p.group = group_height(task, choice);
     p.dynamic_weights = task->dynamic_weights;
-    /* Tiles read whole rows of y behind the last one; what comes of them is not stored. */
-    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, Tile::M, kStep};
+    /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes of
+     * either is not stored. */
+    const int high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
+    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, high, kStep};
+    p.stage_bytes = high * kRowBytes + Tile::w_bytes;
     mv_status status = encode_map(&p.x, x, error);
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
@@ -402,7 +411,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
                                 segment.outputs,
                                 task->tokens == 1 ? ceil_div(segment.outputs, 8) * 8 : out_stride,
                                 64,
-                                kBoxColumns};
+                                Tile::box_columns};
         if (status == MV_OK) status = encode_map(&segment.out, to, error);
     }
     if (status != MV_OK) return status;
@@ -416,24 +425,24 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);
 }
 
-template <typename T, bool kInOut>
+template <typename T, int kTokens, bool kInOut, int... kOutputs>
+mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+    mv_status status = MV_OK;
+    const auto launch = [&](int outputs,
+                            mv_status (*tile)(const mv_task *, const TileChoice &, const Rest &, mv_error *)) {
+        if (outputs == choice.outputs) status = tile(task, choice, rest, error);
+    };
+    (launch(kOutputs, launch_tile<T, kTokens, kOutputs, kInOut>), ...);
+    return status;
+}
+
+/* Every tile that choose_tile may choose. */
+template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
-    if constexpr (kInOut) {
-        return choice.outputs == 128 ? launch_tile<T, 128, 128, true>(task, choice, rest, error)
-                                     : launch_tile<T, 128, 256, true>(task, choice, rest, error);
-    } else {
-        switch (choice.outputs) {
-        case 64:
-            return choice.tokens == 64 ? launch_tile<T, 64, 64, false>(task, choice, rest, error)
-                                       : launch_tile<T, 128, 64, false>(task, choice, rest, error);
-        case 96: return launch_tile<T, 128, 96, false>(task, choice, rest, error);
-        case 128: return launch_tile<T, 128, 128, false>(task, choice, rest, error);
-        case 160: return launch_tile<T, 128, 160, false>(task, choice, rest, error);
-        case 192: return launch_tile<T, 128, 192, false>(task, choice, rest, error);
-        case 224: return launch_tile<T, 128, 224, false>(task, choice, rest, error);
-        default: return launch_tile<T, 128, 256, false>(task, choice, rest, error);
-        }
-    }
+    if (task->block[0].col_stride != 1) return launch_one_of<T, 128, true, 128, 256>(task, choice, rest, error);
+    if (choice.tokens == 64) return launch_one_of<T, 64, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
+    return launch_one_of<T, 128, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(task, choice,
+                                                                                                      rest, error);
 }
 
 size_t y_bytes(const mv_task *task) {
@@ -455,8 +464,7 @@ template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_er
     }
     const mv_status status = norm(&tasks.norm, error);
     if (status != MV_OK) return status;
-    return task->block[0].col_stride == 1 ? launch_choice<T, false>(&tasks.product, choice, rest, error)
-                                          : launch_choice<T, true>(&tasks.product, choice, rest, error);
+    return launch_choice<T>(&tasks.product, choice, rest, error);
 }
 
 } // namespace

@@ -28,8 +28,8 @@ static inline mv_status find_encoder(PFN_cuTensorMapEncodeTiled_v12000 *encode, 
     return MV_OK;
 }
 
-/* A matrix whose row r begins r * stride elements past data, and the box that one copy moves. The rows of a box are
- * 64 or 128 bytes, and lie in shared memory with their 16-byte pieces swizzled over as many bytes. */
+/* A matrix whose row r begins r * stride elements past data, and the box that one copy moves. The rows of a box are 16,
+ * 32, 64 or 128 bytes, and lie in shared memory with their 16-byte pieces swizzled over as many bytes. */
 struct BoxedMatrix {
     const void *data;
     mv_dtype dtype;
@@ -45,10 +45,13 @@ static inline mv_status encode_map(CUtensorMap *map, const BoxedMatrix &m, mv_er
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.stride) * 2};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(m.box_columns), static_cast<cuuint32_t>(m.box_rows)};
     const cuuint32_t steps[] = {1, 1};
+    const CUtensorMapSwizzle swizzle = m.box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : m.box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                       : m.box_columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                             : CU_TENSOR_MAP_SWIZZLE_NONE;
     const CUresult result =
         encode(map, m.dtype == MV_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-               const_cast<void *>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               m.box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+               const_cast<void *>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return MV_OK;
     return mv_fail(error, MV_DEVICE_ERROR,

@@ -38,26 +38,44 @@ template <typename T, int N, bool kInOut>
 __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add);
 
 /* Per N: the names of the N / 2 sums in the instruction, the sums, and the names of the operands after them. */
-#define MV_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define MV_NAMES_32 MV_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MV_NAMES_48 MV_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define MV_NAMES_64 MV_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MV_NAMES_80 MV_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define MV_NAMES_96 MV_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define MV_NAMES_112                                                                                                   \
-    MV_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define MV_NAMES_128                                                                                                   \
-    MV_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MV_SUMS_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
-#define MV_SUMS_FROM(i) MV_SUMS_4(i), MV_SUMS_4(i + 4), MV_SUMS_4(i + 8), MV_SUMS_4(i + 12)
-#define MV_SUMS_16 MV_SUMS_FROM(0)
-#define MV_SUMS_32 MV_SUMS_16, MV_SUMS_FROM(16)
-#define MV_SUMS_48 MV_SUMS_32, MV_SUMS_FROM(32)
-#define MV_SUMS_64 MV_SUMS_48, MV_SUMS_FROM(48)
-#define MV_SUMS_80 MV_SUMS_64, MV_SUMS_FROM(64)
-#define MV_SUMS_96 MV_SUMS_80, MV_SUMS_FROM(80)
-#define MV_SUMS_112 MV_SUMS_96, MV_SUMS_FROM(96)
-#define MV_SUMS_128 MV_SUMS_112, MV_SUMS_FROM(112)
+#define MV_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MV_NAMES_12 MV_NAMES_8 ", %8, %9, %10, %11"
+#define MV_NAMES_16 MV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MV_NAMES_20 MV_NAMES_16 ", %16, %17, %18, %19"
+#define MV_NAMES_24 MV_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define MV_NAMES_32 MV_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define MV_NAMES_40 MV_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define MV_NAMES_48 MV_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define MV_NAMES_56 MV_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define MV_NAMES_64 MV_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define MV_NAMES_72 MV_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define MV_NAMES_80 MV_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define MV_NAMES_88 MV_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define MV_NAMES_96 MV_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MV_NAMES_104 MV_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define MV_NAMES_112 MV_NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define MV_NAMES_120 MV_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define MV_NAMES_128 MV_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define MV_SUMS_FROM_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define MV_SUMS_FROM_8(i) MV_SUMS_FROM_4(i), MV_SUMS_FROM_4(i + 4)
+#define MV_SUMS_8 MV_SUMS_FROM_8(0)
+#define MV_SUMS_12 MV_SUMS_8, MV_SUMS_FROM_4(8)
+#define MV_SUMS_16 MV_SUMS_8, MV_SUMS_FROM_8(8)
+#define MV_SUMS_20 MV_SUMS_16, MV_SUMS_FROM_4(16)
+#define MV_SUMS_24 MV_SUMS_16, MV_SUMS_FROM_8(16)
+#define MV_SUMS_32 MV_SUMS_24, MV_SUMS_FROM_8(24)
+#define MV_SUMS_40 MV_SUMS_32, MV_SUMS_FROM_8(32)
+#define MV_SUMS_48 MV_SUMS_40, MV_SUMS_FROM_8(40)
+#define MV_SUMS_56 MV_SUMS_48, MV_SUMS_FROM_8(48)
+#define MV_SUMS_64 MV_SUMS_56, MV_SUMS_FROM_8(56)
+#define MV_SUMS_72 MV_SUMS_64, MV_SUMS_FROM_8(64)
+#define MV_SUMS_80 MV_SUMS_72, MV_SUMS_FROM_8(72)
+#define MV_SUMS_88 MV_SUMS_80, MV_SUMS_FROM_8(80)
+#define MV_SUMS_96 MV_SUMS_88, MV_SUMS_FROM_8(88)
+#define MV_SUMS_104 MV_SUMS_96, MV_SUMS_FROM_8(96)
+#define MV_SUMS_112 MV_SUMS_104, MV_SUMS_FROM_8(104)
+#define MV_SUMS_120 MV_SUMS_112, MV_SUMS_FROM_8(112)
+#define MV_SUMS_128 MV_SUMS_120, MV_SUMS_FROM_8(120)
 
 #define MV_WGMMA(T, type, N, half, A, B, ADD, IN_OUT, kInOut)                                                          \
     template <>                                                                                                        \
@@ -74,18 +92,32 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
     MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
     MV_WGMMA(__half, "f16", __VA_ARGS__, true)
 
+MV_WGMMA_ALL(16, 8, "%8", "%9", "%10", "%11")
+MV_WGMMA_ALL(24, 12, "%12", "%13", "%14", "%15")
 MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19")
+MV_WGMMA_ALL(40, 20, "%20", "%21", "%22", "%23")
+MV_WGMMA_ALL(48, 24, "%24", "%25", "%26", "%27")
 MV_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35")
+MV_WGMMA_ALL(80, 40, "%40", "%41", "%42", "%43")
 MV_WGMMA_ALL(96, 48, "%48", "%49", "%50", "%51")
+MV_WGMMA_ALL(112, 56, "%56", "%57", "%58", "%59")
 MV_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67")
+MV_WGMMA_ALL(144, 72, "%72", "%73", "%74", "%75")
 MV_WGMMA_ALL(160, 80, "%80", "%81", "%82", "%83")
+MV_WGMMA_ALL(176, 88, "%88", "%89", "%90", "%91")
 MV_WGMMA_ALL(192, 96, "%96", "%97", "%98", "%99")
+MV_WGMMA_ALL(208, 104, "%104", "%105", "%106", "%107")
 MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115")
+MV_WGMMA_ALL(240, 120, "%120", "%121", "%122", "%123")
 MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131")
 
 /* The reverse of ldmatrix_x4 (mma.cuh): lane l gives the address of row l % 8 of matrix l / 8. */
 __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
                  "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+__device__ __forceinline__ void stmatrix_x2(uint32_t row, const uint32_t (&m)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(m[0]), "r"(m[1])
                  : "memory");
 }

@@ -35,31 +35,25 @@ static inline int64_t first_rows(const mv_task *task, const TileChoice &choice) 
 }
 
 /* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile takes
- * some for each of its steps and some for its outputs. Where waves are many, what a cluster saves in reads of L2 is
- * worth more than its CTAs lose by waiting for each other. */
+ * some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of tiles would read
+ * the weights twice. At a large hidden size what a cluster saves in reads of L2 is worth more than its CTAs lose by
+ * waiting for each other. */
 static inline TileChoice choose_tile(const mv_task *task) {
-    constexpr struct {
-        int tokens, outputs;
-        double step_us;
-        bool in_out; /* also for in_out weights, which are rarer */
-    } kTiles[] = {{64, 64, 0.20, false},   {128, 64, 0.29, false},  {128, 96, 0.37, false},  {128, 128, 0.45, true},
-                  {128, 160, 0.52, false}, {128, 192, 0.60, false}, {128, 224, 0.68, false}, {128, 256, 0.75, true}};
     constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
+    const bool in_out = task->block[0].col_stride != 1, few = task->tokens <= 64 && !in_out;
+    const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
     TileChoice best = {};
-    double lowest = 0;
-    for (const auto &tile : kTiles) {
-        if (task->block[0].col_stride != 1 && !tile.in_out) continue;
-        if (tile.tokens < 128 && task->tokens > tile.tokens) continue; /* two of them read the weights twice */
-        const int64_t tiles = ceil_div(task->tokens, tile.tokens) * block_columns(task, tile.outputs);
-        const int64_t waves = ceil_div(tiles, task->sm_count);
-        const double tile_us = steps * tile.step_us + 0.006 * tile.outputs, cost = static_cast<double>(waves) * tile_us;
-        if (best.outputs != 0 && cost >= lowest) continue;
+    double lowest = 1e300;
+    for (int outputs = few ? 96 : 256; outputs >= (in_out ? 128 : few ? 32 : 64); outputs -= apart) {
+        const int tokens = few ? 64 : 128;
+        const int64_t waves = ceil_div(ceil_div(task->tokens, tokens) * block_columns(task, outputs), task->sm_count);
+        const double step_us = (few ? 0.05 : 0.135) + 0.0024 * outputs, tile_us = steps * step_us + 0.006 * outputs;
+        const double cost = static_cast<double>(waves) * tile_us;
+        if (cost >= 0.99 * lowest) continue; /* wide ones ask less of L2 */
         lowest = cost;
-        best.tokens = tile.tokens;
-        best.outputs = tile.outputs;
-        best.cluster = tile.outputs == 256 && waves >= 5 ? kCluster : 1;
-        best.meanwhile = tile.outputs >= kSpareOutputs && tile_us >= kMeanwhile;
+        const unsigned cluster = steps >= 128 && waves >= 2 ? kCluster : 1;
+        best = {tokens, outputs, cluster, outputs >= kSpareOutputs && tile_us >= kMeanwhile};
     }
     best.meanwhile = best.meanwhile && first_rows(task, best) < task->tokens && norm_rows_fit(task) &&
                      !task->batch_invariant; /* they add in another order than the norm kernel */
