@@ -106,15 +106,19 @@ def no_gradients():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The ops that fused layers of minivllm.transformers call, counted by name."""
+    """The ops that fused layers of minivllm.transformers call, counted by name, and again where they are in place."""
     import minivllm.transformers
 
     counts = {}
 
     class Spy:
         def __getattr__(self, name):
-            counts[name] = counts.get(name, 0) + 1
-            return getattr(minivllm, name)
+            def call(x, *args, **kwargs):
+                for key in [name] + [f"{name} in place"] * (kwargs.get("out") is x):
+                    counts[key] = counts.get(key, 0) + 1
+                return getattr(minivllm, name)(x, *args, **kwargs)
+
+            return call
 
     monkeypatch.setattr(minivllm.transformers.layer, "minivllm", Spy())
     return counts

@@ -22,16 +22,17 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 # ---- the loading path, and what the results are worth ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", TINY)
-def test_a_checkpoint_is_no_further_from_float64_than_before(name, dtype, device, tmp_path, calls):
+def test_a_checkpoint_is_no_further_from_float64_than_before(name, dtype, rounding, device, tmp_path, calls):
     causal_lm(name, dtype, seed=3).save_pretrained(tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").to(device)
     prompts = [prompt(1, tokens, seed).to(device) for seed, tokens in enumerate((1, 2, 7, 33, 70))]
     exact = copy.deepcopy(model).double()
     before = [rms(model(ids).logits - exact(ids).logits) for ids in prompts]
-    report = minivllm.transformers.apply(model, fused_tokens=64)
+    report = minivllm.transformers.apply(model, fused_tokens=64, rounding=rounding)
     assert report.fused == [f"model.layers.{i}" for i in range(LAYERS)] + ["model.norm"] and not report.left_alone
     after = [rms(model(ids).logits - exact(ids).logits) for ids in prompts]
     assert calls["rms_norm_qkv"] == LAYERS * (len(prompts) - 1)  # 70 tokens are too many
@@ -108,7 +109,8 @@ def test_a_long_prompt_in_parts():
         assert rms(torch.cat(parts, 1) - exact) < 1.5 * before < 2e-5
 
 
-def test_512_steps():
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+def test_512_steps(rounding):
     """Fed the same tokens, the fused bfloat16 model chooses what the float32 model does as often as the plain one."""
     plain = causal_lm("tiny-qwen3", "bfloat16", seed=5)
     tokens = prompt(1, 520)
@@ -116,7 +118,7 @@ def test_512_steps():
     steps = []
     for fused in (False, True):
         if fused:
-            report = minivllm.transformers.apply(plain)
+            report = minivllm.transformers.apply(plain, rounding=rounding)
         cache = transformers.StaticCache(config=plain.config, max_cache_len=520)
         logits = [plain(tokens[:, :8], past_key_values=cache).logits[:, -1:]]
         logits += [plain(token, past_key_values=cache).logits for token in tokens[:, 8:].split(1, 1)]
@@ -152,15 +154,16 @@ def decode(model, call, ids):
     return torch.cat([call(token, past_key_values=cache).logits.clone() for token in ids[:, -4:].split(1, 1)], 1)
 
 
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen3"])
-def test_compile(name, device):
+def test_compile(name, rounding, device):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
     model = causal_lm(name, device=device)
     ids = prompt().to(device)
     expected = decode(model, model, ids)
-    report = minivllm.transformers.apply(model)
+    report = minivllm.transformers.apply(model, rounding=rounding)
     counter = CompileCounterWithBackend("aot_eager")
     assert close(decode(model, torch.compile(model, fullgraph=True, backend=counter), ids), expected)
     ops = [str(node.target) for node in counter.graphs[0].graph.nodes]
@@ -256,8 +259,9 @@ def test_the_benchmark(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen2.5-0.5b"])
-def test_full_size(name):
+def test_full_size(name, rounding):
     """Random weights, the outlier among them. Errors are against float32 on the same GPU."""
     model = causal_lm(name, "bfloat16", "cuda")
     if name == "qwen3-0.6b":
@@ -265,7 +269,7 @@ def test_full_size(name):
     exact = copy.deepcopy(model).float()
     prompts = [torch.randint(0, 150000, (1, tokens), device="cuda") for tokens in (5, 33, 64, 700)]
     before = [rms(model(ids).logits - exact(ids).logits) for ids in prompts]
-    report = minivllm.transformers.apply(model)
+    report = minivllm.transformers.apply(model, rounding=rounding)
     after = [rms(model(ids).logits - exact(ids).logits) for ids in prompts]
     assert len(report.fused) == model.config.num_hidden_layers + 1 and not report.fallbacks
     assert sum(after) <= 1.03 * sum(before), (before, after)

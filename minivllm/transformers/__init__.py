@@ -33,6 +33,7 @@ from minivllm.transformers.layer import (  # noqa: E402
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BACKENDS = ("cpu", "cuda")
+ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
 
 
@@ -80,7 +81,7 @@ class Report:
         return "\n".join(lines)
 
 
-def apply(model, *, packed=False, fused_tokens="auto"):
+def apply(model, *, packed=False, fused_tokens="auto", rounding="fp32"):
     """Puts the fused ops into every Llama, Qwen2 and Qwen3 decoder inside `model`, and returns a Report.
 
     model: a torch module, such as what AutoModelForCausalLM.from_pretrained returned. Its weights stay where they are
@@ -88,15 +89,19 @@ def apply(model, *, packed=False, fused_tokens="auto"):
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
     tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
     never; "auto": FUSED_TOKENS on a GPU that has no kernel for Hopper's tensor cores in the model's dtype, else None.
+    rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
+    twice, as transformers does.
 
     What cannot be fused is left alone and named in the report. Applied anew, it starts from the model's own code.
 
-    TypeError: model is no torch.nn.Module. ValueError: fused_tokens. RuntimeError: as `undo`.
+    TypeError: model is no torch.nn.Module. ValueError: fused_tokens or rounding. RuntimeError: as `undo`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply: model is of type {type(model).__qualname__}, expected a torch.nn.Module")
     if not (fused_tokens in ("auto", None) or (type(fused_tokens) is int and fused_tokens >= 0)):
         raise ValueError(f"apply: fused_tokens is {fused_tokens!r}, expected 'auto', None or a number >= 0")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"apply: rounding is {rounding!r}, expected 'hf' or 'fp32'")
     undo(model)
     report = Report(model)
     for name, decoder in model.named_modules():
@@ -108,10 +113,11 @@ def apply(model, *, packed=False, fused_tokens="auto"):
             report.left_alone[name] = why
             continue
         for index, layer in decoder.layers.named_children():
-            _apply_to_layer(family, f"{prefix}layers.{index}", layer, packed, fused_tokens, report)
+            _apply_to_layer(family, f"{prefix}layers.{index}", layer, packed, fused_tokens, rounding, report)
         if why := _why_not_norm(family, decoder.norm):
             report.left_alone[f"{prefix}norm"] = why
         else:
+            decoder.norm._minivllm = rounding
             decoder.norm.forward = types.MethodType(norm_forward, decoder.norm)
             report.fused.append(f"{prefix}norm")
         decoder.forward = types.MethodType(model_forward, decoder)
@@ -138,12 +144,12 @@ def undo(model):
     for module in ours:
         del module.forward
         fused = module.__dict__.pop("_minivllm", None)
-        if fused is not None and fused.is_packed():
+        if isinstance(fused, FusedLayer) and fused.is_packed():
             for linear in fused.projections:
                 linear.weight.data = linear.weight.data.clone()
 
 
-def _apply_to_layer(family, name, layer, packed, fused_tokens, report):
+def _apply_to_layer(family, name, layer, packed, fused_tokens, rounding, report):
     why = _why_not_layer(family, layer)
     if why is not None:
         report.left_alone[name] = why
@@ -158,7 +164,7 @@ def _apply_to_layer(family, name, layer, packed, fused_tokens, report):
         report.packed_bytes += matrix.nbytes
     if fused_tokens == "auto":
         fused_tokens = _default_limit(linears[0].weight)
-    layer._minivllm = FusedLayer(name, layer, matrix, fused_tokens, report.fallbacks)
+    layer._minivllm = FusedLayer(name, layer, matrix, fused_tokens, rounding, report.fallbacks)
     layer.forward = types.MethodType(layer_forward, layer)
     report.fused.append(name)
 

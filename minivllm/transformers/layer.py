@@ -6,7 +6,7 @@ These functions stand in for `forward` of a model, of its layers and of its fina
     q, k           = rms_norm(q), rms_norm(k)                   Qwen3, in place
     q, k           = rotary embedding of both in one go         torch, in place
     attention, o_proj                                           as in transformers
-    y, total       = fused_add_rms_norm(o_proj's, total)
+    y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
@@ -96,16 +96,27 @@ def rotate(x, cos, sin):
     x.mul_(cos).add_(turned.mul_(sin))
 
 
+def traced_norm(norm, x, rounding):
+    """A norm under torch.compile: in operations of torch, which the compiler fuses with their surroundings."""
+    if rounding == "hf":
+        return type(norm).forward(norm, x)
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    return (y * norm.weight.float()).to(x.dtype)
+
+
 class FusedLayer:
     """A decoder layer's parts, and whether a call may use them. Lives on the layer as `_minivllm`.
 
     packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. fused_tokens: calls with
-    more tokens take the norm and torch's linear, None: no limit. fallbacks: the report's, by layer name.
+    more tokens take the norm and torch's linear, None: no limit. rounding: of every norm. fallbacks: the report's, by
+    layer name.
     """
 
-    def __init__(self, name, layer, packed, fused_tokens, fallbacks):
+    def __init__(self, name, layer, packed, fused_tokens, rounding, fallbacks):
         attention = layer.self_attn
         self.name, self.packed, self.fused_tokens, self.fallbacks = name, packed, fused_tokens, fallbacks
+        self.rounding = rounding
         self.layer, self.attention, self.o_proj, self.mlp = layer, attention, attention.o_proj, layer.mlp
         self.input_norm, self.post_norm = (getattr(layer, norm) for norm in NORMS)
         self.projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -161,17 +172,16 @@ class FusedLayer:
         parts = minivllm.rms_norm_qkv(
             x, self.input_norm.weight, (wq.weight, wk.weight, wv.weight), self.heads, self.kv_heads,
             self.input_norm.variance_epsilon, bias=bias, residual=residual, head_dim=self.head_dim,
-            weight_layout="out_in")  # fmt: skip
+            weight_layout="out_in", rounding=self.rounding)  # fmt: skip
         return (*parts, x) if residual is None else parts
 
     def norm_then_qkv(self, x, residual):
         """The same by the norm and torch's linear: where the weights are packed one, else three with a buffer each."""
+        norm = self.input_norm
         if residual is None:
-            y, total = minivllm.rms_norm(x, self.input_norm.weight, self.input_norm.variance_epsilon), x
+            y, total = minivllm.rms_norm(x, norm.weight, norm.variance_epsilon, rounding=self.rounding), x
         else:
-            y, total = minivllm.add_rms_norm(
-                x, residual, self.input_norm.weight, self.input_norm.variance_epsilon, residual_out=residual
-            )
+            y, total = self.add_norm(norm, x, residual, residual_out=residual)
         lead = x.shape[:-1]
         if self.is_packed():
             biases = [linear.bias for linear in self.projections]
@@ -181,6 +191,10 @@ class FusedLayer:
         else:
             q, k, v = (F.linear(y, w.weight, w.bias).view(*lead, -1, self.head_dim) for w in self.projections)
         return q, k, v, total
+
+    def add_norm(self, norm, x, residual, **out):
+        """(the norm of x + residual, that sum)"""
+        return minivllm.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, rounding=self.rounding, **out)
 
     def is_packed(self):
         """Whether the Parameters still are views of the packed matrix; moving the model takes them out of it."""
@@ -197,7 +211,7 @@ class FusedLayer:
     def norm_and_rotate(self, q, k, cos, sin, in_one_buffer):
         """q_norm, k_norm and the rotary embedding, in place; in one buffer k follows q, and both are rotated as one."""
         for norm, x in zip(self.head_norms, (q, k)):
-            minivllm.rms_norm(x, norm.weight, norm.variance_epsilon, out=x)
+            minivllm.rms_norm(x, norm.weight, norm.variance_epsilon, out=x, rounding=self.rounding)
         if in_one_buffer:
             batch, tokens, _, head_dim = q.shape
             rotate(q.as_strided((batch, tokens, self.heads + self.kv_heads, head_dim), q.stride()), cos, sin)
@@ -263,11 +277,10 @@ def eager_layer(fused, x, pending, step, mask, cache, embeddings, kwargs):
     cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
     fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
     out = fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
-    norm = fused.post_norm
     if total is x or type(fused.o_proj) is not torch.nn.Linear or fused.o_proj._forward_hooks:  # not ours alone
-        y, total = minivllm.add_rms_norm(out, total, norm.weight, norm.variance_epsilon)
+        y, total = fused.add_norm(fused.post_norm, out, total)
     else:
-        y, total = minivllm.fused_add_rms_norm(out, total, norm.weight, norm.variance_epsilon)
+        y, total = fused.add_norm(fused.post_norm, out, total, out=out, residual_out=total)
     return fused.mlp(y), total
 
 
@@ -276,11 +289,10 @@ def traced_layer(fused, x, pending, step, mask, cache, embeddings, kwargs):
     surroundings by itself: only the norm with the projection is ours."""
     q, k, v, total = fused.norm_qkv(x, pending)
     if fused.head_norms:
-        q_norm, k_norm = fused.head_norms
-        q, k = q_norm(q), k_norm(k)
+        q, k = [traced_norm(norm, x, fused.rounding) for norm, x in zip(fused.head_norms, (q, k))]
     q, k = fused.apply_rotary(q, k, *embeddings, unsqueeze_dim=2)
     total = total + fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
-    return fused.mlp(fused.post_norm(total)), total
+    return fused.mlp(traced_norm(fused.post_norm, total, fused.rounding)), total
 
 
 @named_forward
@@ -299,7 +311,9 @@ def model_forward(self, *args, **kwargs):
 @named_forward
 def norm_forward(self, hidden_states):
     """Of the final norm."""
-    plain = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if plain or hidden_states.dtype != self.weight.dtype or hidden_states.dtype not in DTYPES:
-        return type(self).forward(self, hidden_states)
-    return minivllm.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    x, rounding = hidden_states, self._minivllm
+    if self.training or torch.is_grad_enabled() or x.dtype != self.weight.dtype or x.dtype not in DTYPES:
+        return type(self).forward(self, x)
+    if torch.compiler.is_compiling():
+        return traced_norm(self, x, rounding)
+    return minivllm.rms_norm(x, self.weight, self.variance_epsilon, rounding=rounding)
