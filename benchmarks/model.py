@@ -1,14 +1,14 @@
 """A whole model of transformers with random weights: plain, and with minivllm.transformers applied.
 
 Speed: a decode step (embedding to the next token, on a static cache that holds CONTEXT tokens) and a prefill of
-PREFILL tokens, run eagerly, as a CUDA graph, and under torch.compile. Both models share their weights' memory.
+PREFILL tokens, run eagerly, as a CUDA graph, and under torch.compile. All models share their weights' memory.
 
 The graph is of the decode step. torch.compile takes seconds per layer, model and batch: time it with --layers.
 
-Accuracy: both are fed the same tokens as the same model in float32, prompts of several lengths padded on the left, then
-one token at a time; what each would choose next is compared with what float32 would. Errors are RMS over the logits of
-a prompt; their mean and standard deviation over prompts, and the mean over prompts of by how much minivllm's is larger,
-with the standard error of that mean.
+Accuracy, with either rounding of the norms: all are fed the same tokens as the same model in float32, prompts of
+several lengths padded on the left, then one token at a time; what each would choose next is compared with what float32
+would. Errors are RMS over the logits of a prompt; their mean and standard deviation over prompts, and the mean over
+prompts of by how much minivllm's is larger, with the standard error of that mean.
 """
 
 import argparse
@@ -25,6 +25,8 @@ CONTEXT, CACHE, PREFILL = 512, 1024, 2048
 PROMPTS, LONGEST, LONG_PROMPTS = 64, 64, 4
 PLAIN = "transformers"
 LINEAR = f"{OURS} and linear"  # the fused sum and norm, then torch's linear, however few tokens
+HF = f"{OURS} hf"  # its norms round as those of transformers; its speed is not timed
+VARIANTS = {OURS: {}, LINEAR: {"fused_tokens": 0}, HF: {"rounding": "hf"}}  # what `apply` is told
 TORCH_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 METHOD = {
     "decode": f"us a step, from the call to the end on the device: {CONTEXT} tokens in a static cache of {CACHE}",
@@ -34,14 +36,14 @@ METHOD = {
 
 
 def twins(name: str, dtype: str, device: str, layers: int | None) -> dict:
-    """By variant, over the same weights: the plain model, the fused one, and one whose projection is torch's linear.
-    layers: the first so many only; None: all."""
+    """By variant, over the same weights: the plain model and those of VARIANTS. layers: the first so many only; None:
+    all."""
     import minivllm.transformers
     from minivllm.testing.models import causal_lm
 
     plain = causal_lm(name, TORCH_DTYPES[dtype], device, **({"num_hidden_layers": layers} if layers else {}))
     models = {PLAIN: plain}
-    for variant, options in {OURS: {}, LINEAR: {"fused_tokens": 0}}.items():
+    for variant, options in VARIANTS.items():
         shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
         models[variant] = copy.deepcopy(plain, shared)
         report = minivllm.transformers.apply(models[variant], **options)
@@ -171,7 +173,7 @@ def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, re
     for work, batch, mode in works(args):
         length, room = (context, cache) if work == "decode" else (0, prefill)
         prompt = torch.randint(0, config.vocab_size, (batch, room), device=models[PLAIN].device)
-        wanted = models if (work, mode, batch) == ("prefill", "eager", 1) else [PLAIN, OURS]
+        wanted = [PLAIN, OURS] + [LINEAR] * ((work, mode, batch) == ("prefill", "eager", 1))
         sequences = {variant: Sequences(models[variant], batch, room) for variant in wanted}
         for each in sequences.values():
             each.fill(prompt[:, : length or 1], logits_to_keep=1)  # the cache comes into being outside of any graph
@@ -242,7 +244,7 @@ def accuracy(name: str, dtype: str, models: dict, args: argparse.Namespace, repo
 
     steps = 32 if args.quick else 512
     exact = copy.deepcopy(models[PLAIN]).float()
-    models = {variant: models[variant] for variant in (PLAIN, OURS)}
+    models = {variant: models[variant] for variant in (PLAIN, OURS, HF)}
     everyone = {"exact": exact} | models
     ids, mask, positions, lengths = padded_prompts(exact.config.vocab_size, exact.device)
     whole_mask = torch.cat([mask, mask.new_ones(PROMPTS, steps)], 1)

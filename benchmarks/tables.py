@@ -140,9 +140,12 @@ MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
     "prompts": lambda case: case.kind or "",
     "error of transformers": lambda case: mean_error(case, "transformers"),
     "error of minivllm": lambda case: mean_error(case, OURS),
-    "difference": lambda case: difference(case),
+    "difference": lambda case: difference(case, OURS),
+    'error with `rounding="hf"`': lambda case: mean_error(case, f"{OURS} hf"),
+    "its difference": lambda case: difference(case, f"{OURS} hf"),
     "chooses as float32": lambda case: agreement(case, "transformers"),
     "minivllm does": lambda case: agreement(case, OURS),
+    'with `rounding="hf"`': lambda case: agreement(case, f"{OURS} hf"),
 }
 
 
@@ -151,9 +154,9 @@ def mean_error(case: Case, variant: str) -> str:
     return f"{row['mean_error']:.3e} ± {row['error_deviation']:.1e}" if "mean_error" in row else ""
 
 
-def difference(case: Case) -> str:
-    """Of minivllm's error from that of transformers, with its standard error, as a share."""
-    row, other = case.rows.get(OURS, {}), case.rows.get("transformers", {})
+def difference(case: Case, variant: str) -> str:
+    """Of a variant's error from that of transformers, with its standard error, as a share."""
+    row, other = case.rows.get(variant, {}), case.rows.get("transformers", {})
     if not row.get("difference_error") or "mean_error" not in other:
         return ""
     share, spread = (100 * row[column] / other["mean_error"] for column in ("difference", "difference_error"))

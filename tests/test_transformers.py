@@ -250,9 +250,10 @@ def test_the_benchmark(tmp_path):
         (*case, variant) for case in cases for variant in ("transformers", "minivllm")
     ]
     errors = {(row["kind"], row["variant"]): row["mean_error"] for row in rows if "kind" in row}
-    assert len(errors) == 6 and not any("error" in row for row in rows)
+    assert len(errors) == 9 and not any("error" in row for row in rows)
     for (kind, variant), error in errors.items():
         assert 0 < error <= 1.05 * errors[kind, "transformers"], (kind, variant)
+        assert (error == errors[kind, "minivllm"]) == (variant == "minivllm"), (kind, variant)
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
