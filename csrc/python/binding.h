@@ -175,7 +175,8 @@ struct framework {
     PyObject *(*empty)(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
     /* `bytes` bytes of scratch on like's GPU, as an object that owns them; *data: where. */
     PyObject *(*scratch)(call *c, const tensor *like, size_t bytes, void **data);
-    /* q, k and v: a tuple of views of `out`, which is [..., heads, head_dim] when fresh, else [..., qkv]. */
+    /* q, k and v: a tuple of views of `out`, which is [..., heads, head_dim] when fresh, else [..., qkv]; who needs to
+     * know that the op has written to a given one is told here too. */
     PyObject *(*split)(call *c, const tensor *like, const tensor *out, const head_counts *counts);
     /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
     PyObject *(*finish)(call *c, const tensor *like, PyObject *object);

@@ -172,14 +172,12 @@ static bool torch_stream(call *c, const tensor *t, void **stream) {
     return object && take_pointer(object, "cuda_stream", stream);
 }
 
-/* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
 static bool torch_written(call *c, const tensor *t) {
     const torch_c *torch = torch_c_functions();
     if (torch) {
         void *const tensor = torch_tensor_of(c->state, t->object);
         if (!tensor) return false;
-        const torch_handle *handle = (const torch_handle *)&tensor;
-        if (torch->version(handle)->counter) torch->bump_version(handle);
+        torch_note_write(torch, (const torch_handle *)&tensor);
         return true;
     }
     const long inference = ask(c, TORCH_IS_INFERENCE_MODE);

@@ -29,8 +29,9 @@ static bool find_all(torch_c *found) {
            find(tensors, "aoti_torch_empty_strided", &found->empty) &&
            find(tensors, "aoti_torch_get_data_ptr", &found->data) &&
            find(tensors, "aoti_torch_get_storage_offset", &found->offset) &&
-           find(tensors, "aoti_torch__reinterpret_tensor", &found->share) &&
            find(tensors, "aoti_torch_delete_tensor_object", &found->drop) &&
+           find(tensors, "_ZN5torch8inductor19_reinterpret_tensorERKN2at6TensorEN3c108ArrayRefIlEES7_l",
+                &found->share) &&
            find(tensors, "_ZN2at4_ops10as_strided4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEES8_St8optionalIS7_E",
                 &found->view) &&
            find(objects, "_Z16THPVariable_WrapRKN2at10TensorBaseE", &found->object) &&

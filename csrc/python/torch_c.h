@@ -46,17 +46,15 @@ typedef struct {
                      int32_t device_index, torch_handle **made);
     int32_t (*data)(torch_handle *tensor, void **data);
     int32_t (*offset)(torch_handle *tensor, int64_t *offset); /* of its first element in its storage */
-    /* A tensor of its own that shares the storage of `base`; strides and offset (from base's own) count elements. */
-    int32_t (*share)(torch_handle *base, int64_t ndim, const int64_t *shape, const int64_t *strides, int64_t offset,
-                     torch_handle **made);
     int32_t (*drop)(torch_handle *tensor);
-    /* A view of `base` that autograd knows as such; offset: as above. */
+    /* A tensor of its own that shares the storage of `base`; strides and offset (from base's own) count elements. */
+    torch_returned (*share)(const torch_handle *base, torch_numbers shape, torch_numbers strides, int64_t offset);
+    /* A view of `base` that autograd knows as such; offset: in the storage. */
     torch_returned (*view)(const torch_handle *base, torch_numbers shape, torch_numbers strides,
                            const torch_optional *offset);
     /* A new torch.Tensor that refers to the same tensor; and one that takes it over, leaving NULL. */
     PyObject *(*object)(const torch_handle *tensor);
     PyObject *(*object_taking)(torch_returned *tensor);
-    /* By its version autograd knows that a tensor has changed since it was saved. */
     const torch_version *(*version)(const torch_handle *tensor);
     void (*set_version)(const torch_handle *tensor, const torch_version *version);
     void (*bump_version)(const torch_handle *tensor); /* not of one that has none */
@@ -65,6 +63,11 @@ typedef struct {
 
 /* NULL where the loaded torch lacks any of them. */
 const torch_c *torch_c_functions(void);
+
+/* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
+static inline void torch_note_write(const torch_c *torch, const torch_handle *tensor) {
+    if (torch->version(tensor)->counter) torch->bump_version(tensor);
+}
 
 /* What the handle of a torch.Tensor points to: `void *tensor` on the caller's stack, its address the handle, for as long
  * as the object lives. NULL with an exception set. */

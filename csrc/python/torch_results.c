@@ -32,46 +32,38 @@ static PyObject *new_holder(int dtype, mv_device device, int ndim, const int64_t
     return holder;
 }
 
-/* A part of a packed tensor as an object; strides and offset, which counts from the beginning of `packed`, in elements. */
-typedef PyObject *make_part(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
-                            const int64_t *strides, int64_t offset);
-
-static PyObject *share_part(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
-                            const int64_t *strides, int64_t offset, bool same_version) {
-    torch_handle *part;
-    if (torch->share(packed, ndim, shape, strides, offset, &part) != 0)
-        return PyErr_Format(PyExc_RuntimeError,
-                            "minivllm: torch could not make a view of the packed q, k and v; its reason is on stderr");
-    const torch_version *version = same_version ? torch->version(packed) : NULL;
-    if (version && version->counter && torch->version(part)->counter) torch->set_version(part, version);
-    PyObject *object = torch->object(part);
-    torch->drop(part);
-    return object;
-}
+/* A part of a packed tensor; offset: from the beginning of `packed`. Strides and offset count elements. NULL in it: an
+ * exception is set. */
+typedef torch_returned make_part(const torch_c *torch, torch_handle *packed, torch_numbers shape, torch_numbers strides,
+                                 int64_t offset);
 
 /* Nobody else holds a fresh packed tensor, so its parts need no record of being parts of one. */
-static PyObject *part_of_fresh(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
-                               const int64_t *strides, int64_t offset) {
-    return share_part(torch, packed, ndim, shape, strides, offset, false);
+static torch_returned part_of_fresh(const torch_c *torch, torch_handle *packed, torch_numbers shape,
+                                    torch_numbers strides, int64_t offset) {
+    return torch->share(packed, shape, strides, offset);
 }
 
 /* While no gradients are recorded: a write to the part is one to the whole, and the other way round. */
-static PyObject *part_of_given(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
-                               const int64_t *strides, int64_t offset) {
-    return share_part(torch, packed, ndim, shape, strides, offset, true);
+static torch_returned part_of_given(const torch_c *torch, torch_handle *packed, torch_numbers shape,
+                                    torch_numbers strides, int64_t offset) {
+    torch_returned part = torch->share(packed, shape, strides, offset);
+    const torch_handle *handle = (const torch_handle *)&part;
+    const torch_version *version = torch->version(packed);
+    if (version->counter && torch->version(handle)->counter) torch->set_version(handle, version);
+    return part;
 }
 
 /* While they are: what the whole becomes part of, its views do too. */
-static PyObject *view_of_given(const torch_c *torch, torch_handle *packed, int ndim, const int64_t *shape,
-                               const int64_t *strides, int64_t offset) {
-    const size_t count = (size_t)ndim;
+static torch_returned view_of_given(const torch_c *torch, torch_handle *packed, torch_numbers shape,
+                                    torch_numbers strides, int64_t offset) {
     torch_optional begin = {0, true};
-    if (torch->offset(packed, &begin.value) != 0)
-        return PyErr_Format(PyExc_RuntimeError,
-                            "minivllm: torch could not tell the storage offset of out; its reason is on stderr");
+    if (torch->offset(packed, &begin.value) != 0) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "minivllm: torch could not tell the storage offset of out; its reason is on stderr");
+        return (torch_returned){NULL, {NULL, NULL}};
+    }
     begin.value += offset;
-    torch_returned view = torch->view(packed, (torch_numbers){shape, count}, (torch_numbers){strides, count}, &begin);
-    return torch->object_taking(&view);
+    return torch->view(packed, shape, strides, &begin);
 }
 
 /* (q, k, v) */
@@ -82,11 +74,14 @@ static PyObject *make_parts(make_part *make, torch_handle *packed, const tensor 
     memcpy(strides, out->strides, (size_t)lead * sizeof strides[0]);
     shape[lead + 1] = strides[lead] = n->head_dim;
     strides[lead + 1] = 1;
+    const torch_c *torch = torch_c_functions();
+    const size_t dims = (size_t)lead + 2;
     PyObject *parts = PyTuple_New(3);
     int64_t offset = 0;
     for (int i = 0; parts && i < 3; i++) {
         shape[lead] = n->heads[i];
-        PyObject *part = make(torch_c_functions(), packed, lead + 2, shape, strides, offset);
+        torch_returned made = make(torch, packed, (torch_numbers){shape, dims}, (torch_numbers){strides, dims}, offset);
+        PyObject *part = made.tensor ? torch->object_taking(&made) : NULL;
         if (!part || PyTuple_SetItem(parts, i, part) < 0) Py_CLEAR(parts);
         offset += n->heads[i] * n->head_dim;
     }
@@ -175,14 +170,17 @@ PyObject *torch_finish(call *c, const tensor *like, PyObject *object) {
 }
 
 PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
+    const torch_c *torch = torch_c_functions();
     torch_handle *packed = held_by(out->object);
     (void)like;
     if (packed) return make_parts(part_of_fresh, packed, out, n);
     const bool exact = (PyObject *)Py_TYPE(out->object) == known(c->state, TORCH_TENSOR);
     const bool knows_modes = c->torch_modes == TORCH_GRADIENTS || c->torch_modes == TORCH_NO_GRADIENTS;
-    if (!torch_c_functions() || !exact || !knows_modes || !out->view.strides) return call_split(c, out, n);
+    if (!torch || !exact || !knows_modes || !out->view.strides)
+        return out->fresh || out->kind.framework->written(c, out) ? call_split(c, out, n) : NULL;
     void *const tensor = torch_tensor_of(c->state, out->object);
     if (!tensor) return NULL;
-    return make_parts(c->torch_modes == TORCH_GRADIENTS ? view_of_given : part_of_given, (torch_handle *)&tensor, out,
-                      n);
+    packed = (torch_handle *)&tensor;
+    torch_note_write(torch, packed);
+    return make_parts(c->torch_modes == TORCH_GRADIENTS ? view_of_given : part_of_given, packed, out, n);
 }
