@@ -116,7 +116,8 @@ enum { TORCH_NO_GRADIENTS, TORCH_GRADIENTS, TORCH_WATCHED };
 /* ---- one call --------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    PyObject *object; /* owned reference */
+    PyObject *object; /* owned reference; NULL: none yet, but `unfinished` */
+    void *unfinished; /* what a framework made, to be finished or dropped */
     const char *name; /* as the user knows it */
     int member;       /* of a tuple given under that name, or -1 */
     type_kind kind;
@@ -148,8 +149,7 @@ typedef struct {
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
     int64_t *step_ns; /* NULL: nobody counts */
     int64_t step_began;
-    void *scratch; /* the workspace on the CPU; on a GPU the object that owns it */
-    PyObject *scratch_owner;
+    void *scratch; /* the workspace on the CPU; on a GPU it is a tensor */
     int count;
     tensor tensors[MAX_TENSORS];
 } call;
@@ -170,16 +170,17 @@ struct framework {
     bool (*view)(call *c, tensor *t);
     /* The stream that the framework is working on. NULL: it has none, the legacy default stream serves. */
     bool (*stream)(call *c, const tensor *t, void **stream);
-    /* A new C-contiguous array on like's device, in like's dtype. *data: its elements, set where the framework knows
-     * without a view of it; what comes back then need not be an array yet, for `finish` and `split` make one of it. */
-    PyObject *(*empty)(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
-    /* `bytes` bytes of scratch on like's GPU, as an object that owns them; *data: where. */
-    PyObject *(*scratch)(call *c, const tensor *like, size_t bytes, void **data);
+    /* A new C-contiguous array on like's device, in like's dtype: made->object, or made->unfinished; and where the
+     * framework knows without a view of it, made->view.data. */
+    bool (*empty)(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+    /* `bytes` bytes of scratch on like's GPU: the same, and always made->view.data. */
+    bool (*scratch)(call *c, const tensor *like, size_t bytes, tensor *made);
     /* q, k and v: a tuple of views of `out`, which is [..., heads, head_dim] when fresh, else [..., qkv]; who needs to
      * know that the op has written to a given one is told here too. */
     PyObject *(*split)(call *c, const tensor *like, const tensor *out, const head_counts *counts);
     /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
-    PyObject *(*finish)(call *c, const tensor *like, PyObject *object);
+    PyObject *(*finish)(call *c, const tensor *like, tensor *made);
+    void (*drop)(void *unfinished); /* at the end of the call; NULL: this framework leaves nothing unfinished */
     /* The op has written to t, which was given. NULL: nobody needs to know. */
     bool (*written)(call *c, const tensor *t);
 };
@@ -229,8 +230,8 @@ PyObject *numpy_dtype(module_state *state, mv_dtype dtype); /* borrowed */
 PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t *shape);
 
 /* For objects whose makers cannot make one for us: NumPy arrays on the CPU, DeviceArray on a GPU. */
-PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
-PyObject *plain_scratch(call *c, const tensor *like, size_t bytes, void **data);
+bool plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+bool plain_scratch(call *c, const tensor *like, size_t bytes, tensor *made);
 PyObject *split_by_slices(call *c, const tensor *like, const tensor *out, const head_counts *counts);
 /* The same of `packed`, which is what `out` has become. */
 PyObject *slices_of(call *c, PyObject *packed, const tensor *out, const head_counts *counts);

@@ -255,8 +255,9 @@ bool settle(call *c) {
 
 static tensor *add_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
     tensor *t = &c->tensors[c->count++];
-    Py_INCREF(object);
+    Py_XINCREF(object);
     t->object = object;
+    t->unfinished = NULL;
     t->name = name;
     t->member = member;
     t->slot = slot;
@@ -267,25 +268,36 @@ static tensor *add_tensor(call *c, const char *name, int member, PyObject *objec
     return t;
 }
 
-void add_fresh_tensor(call *c, const char *name, PyObject *object, const tensor *like, void *data, int ndim,
-                      const int64_t *shape, mv_view *slot) {
-    tensor *t = add_tensor(c, name, -1, object, slot);
+tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view *slot) {
+    tensor *t = add_tensor(c, name, -1, NULL, slot);
     t->kind = like->kind;
+    t->fresh = true;
+    return t;
+}
+
+static bool read_tensor(call *c, tensor *t) {
+    if (!find_framework(c, t) || !t->kind.framework->view(c, t)) return false;
+    if (t->view.device.kind == MV_CUDA && !join_stream(c, t)) return false;
+    *t->slot = t->view;
+    return true;
+}
+
+bool view_fresh_tensor(call *c, tensor *t, const tensor *like, int ndim, const int64_t *shape) {
+    if (!t->view.data) {
+        c->may_hand_over = false;
+        return read_tensor(c, t);
+    }
     memcpy(t->shape, shape, (size_t)ndim * sizeof shape[0]);
     contiguous_strides(ndim, shape, t->strides);
-    t->view.data = data;
     t->view.ndim = ndim;
     t->view.dtype = like->view.dtype;
     t->view.device = like->view.device;
-    *slot = t->view;
+    *t->slot = t->view;
+    return true;
 }
 
 bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
-    tensor *t = add_tensor(c, name, member, object, slot);
-    if (!find_framework(c, t) || !t->kind.framework->view(c, t)) return false;
-    if (t->view.device.kind == MV_CUDA && !join_stream(c, t)) return false;
-    *slot = t->view;
-    return true;
+    return read_tensor(c, add_tensor(c, name, member, object, slot));
 }
 
 tensor *tensor_of(call *c, const mv_view *slot) {
@@ -308,7 +320,6 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->device = -1;
     c->synchronize = false;
     c->scratch = NULL;
-    c->scratch_owner = NULL;
     c->count = 0;
     begin_steps(c);
 }
@@ -318,10 +329,11 @@ void end_call(call *c) {
     const bool failed = PyErr_Occurred() != NULL;
     if (failed) PyErr_Fetch(&type, &value, &traceback);
     PyMem_Free(c->scratch);
-    Py_XDECREF(c->scratch_owner);
     for (int i = 0; i < c->count; i++) {
-        release_dlpack(&c->tensors[i]);
-        Py_DECREF(c->tensors[i].object);
+        tensor *t = &c->tensors[i];
+        release_dlpack(t);
+        if (t->unfinished) t->kind.framework->drop(t->unfinished);
+        Py_XDECREF(t->object);
     }
     if (failed) PyErr_Restore(type, value, traceback);
     if (c->hand_over) c->result = call_torch(c);

@@ -63,24 +63,22 @@ static PyObject *cupy_new(call *c, int index, PyObject *size, PyObject *dtype) {
     return result;
 }
 
-static PyObject *cupy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
-    (void)data;
+static bool cupy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
     PyObject *dtype = numpy_dtype(c->state, like->view.dtype);
     PyObject *size = dtype ? shape_tuple(ndim, shape) : NULL;
-    PyObject *result = size ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
+    made->object = size ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
     Py_XDECREF(size);
-    return result;
+    return made->object != NULL;
 }
 
-static PyObject *cupy_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+static bool cupy_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
     PyObject *size = PyLong_FromSize_t(bytes);
     PyObject *dtype = PyUnicode_FromString("uint8");
-    PyObject *object = size && dtype ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
+    made->object = size && dtype ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
     Py_XDECREF(dtype);
     Py_XDECREF(size);
-    PyObject *memory = object ? PyObject_GetAttr(object, c->state->names[NAME_DATA]) : NULL;
-    if (!memory || !take_pointer(memory, "ptr", data)) Py_CLEAR(object);
-    return object;
+    PyObject *memory = made->object ? PyObject_GetAttr(made->object, c->state->names[NAME_DATA]) : NULL;
+    return memory && take_pointer(memory, "ptr", &made->view.data);
 }
 
 const framework cupy_framework = {.name = "CuPy",

@@ -216,12 +216,14 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     if (take_tensor(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
         const framework *from = t->kind.framework;
-        void *data;
-        result = from->empty(&c, t, ndim, sizes, &data);
-        if (result && from->finish) {
-            PyObject *unfinished = result;
-            result = from->finish(&c, t, unfinished);
-            Py_DECREF(unfinished);
+        tensor *made = add_fresh_tensor(&c, "result", t, NULL);
+        if (from->empty(&c, t, ndim, sizes, made)) {
+            if (from->finish) {
+                result = from->finish(&c, t, made);
+            } else {
+                result = made->object;
+                Py_INCREF(result);
+            }
         }
     }
     end_call(&c);

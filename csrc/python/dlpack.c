@@ -138,7 +138,7 @@ static void set_error(void *context, const char *kind, const char *message) {
     PyErr_Format(context, "%s: %s", kind, message);
 }
 
-static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, const int64_t *shape, void **data) {
+static bool exchange_new(const tensor *like, dl_dtype dtype, int ndim, const int64_t *shape, tensor *made) {
     int64_t sizes[MAX_DIMS], strides[MAX_DIMS];
     memcpy(sizes, shape, (size_t)ndim * sizeof sizes[0]);
     contiguous_strides(ndim, shape, strides);
@@ -146,21 +146,22 @@ static PyObject *exchange_new(const tensor *like, dl_dtype dtype, int ndim, cons
     dl_tensor prototype = {NULL, {cuda ? DL_CUDA : DL_CPU, like->view.device.index}, ndim, dtype, sizes, strides, 0};
     dl_managed_versioned *managed = NULL;
     void *object = NULL;
-    if (like->kind.api->allocate(&prototype, &managed, PyExc_MemoryError, set_error) != 0) return NULL;
-    *data = managed->tensor.data;
-    return like->kind.api->owned_to_object(managed, &object) == 0 ? object : NULL;
+    if (like->kind.api->allocate(&prototype, &managed, PyExc_MemoryError, set_error) != 0) return false;
+    made->view.data = managed->tensor.data;
+    if (like->kind.api->owned_to_object(managed, &object) == 0) made->object = object;
+    return made->object != NULL;
 }
 
-static PyObject *exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
+static bool exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
     static const dl_dtype dtypes[] = {{DL_FLOAT, 32, 1}, {DL_FLOAT, 16, 1}, {DL_BFLOAT, 16, 1}};
     (void)c;
-    return exchange_new(like, dtypes[like->view.dtype], ndim, shape, data);
+    return exchange_new(like, dtypes[like->view.dtype], ndim, shape, made);
 }
 
-static PyObject *exchange_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+static bool exchange_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
     const int64_t size = (int64_t)bytes;
     (void)c;
-    return exchange_new(like, (dl_dtype){DL_UINT, 8, 1}, 1, &size, data);
+    return exchange_new(like, (dl_dtype){DL_UINT, 8, 1}, 1, &size, made);
 }
 
 const framework exchange_framework = {.name = "DLPack exchange API",

@@ -10,7 +10,7 @@ static bool jax_view(call *c, tensor *t) {
 }
 
 /* On the CPU through NumPy and device_put, since JAX reads no bfloat16 of NumPy's by DLPack; on a GPU without a copy. */
-static PyObject *jax_finish(call *c, const tensor *like, PyObject *object) {
+static PyObject *finished(call *c, const tensor *like, PyObject *object) {
     if (like->view.device.kind == MV_CUDA) {
         PyObject *from_dlpack = known(c->state, JAX_FROM_DLPACK);
         return from_dlpack ? PyObject_CallFunctionObjArgs(from_dlpack, object, NULL) : NULL;
@@ -22,8 +22,10 @@ static PyObject *jax_finish(call *c, const tensor *like, PyObject *object) {
     return result;
 }
 
+static PyObject *jax_finish(call *c, const tensor *like, tensor *made) { return finished(c, like, made->object); }
+
 static PyObject *jax_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
-    PyObject *packed = jax_finish(c, like, out->object);
+    PyObject *packed = finished(c, like, out->object);
     PyObject *parts = packed ? slices_of(c, packed, out, n) : NULL;
     Py_XDECREF(packed);
     return parts;

@@ -103,9 +103,9 @@ PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t
     return result;
 }
 
-static PyObject *numpy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
-    (void)data;
-    return numpy_new(c->state, like->view.dtype, ndim, shape);
+static bool numpy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
+    made->object = numpy_new(c->state, like->view.dtype, ndim, shape);
+    return made->object != NULL;
 }
 
 const framework numpy_framework = {

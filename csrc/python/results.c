@@ -15,19 +15,9 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
                       MAX_DIMS + 1 - last_count);
     memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
     memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
-    void *data = NULL;
-    PyObject *object = like->kind.framework->empty(c, like, lead + last_count, shape, &data);
-    if (!object) return false;
-    bool ok = true;
-    if (data) {
-        add_fresh_tensor(c, name, object, like, data, lead + last_count, shape, slot);
-    } else {
-        c->may_hand_over = false;
-        ok = take_tensor(c, name, -1, object, slot);
-    }
-    Py_DECREF(object);
-    c->tensors[c->count - 1].fresh = true;
-    return ok;
+    tensor *made = add_fresh_tensor(c, name, like, slot);
+    return like->kind.framework->empty(c, like, lead + last_count, shape, made) &&
+           view_fresh_tensor(c, made, like, lead + last_count, shape);
 }
 
 bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace) {
@@ -39,7 +29,8 @@ bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace
         if (!data) PyErr_NoMemory();
     } else {
         const tensor *like = tensor_of(c, x);
-        c->scratch_owner = like->kind.framework->scratch(c, like, bytes + ALIGNMENT, &data);
+        tensor *made = add_fresh_tensor(c, "workspace", like, NULL);
+        if (like->kind.framework->scratch(c, like, bytes + ALIGNMENT, made)) data = made->view.data;
     }
     if (!data) return false;
     *workspace = (void *)(((uintptr_t)data + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
@@ -51,8 +42,8 @@ static bool note_write(call *c, const tensor *result) {
     return result->fresh || !from->written || from->written(c, result);
 }
 
-static PyObject *finished(call *c, const tensor *result, const tensor *like) {
-    if (result->fresh && like->kind.framework->finish) return like->kind.framework->finish(c, like, result->object);
+static PyObject *finished(call *c, tensor *result, const tensor *like) {
+    if (result->fresh && like->kind.framework->finish) return like->kind.framework->finish(c, like, result);
     if (!note_write(c, result)) return NULL;
     Py_INCREF(result->object);
     return result->object;
@@ -119,26 +110,23 @@ static PyObject *new_device_array(call *c, int32_t device, const char *dtype, in
     return result;
 }
 
-PyObject *plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
-    (void)data;
+bool plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
     const mv_dtype dtype = like->view.dtype;
-    if (like->view.device.kind == MV_CUDA)
-        return new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape);
-    PyObject *result = numpy_new(c->state, dtype, ndim, shape);
-    if (!result && dtype == MV_BF16)
+    const bool cuda = like->view.device.kind == MV_CUDA;
+    made->object = cuda ? new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape)
+                        : numpy_new(c->state, dtype, ndim, shape);
+    if (!made->object && !cuda && dtype == MV_BF16)
         refuse_because(c, like, PyExc_RuntimeError,
                        "is bfloat16, and a NumPy result of that dtype needs ml_dtypes "
                        "(pip install ml_dtypes), or pass out=");
-    return result;
+    return made->object != NULL;
 }
 
-PyObject *plain_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+bool plain_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
     const int64_t size = (int64_t)((bytes + 3) / 4);
-    PyObject *object = new_device_array(c, like->view.device.index, "float32", 1, &size);
-    if (!object) return NULL;
-    Py_INCREF(object);
-    if (!take_pointer(object, "_pointer", data)) Py_CLEAR(object);
-    return object;
+    made->object = new_device_array(c, like->view.device.index, "float32", 1, &size);
+    Py_XINCREF(made->object);
+    return made->object && take_pointer(made->object, "_pointer", &made->view.data);
 }
 
 PyObject *split_shape(const tensor *out, const head_counts *n) {

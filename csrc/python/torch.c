@@ -195,4 +195,5 @@ const framework torch_framework = {.name = "torch",
                                    .scratch = torch_scratch,
                                    .split = torch_split,
                                    .finish = torch_finish,
+                                   .drop = torch_drop,
                                    .written = torch_written};

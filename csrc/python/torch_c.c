@@ -34,8 +34,7 @@ static bool find_all(torch_c *found) {
                 &found->share) &&
            find(tensors, "_ZN2at4_ops10as_strided4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEES8_St8optionalIS7_E",
                 &found->view) &&
-           find(objects, "_Z16THPVariable_WrapRKN2at10TensorBaseE", &found->object) &&
-           find(objects, "_Z16THPVariable_WrapON2at10TensorBaseE", &found->object_taking) &&
+           find(objects, "_Z16THPVariable_WrapON2at10TensorBaseE", &found->object) &&
            find(tensors, "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE", &found->version) &&
            find(tensors, "_ZN5torch8autograd4impl19set_version_counterERKN2at6TensorERKN3c1015VariableVersionE",
                 &found->set_version) &&

@@ -52,9 +52,8 @@ typedef struct {
     /* A view of `base` that autograd knows as such; offset: in the storage. */
     torch_returned (*view)(const torch_handle *base, torch_numbers shape, torch_numbers strides,
                            const torch_optional *offset);
-    /* A new torch.Tensor that refers to the same tensor; and one that takes it over, leaving NULL. */
-    PyObject *(*object)(const torch_handle *tensor);
-    PyObject *(*object_taking)(torch_returned *tensor);
+    /* A new torch.Tensor, which takes the tensor over and leaves the handle an empty one. */
+    PyObject *(*object)(torch_handle *tensor);
     const torch_version *(*version)(const torch_handle *tensor);
     void (*set_version)(const torch_handle *tensor, const torch_version *version);
     void (*bump_version)(const torch_handle *tensor); /* not of one that has none */

@@ -1,6 +1,6 @@
 /* torch_results.c: see torch_results.h. All of it is memory of torch's own allocator, in torch's own storages: what was
- * wrapped from elsewhere would ignore record_stream. A fresh output is held by a capsule until the call is done, and only
- * then becomes an object, or three: objects are what costs. */
+ * wrapped from elsewhere would ignore record_stream. A fresh output stays a handle until the op has run, and only then
+ * becomes an object, or three: objects are what costs. */
 #include "torch_results.h"
 
 #include <string.h>
@@ -9,28 +9,25 @@
 
 /* ---- from C ----------------------------------------------------------------------------------------------------- */
 
-static const char holder_name[] = "minivllm.torch_tensor";
-
-static torch_handle *held_by(PyObject *holder) {
-    return PyCapsule_IsValid(holder, holder_name) ? PyCapsule_GetPointer(holder, holder_name) : NULL;
-}
-
-static void drop_held(PyObject *holder) { torch_c_functions()->drop(held_by(holder)); }
-
-/* NULL, without an error set, where torch cannot: torch.empty then says why. dtype 3: uint8. */
-static PyObject *new_holder(int dtype, mv_device device, int ndim, const int64_t *shape, void **data) {
+/* False, without an error set, where torch cannot: torch.empty then says why. dtype 3: uint8. */
+static bool make_handle(int dtype, mv_device device, int ndim, const int64_t *shape, tensor *made) {
     const torch_c *torch = torch_c_functions();
     int64_t strides[MAX_DIMS];
-    torch_handle *made;
-    if (!torch) return NULL;
+    torch_handle *handle;
+    if (!torch) return false;
     contiguous_strides(ndim, shape, strides);
     if (torch->empty(ndim, shape, strides, torch->dtypes[dtype], device.kind == MV_CPU ? TORCH_CPU : TORCH_CUDA,
-                     device.index, &made))
-        return NULL;
-    PyObject *holder = torch->data(made, data) == 0 && *data ? PyCapsule_New(made, holder_name, drop_held) : NULL;
-    if (!holder) torch->drop(made);
-    return holder;
+                     device.index, &handle))
+        return false;
+    if (torch->data(handle, &made->view.data) == 0 && made->view.data) {
+        made->unfinished = handle;
+        return true;
+    }
+    torch->drop(handle);
+    return false;
 }
+
+void torch_drop(void *unfinished) { torch_c_functions()->drop(unfinished); }
 
 /* A part of a packed tensor; offset: from the beginning of `packed`. Strides and offset count elements. NULL in it: an
  * exception is set. */
@@ -81,7 +78,7 @@ static PyObject *make_parts(make_part *make, torch_handle *packed, const tensor 
     for (int i = 0; parts && i < 3; i++) {
         shape[lead] = n->heads[i];
         torch_returned made = make(torch, packed, (torch_numbers){shape, dims}, (torch_numbers){strides, dims}, offset);
-        PyObject *part = made.tensor ? torch->object_taking(&made) : NULL;
+        PyObject *part = made.tensor ? torch->object((torch_handle *)&made) : NULL;
         if (!part || PyTuple_SetItem(parts, i, part) < 0) Py_CLEAR(parts);
         offset += n->heads[i] * n->head_dim;
     }
@@ -143,35 +140,34 @@ static PyObject *call_split(call *c, const tensor *out, const head_counts *n) {
 
 /* ---- either ----------------------------------------------------------------------------------------------------- */
 
-PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data) {
-    PyObject *holder = new_holder((int)like->view.dtype, like->view.device, ndim, shape, data);
-    return holder ? holder : call_empty(c, (int)like->view.dtype, like->view.device, ndim, shape);
+bool torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
+    const int dtype = (int)like->view.dtype;
+    if (make_handle(dtype, like->view.device, ndim, shape, made)) return true;
+    made->object = call_empty(c, dtype, like->view.device, ndim, shape);
+    return made->object != NULL;
 }
 
-PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data) {
+bool torch_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
     const int64_t size = (int64_t)bytes;
     const int dtype = TORCH_UINT8 - TORCH_DTYPES;
-    PyObject *holder = new_holder(dtype, like->view.device, 1, &size, data);
-    if (holder) return holder;
-    PyObject *object = call_empty(c, dtype, like->view.device, 1, &size);
-    PyObject *pointer = object ? PyObject_CallMethod(object, "data_ptr", NULL) : NULL;
-    *data = pointer ? PyLong_AsVoidPtr(pointer) : NULL;
+    if (make_handle(dtype, like->view.device, 1, &size, made)) return true;
+    made->object = call_empty(c, dtype, like->view.device, 1, &size);
+    PyObject *pointer = made->object ? PyObject_CallMethod(made->object, "data_ptr", NULL) : NULL;
+    if (pointer) made->view.data = PyLong_AsVoidPtr(pointer);
     Py_XDECREF(pointer);
-    if (PyErr_Occurred()) Py_CLEAR(object);
-    return object;
+    return made->view.data != NULL;
 }
 
-PyObject *torch_finish(call *c, const tensor *like, PyObject *object) {
-    torch_handle *handle = held_by(object);
+PyObject *torch_finish(call *c, const tensor *like, tensor *made) {
     (void)c, (void)like;
-    if (handle) return torch_c_functions()->object(handle);
-    Py_INCREF(object);
-    return object;
+    if (made->unfinished) return torch_c_functions()->object(made->unfinished);
+    Py_INCREF(made->object);
+    return made->object;
 }
 
 PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *n) {
     const torch_c *torch = torch_c_functions();
-    torch_handle *packed = held_by(out->object);
+    torch_handle *packed = out->unfinished;
     (void)like;
     if (packed) return make_parts(part_of_fresh, packed, out, n);
     const bool exact = (PyObject *)Py_TYPE(out->object) == known(c->state, TORCH_TENSOR);

@@ -4,9 +4,10 @@
 
 #include "binding.h"
 
-PyObject *torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, void **data);
-PyObject *torch_scratch(call *c, const tensor *like, size_t bytes, void **data);
+bool torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+bool torch_scratch(call *c, const tensor *like, size_t bytes, tensor *made);
 PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *counts);
-PyObject *torch_finish(call *c, const tensor *like, PyObject *object);
+PyObject *torch_finish(call *c, const tensor *like, tensor *made);
+void torch_drop(void *unfinished);
 
 #endif
