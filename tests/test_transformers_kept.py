@@ -134,6 +134,26 @@ def test_a_copy_is_a_model_of_its_own(tmp_path):
     assert close(torch.load(tmp_path / "model.pt", weights_only=False)(ids).logits, expected)
 
 
+def test_compiled_calls_look_at_their_own_modules():
+    """Also those of a copy, and of a module that came after they were traced."""
+    torch.compiler.reset()
+    model, ids = causal_lm("tiny-qwen3"), prompt()
+    report = minivllm.transformers.apply(model)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].input_layernorm.register_forward_hook(lambda module, args, y: y * 2)
+    for each in (model, twin):
+        call = torch.compile(each, backend="aot_eager")
+        assert close(call(ids).logits, each(ids).logits)
+    call = torch.compile(model, backend="aot_eager")
+    before = call(ids).logits
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Tanh())
+    after = call(ids).logits
+    assert not close(after, before)
+    report.undo()
+    assert close(after, model(ids).logits)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_weights_may_change_and_move(packed):
     model, ids = causal_lm("tiny-qwen3"), prompt()

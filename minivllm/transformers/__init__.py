@@ -35,6 +35,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BACKENDS = ("cpu", "cuda")
 ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
+TRACED_TOKENS = 1024  # and with those of Hopper here, when torch.compile fuses the norm with what is in front of it
 
 
 class Family(NamedTuple):
@@ -88,7 +89,9 @@ def apply(model, *, packed=False, fused_tokens="auto", rounding="fp32"):
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
     tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
-    never; "auto": FUSED_TOKENS on a GPU that has no kernel for Hopper's tensor cores in the model's dtype, else None.
+    never; "auto": FUSED_TOKENS on a GPU that has no kernel for Hopper's tensor cores in the model's dtype, else None,
+    but TRACED_TOKENS on a GPU under torch.compile. A compiled call looks at hooks when it is traced, as torch does:
+    torch.compiler.reset() after adding one.
     rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
     twice, as transformers does.
 
@@ -162,18 +165,19 @@ def _apply_to_layer(family, name, layer, packed, fused_tokens, rounding, report)
         for linear, part in zip(linears, parts):
             linear.weight.data = part
         report.packed_bytes += matrix.nbytes
-    if fused_tokens == "auto":
-        fused_tokens = _default_limit(linears[0].weight)
-    layer._minivllm = FusedLayer(name, layer, matrix, fused_tokens, rounding, report.fallbacks)
+    eager, traced = _default_limits(linears[0].weight) if fused_tokens == "auto" else (fused_tokens, fused_tokens)
+    layer._minivllm = FusedLayer(name, layer, matrix, eager, traced, rounding, report.fallbacks)
     layer.forward = types.MethodType(layer_forward, layer)
     report.fused.append(name)
 
 
-def _default_limit(weight):
-    """fused_tokens="auto" for a weight of q_proj."""
+def _default_limits(weight):
+    """fused_tokens="auto" for a weight of q_proj: eagerly, under torch.compile."""
+    if weight.device.type == "cpu":
+        return None, None
     dtype = str(weight.dtype).removeprefix("torch.")
     on_hopper = any(row.usable and row.isa == "sm90a" and row.dtype == dtype for row in kernels("rms_norm_qkv"))
-    return None if weight.device.type == "cpu" or on_hopper else FUSED_TOKENS
+    return (None, TRACED_TOKENS) if on_hopper else (FUSED_TOKENS, FUSED_TOKENS)
 
 
 def _why_not_layer(family, layer):

@@ -13,8 +13,10 @@ Every module that is skipped by this is looked at again in each call, so that an
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
 """
 
+import itertools
 import sys
 import types
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -105,18 +107,29 @@ def traced_norm(norm, x, rounding):
     return (y * norm.weight.float()).to(x.dtype)
 
 
+ALIVE = weakref.WeakValueDictionary()  # every FusedLayer by its number
+NUMBERS = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def why_not_modules_now(number):
+    """`why_not_modules` of a FusedLayer for a call that is traced. A constant: all that it looks at would be looked at
+    again in every compiled call. By number: Dynamo of torch 2.11 hands over no objects."""
+    return ALIVE[number].why_not_modules({}) or ""
+
+
 class FusedLayer:
     """A decoder layer's parts, and whether a call may use them. Lives on the layer as `_minivllm`.
 
     packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. fused_tokens: calls with
-    more tokens take the norm and torch's linear, None: no limit. rounding: of every norm. fallbacks: the report's, by
-    layer name.
+    more tokens take the norm and torch's linear, None: no limit; traced_tokens: the same under torch.compile, where
+    more take the code of the layer's class. rounding: of every norm. fallbacks: the report's, by layer name.
     """
 
-    def __init__(self, name, layer, packed, fused_tokens, rounding, fallbacks):
+    def __init__(self, name, layer, packed, fused_tokens, traced_tokens, rounding, fallbacks):
         attention = layer.self_attn
-        self.name, self.packed, self.fused_tokens, self.fallbacks = name, packed, fused_tokens, fallbacks
-        self.rounding = rounding
+        self.name, self.packed, self.rounding, self.fallbacks = name, packed, rounding, fallbacks
+        self.fused_tokens, self.traced_tokens = fused_tokens, traced_tokens
         self.layer, self.attention, self.o_proj, self.mlp = layer, attention, attention.o_proj, layer.mlp
         self.input_norm, self.post_norm = (getattr(layer, norm) for norm in NORMS)
         self.projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -128,6 +141,16 @@ class FusedLayer:
         self.heads, self.kv_heads, _ = (linear.out_features // self.head_dim for linear in self.projections)
         self.eager_attention = sys.modules[type(attention).__module__].eager_attention_forward
         self.apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self._enter()
+
+    def _enter(self):
+        self.number = next(NUMBERS)
+        ALIVE[self.number] = self
+
+    def __setstate__(self, state):
+        """A copy, or what comes out of a pickle, is another layer's."""
+        self.__dict__.update(state)
+        self._enter()
 
     def _parts(self):
         return (*self.layer._modules.values(), *self.attention._modules.values())
@@ -136,23 +159,35 @@ class FusedLayer:
         """Why this call has to run the code of the layer's class; None if it need not."""
         if torch.is_grad_enabled():
             return "gradient mode is on: call it under torch.no_grad() or torch.inference_mode()"
-        if self.layer.training:
-            return "it is in training mode: call model.eval()"
         if args:
             return "it was called with more than one positional argument"
-        if self._parts() != self.parts or tuple(map(type, self.skipped)) != self.types:
+        if self._parts() != self.parts:
             return "one of its modules was replaced: apply again"
+        if torch.compiler.is_compiling():
+            why = why_not_modules_now(self.number) or (kwargs.get("output_attentions") and "attentions are recorded")
+        else:
+            why = self.why_not_modules(kwargs)
+        if why:
+            return why
+        weight = self.projections[0].weight
+        if x.dtype != weight.dtype or x.dtype not in DTYPES or type(weight) is not torch.nn.Parameter:
+            return f"hidden states are {x.dtype}, the weight of q_proj is a {type(weight).__name__} of {weight.dtype}"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        return None
+
+    def why_not_modules(self, kwargs):
+        """The same of the modules as they are now."""
+        if self.layer.training:
+            return "it is in training mode: call model.eval()"
+        if tuple(map(type, self.skipped)) != self.types:
+            return "one of its modules changed its class: apply again"
         if any(self.hooks) and (why := self._why_hooked(kwargs)):
             return why
         if _has_any_global_hook():
             return "a hook on all modules is registered"
         if any("forward" in module.__dict__ for module in self.skipped) and any(map(is_replaced, self.skipped)):
             return "the forward of one of its modules was replaced"
-        weight = self.projections[0].weight
-        if x.dtype != weight.dtype or x.dtype not in DTYPES or type(weight) is not torch.nn.Parameter:
-            return f"hidden states are {x.dtype}, the weight of q_proj is a {type(weight).__name__} of {weight.dtype}"
-        if torch.is_autocast_enabled(x.device.type):
-            return "autocast is on"
         return None
 
     def _why_hooked(self, kwargs):
@@ -163,7 +198,8 @@ class FusedLayer:
 
     def is_fused_for(self, x):
         """Whether norm and projection of so many tokens are one call."""
-        return self.fused_tokens is None or x.shape[0] * x.shape[1] <= self.fused_tokens
+        limit = self.traced_tokens if torch.compiler.is_compiling() else self.fused_tokens
+        return limit is None or x.shape[0] * x.shape[1] <= limit
 
     def norm_qkv(self, x, residual):
         """(q, k, v, total): q, k, v as [batch, tokens, heads, head_dim], views of one packed buffer."""
