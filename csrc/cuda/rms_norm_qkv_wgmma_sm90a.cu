@@ -440,7 +440,7 @@ mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Res
 template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     if (task->block[0].col_stride != 1) return launch_one_of<T, 128, true, 128, 256>(task, choice, rest, error);
-    if (choice.tokens == 64) return launch_one_of<T, 64, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
+    if (choice.tokens == 64) return launch_one_of<T, 64, false, 64, 80, 96>(task, choice, rest, error);
     return launch_one_of<T, 128, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(task, choice,
                                                                                                       rest, error);
 }

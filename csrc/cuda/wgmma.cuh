@@ -39,7 +39,6 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
 
 /* Per N: the names of the N / 2 sums in the instruction, the sums, and the names of the operands after them. */
 #define MV_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define MV_NAMES_12 MV_NAMES_8 ", %8, %9, %10, %11"
 #define MV_NAMES_16 MV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MV_NAMES_20 MV_NAMES_16 ", %16, %17, %18, %19"
 #define MV_NAMES_24 MV_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -59,7 +58,6 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
 #define MV_SUMS_FROM_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define MV_SUMS_FROM_8(i) MV_SUMS_FROM_4(i), MV_SUMS_FROM_4(i + 4)
 #define MV_SUMS_8 MV_SUMS_FROM_8(0)
-#define MV_SUMS_12 MV_SUMS_8, MV_SUMS_FROM_4(8)
 #define MV_SUMS_16 MV_SUMS_8, MV_SUMS_FROM_8(8)
 #define MV_SUMS_20 MV_SUMS_16, MV_SUMS_FROM_4(16)
 #define MV_SUMS_24 MV_SUMS_16, MV_SUMS_FROM_8(16)
@@ -92,8 +90,6 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
     MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
     MV_WGMMA(__half, "f16", __VA_ARGS__, true)
 
-MV_WGMMA_ALL(16, 8, "%8", "%9", "%10", "%11")
-MV_WGMMA_ALL(24, 12, "%12", "%13", "%14", "%15")
 MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19")
 MV_WGMMA_ALL(40, 20, "%20", "%21", "%22", "%23")
 MV_WGMMA_ALL(48, 24, "%24", "%25", "%26", "%27")

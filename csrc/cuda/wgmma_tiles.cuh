@@ -45,7 +45,7 @@ static inline TileChoice choose_tile(const mv_task *task) {
     const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
     TileChoice best = {};
     double lowest = 1e300;
-    for (int outputs = few ? 96 : 256; outputs >= (in_out ? 128 : few ? 32 : 64); outputs -= apart) {
+    for (int outputs = few ? 96 : 256; outputs >= (in_out ? 128 : 64); outputs -= apart) {
         const int tokens = few ? 64 : 128;
         const int64_t waves = ceil_div(ceil_div(task->tokens, tokens) * block_columns(task, outputs), task->sm_count);
         const double step_us = (few ? 0.05 : 0.135) + 0.0024 * outputs, tile_us = steps * step_us + 0.006 * outputs;
