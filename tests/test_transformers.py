@@ -15,6 +15,7 @@ from transformer_models import LAYERS, TINY, all_close, close, greedy, prompt, r
 import minivllm  # noqa: E402
 import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import OUTLIER, causal_lm  # noqa: E402
+from minivllm.transformers import layer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -156,10 +157,12 @@ def decode(model, call, ids):
 
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen3"])
-def test_compile(name, rounding, device):
+@pytest.mark.parametrize("lone_heads", [0, 64])  # attention of our own, of transformers
+def test_compile(name, rounding, lone_heads, device, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
+    monkeypatch.setattr(layer, "LONE_HEADS", lone_heads)
     model = causal_lm(name, device=device)
     ids = prompt().to(device)
     expected = decode(model, model, ids)

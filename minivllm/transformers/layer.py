@@ -30,6 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
 RECORDERS = "transformers.utils.output_capturing"  # its hooks stay on the modules, and act where outputs are asked for
 NORMS = ("input_layernorm", "post_attention_layernorm")
+LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
 
 
 def is_watched(hooks):
@@ -266,7 +267,8 @@ class FusedLayer:
             k, v = cache.update(k, v, attention.layer_idx, *more)
         name = attention.config._attn_implementation
         interface = self.eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        if tokens == 1 and interface is sdpa_attention_forward and (mask is None or mask.shape[1] == 1):
+        few = torch.compiler.is_compiling() and batch * self.kv_heads < LONE_HEADS
+        if tokens == 1 and not few and interface is sdpa_attention_forward and (mask is None or mask.shape[1] == 1):
             # One query per head: the query heads that share keys become the queries of one head. transformers would
             # instead copy the keys and values of the whole cache, once per query head.
             q = q.view(batch, self.kv_heads, heads // self.kv_heads, head_dim)
