@@ -59,24 +59,33 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
     const int64_t row_bytes = span.block->row_stride * (int64_t)(wide ? sizeof(float) : sizeof(ELEMENT));
     const char *weight = (const char *)span.block->weight + (span.row + r) * row_bytes;
     const float *y = decode->y + token * units;
-    vf sum[DOT_ROWS][DOT_TOKENS];
-    MV_UNROLL
-    for (int i = 0; i < rows; i++) {
+    const int64_t block = least(hidden, SUM_UNITS(ELEMENT) * STEP);
+    float total[DOT_ROWS][DOT_TOKENS] = {{0}};
+    for (int64_t k = 0; k < hidden; k += block) {
+        const int64_t end = least(k + block, hidden), whole = end - (end - k) % STEP;
+        vf sum[DOT_ROWS][DOT_TOKENS];
         MV_UNROLL
-        for (int t = 0; t < tokens; t++) sum[i][t] = v_set(0);
+        for (int i = 0; i < rows; i++) {
+            MV_UNROLL
+            for (int t = 0; t < tokens; t++) sum[i][t] = v_set(0);
+        }
+        for (int64_t at = k; at < whole; at += STEP)
+            MV_NAME(decode_step, DTYPE)(weight, row_bytes, y, units, at, STEP, wide, rows, tokens, sum);
+        if (whole < end) MV_NAME(decode_step, DTYPE)
+        (weight, row_bytes, y, units, whole, (int)(end - whole), wide, rows, tokens, sum);
+        MV_UNROLL
+        for (int i = 0; i < rows; i++) {
+            MV_UNROLL
+            for (int t = 0; t < tokens; t++) total[i][t] += v_sum(sum[i][t]);
+        }
     }
-    int64_t k = 0;
-    for (; k + STEP <= hidden; k += STEP)
-        MV_NAME(decode_step, DTYPE)(weight, row_bytes, y, units, k, STEP, wide, rows, tokens, sum);
-    if (k < hidden)
-        MV_NAME(decode_step, DTYPE)(weight, row_bytes, y, units, k, (int)(hidden - k), wide, rows, tokens, sum);
 
     for (int t = 0; t < tokens; t++) {
         const int64_t row = mv_row_offset(task->out, task->inner, decode->first + token + t);
         ELEMENT *out = (ELEMENT *)task->out.data + row + span.column + r;
         for (int i = 0; i < rows; i++) {
             const vf bias = span_bias(span.block, span.row + r + i, 1);
-            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set(v_sum(sum[i][t])), bias), 1);
+            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set(total[i][t]), bias), 1);
         }
     }
 }

@@ -35,34 +35,38 @@ MV_INLINE vf broadcast_unit(const char *p) {
 }
 #endif
 
-/* sum[r][t] += the product of output r with token t, for TILE_ROWS(vectors) outputs and `vectors` vectors of tokens. */
+/* sum[r][t] += the product of output r with token t, for TILE_ROWS(vectors) outputs and `vectors` vectors of tokens: in
+ * registers over `piece` units, then those sums in their order. */
 MV_INLINE void MV_NAME(multiply_tile, DTYPE)(const float *panel, tile_weights weights, int64_t units, float *sum,
                                              int vectors) {
     const int rows = TILE_ROWS(vectors);
-    vf tile[12][TILE_VECTORS];
-    MV_UNROLL
-    for (int r = 0; r < rows; r++) {
-        MV_UNROLL
-        for (int v = 0; v < vectors; v++) tile[r][v] = v_set(0);
-    }
-    for (int64_t u = 0; u < units; u++) {
-        const char *column = weights.corner + u * weights.unit_bytes;
-        vf y[TILE_VECTORS];
-        MV_UNROLL
-        for (int v = 0; v < vectors; v++) y[v] = v_load_f32(panel + (u * vectors + v) * LANES, LANES);
+    const int64_t piece = least(units, SUM_UNITS(MV_NAME(element, DTYPE)));
+    for (int64_t from = 0; from < units; from += piece) {
+        vf tile[12][TILE_VECTORS];
         MV_UNROLL
         for (int r = 0; r < rows; r++) {
-            const vf w = broadcast_unit(column + r * weights.row_bytes);
             MV_UNROLL
-            for (int v = 0; v < vectors; v++) tile[r][v] = MV_NAME(v_mac, DTYPE)(w, y[v], tile[r][v]);
+            for (int v = 0; v < vectors; v++) tile[r][v] = v_set(0);
         }
-    }
-    MV_UNROLL
-    for (int r = 0; r < rows; r++) {
+        for (int64_t u = from; u < least(from + piece, units); u++) {
+            const char *column = weights.corner + u * weights.unit_bytes;
+            vf y[TILE_VECTORS];
+            MV_UNROLL
+            for (int v = 0; v < vectors; v++) y[v] = v_load_f32(panel + (u * vectors + v) * LANES, LANES);
+            MV_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const vf w = broadcast_unit(column + r * weights.row_bytes);
+                MV_UNROLL
+                for (int v = 0; v < vectors; v++) tile[r][v] = MV_NAME(v_mac, DTYPE)(w, y[v], tile[r][v]);
+            }
+        }
         MV_UNROLL
-        for (int v = 0; v < vectors; v++) {
-            float *to = sum + r * CHUNK_TOKENS + v * LANES;
-            v_store_f32(to, v_add(v_load_f32(to, LANES), tile[r][v]), LANES);
+        for (int r = 0; r < rows; r++) {
+            MV_UNROLL
+            for (int v = 0; v < vectors; v++) {
+                float *to = sum + r * CHUNK_TOKENS + v * LANES;
+                v_store_f32(to, v_add(v_load_f32(to, LANES), tile[r][v]), LANES);
+            }
         }
     }
 }
