@@ -131,7 +131,10 @@ def test_a_copy_is_a_model_of_its_own(tmp_path):
     minivllm.transformers.undo(plain)
     assert close(twin(ids).logits, plain(ids).logits) and not close(twin(ids).logits, expected)
     torch.save(model, tmp_path / "model.pt")
-    assert close(torch.load(tmp_path / "model.pt", weights_only=False)(ids).logits, expected)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert close(loaded(ids).logits, expected)
+    assert len(minivllm.transformers.apply(loaded).fused) == LAYERS + 1
+    assert close(loaded(ids).logits, expected)
 
 
 def test_compiled_calls_look_at_their_own_modules():

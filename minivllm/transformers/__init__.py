@@ -143,7 +143,9 @@ def undo(model):
                 break
         else:
             if "_minivllm" in module.__dict__ and "forward" in module.__dict__:
-                raise RuntimeError(f"undo: the forward of {name} was replaced after apply; take that back first")
+                if is_replaced(module):
+                    raise RuntimeError(f"undo: the forward of {name} was replaced after apply; take that back first")
+                ours.append(module)  # out of a pickle, with the forward of its class
     for module in ours:
         del module.forward
         fused = module.__dict__.pop("_minivllm", None)
