@@ -76,7 +76,7 @@ class Gate:
         )
 
 
-def gate_holds(device, dtype):
+def skip_without_gate(device, dtype):
     if dtype == "f32" and device == "cuda":
         pytest.skip("float32 on the GPU has the bars of test_float32_bars: its RMS error is up to 1.3 x torch's")
 
@@ -84,7 +84,7 @@ def gate_holds(device, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_gate(device, framework, dtype, kind):
-    gate_holds(device, dtype)
+    skip_without_gate(device, dtype)
     torch = framework.torch
     for hidden in (100, 896, 1024, 4096, 8192):
         for rounding in ("hf", "fp32"):
@@ -143,7 +143,7 @@ def test_norm_ties_of_every_kernel(kernel):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projection_gate(device, framework, dtype, kind):
-    gate_holds(device, dtype)
+    skip_without_gate(device, dtype)
     torch = framework.torch
     for shape in CPU_SHAPES if device == "cpu" else [*CPU_SHAPES, *shapes.MODELS]:
         matrix = framework.tensor(

@@ -56,8 +56,8 @@ static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
     for (; i + LANES <= hidden; i += LANES) sum[0] = MV_NAME(row_square, DTYPE)(row, i, LANES, sum[0]);
     if (i < hidden) sum[1] = MV_NAME(row_square, DTYPE)(row, i, (int)(hidden - i), sum[1]);
     const float squares = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
-    return (float)(1 /
-                   sqrt((double)squares / (double)hidden + (double)task->eps)); /* rounded once: the whole row has it */
+    /* rounded once: its error is that of the whole row */
+    return (float)(1 / sqrt((double)squares / (double)hidden + (double)task->eps));
 }
 
 /* The norm weight, in x's dtype or float32. */
