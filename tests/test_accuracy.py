@@ -18,6 +18,9 @@ from minivllm.testing.reference import round_to, to_float64
 POOLED = 1.02
 SINGLE = 2.0
 DRAWS, ROWS = 4, 64
+# cuBLAS splits the float32 sums of few tokens among blocks; ours add in one order for any number of tokens. Where one norm weight is
+# 96.5 that costs up to 1.31 x (hidden 896).
+SPLIT_SUMS = 1.4
 EPS = 1e-6
 DTYPES = ("f32", "f16", "bf16")
 
@@ -68,23 +71,15 @@ class Gate:
             f"{what}: RMS error {self.ours[-1]:.3e} against torch's {self.theirs[-1]:.3e}"
         )
 
-    def judge(self, what):
+    def judge(self, what, most=POOLED):
         ours, theirs = (np.sqrt(np.mean(np.square(side))) for side in (self.ours, self.theirs))
         assert ours > 0, "an error of zero measures nothing"
-        assert ours <= POOLED * theirs, (
-            f"{what}: RMS error {ours:.4e}, torch's pair {theirs:.4e}: {ours / theirs:.3f} x"
-        )
-
-
-def skip_without_gate(device, dtype):
-    if dtype == "f32" and device == "cuda":
-        pytest.skip("float32 on the GPU has the bars of test_float32_bars: its RMS error is up to 1.3 x torch's")
+        assert ours <= most * theirs, f"{what}: RMS error {ours:.4e}, torch's pair {theirs:.4e}: {ours / theirs:.3f} x"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_gate(device, framework, dtype, kind):
-    skip_without_gate(device, dtype)
     torch = framework.torch
     for hidden in (100, 896, 1024, 4096, 8192):
         for rounding in ("hf", "fp32"):
@@ -143,7 +138,6 @@ def test_norm_ties_of_every_kernel(kernel):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projection_gate(device, framework, dtype, kind):
-    skip_without_gate(device, dtype)
     torch = framework.torch
     for shape in CPU_SHAPES if device == "cpu" else [*CPU_SHAPES, *shapes.MODELS]:
         matrix = framework.tensor(
@@ -166,7 +160,8 @@ def test_projection_gate(device, framework, dtype, kind):
                     for rows in x.split(list(split))
                 ]  # fmt: skip
                 gate.add(truth, torch.cat(parts), pair, f"draw {draw} of {kind} at {shape.name}")
-            gate.judge(f"rms_norm_qkv {dtype} {rounding} {kind} at {shape.name} in parts of {split} tokens")
+            most = SPLIT_SUMS if (device, dtype, kind) == ("cuda", "f32", "outlier_weight") else POOLED
+            gate.judge(f"rms_norm_qkv {dtype} {rounding} {kind} at {shape.name} in parts of {split} tokens", most)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -115,7 +115,7 @@ __device__ __forceinline__ void normalise_group(const mv_task &task, int row, in
     if (log_per_row == 4) squares[0] = squares[1] = squares[2] = squares[3] = squares[0] + squares[2];
     float r[kQuarters];
 #pragma unroll
-    for (int i = 0; i < kQuarters; i++) r[i] = row_factor(warp_sum(squares[i]), task);
+    for (int i = 0; i < kQuarters; i++) r[i] = row_factor<T>(warp_sum(squares[i]), task);
     for (int round = 0; round < rounds; round++) {
 #pragma unroll
         for (int i = 0; i < kQuarters; i++) {

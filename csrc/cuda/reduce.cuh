@@ -8,6 +8,14 @@ template <int kLanes = 32> __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
+/* The sum of kCount values, in pairs: a chain would add an error for each. */
+template <int kCount> __device__ __forceinline__ float pairwise_sum(const float *v) {
+    if constexpr (kCount == 1)
+        return v[0];
+    else
+        return pairwise_sum<kCount / 2>(v) + pairwise_sum<kCount / 2>(v + kCount / 2);
+}
+
 /* The sum over a block of kThreads; every thread gets it. `partial`: kThreads / 32 floats of shared memory, not in use
  * by anyone when this is called. */
 template <int kThreads> __device__ __forceinline__ float block_sum(float v, float *partial) {
@@ -15,9 +23,7 @@ template <int kThreads> __device__ __forceinline__ float block_sum(float v, floa
     if constexpr (kThreads > 32) {
         if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
         __syncthreads();
-        v = 0;
-#pragma unroll
-        for (int warp = 0; warp < kThreads / 32; warp++) v += partial[warp];
+        v = pairwise_sum<kThreads / 32>(partial);
     }
     return v;
 }

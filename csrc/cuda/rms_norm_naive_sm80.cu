@@ -34,7 +34,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
     __syncthreads();
-    const float r = row_factor(sums[0], task);
+    const float r = row_factor<T>(sums[0], task);
 
     for (int64_t i = threadIdx.x; i < task.hidden; i += kThreads) {
         /* x may have been overwritten by residual_out: then that is where s is */

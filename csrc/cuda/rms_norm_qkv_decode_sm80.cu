@@ -110,7 +110,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
         float sum = 0;
 #pragma unroll
         for (int warp = 0; warp < kWarps; warp++) sum += partial[t * kWarps + warp];
-        factor[t] = row_factor(sum, task);
+        factor[t] = row_factor<T>(sum, task);
     }
     if (!hf) return;
 

@@ -188,7 +188,7 @@ normalise_tokens(const mv_task &task, const Split &split, Share<T> share, const 
         const float4 low = *reinterpret_cast<const float4 *>(fixed->squares[share.token]);
         const float4 high = *reinterpret_cast<const float4 *>(fixed->squares[share.token] + 4);
         const float sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-        const float r = row_factor(sum, split.inverse_hidden, task.eps);
+        const float r = row_factor<T>(sum, split.inverse_hidden, task);
         const auto packet = [&](int k) -> Packet<T> & {
             return *reinterpret_cast<Packet<T> *>(share.y + k * sizeof(T));
         };

@@ -28,12 +28,18 @@ constexpr int kStepK = 16;
 constexpr int kGroup = 4; /* values loaded together */
 constexpr int kGroupsK = kStepK / kGroup;
 
+/* float32 results keep what they are worth: after so many steps the sums join totals in shared memory, so that a long sum has
+ * not its own size times the error of an addition for each of its terms. A sixteenth of hidden, 32 to 128 k. */
+__device__ __forceinline__ int steps_together(int64_t hidden) {
+    return static_cast<int>(min(max(hidden / 16, int64_t{32}), int64_t{128})) / (2 * kStepK) * 2;
+}
+
 /* A thread keeps own_m x own_n sums. The lanes of a warp are 8 x 4, and a lane has rows m + {0-3, 32-35, ...} and columns
  * n + {0-3, 16-19, ...}. */
 template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct Tile {
     static constexpr int M = kTileM, N = kTileN, own_m = kOwnM, own_n = kOwnN, ctas_per_sm = kCtas;
     static constexpr int warp_m = 8 * own_m, warp_n = 4 * own_n, warps_n = N / warp_n;
-    static constexpr int threads = M * N / (own_m * own_n);
+    static constexpr int threads = M * N / (own_m * own_n), own = own_m * own_n;
     static constexpr int x_groups = M * kGroupsK / threads, w_groups = N * kGroupsK / threads; /* of a thread */
     static_assert(M % warp_m == 0 && N % warp_n == 0 && threads % 64 == 0);
     static_assert(M * kGroupsK % threads == 0 && N * kGroupsK % threads == 0);
@@ -56,6 +62,9 @@ template <typename Tile, typename T, typename W> struct Shared {
     int64_t w_step[Tile::N]; /* in elements, from one k to the next */
     float bias[Tile::N];
     float scale[Tile::M]; /* r */
+    /* The threads' sums of earlier steps, where there are any. */
+    static constexpr bool has_totals = sizeof(T) == 4;
+    alignas(16) float4 total[has_totals ? Tile::own / 4 : 1][has_totals ? Tile::threads : 1];
 };
 
 __device__ __forceinline__ int column(int k, int c) { return c ^ (k / kGroup % 4 * 8); }
@@ -229,11 +238,32 @@ __device__ __forceinline__ void multiply(Sums<Tile> &sum, const Shared<Tile, T, 
     }
 }
 
-/* The thread's rows and columns of the tile, a group at a time. With `join` the sums are added to what out holds of
- * earlier k; only with `last` are they finished. */
+/* This thread's totals: joins them to the sums, and keeps these as the totals. */
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void add_totals(Sums<Tile> &sum, const Shared<Tile, T, W> &shared) {
+#pragma unroll
+    for (int i = 0; i < Tile::own; i += 4) {
+        const float4 total = shared.total[i / 4][threadIdx.x];
+        float *of = sum[i / Tile::own_n] + i % Tile::own_n;
+        of[0] += total.x;
+        of[1] += total.y;
+        of[2] += total.z;
+        of[3] += total.w;
+    }
+}
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void keep_totals(const Sums<Tile> &sum, Shared<Tile, T, W> &shared) {
+#pragma unroll
+    for (int i = 0; i < Tile::own; i += 4) {
+        const float *of = sum[i / Tile::own_n] + i % Tile::own_n;
+        shared.total[i / 4][threadIdx.x] = make_float4(of[0], of[1], of[2], of[3]);
+    }
+}
+
+/* The thread's rows and columns of the tile, a group at a time. */
 template <typename Tile, typename T, typename W>
 __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n,
-                                              TilePlace tile, const mv_task &task, bool join, bool last) {
+                                              TilePlace tile, const mv_task &task) {
 #pragma unroll
     for (int i = 0; i < Tile::own_m; i++) {
         const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
@@ -243,15 +273,10 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
         for (int j = 0; j < Tile::own_n; j += kGroup) {
             const int column = n + j * 4;
             const int64_t output = tile.first_output + column, count = task.outputs - output;
-            const bool whole = count >= kGroup && reinterpret_cast<uintptr_t>(row + output) % sizeof(Group<T>) == 0;
             Group<T> group;
-            if (join) group = load_group(row + output, count, whole);
 #pragma unroll
-            for (int v = 0; v < kGroup; v++) {
-                const float total = join ? to_float(group.v[v]) + sum[i][j + v] : sum[i][j + v];
-                group.v[v] = last ? finish_output<T>(total, shared.bias[column + v]) : from_float<T>(total);
-            }
-            if (whole) {
+            for (int v = 0; v < kGroup; v++) group.v[v] = finish_output<T>(sum[i][j + v], shared.bias[column + v]);
+            if (count >= kGroup && reinterpret_cast<uintptr_t>(row + output) % sizeof(Group<T>) == 0) {
                 *reinterpret_cast<Group<T> *>(row + output) = group;
             } else {
 #pragma unroll
@@ -300,9 +325,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     const int lane_m = lane / 2 % 8, lane_n = lane % 2 + lane / 16 * 2;
     const int m = warp / Tile::warps_n * Tile::warp_m + lane_m * kGroup;
     const int n = warp % Tile::warps_n * Tile::warp_n + lane_n * kGroup;
-    /* float32 results keep what they are worth: every 1,024 k the sums join those in out, so that a long sum has not its
-     * own size times the error of an addition for each of its terms. */
-    const int together = sizeof(T) == 4 ? 1024 / kStepK : steps;
+    const int together = sizeof(T) == 4 ? steps_together(task.hidden) : steps;
     for (int step = 0; step < steps;) {
         const int first = step, end = min(step + together, steps);
         Sums<Tile> sum = {};
@@ -321,7 +344,11 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
                 w_next.store(shared, half ^ 1, access.w_along_n);
                 __syncthreads();
             }
-        store_outputs<Tile>(sum, shared, m, n, tile, task, first > 0, step >= steps);
+        if (first > 0) add_totals<Tile>(sum, shared);
+        if (step < steps)
+            keep_totals<Tile>(sum, shared);
+        else
+            store_outputs<Tile>(sum, shared, m, n, tile, task);
     }
 }
 

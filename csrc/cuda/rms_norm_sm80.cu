@@ -28,13 +28,22 @@ template <typename T> __device__ __forceinline__ float sum_of_squares(const Pack
     return sum;
 }
 
-/* The sum over the kThreads threads of a row. */
-template <int kThreads> __device__ __forceinline__ float row_sum(float v) {
+/* The sum over a row of what its kThreads threads have of each of their packets. One warp with 4 packets a lane adds as 4 warps with
+ * one would. */
+template <int kThreads, int kPackets> __device__ __forceinline__ float row_sum(float (&v)[kPackets]) {
+    if constexpr (kThreads == 32 && kPackets > 1) {
+#pragma unroll
+        for (int p = 0; p < kPackets; p++) v[p] = warp_sum(v[p]);
+        return pairwise_sum<kPackets>(v);
+    }
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < kPackets; p++) sum += v[p];
     if constexpr (kThreads <= 32) {
-        return warp_sum<kThreads>(v);
+        return warp_sum<kThreads>(sum);
     } else {
         __shared__ float partial[kThreads / 32];
-        return block_sum<kThreads>(v, partial);
+        return block_sum<kThreads>(sum, partial);
     }
 }
 
@@ -74,11 +83,11 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
         s[p] = load_packet(x + at, hidden - at, aligned.rows);
         if constexpr (kAdd) other[p] = load_packet(residual + at, hidden - at, aligned.rows);
     }
-    float sum = 0;
+    float squares[kPackets];
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
         if constexpr (kAdd) s[p] = add_residual(s[p], other[p]);
-        sum += sum_of_squares(s[p]);
+        squares[p] = sum_of_squares(s[p]);
     }
     if (kAdd && task.residual_out.data) {
         T *residual_out = row_address<T>(task.residual_out, task.inner, row);
@@ -89,7 +98,7 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
         }
     }
 
-    const float r = row_factor(row_sum<kThreads>(sum), task);
+    const float r = row_factor<T>(row_sum<kThreads>(squares), task);
     T *out = row_address<T>(task.out, task.inner, row);
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
@@ -121,7 +130,7 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     T *out = row_address<T>(task.out, task.inner, row);
     const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
 
-    float sum = 0;
+    float squares[1] = {};
     for (int64_t at = first; at < task.hidden; at += step) {
         const int64_t left = task.hidden - at;
         Packet<T> s = load_packet(x + at, left, aligned.rows);
@@ -129,9 +138,9 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
             s = add_residual(s, load_packet(residual + at, left, aligned.rows));
             if (residual_out) store_packet(residual_out + at, s, left, aligned.rows);
         }
-        sum += sum_of_squares(s);
+        squares[0] += sum_of_squares(s);
     }
-    const float r = row_factor(row_sum<kLongRowThreads>(sum), task);
+    const float r = row_factor<T>(row_sum<kLongRowThreads>(squares), task);
     for (int64_t at = first; at < task.hidden; at += step) {
         const int64_t left = task.hidden - at;
         Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, aligned.rows);

@@ -76,7 +76,7 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
 #pragma unroll
             for (int i = 0; i < step; i++) squares[i] += squares[i + step];
         const float sum = warp_sum(squares[0]);
-        if (lane == 0) scale[row] = row_factor(sum, task);
+        if (lane == 0) scale[row] = row_factor<T>(sum, task);
     }
 }
 
