@@ -47,6 +47,21 @@ def test_norm_rows_do_not_depend_on_each_other(kernel, framework):
             assert_same_bits(run(placed.tensor, framework.tensor(residual, dtype)), whole, layout.name)
 
 
+@pytest.mark.rows("rms_norm")
+def test_norm_rows_among_thousands(kernel, framework):
+    """Where a GPU gives a row to fewer threads, these add in the order of many."""
+    dtype = short_dtype(kernel.dtype)
+    hidden = 512 if dtype == "f32" else 1024
+    x, residual, weight = norm_inputs(dtype, 37, hidden)
+    fixed = framework.tensor(weight, dtype)
+
+    def run(repeats):
+        rows = (framework.tensor(np.tile(a, (repeats, 1)), dtype) for a in (x, residual))
+        return to_float64(minivllm.add_rms_norm(*rows, fixed, kernel=kernel.name)[0])
+
+    assert_same_bits(run(100), np.tile(run(1), (100, 1)), "3,700 rows")
+
+
 def projection(framework, dtype, hidden, rows, seed=0):
     x = framework.tensor(normal((rows, hidden), dtype, "x", hidden, seed), dtype)
     weights = (

@@ -176,7 +176,12 @@ template <typename T> mv_status launch_by_hidden(const mv_task *task, Aligned al
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
     if (packets <= 16) return launch_rows<T, 16, 1>(task, aligned, error);
     if (packets <= 32) return launch_rows<T, 32, 1>(task, aligned, error);
-    if (packets <= 128 && task->residual.data) return launch_rows<T, 128, 1>(task, aligned, error);
+    if (packets <= 128 && task->residual.data) {
+        /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
+        if (packets > 96 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
+            return launch_rows<T, 32, 4>(task, aligned, error);
+        return launch_rows<T, 128, 1>(task, aligned, error);
+    }
     if (packets <= 128) return launch_rows<T, 64, 2>(task, aligned, error);
     if (packets <= 256) return launch_rows<T, 128, 2>(task, aligned, error);
     if (packets <= 512) return launch_rows<T, 256, 2>(task, aligned, error);
