@@ -176,6 +176,23 @@ def test_compile(name, rounding, lone_heads, device, monkeypatch):
     assert not report.fallbacks
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_compile_of_more_tokens_than_the_limit_is_the_unpatched_graph(name, device):
+    """No operation of ours, and none more or less: such a prefill cannot become slower."""
+    model = causal_lm(name, "bfloat16", device)
+    ids = prompt(1, 70).to(device)
+
+    def graph():
+        torch.compiler.reset()
+        graphs = []
+        torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(ids)
+        return sorted(str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call"))
+
+    before = graph()
+    minivllm.transformers.apply(model, fused_tokens=64, rounding="hf")
+    assert graph() == before and len(before) > 30 * LAYERS
+
+
 @pytest.mark.gpu
 def test_compile_reduce_overhead():
     torch.compiler.reset()
