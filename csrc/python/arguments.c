@@ -96,14 +96,22 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     return true;
 }
 
+/* What the object's own dict has is found there at once; a subclass may have it as a property. */
+static PyObject *attribute(PyObject *object, PyObject *own, PyObject *name) {
+    PyObject *value = PyDict_GetItemWithError(own, name);
+    return value ? Py_NewRef(value) : PyErr_Occurred() ? NULL : PyObject_GetAttr(object, name);
+}
+
 bool read_attributes(call *c, const signature *s, void *args, PyObject *object) {
-    bool ok = true;
+    PyObject *own = PyObject_GenericGetDict(object, NULL);
+    bool ok = own != NULL;
     for (int i = 0; ok && i < s->count; i++) {
         const parameter *p = &s->parameters[i];
-        PyObject *value = PyObject_GetAttr(object, c->state->keywords[s->index][i]);
+        PyObject *value = attribute(object, own, c->state->keywords[s->index][i]);
         ok = value && p->convert(c, p, value, (char *)args + p->offset);
         Py_XDECREF(value);
     }
+    Py_XDECREF(own);
     end_step(c, STEP_READ);
     return ok;
 }
