@@ -3,7 +3,7 @@ PYTHON ?= python3
 WITH ?=          # more packages for .venv, such as WITH="torch jax"
 ARGS ?=          # passed on to pytest
 VENV = .venv/bin/python
-C_FILES = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh')
+C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: help demo test inplace gpu-test bench ctest asan format lint clean
 

@@ -1,0 +1,182 @@
+/* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; launch.cuh, mma.cuh and ptx.cuh of
+ * this folder take the place of those of csrc/cuda.
+ *
+ * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by as much as
+ * barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run one after the other, the
+ * blocks of a cluster together. Copies to shared memory happen at once: a missing wait for them is not seen. */
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define __launch_bounds__(...)
+#define threadIdx cpu::current->thread
+#define blockIdx cpu::current->block
+#define gridDim cpu::grid_dim
+#define blockDim cpu::block_dim
+
+namespace cpu {
+
+constexpr int kSharedBytes = 227 << 10;
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+
+struct Fiber {
+    jmp_buf state;
+    std::unique_ptr<char[]> stack;
+    Index thread, block;
+    unsigned rank; /* of its block in the cluster */
+    bool done = false;
+};
+inline std::vector<Fiber> fibers;
+inline Fiber *current;
+inline jmp_buf caller; /* of run() */
+inline Index grid_dim, block_dim;
+
+/* Goes on with the next fiber that has something left to do, or with the caller of run(). */
+[[noreturn]] inline void switch_to_next() {
+    for (size_t i = 0; i < fibers.size(); i++) {
+        current = current + 1 == fibers.data() + fibers.size() ? fibers.data() : current + 1;
+        if (!current->done) _longjmp(current->state, 1);
+    }
+    _longjmp(caller, 1);
+}
+
+inline void yield() {
+    if (_setjmp(current->state) == 0) switch_to_next();
+}
+
+/* Where so many fibers wait for each other. */
+struct Meeting {
+    unsigned expected, arrived = 0, times = 0;
+    void arrive_and_wait() {
+        const unsigned now = times;
+        if (++arrived == expected) {
+            arrived = 0;
+            times++;
+        }
+        while (times == now) yield();
+    }
+};
+
+/* What the lanes of a warp show each other between two meetings. */
+struct Warp {
+    Meeting meet{32};
+    uint32_t a[32][4], b[32][2];
+};
+
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Block {
+    Meeting meet;
+    std::vector<Warp> warps;
+    std::unique_ptr<char[]> memory{new char[kSharedBytes + 1024]};
+    char *shared = memory.get() + 1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024;
+    explicit Block(unsigned threads) : meet{threads}, warps(threads / 32) {
+        memset(shared, 0x7f, kSharedBytes);
+    } /* NaN */
+};
+
+inline std::vector<std::unique_ptr<Block>> cluster;
+inline Meeting cluster_meets;
+
+inline Block &own_block() { return *cluster[current->rank]; }
+inline Warp &own_warp() { return own_block().warps[current->thread.x / 32]; }
+inline char *shared() { return own_block().shared; }
+
+inline void (*to_run)(void *);
+inline void *argument;
+
+/* A fiber's first function: it comes into being, and later runs. */
+inline void begin() {
+    Fiber *const self = current;
+    if (_setjmp(self->state) == 0) _longjmp(caller, 1);
+    to_run(argument);
+    self->done = true;
+    switch_to_next();
+}
+
+/* Calls what() in every thread of so many blocks. */
+template <typename What> void run(unsigned blocks, unsigned threads, unsigned ctas, What what) {
+    grid_dim.x = blocks;
+    block_dim.x = threads;
+    cluster.clear();
+    for (unsigned i = 0; i < ctas; i++) cluster.push_back(std::make_unique<Block>(threads));
+    cluster_meets = {ctas * threads};
+    auto all_blocks = [&] {
+        for (unsigned first = 0; first < blocks; first += ctas) {
+            current->block.x = first + current->rank;
+            what();
+            cluster_meets.arrive_and_wait();
+        }
+    };
+    to_run = [](void *of_all) { (*static_cast<decltype(all_blocks) *>(of_all))(); };
+    argument = &all_blocks;
+    fibers = std::vector<Fiber>(ctas * threads);
+    for (unsigned i = 0; i < fibers.size(); i++) {
+        current = &fibers[i];
+        current->thread.x = i % threads;
+        current->rank = i / threads;
+        current->stack.reset(new char[kStackBytes]);
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = current->stack.get();
+        context.uc_stack.ss_size = kStackBytes;
+        makecontext(&context, begin, 0);
+        if (_setjmp(caller) == 0) setcontext(&context);
+    }
+    if (_setjmp(caller) == 0) switch_to_next();
+}
+
+/* All lanes of a warp call this together; each gets what `show` makes of the others' values. */
+template <typename T, typename Show> T exchange(T value, Show show) {
+    Warp &warp = own_warp();
+    static_assert(sizeof(T) == 4);
+    memcpy(warp.a[current->thread.x % 32], &value, 4);
+    warp.meet.arrive_and_wait();
+    T other;
+    memcpy(&other, warp.a[show(current->thread.x % 32)], 4);
+    warp.meet.arrive_and_wait();
+    return other;
+}
+
+} // namespace cpu
+
+inline void __syncthreads() { cpu::own_block().meet.arrive_and_wait(); }
+inline void __syncwarp() { cpu::own_warp().meet.arrive_and_wait(); }
+template <typename T> T __shfl_xor_sync(unsigned, T value, int lanes) {
+    return cpu::exchange(value, [=](int lane) { return lane ^ lanes; });
+}
+template <typename T> T __shfl_sync(unsigned, T value, int from) {
+    return cpu::exchange(value, [=](int) { return from; });
+}
+
+using std::max;
+using std::min;
+inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline float __frsqrt_rn(float v) { return static_cast<float>(1 / std::sqrt(static_cast<double>(v))); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __uint_as_float(uint32_t bits) {
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+inline uint32_t __float_as_uint(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return bits;
+}

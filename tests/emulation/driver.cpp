@@ -1,0 +1,229 @@
+/* driver.cpp: runs every CUDA kernel of the lists that is linked here on cases with odd sizes, strides and options, and compares
+ * with float64. Prints a line for each kernel; the exit status is 1 if a result is wrong or a kernel took none of the cases. */
+#include "cuda_on_cpu.h"
+
+#include <cstdarg>
+#include <random>
+
+extern "C" {
+#include "ops/dispatch.h"
+extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
+
+mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error->text, sizeof error->text, format, values);
+    va_end(values);
+    return status;
+}
+const char *mv_fits_any(const mv_task *) { return nullptr; }
+size_t mv_no_workspace(const mv_task *) { return 0; }
+}
+
+namespace {
+
+struct Case {
+    int tokens, hidden, outputs;
+    mv_rounding rounding;
+    bool residual, bias, wide_norm_weight, in_out, tuple;
+    float weight_offset;
+    int pad; /* elements between rows of x, residual and outputs */
+};
+
+constexpr mv_rounding kHf = MV_ROUNDING_HF, kFp32 = MV_ROUNDING_FP32;
+constexpr Case kProjections[] = {
+    {1, 256, 37, kHf, false, false, false, false, false, 0, 0},
+    {1, 1024, 3, kFp32, true, false, false, false, false, 0.5f, 8},
+    {3, 512, 100, kHf, true, true, true, false, true, 0, 8},
+    {4, 96, 20, kFp32, false, true, false, false, false, 1, 0},
+    {5, 1027, 33, kHf, false, true, false, false, false, 0, 3},
+    {8, 768, 68, kFp32, true, false, true, false, false, 1, 0},
+    {16, 512, 132, kHf, true, true, false, false, true, 0, 16},
+    {17, 640, 72, kHf, false, false, false, true, false, 0, 0},
+    {33, 264, 136, kFp32, true, true, false, true, false, 0, 8},
+    {70, 40, 24, kHf, false, true, false, false, false, 0, 1},
+    {130, 320, 200, kHf, true, false, false, false, true, 0, 0},
+    {129, 2056, 40, kFp32, false, false, true, false, false, 0, 0},
+};
+constexpr Case kNorms[] = {
+    {1, 1, 0, kHf, false, false, false, false, false, 0, 0},
+    {7, 33, 0, kFp32, true, false, false, false, false, 1, 0},
+    {37, 128, 0, kHf, false, false, true, false, false, 0, 0},
+    {5, 256, 0, kHf, true, false, false, false, false, 0, 8},
+    {600, 1000, 0, kHf, true, false, false, false, false, 0, 0},
+    {3, 1027, 0, kFp32, true, false, true, false, false, 0.5f, 1},
+    {3, 4096, 0, kHf, true, false, false, false, false, 0, 0},
+    {2, 8200, 0, kFp32, true, false, false, false, false, 0, 0},
+    {2, 16392, 0, kHf, true, false, false, false, false, 0, 8},
+};
+
+/* Of rounding to T: half the distance of 1 and the next number. */
+template <typename T> constexpr double kUnit = 0;
+template <> constexpr double kUnit<float> = 0x1p-24;
+template <> constexpr double kUnit<__half> = 0x1p-11;
+template <> constexpr double kUnit<__nv_bfloat16> = 0x1p-8;
+
+template <typename T> struct Rows {
+    int count, length, stride;
+    std::vector<T> values;
+    static constexpr float kUntouched = 7;
+    Rows(int count, int length, int pad)
+        : count(count), length(length), stride(length + pad),
+          values(static_cast<size_t>(count) * stride, T(kUntouched)) {}
+    template <typename Draw> void fill(Draw draw) {
+        for (int r = 0; r < count; r++)
+            for (int i = 0; i < length; i++) at(r, i) = T(static_cast<float>(draw()));
+    }
+    T &at(int r, int i) { return values[static_cast<size_t>(r) * stride + i]; }
+    mv_rows view() { return {values.data(), static_cast<int64_t>(count) * stride, stride}; }
+    bool gaps_untouched() {
+        for (int r = 0; r < count; r++)
+            for (int i = length; i < stride; i++)
+                if (static_cast<float>(at(r, i)) != kUntouched) return false;
+        return true;
+    }
+};
+
+/* How far the results are, in units of what they may be: over 1 is wrong; infinity: an error, or writes where none belong. */
+template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
+    std::mt19937 bits(static_cast<unsigned>(c.tokens * 7919 + c.hidden));
+    std::normal_distribution<double> normal;
+    const auto draw = [&] { return normal(bits); };
+    const bool projects = c.outputs > 0;
+    const int width = projects ? c.outputs : c.hidden;
+    Rows<T> x(c.tokens, c.hidden, c.pad), residual = x, sum = x, out(c.tokens, width, c.pad);
+    Rows<T> matrix(projects ? c.outputs : 0, c.hidden, 0), narrow(1, c.hidden, 0), bias(1, width, 0);
+    Rows<float> wide(1, c.hidden, 0);
+    x.fill(draw);
+    residual.fill(draw);
+    matrix.fill([&] { return 0.05 * draw(); });
+    wide.fill([&] { return 1 + 0.2 * draw(); });
+    bias.fill(draw);
+    for (int k = 0; k < c.hidden; k++) {
+        narrow.at(0, k) = T(wide.at(0, k));
+        if (!c.wide_norm_weight) wide.at(0, k) = static_cast<float>(narrow.at(0, k));
+    }
+    Rows<T> turned(c.hidden, projects ? c.outputs : 0, 0);
+    for (int n = 0; n < matrix.count; n++)
+        for (int k = 0; k < c.hidden; k++) turned.at(k, n) = matrix.at(n, k);
+
+    mv_task task = {};
+    task.device.kind = MV_CUDA;
+    task.sm_count = 16;
+    task.compute_capability = 90;
+    task.smem_bytes = cpu::kSharedBytes;
+    task.dtype = task.weight_dtype = row.dtype;
+    task.tokens = task.inner = c.tokens;
+    task.hidden = c.hidden;
+    task.eps = 1e-6f;
+    task.rounding = c.rounding;
+    task.weight_offset = c.weight_offset;
+    task.x = x.view();
+    task.out = out.view();
+    if (c.residual) task.residual = residual.view(), task.residual_out = sum.view();
+    task.norm_weight = c.wide_norm_weight ? static_cast<void *>(wide.values.data()) : narrow.values.data();
+    task.norm_weight_dtype = c.wide_norm_weight ? MV_F32 : row.dtype;
+    task.outputs = c.outputs;
+    task.packed = projects && !c.tuple;
+    for (int i = 0, first = 0; i < 3 && projects; i++) {
+        const int end = task.packed ? c.outputs : c.outputs * (i + 2) / 4;
+        mv_block &block = task.block[i];
+        block.outputs = end - first;
+        block.weight = c.in_out ? &turned.at(0, first) : &matrix.at(first, 0);
+        block.row_stride = c.in_out ? 1 : c.hidden;
+        block.col_stride = c.in_out ? c.outputs : 1;
+        block.bias = c.bias ? &bias.at(0, first) : nullptr;
+        block.bias_dtype = row.dtype;
+        first = end;
+        if (task.packed) break;
+    }
+    *took = !row.fits(&task);
+    if (!*took) return 0;
+    std::vector<uint4> workspace(row.workspace(&task) / 16 + 1);
+    task.workspace = workspace.data();
+    mv_error error;
+    if (row.run(&task, &error) != MV_OK) {
+        printf("%s: %s\n", row.name, error.text);
+        return INFINITY;
+    }
+
+    const auto rounded = [](double v) { return static_cast<double>(static_cast<float>(T(static_cast<float>(v)))); };
+    double worst = 0;
+    for (int t = 0; t < c.tokens; t++) {
+        std::vector<double> y(c.hidden);
+        double squares = 0;
+        for (int k = 0; k < c.hidden; k++) {
+            y[k] = static_cast<float>(x.at(t, k));
+            if (c.residual) {
+                y[k] = rounded(y[k] + static_cast<float>(residual.at(t, k)));
+                if (static_cast<float>(sum.at(t, k)) != y[k]) return INFINITY;
+            }
+            squares += y[k] * y[k];
+        }
+        const double r = 1 / std::sqrt(squares / c.hidden + 1e-6);
+        for (int k = 0; k < c.hidden; k++) {
+            const double normalised = c.rounding == kHf ? rounded(y[k] * r) : y[k] * r;
+            y[k] = normalised * (c.weight_offset + wide.at(0, k));
+        }
+        for (int n = 0; n < width; n++) {
+            double exact = 0, terms = 0;
+            if (projects) {
+                for (int k = 0; k < c.hidden; k++) {
+                    const double of_y = c.rounding == kHf ? rounded(y[k]) : y[k];
+                    const double term = of_y * static_cast<float>(matrix.at(n, k));
+                    exact += term;
+                    terms += std::fabs(term);
+                }
+                if (c.bias) exact += static_cast<float>(bias.at(0, n));
+            } else {
+                exact = y[n];
+            }
+            /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the float32 sum;
+             * and the roundings of y, which are random: in "fp32" those of all terms, in "hf" of the few that go the other way. */
+            const double may = kUnit<T> * std::fabs(exact) * (projects ? 1 : 3) + 0x1p-24 * c.hidden * terms +
+                               kUnit<T> * terms / (c.rounding == kHf ? 8 : 4) + 0x1p-20 * std::fabs(exact) + 1e-30;
+            const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
+            if (std::isnan(far)) return INFINITY;
+            worst = std::max(worst, far);
+        }
+    }
+    return out.gaps_untouched() && (!c.residual || sum.gaps_untouched()) ? worst : INFINITY;
+}
+
+/* The number of wrong results. */
+template <size_t kCount> int run_all(const mv_list &list, const Case (&cases)[kCount]) {
+    int wrong = 0;
+    for (int i = 0; i < list.count; i++) {
+        const mv_row &row = list.rows[i];
+        if (row.backend != MV_CUDA) continue;
+        if (!row.run) {
+            printf("%s %s is not linked here\n", list.op, row.name);
+            continue;
+        }
+        int took = 0;
+        double worst = 0;
+        for (const Case &c : cases) {
+            bool ran;
+            const double far = row.dtype == MV_F32   ? run<float>(row, c, &ran)
+                               : row.dtype == MV_F16 ? run<__half>(row, c, &ran)
+                                                     : run<__nv_bfloat16>(row, c, &ran);
+            took += ran;
+            worst = std::max(worst, far);
+            if (!(far <= 1)) {
+                printf("WRONG: %s with %d tokens, hidden %d, %d outputs: %g\n", row.name, c.tokens, c.hidden, c.outputs,
+                       far);
+                wrong++;
+            }
+        }
+        printf("%s %s %d cases, at most %.2f of what is allowed\n", list.op, row.name, took, worst);
+        wrong += took == 0;
+    }
+    return wrong;
+}
+
+} // namespace
+
+int main() {
+    const int wrong = run_all(mv_rms_norm_list, kNorms) + run_all(mv_rms_norm_qkv_list, kProjections);
+    return wrong != 0;
+}
