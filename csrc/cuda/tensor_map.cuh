@@ -1,32 +1,8 @@
 /* tensor_map.cuh: host: describes a matrix of 16-bit values to the copy engine. */
 #pragma once
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
-#include <cuda_runtime.h>
-
 #include "../kernel.h"
-
-/* The encoder is the driver's: asked for by name, so that nothing links against libcuda. Races ask twice. */
-static inline mv_status find_encoder(PFN_cuTensorMapEncodeTiled_v12000 *encode, mv_error *error) {
-    static void *found;
-    void *function = __atomic_load_n(&found, __ATOMIC_ACQUIRE);
-    if (!function) {
-        cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-        const cudaError_t status =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-        const cudaError_t status =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-        if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
-            return mv_fail(error, MV_DEVICE_ERROR, "the NVIDIA driver has no cuTensorMapEncodeTiled: update it");
-        __atomic_store_n(&found, function, __ATOMIC_RELEASE);
-    }
-    *encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    return MV_OK;
-}
+#include "driver.cuh"
 
 /* A matrix whose row r begins r * stride elements past data, and the box that one copy moves. The rows of a box are 16,
  * 32, 64 or 128 bytes, and lie in shared memory with their 16-byte pieces swizzled over as many bytes. */
@@ -38,9 +14,10 @@ struct BoxedMatrix {
 };
 
 static inline mv_status encode_map(CUtensorMap *map, const BoxedMatrix &m, mv_error *error) {
-    PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
-    const mv_status status = find_encoder(&encode, error);
-    if (status != MV_OK) return status;
+    static void *found;
+    const auto encode =
+        reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(driver_function(&found, "cuTensorMapEncodeTiled", 12000));
+    if (!encode) return mv_fail(error, MV_DEVICE_ERROR, "the NVIDIA driver has no cuTensorMapEncodeTiled: update it");
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.stride) * 2};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(m.box_columns), static_cast<cuuint32_t>(m.box_rows)};

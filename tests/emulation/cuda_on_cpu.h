@@ -1,5 +1,5 @@
-/* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; launch.cuh, mma.cuh and ptx.cuh of
- * this folder take the place of those of csrc/cuda.
+/* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; the *.cuh of this folder take
+ * the place of those of csrc/cuda.
  *
  * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by as much as
  * barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run one after the other, the
@@ -62,7 +62,7 @@ inline void yield() {
 
 /* Where so many fibers wait for each other. */
 struct Meeting {
-    unsigned expected, arrived = 0, times = 0;
+    unsigned expected = 0, arrived = 0, times = 0;
     void arrive_and_wait() {
         const unsigned now = times;
         if (++arrived == expected) {
@@ -82,11 +82,11 @@ struct Warp {
 constexpr size_t kStackBytes = 128 << 10;
 
 struct Block {
-    Meeting meet;
+    Meeting meet, named[16];
     std::vector<Warp> warps;
     std::unique_ptr<char[]> memory{new char[kSharedBytes + 1024]};
     char *shared = memory.get() + 1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024;
-    explicit Block(unsigned threads) : meet{threads}, warps(threads / 32) {
+    explicit Block(unsigned threads) : meet{threads}, named{}, warps(threads / 32) {
         memset(shared, 0x7f, kSharedBytes);
     } /* NaN */
 };
@@ -167,6 +167,13 @@ template <typename T> T __shfl_sync(unsigned, T value, int from) {
 
 using std::max;
 using std::min;
+template <typename T> T __ldcg(const T *p) { return *p; }
+template <typename T> void __stcg(T *p, T value) { *p = value; }
+template <typename T> T atomicAdd(T *p, int value) {
+    const T before = *p;
+    *p += value;
+    return before;
+}
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 inline float __frsqrt_rn(float v) { return static_cast<float>(1 / std::sqrt(static_cast<double>(v))); }
 inline float __fdiv_rn(float a, float b) { return a / b; }

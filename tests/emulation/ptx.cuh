@@ -12,3 +12,10 @@ inline uint4 load_if(const void *p, bool wanted) {
 inline uint4 load_streaming(const void *p, bool wanted) { return load_if(p, wanted); }
 
 template <typename T> void compute_now(T &) {}
+
+inline void add_release(uint32_t *counter, uint32_t value) { *counter += value; }
+inline uint32_t load_acquire(const uint32_t *counter) { /* of who waits for others */
+    cpu::yield();
+    return *counter;
+}
+inline bool elect_lane() { return threadIdx.x % 32 == 0; }
