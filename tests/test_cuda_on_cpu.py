@@ -53,8 +53,8 @@ def report(tmp_path_factory):
     cpp = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-I", headers, "-I", EMULATION, "-include", "cuda_on_cpu.h"]
     jobs = [[*cpp, *common, "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
     jobs += [[*cpp, *common, EMULATION / "driver.cpp", "-o", cuda / "driver.o"]]
-    for name in ("rms_norm", "rms_norm_qkv"):  # the lists
-        jobs += [["gcc", "-std=c11", *common, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"list_{name}.o"]]
+    for name in ("rms_norm", "rms_norm_qkv", "dispatch", "checks"):  # the lists, and what they and the kernels call
+        jobs += [["gcc", "-std=c11", *common, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, jobs))
     # The lists name the kernels of the CPU too: those are not linked.

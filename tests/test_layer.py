@@ -202,9 +202,21 @@ def test_subclasses():
         def __call__(self, x, **options):
             return super().__call__(x, **options)[0]
 
+    class Elsewhere(minivllm.FusedRMSNormQKV):
+        """Its norm weight is not in its own dict."""
+
+        @property
+        def norm_weight(self):
+            return self.kept[0]
+
+        @norm_weight.setter
+        def norm_weight(self, weight):
+            self.kept = [weight]
+
     x, out = np.ones((2, 64), np.float32), np.zeros((2, 40), np.float32)
     expected = small_layer()(x)
     assert_all_same(small_layer(Same)(x), expected)
+    assert_all_same(small_layer(Elsewhere)(x), expected)
     assert_all_same(small_layer(Same).__call__(x=x), expected)
     assert_same_bits(small_layer(OnlyQ)(x, out=out), expected[0])
     assert np.allclose(out, 64)

@@ -2,22 +2,11 @@
  * with float64. Prints a line for each kernel; the exit status is 1 if a result is wrong or a kernel took none of the cases. */
 #include "cuda_on_cpu.h"
 
-#include <cstdarg>
 #include <random>
 
 extern "C" {
 #include "ops/dispatch.h"
 extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
-
-mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...) {
-    va_list values;
-    va_start(values, format);
-    vsnprintf(error->text, sizeof error->text, format, values);
-    va_end(values);
-    return status;
-}
-const char *mv_fits_any(const mv_task *) { return nullptr; }
-size_t mv_no_workspace(const mv_task *) { return 0; }
 }
 
 namespace {
