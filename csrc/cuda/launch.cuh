@@ -2,9 +2,8 @@
  * the GPU has it, safe inside a stream capture even as the first call of the process. */
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "../kernel.h"
+#include "driver.cuh"
 
 static inline mv_status cuda_failed(mv_error *error, const char *what, cudaError_t status) {
     cudaGetLastError(); /* it is reported here; the next call must not see it again */
@@ -25,9 +24,9 @@ struct DeviceGuard {
     }
 };
 
-/* Loading a kernel and raising its shared memory limit are not stream work, but a capture in its strictest mode forbids
- * loading; for this thread that check is lifted while we do it. */
-static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem_bytes) {
+/* The driver's handle of a kernel on the current device, with its shared memory limit raised. Neither that nor loading a kernel is
+ * stream work, but a capture in its strictest mode forbids loading; for this thread that check is lifted while we do it. */
+static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem_bytes, cudaFunction_t *function) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaError_t status = cudaThreadExchangeStreamCaptureMode(&mode);
     if (status != cudaSuccess) return status;
@@ -36,13 +35,14 @@ static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem
     if (status == cudaSuccess)
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       device_smem_bytes - static_cast<int32_t>(attributes.sharedSizeBytes));
+    if (status == cudaSuccess) status = cudaGetFuncBySymbol(function, kernel);
     cudaThreadExchangeStreamCaptureMode(&mode);
     return status;
 }
 
-/* Which kernels are prepared on which device: a cache of what the driver knows, so races only repeat the work. */
+/* The kernels that are prepared, by device: a cache of what the driver knows, so races only repeat the work. */
 constexpr int kMaxDevices = 64;
-template <auto kernel> struct Prepared { static inline bool on[kMaxDevices]; };
+template <auto kernel> struct Prepared { static inline cudaFunction_t on[kMaxDevices]; };
 
 struct Grid {
     dim3 blocks;
@@ -51,42 +51,65 @@ struct Grid {
     unsigned cluster; /* CTAs in a row that run together; 0: no clusters */
 };
 
+/* By the driver, which is asked for less than the runtime does. False where it cannot: the runtime then makes the context that
+ * this thread lacks, or says what is wrong. */
+static inline bool launch_by_driver(const CUlaunchConfig &config, cudaFunction_t function, void **arguments) {
+    static void *found;
+    const auto launch =
+        reinterpret_cast<PFN_cuLaunchKernelEx_v11060>(driver_function(&found, "cuLaunchKernelEx", 11060));
+    return launch && launch(&config, function, arguments, nullptr) == CUDA_SUCCESS;
+}
+
+static inline cudaError_t launch_by_runtime(const CUlaunchConfig &of_driver, const void *kernel, void **arguments) {
+    static_assert(sizeof(cudaLaunchAttribute) == sizeof(CUlaunchAttribute), "they are the same");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(of_driver.gridDimX);
+    config.blockDim = dim3(of_driver.blockDimX);
+    config.dynamicSmemBytes = of_driver.sharedMemBytes;
+    config.stream = of_driver.hStream;
+    config.attrs = reinterpret_cast<cudaLaunchAttribute *>(of_driver.attrs);
+    config.numAttrs = of_driver.numAttrs;
+    return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
 template <auto kernel, typename... Args>
 static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args... args) {
-    const void *function = reinterpret_cast<const void *>(kernel);
+    const void *symbol = reinterpret_cast<const void *>(kernel);
     const int device = task->device.index;
     DeviceGuard guard;
     cudaError_t status = guard.enter(device);
     if (status != cudaSuccess) return cuda_failed(error, "cudaSetDevice", status);
 
-    bool *prepared = &Prepared<kernel>::on[device % kMaxDevices];
-    if (device >= kMaxDevices || !__atomic_load_n(prepared, __ATOMIC_ACQUIRE)) {
-        status = prepare_kernel(function, task->smem_bytes);
-        __atomic_store_n(prepared, status == cudaSuccess, __ATOMIC_RELEASE);
+    cudaFunction_t *prepared = &Prepared<kernel>::on[device % kMaxDevices];
+    cudaFunction_t function = device < kMaxDevices ? __atomic_load_n(prepared, __ATOMIC_ACQUIRE) : nullptr;
+    if (!function) {
+        status = prepare_kernel(symbol, task->smem_bytes, &function);
+        if (status == cudaSuccess && device < kMaxDevices) __atomic_store_n(prepared, function, __ATOMIC_RELEASE);
     }
 
     if (status == cudaSuccess) {
-        cudaLaunchAttribute attributes[2] = {};
+        CUlaunchAttribute attributes[2] = {};
         unsigned count = 0;
         if (task->programmatic_launch) {
-            attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+            attributes[count].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[count++].value.programmaticStreamSerializationAllowed = 1;
         }
         if (grid.cluster > 1) {
-            attributes[count].id = cudaLaunchAttributeClusterDimension;
-            attributes[count].val.clusterDim.x = grid.cluster;
-            attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+            attributes[count].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[count].value.clusterDim.x = grid.cluster;
+            attributes[count].value.clusterDim.y = attributes[count].value.clusterDim.z = 1;
             count++;
         }
-        cudaLaunchConfig_t config = {};
-        config.gridDim = grid.blocks;
-        config.blockDim = dim3(grid.threads);
-        config.dynamicSmemBytes = grid.smem_bytes;
-        config.stream = static_cast<cudaStream_t>(task->stream);
+        CUlaunchConfig config = {};
+        config.gridDimX = grid.blocks.x;
+        config.blockDimX = grid.threads;
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+        config.sharedMemBytes = static_cast<unsigned>(grid.smem_bytes);
+        config.hStream = static_cast<CUstream>(task->stream);
         config.attrs = attributes;
         config.numAttrs = count;
-        void *pointers[] = {static_cast<void *>(&args)...};
-        status = cudaLaunchKernelExC(&config, function, pointers);
+        void *arguments[] = {static_cast<void *>(&args)...};
+        if (!launch_by_driver(config, function, arguments)) status = launch_by_runtime(config, symbol, arguments);
     }
     guard.leave();
     return status == cudaSuccess ? MV_OK : cuda_failed(error, "kernel launch", status);
