@@ -45,6 +45,24 @@ __device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {
     return v;
 }
 
+/* How soon L2 drops what a load brings: as usual, or after everything else. */
+__device__ __forceinline__ uint64_t l2_policy(bool last) {
+    uint64_t policy;
+    if (last)
+        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint4 load_by_policy(const void *p, uint64_t policy) {
+    uint4 v;
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "l"(policy)
+                 : "memory");
+    return v;
+}
+
 /* What this thread wrote before, and what it has seen others write at a barrier, is seen by who reads the counter. */
 __device__ __forceinline__ void add_release(uint32_t *counter, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");

@@ -2,7 +2,8 @@
  *
  * One read, one write. A row belongs to kThreads threads, each of which keeps kPackets 16-byte packets of it in
  * registers between the sum and the scaling; rows of up to 32 packets belong to one warp or less and need no barrier.
- * Rows of more than 2048 packets are read twice (with 1024 threads of 4 packets the residual form spilled registers).
+ * Rows of more than 4096 packets are read twice, with a residual those of more than 2048 (1024 threads of 4 packets spilled
+ * registers).
  * Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on its neighbours, its
  * alignment or its strides.
  *
@@ -14,9 +15,13 @@
 
 namespace {
 
-struct Aligned {
+struct Access {
     bool rows, weight; /* fit for 16-byte accesses */
+    bool keep;         /* L2 drops x last, and so writes back out earlier */
 };
+
+/* An x of so many bytes is many times what L2 holds. (Where a product follows, it shall find y there.) */
+constexpr int64_t kKeptBytes = int64_t{1} << 27;
 
 template <typename T> __device__ __forceinline__ float sum_of_squares(const Packet<T> &packet) {
     float sum = 0;
@@ -50,8 +55,14 @@ template <int kThreads, int kPackets> __device__ __forceinline__ float row_sum(f
 /* Rows of a warp or less share a block of 128 threads, and none of them meets at a barrier. */
 template <int kThreads> constexpr int kBlockThreads = kThreads <= 32 ? 128 : kThreads;
 
-template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __launch_bounds__(kBlockThreads<kThreads>)
-    rms_norm_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
+/* Blocks that shall share an SM, where that is not left to the compiler: 48 or 64 KB of rows are on their way. */
+template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = kAdd || kThreads != 512 ? 1
+                                                                            : kPackets == 2         ? 3
+                                                                                                    : 2;
+
+template <typename T, int kThreads, int kPackets, bool kAdd>
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))
+    rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const int lane = threadIdx.x % kThreads;
@@ -67,8 +78,10 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
     if (early) {
 #pragma unroll
         for (int p = 0; p < kPackets; p++)
-            raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, aligned.weight);
+            raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, access.weight);
     }
+    constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
+    const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
     if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);
@@ -80,8 +93,9 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
         const int at = (p * kThreads + lane) * size;
-        s[p] = load_packet(x + at, hidden - at, aligned.rows);
-        if constexpr (kAdd) other[p] = load_packet(residual + at, hidden - at, aligned.rows);
+        s[p] = kKeeps ? load_packet(x + at, hidden - at, access.rows, policy)
+                      : load_packet(x + at, hidden - at, access.rows);
+        if constexpr (kAdd) other[p] = load_packet(residual + at, hidden - at, access.rows);
     }
     float squares[kPackets];
 #pragma unroll
@@ -94,7 +108,7 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
 #pragma unroll
         for (int p = 0; p < kPackets; p++) {
             const int at = (p * kThreads + lane) * size;
-            store_packet(residual_out + at, s[p], hidden - at, aligned.rows);
+            store_packet(residual_out + at, s[p], hidden - at, access.rows);
         }
     }
 
@@ -105,8 +119,8 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
         const int at = (p * kThreads + lane) * size;
         if (at >= hidden) break;
         const NormWeights<T> weights =
-            early ? widen_norm_weights<T>(task, raw_weights[p]) : load_norm_weights<T>(task, at, aligned.weight);
-        store_packet(out + at, apply_norm(s[p], r, weights, hf), hidden - at, aligned.rows);
+            early ? widen_norm_weights<T>(task, raw_weights[p]) : load_norm_weights<T>(task, at, access.weight);
+        store_packet(out + at, apply_norm(s[p], r, weights, hf), hidden - at, access.rows);
     }
 }
 
@@ -114,7 +128,7 @@ template <typename T, int kThreads, int kPackets, bool kAdd> __global__ void __l
 constexpr int kLongRowThreads = 1024;
 
 template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThreads)
-    rms_norm_long_kernel(const __grid_constant__ mv_task task, Aligned aligned) {
+    rms_norm_long_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
@@ -133,61 +147,68 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     float squares[1] = {};
     for (int64_t at = first; at < task.hidden; at += step) {
         const int64_t left = task.hidden - at;
-        Packet<T> s = load_packet(x + at, left, aligned.rows);
+        Packet<T> s = load_packet(x + at, left, access.rows);
         if constexpr (kAdd) {
-            s = add_residual(s, load_packet(residual + at, left, aligned.rows));
-            if (residual_out) store_packet(residual_out + at, s, left, aligned.rows);
+            s = add_residual(s, load_packet(residual + at, left, access.rows));
+            if (residual_out) store_packet(residual_out + at, s, left, access.rows);
         }
         squares[0] += sum_of_squares(s);
     }
     const float r = row_factor<T>(row_sum<kLongRowThreads>(squares), task);
     for (int64_t at = first; at < task.hidden; at += step) {
         const int64_t left = task.hidden - at;
-        Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, aligned.rows);
+        Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, access.rows);
         if constexpr (kAdd)
-            if (!residual_out) s = add_residual(s, load_packet(residual + at, left, aligned.rows));
-        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, aligned.weight), hf), left,
-                     aligned.rows);
+            if (!residual_out) s = add_residual(s, load_packet(residual + at, left, access.rows));
+        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, access.weight), hf), left, access.rows);
     }
 }
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
-template <typename T, int kThreads, int kPackets>
-mv_status launch_rows(const mv_task *task, Aligned aligned, mv_error *error) {
+template <typename T, bool kAdd, int kThreads, int kPackets>
+mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     constexpr int threads = kBlockThreads<kThreads>;
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
     const Grid grid = {dim3(static_cast<unsigned>(blocks)), threads, 0};
-    return task->residual.data
-               ? launch<rms_norm_kernel<T, kThreads, kPackets, true>>(task, grid, error, *task, aligned)
-               : launch<rms_norm_kernel<T, kThreads, kPackets, false>>(task, grid, error, *task, aligned);
+    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd>>(task, grid, error, *task, access);
 }
 
-template <typename T> mv_status launch_long_rows(const mv_task *task, Aligned aligned, mv_error *error) {
+template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
     const Grid grid = {dim3(static_cast<unsigned>(task->tokens)), kLongRowThreads, 0};
-    return task->residual.data ? launch<rms_norm_long_kernel<T, true>>(task, grid, error, *task, aligned)
-                               : launch<rms_norm_long_kernel<T, false>>(task, grid, error, *task, aligned);
+    return launch<rms_norm_long_kernel<T, kAdd>>(task, grid, error, *task, access);
 }
 
-/* Threads for a row by its packets. Measured on an H100: 2 packets a thread are faster than 4 up to 512 packets and slower
- * from 1,024 on, and with a residual 1 is faster than 2 up to 128 (SPEED.md); short rows take part of a warp. */
-template <typename T> mv_status launch_by_hidden(const mv_task *task, Aligned aligned, mv_error *error) {
+/* Threads for a row by its packets, as measured on an H100 (SPEED.md): 2 packets a thread are faster than 4, but more blocks on an
+ * SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
+template <typename T> mv_status launch_plain(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    if (packets <= 16) return launch_rows<T, 16, 1>(task, aligned, error);
-    if (packets <= 32) return launch_rows<T, 32, 1>(task, aligned, error);
-    if (packets <= 128 && task->residual.data) {
-        /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
-        if (packets > 96 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
-            return launch_rows<T, 32, 4>(task, aligned, error);
-        return launch_rows<T, 128, 1>(task, aligned, error);
-    }
-    if (packets <= 128) return launch_rows<T, 64, 2>(task, aligned, error);
-    if (packets <= 256) return launch_rows<T, 128, 2>(task, aligned, error);
-    if (packets <= 512) return launch_rows<T, 256, 2>(task, aligned, error);
-    if (packets <= 1024) return launch_rows<T, 256, 4>(task, aligned, error);
-    if (packets <= 2048) return launch_rows<T, 512, 4>(task, aligned, error);
-    return launch_long_rows<T>(task, aligned, error);
+    if (packets <= 16) return launch_rows<T, false, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_rows<T, false, 32, 1>(task, access, error);
+    if (packets <= 128) return launch_rows<T, false, 64, 2>(task, access, error);
+    if (packets <= 256) return launch_rows<T, false, 128, 2>(task, access, error);
+    if (packets <= 512) return launch_rows<T, false, 256, 2>(task, access, error);
+    if (packets <= 1024) return launch_rows<T, false, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_rows<T, false, 512, 4>(task, access, error);
+    if (packets <= 4096) return launch_rows<T, false, 1024, 4>(task, access, error);
+    return launch_long_rows<T, false>(task, access, error);
+}
+
+/* With a residual 1 packet a thread is faster than 2 up to 128. */
+template <typename T> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
+    const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
+    if (packets <= 16) return launch_rows<T, true, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_rows<T, true, 32, 1>(task, access, error);
+    /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
+    if (packets > 96 && packets <= 128 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
+        return launch_rows<T, true, 32, 4>(task, access, error);
+    if (packets <= 128) return launch_rows<T, true, 128, 1>(task, access, error);
+    if (packets <= 256) return launch_rows<T, true, 128, 2>(task, access, error);
+    if (packets <= 512) return launch_rows<T, true, 256, 2>(task, access, error);
+    if (packets <= 1024) return launch_rows<T, true, 256, 4>(task, access, error);
+    if (packets <= 2048) return launch_rows<T, true, 512, 4>(task, access, error);
+    return launch_long_rows<T, true>(task, access, error);
 }
 
 constexpr int64_t kMaxRowsPerLaunch = int64_t{1} << 30; /* a grid has at most 2^31 - 1 blocks */
@@ -199,9 +220,10 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     if (task->tokens > kMaxRowsPerLaunch)
         return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, the CUDA kernels take up to 2^30",
                        static_cast<long long>(task->tokens));
-    const Aligned aligned = {norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T)),
-                             is_aligned16(task->norm_weight)};
-    return launch_by_hidden<T>(task, aligned, error);
+    const int64_t bytes = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T));
+    const Access access = {norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T)),
+                           is_aligned16(task->norm_weight), bytes >= kKeptBytes && !task->launch_early};
+    return task->residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
 }
 
 } // namespace

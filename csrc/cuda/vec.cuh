@@ -103,6 +103,13 @@ template <typename T> __device__ __forceinline__ Packet<T> load_packet(const T *
     return packet;
 }
 
+/* The same by an l2_policy, where it is one 16-byte load. */
+template <typename T>
+__device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned, uint64_t policy) {
+    if (aligned && count >= Packet<T>::size) return as_packet<T>(load_by_policy(p, policy));
+    return load_packet(p, count, false);
+}
+
 template <typename T>
 __device__ __forceinline__ void store_packet(T *p, const Packet<T> &packet, int64_t count, bool aligned) {
     if (aligned && count >= Packet<T>::size) {
