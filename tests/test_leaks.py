@@ -121,10 +121,13 @@ def test_gpu_memory_does_not_grow(cuda_torch):
     for _ in range(20):
         one_of_everything()
     torch.cuda.synchronize()
-    before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    for _ in range(200):
-        one_of_everything()
-        minivllm.to_device(np.ones((64, 4096), np.float32))
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
-    assert free - torch.cuda.mem_get_info()[0] < 64 << 20, "200 buffers of 1 MiB are gone"
+    lost = []  # of the device, where other processes take and return memory, too: what leaks does so every time
+    for _ in range(3):
+        before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+        for _ in range(200):
+            one_of_everything()
+            minivllm.to_device(np.ones((64, 4096), np.float32))
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        lost.append(free - torch.cuda.mem_get_info()[0])
+    assert min(lost) < 64 << 20, "200 buffers of 1 MiB are gone, each time"
