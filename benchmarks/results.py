@@ -66,5 +66,5 @@ def machine(run: dict) -> str:
         where = f"{environment['gpu']}, driver {driver}, CUDA {environment['cuda']}"
     else:
         where = f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['minivllm_threads']} threads"
-    commit = (environment["git"]["sha"] or "no commit")[:9]
+    commit = (environment["git"]["sha"] or "unknown")[:9]
     return f"{where}, torch {packages.get('torch', '?')}, {run['date'][:10]}, commit {commit}"
