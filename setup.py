@@ -30,6 +30,7 @@ ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES
 
 # sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
 DEFAULT_ARCHS = "80;90a"
+OLDEST_CUDA = 12
 
 C_FLAGS = """-std=c11 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Icsrc
     -Wall -Wextra -Wpedantic -Wconversion"""
@@ -50,6 +51,12 @@ def flag(name):
 
 def sources(patterns):
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def special_arch(source):
+    """90a of *_sm90a.cu: the one architecture of that file; None of others."""
+    found = re.search(r"_sm(\d+[af])\.cu$", source)
+    return found[1] if found else None
 
 
 class Cuda:
@@ -95,21 +102,31 @@ class Cuda:
         if choice == "0":
             return None
         nvcc = Cuda.find()
-        if nvcc is None and choice == "1":
-            raise SystemExit(
-                "minivllm: MINIVLLM_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
-            )
-        return Cuda(nvcc) if nvcc else None
+        cuda = Cuda(nvcc) if nvcc else None
+        why_not = Cuda.why_not(cuda)
+        if why_not and choice == "1":
+            raise SystemExit(f"minivllm: MINIVLLM_CUDA=1, but {why_not}")
+        return None if why_not else cuda
+
+    @staticmethod
+    def why_not(cuda):
+        if cuda is None:
+            return "there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+        if int(cuda.release.split(".")[0]) < OLDEST_CUDA:
+            return f"{cuda.nvcc} is of CUDA {cuda.release}, {OLDEST_CUDA}.0 is the oldest that knows sm_90a"
+        return ""
 
     def names(self):
         """What the binary holds, such as "sm_80 compute_80 sm_90a"."""
-        return " ".join(f"sm_{arch} compute_{arch}" if arch == self.ptx else f"sm_{arch}" for arch in self.archs)
+        special = {special_arch(source) for source in sources(CUDA_SOURCES)} - {None, *self.archs}
+        archs = [*self.archs, *sorted(special)]
+        return " ".join(f"sm_{arch} compute_{arch}" if arch == self.ptx else f"sm_{arch}" for arch in archs)
 
     def gencode(self, source):
         """*_sm90a.cu is for that architecture alone; everything else is for all of them. Where a plain architecture
         and its special one are both asked for, generic code needs only the plain one."""
-        special = re.search(r"_sm(\d+[af])\.cu$", source)
-        archs = [special[1]] if special else [arch for arch in self.archs if arch[:-1] not in self.generic]
+        special = special_arch(source)
+        archs = [special] if special else [arch for arch in self.archs if arch[:-1] not in self.generic]
         for arch in archs:
             code = f"[sm_{arch},compute_{arch}]" if arch == self.ptx else f"sm_{arch}"
             yield f"-gencode=arch=compute_{arch},code={code}"
@@ -153,7 +170,10 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def why_no_cuda():
-        return "MINIVLLM_CUDA=0" if os.environ.get("MINIVLLM_CUDA") == "0" else "no nvcc in PATH, CUDA_HOME or NVCC"
+        if os.environ.get("MINIVLLM_CUDA") == "0":
+            return "MINIVLLM_CUDA=0"
+        nvcc = Cuda.find()
+        return Cuda.why_not(Cuda(nvcc) if nvcc else None)
 
     @staticmethod
     def say(line):
