@@ -20,10 +20,7 @@ template <int kCount> __device__ __forceinline__ float pairwise_sum(const float 
  * by anyone when this is called. */
 template <int kThreads> __device__ __forceinline__ float block_sum(float v, float *partial) {
     v = warp_sum(v);
-    if constexpr (kThreads > 32) {
-        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-        __syncthreads();
-        v = pairwise_sum<kThreads / 32>(partial);
-    }
-    return v;
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    return pairwise_sum<kThreads / 32>(partial);
 }

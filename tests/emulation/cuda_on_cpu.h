@@ -86,9 +86,7 @@ struct Block {
     std::vector<Warp> warps;
     std::unique_ptr<char[]> memory{new char[kSharedBytes + 1024]};
     char *shared = memory.get() + 1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024;
-    explicit Block(unsigned threads) : meet{threads}, named{}, warps(threads / 32) {
-        memset(shared, 0x7f, kSharedBytes);
-    } /* NaN */
+    explicit Block(unsigned threads) : meet{threads}, named{}, warps(threads / 32) {}
 };
 
 inline std::vector<std::unique_ptr<Block>> cluster;
@@ -120,6 +118,9 @@ template <typename What> void run(unsigned blocks, unsigned threads, unsigned ct
     auto all_blocks = [&] {
         for (unsigned first = 0; first < blocks; first += ctas) {
             current->block.x = first + current->rank;
+            if (current->thread.x == 0)
+                memset(own_block().shared, 0xff, kSharedBytes); /* NaN: what nobody has written */
+            cluster_meets.arrive_and_wait();
             what();
             cluster_meets.arrive_and_wait();
         }
