@@ -376,7 +376,8 @@ template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
 extern "C" const char *mv_decode_fits(const mv_task *task) {
     if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
-    if (shared_bytes<__half>(kMaxTokens, task->hidden) > static_cast<size_t>(task->smem_bytes))
+    if (task->hidden > 1 << 16 ||
+        shared_bytes<__half>(kMaxTokens, task->hidden) > static_cast<size_t>(task->smem_bytes))
         return "its tokens do not fit in shared memory";
     return nullptr;
 }
