@@ -34,6 +34,7 @@ typedef struct {
     void *workspace;
     int32_t sm_count, compute_capability; /* of the GPU; 0 on the CPU */
     int32_t smem_bytes;                   /* shared memory a block may ask for */
+    int32_t l2_bytes;
     bool programmatic_launch;             /* the GPU and this binary's code for it know griddepcontrol */
     bool launch_early;  /* the next kernel of the stream has work to do before it waits for this one */
     uint32_t *counters; /* the norm zeroes these for the next kernel of the stream */
@@ -54,7 +55,7 @@ typedef struct {
     int64_t outputs; /* of all blocks */
     mv_dtype weight_dtype;
     bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
-    bool batch_invariant, allow_tf32, dynamic_weights;
+    bool batch_invariant, dynamic_weights;
 } mv_task;
 
 typedef mv_status mv_kernel(const mv_task *task, mv_error *error);

@@ -106,7 +106,7 @@ NORM_REFUSALS = [
         "kernel of another dtype",
         lambda i: {"kernel": "bf16_portable"},
         ValueError,
-        r"kernel 'bf16_portable' is for another ",
+        r"kernel 'bf16_portable' takes bfloat16, x is float32; leave kernel= away",
     ),
     ("kernel number", lambda i: {"kernel": 7}, TypeError, r"kernel"),
     ("unknown keyword", lambda i: {"scale": 1.0}, TypeError, r"scale"),
@@ -420,7 +420,7 @@ def test_tensors_on_different_devices(cuda_torch):
     refuses(
         lambda: minivllm.rms_norm(x, weight.cuda(), kernel="f32_portable"),
         ValueError,
-        r"kernel 'f32_portable' is for another device than x's",
+        r"kernel 'f32_portable' runs on the CPU, x is on a GPU; leave kernel= away",
     )
 
 

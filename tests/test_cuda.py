@@ -229,26 +229,32 @@ def test_weights_written_just_before_a_call_are_seen(torch, dtype, tokens, hidde
     assert hammer(torch, dtype, tokens, hidden, rounds=2000) == 0
 
 
-def test_weights_written_by_an_op_of_ours(torch):
-    """static_weights=False: the kernel before writes the weights and may let this one start early."""
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_weights_written_by_an_op_of_ours(torch, tokens):
+    """static_weights=False: the kernels before write the weights and may let this one start early."""
     hidden = 1024
     source = [torch.randn(320, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     ones = torch.full((hidden,), 0.05, device="cuda", dtype=torch.bfloat16)
     matrix = torch.empty_like(source[0])
+    norm_weight = torch.empty_like(ones)
     x, out = (
-        torch.randn(1, hidden, device="cuda", dtype=torch.bfloat16),
-        torch.empty(1, 320, device="cuda", dtype=torch.bfloat16),
+        torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16),
+        torch.empty(tokens, 320, device="cuda", dtype=torch.bfloat16),
     )
 
-    def call(i):
+    def write(i):
         minivllm.rms_norm(source[i], ones, out=matrix)
-        minivllm.rms_norm_qkv(x, ones, matrix, 3, 1, out=out, static_weights=False)
+        minivllm.rms_norm(source[i][7], ones, out=norm_weight)
+
+    def call(i):
+        write(i)
+        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False)
 
     expected = []
     for i in range(2):
-        minivllm.rms_norm(source[i], ones, out=matrix)
+        write(i)
         torch.cuda.synchronize()
-        minivllm.rms_norm_qkv(x, ones, matrix, 3, 1, out=out, static_weights=False)
+        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False)
         torch.cuda.synchronize()
         expected.append(out.clone())
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -10,12 +10,15 @@ extern "C" {
 
 /* What the ops know of a GPU. Asked of the driver once per device. */
 typedef struct {
-    int32_t compute_capability, sm_count, smem_bytes;
+    int32_t compute_capability, sm_count, smem_bytes, l2_bytes;
     bool programmatic_launch;
 } mv_gpu;
 
 /* MV_OK when kernels of this build can run on that device; otherwise the sentence that says why not. */
 mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error);
+
+/* The GPU that is current in this thread; 0 where CUDA cannot tell. */
+int32_t mv_cuda_current_device(void);
 
 /* Legality of the projection kernels: NULL, or the reason why this task is not for them. */
 const char *mv_decode_fits(const mv_task *task);

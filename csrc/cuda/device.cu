@@ -2,7 +2,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
-#include <cstring>
 
 #include "cuda.h"
 #include "launch.cuh"
@@ -55,6 +54,7 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
     if (status == cudaSuccess) status = attribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (status == cudaSuccess) status = attribute(&gpu->sm_count, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess) status = attribute(&gpu->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess) status = attribute(&gpu->l2_bytes, cudaDevAttrL2CacheSize, device);
     if (status != cudaSuccess) return driver_problem(error, device, status);
     gpu->compute_capability = 10 * major + minor;
 
@@ -95,6 +95,13 @@ extern "C" mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error) 
         __atomic_store_n(&known->known, true, __ATOMIC_RELEASE);
     }
     return status;
+}
+
+extern "C" int32_t mv_cuda_current_device(void) {
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) return device;
+    cudaGetLastError();
+    return 0;
 }
 
 extern "C" const char *mv_cuda_archs(void) { return MV_CUDA_ARCHS; }

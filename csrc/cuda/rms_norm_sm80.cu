@@ -20,8 +20,8 @@ struct Access {
     bool keep;         /* L2 drops x last, and so writes back out earlier */
 };
 
-/* An x of so many bytes is many times what L2 holds. (Where a product follows, it shall find y there.) */
-constexpr int64_t kKeptBytes = int64_t{1} << 27;
+/* x is kept where it is larger than L2 by so many times. (Where a product follows, it shall find y there.) */
+constexpr int64_t kKeptTimes = 2;
 
 template <typename T> __device__ __forceinline__ float sum_of_squares(const Packet<T> &packet) {
     float sum = 0;
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
 
     /* Weights do not depend on the kernel before. In x's dtype they are held as loaded, to be there when r is. */
+    if (task.dynamic_weights) griddepcontrol_wait();
     const bool early = task.norm_weight_dtype == Dtype<T>::value;
     Packet<T> raw_weights[kPackets];
     if (early) {
@@ -211,18 +212,17 @@ template <typename T> mv_status launch_add(const mv_task *task, Access access, m
     return launch_long_rows<T, true>(task, access, error);
 }
 
-constexpr int64_t kMaxRowsPerLaunch = int64_t{1} << 30; /* a grid has at most 2^31 - 1 blocks */
-
 template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     if (task->hidden > INT32_MAX - 65536)
         return mv_fail(error, MV_BAD_VALUE, "rms_norm: hidden is %lld, the CUDA kernels take up to 2^31 - 65537",
                        static_cast<long long>(task->hidden));
-    if (task->tokens > kMaxRowsPerLaunch)
-        return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, the CUDA kernels take up to 2^30",
+    if (task->tokens > INT32_MAX) /* as many blocks as a grid may have */
+        return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, the CUDA kernels take fewer than 2^31",
                        static_cast<long long>(task->tokens));
     const int64_t bytes = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T));
     const Access access = {norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T)),
-                           is_aligned16(task->norm_weight), bytes >= kKeptBytes && !task->launch_early};
+                           is_aligned16(task->norm_weight),
+                           bytes >= kKeptTimes * task->l2_bytes && !task->launch_early};
     return task->residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
 }
 

@@ -9,6 +9,7 @@
 #ifdef MV_WITH_CUDA
 #include "../cuda/cuda.h"
 #endif
+#include "checks.h"
 
 const char *mv_fits_any(const mv_task *task) {
     (void)task;
@@ -30,13 +31,14 @@ mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     task->compute_capability = gpu.compute_capability;
     task->sm_count = gpu.sm_count;
     task->smem_bytes = gpu.smem_bytes;
+    task->l2_bytes = gpu.l2_bytes;
     task->programmatic_launch = gpu.programmatic_launch;
     return MV_OK;
 #else
     return mv_fail(
         error, MV_DEVICE_ERROR,
-        "%s: x is on cuda:%d, but this build of minivllm has no CUDA backend (nvcc was not found when it was "
-        "built); install nvcc and rebuild with MINIVLLM_CUDA=1",
+        "%s: x is on cuda:%d, but this build of minivllm has no CUDA backend; rebuild it with MINIVLLM_CUDA=1, which "
+        "needs nvcc",
         op, (int)task->device.index);
 #endif
 }
@@ -50,10 +52,14 @@ static const char *unusable(const mv_row *row, int32_t device, mv_error *text) {
     }
 #ifdef MV_WITH_CUDA
     mv_gpu gpu;
-    return mv_gpu_ready(device, &gpu, text) == MV_OK ? NULL : text->text;
+    if (mv_gpu_ready(device, &gpu, text) != MV_OK) return text->text;
+    if (strcmp(row->isa, "sm90a") != 0 || gpu.compute_capability == 90) return NULL;
+    snprintf(text->text, sizeof text->text, "it is for compute capability 9.0, cuda:%d has %d.%d", (int)device,
+             (int)gpu.compute_capability / 10, (int)gpu.compute_capability % 10);
+    return text->text;
 #else
     (void)device;
-    return "built without CUDA";
+    return NULL; /* such a build has no other rows */
 #endif
 }
 
@@ -74,12 +80,17 @@ mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *
                    name, op);
 }
 
+static const char *backend_name(mv_device_kind kind) { return kind == MV_CPU ? "the CPU" : "a GPU"; }
+
 static mv_status find_forced(const mv_list *list, const char *op, const mv_task *task, const char *name,
                              mv_choice *choice, mv_error *error) {
     const mv_row *row = find_name(list, name);
-    if (row->dtype != task->dtype || row->backend != task->device.kind)
-        return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' is for another %s than x's", op, name,
-                       row->dtype != task->dtype ? "dtype" : "device");
+    if (row->backend != task->device.kind)
+        return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' runs on %s, x is on %s; leave kernel= away", op, name,
+                       backend_name(row->backend), backend_name(task->device.kind));
+    if (row->dtype != task->dtype)
+        return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' takes %s, x is %s; leave kernel= away", op, name,
+                       mv_dtype_name(row->dtype), mv_dtype_name(task->dtype));
     mv_error text;
     const char *reason = row->backend == MV_CPU ? unusable(row, 0, &text) : NULL; /* a GPU is bound already */
     if (!reason) reason = does_not_fit(row, task);
@@ -165,6 +176,14 @@ mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_e
 
 /* ---- what exists ---------------------------------------------------------------------------------------------- */
 
+static int32_t current_gpu(void) {
+#ifdef MV_WITH_CUDA
+    return mv_cuda_current_device();
+#else
+    return 0;
+#endif
+}
+
 bool mv_kernel_at(int index, mv_kernel_info *info) {
     /* rms_norm and add_rms_norm are one list: a kernel of the norm serves both. */
     const struct {
@@ -177,7 +196,7 @@ bool mv_kernel_at(int index, mv_kernel_info *info) {
         if (index >= ops[i].list->count) continue;
         const mv_row *row = &ops[i].list->rows[index];
         mv_error text;
-        const char *reason = unusable(row, 0, &text);
+        const char *reason = unusable(row, current_gpu(), &text);
         info->op = ops[i].op;
         info->name = row->name;
         info->isa = row->isa;

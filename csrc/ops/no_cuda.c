@@ -4,10 +4,8 @@
 #ifndef MV_WITH_CUDA
 
 static mv_status absent(mv_error *error) {
-    return mv_fail(
-        error, MV_DEVICE_ERROR,
-        "this build of minivllm has no CUDA backend (nvcc was not found when it was built); install nvcc and "
-        "rebuild with MINIVLLM_CUDA=1");
+    return mv_fail(error, MV_DEVICE_ERROR,
+                   "this build of minivllm has no CUDA backend; rebuild it with MINIVLLM_CUDA=1, which needs nvcc");
 }
 
 const char *mv_cuda_archs(void) { return ""; }

@@ -31,8 +31,8 @@ static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 
 
 #ifdef MV_WITH_CUDA
 /* GPU, in microseconds of an H100 (SPEED.md): launches, and the larger of the weights at the kernel's share of memory
- * speed and the products at its rate. decode_sm80 takes 4 tokens at a time; the tiles of the others are 32 or 64 tokens
- * high, and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
+ * speed and the products at its rate. decode_sm80 takes 4 tokens at a time; the tiles of the others are 32, 64 or 128
+ * tokens high, and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
 static double larger(double a, double b) { return a > b ? a : b; }
 static double tile_flops(const mv_task *t, double tokens) {
     return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
@@ -151,13 +151,17 @@ static mv_status layout_by_strides(mv_named w, mv_weight_layout *layout, mv_erro
     return MV_OK;
 }
 
-static mv_status check_heads(const char *op, const mv_rms_norm_qkv_args *a, mv_error *error) {
-    MV_REQUIRE(a->num_heads >= 1 && a->num_heads <= INT_MAX, MV_BAD_VALUE, "%s: num_heads is %lld, expected at least 1",
-               op, (long long)a->num_heads);
-    MV_REQUIRE(a->num_kv_heads >= 1 && a->num_kv_heads <= INT_MAX, MV_BAD_VALUE,
-               "%s: num_kv_heads is %lld, expected at least 1", op, (long long)a->num_kv_heads);
-    MV_REQUIRE(a->head_dim >= 0, MV_BAD_VALUE, "%s: head_dim is %lld, expected at least 1", op, (long long)a->head_dim);
+static mv_status check_count(const char *op, const char *name, int64_t count, int64_t least, mv_error *error) {
+    MV_REQUIRE(count >= least, MV_BAD_VALUE, "%s: %s is %lld, expected at least 1", op, name, (long long)count);
+    MV_REQUIRE(count <= INT_MAX, MV_BAD_VALUE, "%s: %s is %lld, expected at most %d", op, name, (long long)count,
+               INT_MAX);
     return MV_OK;
+}
+
+static mv_status check_heads(const char *op, const mv_rms_norm_qkv_args *a, mv_error *error) {
+    MV_TRY(check_count(op, "num_heads", a->num_heads, 1, error));
+    MV_TRY(check_count(op, "num_kv_heads", a->num_kv_heads, 1, error));
+    return check_count(op, "head_dim", a->head_dim, 0, error); /* 0: not given */
 }
 
 static const char *bytes_at(const void *data, int64_t elements, mv_dtype dtype) {
@@ -322,7 +326,6 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error
     task->weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;
     task->batch_invariant = a->batch_invariant;
-    task->allow_tf32 = a->allow_tf32;
     task->dynamic_weights = a->dynamic_weights;
     if (mv_state(plan)->parts > 0) add_blocks(plan, &projection);
     return mv_finish_plan(plan, error);
