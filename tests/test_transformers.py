@@ -138,10 +138,9 @@ def test_the_default_limit(device, monkeypatch):
         minivllm.transformers.apply(model)
         return model.model.layers[0]._minivllm.fused_tokens
 
-    row = minivllm.Kernel("rms_norm_qkv", "bf16_of_hopper", "bfloat16", "sm90a", True, "")
-    for usable in (False, True):
-        monkeypatch.setattr(minivllm.transformers, "kernels", lambda op: [row._replace(usable=usable)])
-        assert limit("bfloat16") == (64 if device == "cuda" and not usable else None)
+    for capability in (0, 80, 90, 100):
+        monkeypatch.setattr(minivllm.transformers, "_capability", lambda gpu: capability)
+        assert limit("bfloat16") == (64 if device == "cuda" and capability != 90 else None)
         assert limit("float32") == (64 if device == "cuda" else None)
 
 

@@ -40,7 +40,8 @@ static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem
     return status;
 }
 
-/* The kernels that are prepared, by device: a cache of what the driver knows, so races only repeat the work. */
+/* The kernels that are prepared, by device: a cache of what the driver knows, so races only repeat the work. A handle lives as
+ * long as the device's primary context: nothing of CUDA survives cudaDeviceReset, and this does not either. */
 constexpr int kMaxDevices = 64;
 template <auto kernel> struct Prepared { static inline cudaFunction_t on[kMaxDevices]; };
 

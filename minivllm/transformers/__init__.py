@@ -19,7 +19,7 @@ import transformers
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"minivllm.transformers needs transformers >= 5, found {transformers.__version__}")
 
-from minivllm import _C, kernels  # noqa: E402
+from minivllm import _C  # noqa: E402
 from minivllm.transformers.layer import (  # noqa: E402
     DTYPES,
     FusedLayer,
@@ -177,9 +177,17 @@ def _default_limits(weight):
     """fused_tokens="auto" for a weight of q_proj: eagerly, under torch.compile."""
     if weight.device.type == "cpu":
         return None, None
-    dtype = str(weight.dtype).removeprefix("torch.")
-    on_hopper = any(row.usable and row.isa == "sm90a" and row.dtype == dtype for row in kernels("rms_norm_qkv"))
-    return (None, TRACED_TOKENS) if on_hopper else (FUSED_TOKENS, FUSED_TOKENS)
+    fast = weight.dtype != torch.float32 and _capability(weight.device.index) == 90
+    return (None, TRACED_TOKENS) if fast else (FUSED_TOKENS, FUSED_TOKENS)
+
+
+def _capability(gpu):
+    """90 for 9.0; 0 where this build has nothing for that GPU."""
+    try:
+        info = _C.cuda_device_info(gpu)
+    except RuntimeError:
+        return 0
+    return info["compute_capability"] if info["usable"] else 0
 
 
 def _why_not_layer(family, layer):
