@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from benchmarks.results import OURS, Case, Results, machine
+from benchmarks.results import OURS, Case, Results, commit, place, runs
 from benchmarks.tables import COMPILED, ROOT
 
 IMAGES = ROOT / "docs" / "img"
@@ -38,9 +38,17 @@ def figure(columns: int = 1, height: float = 4.2):
     return drawing, axes[0]
 
 
+def origin(cases: list[Case]) -> str:
+    """A line for each machine: its versions, and date and commit of every run that the cases come from."""
+    commits: dict[str, dict[str, None]] = {}
+    for run in runs(cases):
+        commits.setdefault(place(run), {})[f"{commit(run)} ({run['date'][:10]})"] = None
+    return "\n".join(f"{where}; commits {', '.join(found)}" for where, found in commits.items())
+
+
 def save(drawing, name: str, cases: list[Case]) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    drawing.text(0.995, -0.01, machine(cases[0].run), ha="right", va="top", fontsize=7, color="#595959")
+    drawing.text(0.995, -0.01, origin(cases), ha="right", va="top", fontsize=7, color="#595959")
     drawing.savefig(IMAGES / name, dpi=150, bbox_inches="tight", pad_inches=0.15)
     print(f"drew {(IMAGES / name).relative_to(ROOT)}")
 

@@ -57,7 +57,7 @@ class Results:
         ]
 
 
-def machine(run: dict) -> str:
+def place(run: dict) -> str:
     """The device and the versions of a run, in a line."""
     environment = run["environment"]
     packages = environment["packages"]
@@ -66,5 +66,13 @@ def machine(run: dict) -> str:
         where = f"{environment['gpu']}, driver {driver}, CUDA {environment['cuda']}"
     else:
         where = f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['minivllm_threads']} threads"
-    commit = (environment["git"]["sha"] or "unknown")[:9]
-    return f"{where}, torch {packages.get('torch', '?')}, {run['date'][:10]}, commit {commit}"
+    return f"{where}, torch {packages.get('torch', '?')}"
+
+
+def commit(run: dict) -> str:
+    return (run["environment"]["git"]["sha"] or "unknown")[:7]
+
+
+def runs(cases: list[Case]) -> list[dict]:
+    """The runs that some cases come from, each once."""
+    return list({(case.run["command"], commit(case.run), case.run["date"]): case.run for case in cases}.values())

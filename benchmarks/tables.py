@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.peers import COMPILE_MODES
-from benchmarks.results import OURS, Case, Results, machine
+from benchmarks.results import OURS, Case, Results, commit, place, runs
+from minivllm.testing.shapes import MODELS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
@@ -17,6 +18,7 @@ NOTHING = "No results are committed yet."
 Column = Callable[[Case], str]
 COMPILED = tuple(COMPILE_MODES)
 DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+MODEL_NAMES = [shape.name for shape in MODELS]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -43,9 +45,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def sources(cases: list[Case]) -> str:
-    """Machine and command of the runs that some cases come from."""
-    runs = {case.run["command"]: case.run for case in cases}
-    return "\n".join(f"{machine(run)}: `{command}`.  " for command, run in runs.items())
+    """Machine, date, commit and command of the runs that some cases come from."""
+    lines = [f"{place(run)}, {run['date'][:10]}, commit {commit(run)}: `{run['command']}`.  " for run in runs(cases)]
+    return "\n".join(lines)
 
 
 def section(title: str, cases: list[Case], text: str) -> str:
@@ -110,7 +112,7 @@ NORM_COLUMNS: dict[str, Column] = {
     "minivllm": lambda case: bold(number(ours_us(case))),
     "the same, fresh outputs": lambda case: number(case.us(f"{OURS} fresh outputs")),
     "torch": lambda case: number(case.us("torch")),
-    "speed-up": lambda case: ratio(case.us("torch"), ours_us(case)),
+    "speed-up, both fresh": lambda case: ratio(case.us("torch"), case.us(f"{OURS} fresh outputs")),
     "torch.compile": lambda case: number(case.us(*COMPILED)),
     "NumPy": lambda case: number(case.us("numpy")),
     "copy of the same bytes": lambda case: number(copy_us(case)),
@@ -172,19 +174,33 @@ def cases_table(columns: dict[str, Column], cases: list[Case]) -> str:
     return table(list(columns), [[column(case) for column in columns.values()] for case in cases])
 
 
-def decode(results: Results, device: str, columns: dict[str, Column] = QKV_COLUMNS) -> str:
-    cases = results.of(device, "rms_norm_qkv", tokens=1)
+def by_model(case: Case) -> tuple:
+    """The order of the projection's rows: model, dtype, tokens."""
+    return MODEL_NAMES.index(case.shape), list(DTYPE_NAMES).index(case.dtype), case.tokens
+
+
+def decode(results: Results, device: str, columns: dict[str, Column] = QKV_COLUMNS, dtypes=tuple(DTYPE_NAMES)) -> str:
+    cases = [case for case in results.of(device, "rms_norm_qkv", tokens=1) if case.dtype in dtypes]
+    cases.sort(key=by_model)
     return section("One token, microseconds:", cases, cases_table(columns, cases))
 
 
 def prefill(results: Results, device: str, columns: dict[str, Column] = QKV_COLUMNS) -> str:
     cases = [case for case in results.of(device, "rms_norm_qkv") if case.tokens > 1]
+    cases.sort(key=by_model)
     return section("More tokens, microseconds:", cases, cases_table(columns, cases))
 
 
-def norms(results: Results, device: str, op: str, **wanted) -> str:
-    cases = results.of(device, op, **wanted)
-    return section(f"`{op}`, microseconds:", cases, cases_table(NORM_COLUMNS, cases))
+NORM_MODES = {
+    "walk": "each call on buffers of its own",
+    "chain": "few tokens, each call reads what the one before it wrote",
+}
+
+
+def norms(results: Results, device: str, op: str, mode: str, **wanted) -> str:
+    cases = results.of(device, op, mode=mode, **wanted)
+    title = f"`{op}` on the {'GPU' if device == 'cuda' else 'CPU'}, {NORM_MODES[mode]}, microseconds:"
+    return section(title, cases, cases_table(NORM_COLUMNS, cases))
 
 
 def model_speed(results: Results, device: str) -> str:
@@ -212,7 +228,8 @@ def figures(results: Results) -> str:
         ("cpu.png", "the CPU against torch"),
     ]
     found = [f"![{text}](docs/img/{name})" for name, text in images if (ROOT / "docs/img" / name).exists()]
-    on_gpu = [decode(results, "cuda", README_COLUMNS), norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk")]
+    on_gpu = [decode(results, "cuda", README_COLUMNS, ("bf16", "f32"))]
+    on_gpu.append(norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"))
     on_gpu.append(model_speed(results, "cuda"))
     on_cpu = [decode(results, "cpu", README_COLUMNS), prefill(results, "cpu", README_COLUMNS)]
     if any(on_gpu):
