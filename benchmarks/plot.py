@@ -4,24 +4,33 @@ import math
 from pathlib import Path
 
 from benchmarks.results import OURS, Case, Results, commit, place, runs
-from benchmarks.tables import COMPILED, ROOT
+from benchmarks.tables import COMPILED, DTYPE_NAMES, ROOT
 
 IMAGES = ROOT / "docs" / "img"
 INK, FAINT = "#1a1a1a", "#d9d9d9"
+# Hues that the colour-blind tell apart, too (Okabe and Ito).
 COLORS = {
-    "minivllm": "#c2410c",
-    "naive": "#fdba74",
-    "torch": "#64748b",
-    "torch.compile": "#94a3b8",
-    "GEMM alone": "#cbd5e1",
-    "Triton, one output per program": "#0369a1",
-    "NumPy": "#7dd3fc",
-    "copy": "#334155",
+    "minivllm": "#d55e00",
+    "torch pair": "#0072b2",
+    "torch": "#0072b2",
+    "torch.compile": "#56b4e9",
+    "GEMM alone": "#009e73",
+    "Triton, one output per program": "#cc79a7",
+    "NumPy": "#e0b000",
+    "copy": "#404040",
+    "naive": "#b3b3b3",
 }
-MODEL_COLORS = ("#fbbf24", "#f59e0b", "#ea580c", "#c2410c", "#7c2d12", "#1a1a1a")
+MODEL_STYLES = (
+    ("#e69f00", "o"),
+    ("#d55e00", "s"),
+    ("#cc79a7", "^"),
+    ("#0072b2", "D"),
+    ("#009e73", "v"),
+    ("#1a1a1a", "P"),
+)
 
 
-def figure(columns: int = 1, height: float = 4.2):
+def figure(columns: int = 1, height: float = 4.2, same_scale: bool = False):
     """A figure and its axes: white, dark text, no box, a faint grid."""
     import matplotlib
 
@@ -30,7 +39,9 @@ def figure(columns: int = 1, height: float = 4.2):
 
     style = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK}
     plt.rcParams.update(style | {"font.size": 10, "axes.titlesize": 11, "figure.facecolor": "white"})
-    drawing, axes = plt.subplots(1, columns, figsize=(10, height), squeeze=False, layout="constrained")
+    drawing, axes = plt.subplots(
+        1, columns, figsize=(10, height), squeeze=False, sharey=same_scale, layout="constrained"
+    )
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -39,11 +50,11 @@ def figure(columns: int = 1, height: float = 4.2):
 
 
 def origin(cases: list[Case]) -> str:
-    """A line for each machine: its versions, and date and commit of every run that the cases come from."""
+    """A line for each machine and day, with its versions and the commits of the runs that the cases come from."""
     commits: dict[str, dict[str, None]] = {}
     for run in runs(cases):
-        commits.setdefault(place(run), {})[f"{commit(run)} ({run['date'][:10]})"] = None
-    return "\n".join(f"{where}; commits {', '.join(found)}" for where, found in commits.items())
+        commits.setdefault(f"{place(run)}, {run['date'][:10]}", {})[commit(run)] = None
+    return "\n".join(f"{where}, commit {', '.join(found)}" for where, found in commits.items())
 
 
 def save(drawing, name: str, cases: list[Case]) -> None:
@@ -83,7 +94,7 @@ def short(us: float) -> str:
 
 PEERS = {
     "minivllm": (OURS,),
-    "torch": ("torch",),
+    "torch pair": ("torch",),
     "torch.compile": COMPILED,
     "GEMM alone": ("gemm alone",),
     "Triton, one output per program": ("triton per output",),
@@ -113,26 +124,31 @@ def decode(results: Results) -> None:
     axis.set_ylabel("time / read floor")
     axis.margins(y=0.12)
     axis.set_title(
-        "RMSNorm + QKV, one token, bfloat16: microseconds, over the time to read the weights once (dashed)", loc="left"
+        "RMSNorm + QKV, one token, bfloat16. Bars: time / read floor; numbers: microseconds; lower is better",
+        loc="left",
     )
     legend(drawing, [axis])
     save(drawing, "decode.png", cases)
 
 
-def by_tokens(axis, cases: list[Case], title: str, value) -> None:
-    """A line per shape of value(case) over the number of tokens; only the larger of two close counts has a label."""
-    for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
-        points = sorted((case for case in cases if case.shape == shape), key=lambda case: case.tokens)
-        color = MODEL_COLORS[number % len(MODEL_COLORS)]
-        at, values = [case.tokens for case in points], [value(case) for case in points]
-        axis.plot(at, values, label=shape, color=color, marker="o", markersize=3.5, linewidth=1.6)
+def by_tokens(axis, cases: list[Case], title: str, label: str, value) -> None:
+    """A line per shape of value(case) over the number of tokens: of two close counts only the larger, and labels at
+    powers of two."""
     counts = sorted({case.tokens for case in cases})
     counts = [count for count, after in zip(counts, [*counts[1:], math.inf], strict=True) if after > 1.1 * count]
+    for number, shape in enumerate(dict.fromkeys(case.shape for case in cases)):
+        points = [case for case in cases if case.shape == shape and case.tokens in counts]
+        points.sort(key=lambda case: case.tokens)
+        color, marker = MODEL_STYLES[number % len(MODEL_STYLES)]
+        at, values = [case.tokens for case in points], [value(case) for case in points]
+        axis.plot(at, values, label=shape, color=color, marker=marker, markersize=4, linewidth=1.4)
+    marked = [count for count in counts if count.bit_count() == 1]
     axis.set_xscale("log", base=2)
-    axis.set_xticks(counts, [str(count) for count in counts], rotation=60, fontsize=8)
+    axis.set_xticks(marked, [str(count) for count in marked], rotation=60, fontsize=8)
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens")
+    axis.set_ylabel(label)
     axis.set_title(title, loc="left")
 
 
@@ -148,11 +164,9 @@ def tokens(results: Results) -> None:
     if not cases:
         return
     drawing, axes = figure(2)
-    for axis, peer, title in (
-        (axes[0], "torch", "speed relative to the torch pair"),
-        (axes[1], "gemm alone", "speed, norm included, relative to torch's GEMM alone"),
-    ):
-        by_tokens(axis, cases, title, lambda case, peer=peer: case.us(peer) / case.us(OURS))
+    for axis, peer, name in ((axes[0], "torch", "torch pair"), (axes[1], "gemm alone", "GEMM alone")):
+        title, label = f"bfloat16, against the {name}: higher is better", f"time of the {name} / time of minivllm"
+        by_tokens(axis, cases, title, label, lambda case, peer=peer: case.us(peer) / case.us(OURS))
         axis.axhline(1, color=INK, linewidth=1, linestyle="--")
     legend(drawing, axes[:1])
     save(drawing, "tokens.png", cases)
@@ -165,12 +179,18 @@ def floors(results: Results) -> None:
         return
     drawing, axes = figure(2)
     for axis, variant, title in (
-        (axes[0], OURS, "minivllm, norm included: time / read floor (dashed)"),
-        (axes[1], "gemm alone", "torch's GEMM alone: time / read floor (dashed)"),
+        (axes[0], OURS, "bfloat16, minivllm, norm included"),
+        (axes[1], "gemm alone", "bfloat16, torch's GEMM alone"),
     ):
-        by_tokens(axis, cases, title, lambda case, variant=variant: case.us(variant) / case.us("read_floor_pdl"))
+        by_tokens(
+            axis,
+            cases,
+            title,
+            "time / read floor (dashed): lower is better",
+            lambda case, variant=variant: case.us(variant) / case.us("read_floor_pdl"),
+        )
         axis.axhline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set_ylim(0, 7)
+        axis.set_ylim(0, 6)
     legend(drawing, axes[:1])
     save(drawing, "floors.png", cases)
 
@@ -182,13 +202,14 @@ def rates(results: Results) -> None:
         return
     drawing, axes = figure(2)
     for axis, variant, title in (
-        (axes[0], OURS, "minivllm, norm included: TFLOP/s"),
-        (axes[1], "gemm alone", "torch's GEMM alone: TFLOP/s"),
+        (axes[0], OURS, "bfloat16, minivllm, norm included"),
+        (axes[1], "gemm alone", "bfloat16, torch's GEMM alone"),
     ):
         by_tokens(
             axis,
             cases,
             title,
+            "TFLOP/s: higher is better",
             lambda case, variant=variant: case.any("flops") / case.us(variant) / 1e6,
         )
         axis.set_ylim(0, 850)
@@ -214,11 +235,11 @@ def norms(results: Results) -> None:
         }
         labels = [case.shape.replace("x", "\n× ") for case in cases]
         bars(axis, cases, labels, series, lambda case, us: case.any("bytes") / us / 1e6, lambda us: "")
-        axis.set_title(f"{cases[0].op}, bfloat16", loc="left")
+        axis.set_title(f"{cases[0].op}, bfloat16: higher is better", loc="left")
         axis.set_ylabel("TB/s read and written")
         axis.tick_params(axis="x", labelsize=8)
     legend(drawing, axes)
-    save(drawing, "rms_norm.png", plain)
+    save(drawing, "rms_norm.png", plain + added)
 
 
 def cpu(results: Results) -> None:
@@ -228,7 +249,7 @@ def cpu(results: Results) -> None:
     groups = [group for group in groups if any((case.dtype, case.tokens) == group for case in cases)]
     if not groups:
         return
-    drawing, axes = figure(len(groups), height=3.6)
+    drawing, axes = figure(len(groups), height=3.6, same_scale=True)
     for axis, (dtype, count) in zip(axes, groups, strict=True):
         chosen = [case for case in cases if (case.dtype, case.tokens) == (dtype, count)]
         series = {name: PEERS[name] for name in ("minivllm", "torch.compile", "NumPy")}
@@ -237,8 +258,8 @@ def cpu(results: Results) -> None:
         )
         axis.axhline(1, color=INK, linewidth=1, linestyle="--")
         axis.tick_params(axis="x", labelrotation=60, labelsize=8)
-        axis.set_title(f"{dtype}, {count} token{'s' if count > 1 else ''}", loc="left")
-    axes[0].set_ylabel("speed relative to torch eager (dashed)")
+        axis.set_title(f"{DTYPE_NAMES[dtype]}, {count} token{'s' if count > 1 else ''}", loc="left")
+    axes[0].set_ylabel("time of the torch pair / time:\nhigher is better")
     legend(drawing, axes)
     save(drawing, "cpu.png", cases)
 
