@@ -8,7 +8,7 @@ C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 .PHONY: help demo test inplace gpu-test bench ctest asan format lint clean
 
 help:
-	@echo 'make demo      set up, build, and run the fused layer on real model shapes'
+	@echo 'make demo      set up, build, and run the fused layer on real model shapes (WITH=torch: beside torch, too)'
 	@echo 'make test      set up, build, and run all tests (WITH="torch==2.13.0 jax" tests those frameworks too)'
 	@echo 'make inplace   build in place with $(PYTHON): no network, no set-up'
 	@echo 'make gpu-test  build in place and run the GPU tests with $(PYTHON): no network, no set-up'
@@ -33,7 +33,7 @@ help:
 
 .PHONY: .venv/with
 
-demo: .venv/ready
+demo: .venv/with
 	@$(VENV) setup.py -q build_ext --inplace
 	@$(VENV) -m examples.demo
 
