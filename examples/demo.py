@@ -2,14 +2,15 @@
 
 Every model of minivllm.testing.shapes, one token and a short prompt, float32 against NumPy and, where torch is
 installed, bfloat16 against torch; on the GPU instead where torch sees one. The error is the largest one against
-float64, beside the limit that minivllm.testing.numeric derives for it. Weights stay where a loop leaves them, small
-ones in the caches: `python -m benchmarks` is what measures.
+float64, beside the limit that minivllm.testing.numeric derives for it. A time is that of the fastest sample, and
+weights stay where a loop leaves them, small ones in the caches: `python -m benchmarks` is what measures.
 
 Usage: python -m examples.demo [--quick]
 """
 
 import argparse
 import importlib.util
+import os
 import platform
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Problem:
             measured = timing.time_cpu(variants, seconds=SECONDS, rounds=2)
         else:
             measured = timing.time_cuda(variants, calls=64)
-        return [measured[name].us for name in variants]
+        return [measured[name].best_us for name in variants]
 
 
 def human(us):
@@ -127,6 +128,7 @@ def show(title, peer, problems):
                 f"{human(ours):>10} {human(theirs):>10} {theirs / ours:>7.2f}×{verdict}",
                 flush=True,
             )
+    print("error: the largest one against float64; of limit: its share of what rounding may cost, 100 % at most")
     return right
 
 
@@ -136,6 +138,8 @@ def main():
     shapes = MODELS[:3] if parser.parse_args().quick else MODELS
     elapsed = timing.stopwatch()
     print(f"minivllm {minivllm._C.version}: q, k, v = rms_norm(x) @ W.T in one call, checked against float64")
+    if os.getloadavg()[0] > len(os.sched_getaffinity(0)):
+        print("other work runs on this machine: the times mean little")
     right = show(f"float32 arrays on {processor()}", "NumPy", (Problem(shape, "float32") for shape in shapes))
     if importlib.util.find_spec("torch"):
         import torch
@@ -145,7 +149,7 @@ def main():
         problems = (Problem(shape, "bfloat16", torch, "cuda" if gpu else "cpu") for shape in shapes)
         right &= show(f"bfloat16 tensors of torch {torch.__version__} on {where}", "torch", problems)
     else:
-        print("\ntorch is not installed: no bfloat16 table")
+        print("\ntorch is not installed: no bfloat16 table (`make demo WITH=torch` installs it into .venv)")
     print(f"\n{'Every result is within its limit.' if right else 'SOMETHING IS WRONG.'} ({elapsed():.0f} s)")
     return 0 if right else 1
 
