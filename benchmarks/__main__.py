@@ -1,7 +1,9 @@
 """python -m benchmarks OP: the command line of the benchmarks."""
 
 import argparse
+import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -54,6 +56,19 @@ def parser() -> argparse.ArgumentParser:
     return commands
 
 
+def shape_error(op: str, shapes: list[str]) -> str | None:
+    """What is wrong with the --shapes of an op."""
+    if op in ("rms_norm", "add_rms_norm"):
+        wrong = [shape for shape in shapes if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape)]
+        return f"--shapes of {op} are TOKENSxHIDDEN, such as 4096x1024, not {wrong[0]}" if wrong else None
+    from minivllm.testing import models
+    from minivllm.testing.shapes import MODELS
+
+    names = list(models.MODELS) if op == "model" else [shape.name for shape in MODELS]
+    wrong = [shape for shape in shapes if shape not in names]
+    return f"no shape {wrong[0]} for {op}; there are {', '.join(names)}" if wrong else None
+
+
 def hold_onednn(isa: str | None) -> None:
     """Starts this process again with oneDNN held to an instruction set: it reads the variable once, at its first use.
 
@@ -104,6 +119,9 @@ def main() -> int:
     args = parser().parse_args()
     if args.op == "all" and (args.shapes or args.tokens):
         parser().error("all takes no --shapes and no --tokens: they mean different things to different ops")
+    for package in {"plot": ("matplotlib",), "tables": (), "model": ("torch", "transformers")}.get(args.op, ("torch",)):
+        if importlib.util.find_spec(package) is None:
+            parser().error(f"{args.op} needs {package}: pip install {package}")
     if args.op == "plot":
         from benchmarks import plot
 
@@ -115,6 +133,10 @@ def main() -> int:
 
     import torch
 
+    if error := shape_error(args.op, args.shapes):
+        parser().error(error)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser().error("--device cuda: torch sees no GPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cpu":
         hold_onednn(args.onednn_isa)
