@@ -28,8 +28,6 @@ def device_of(row) -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
-    config.addinivalue_line("markers", "sanitize: the reduced GPU suite that compute-sanitizer runs over")
     config.addinivalue_line("markers", "rows(op, device=None): the fixture `kernel` runs over the kernels of this op")
 
 
