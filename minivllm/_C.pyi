@@ -44,50 +44,57 @@ def add_rms_norm(
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
 def fused_add_rms_norm(x: _T, residual: _T, weight: _Tensor, eps: SupportsFloat = 1e-6) -> tuple[_T, _T]: ...
-@overload
-def rms_norm_qkv(
-    x: _T,
-    norm_weight: _Tensor,
-    qkv_weight: _Tensors,
-    num_heads: SupportsIndex,
-    num_kv_heads: SupportsIndex,
-    eps: SupportsFloat = 1e-6,
-    *,
-    bias: _Tensors | None = None,
-    residual: None = None,
-    head_dim: SupportsIndex | None = None,
-    out: _T | None = None,
-    residual_out: None = None,
-    weight_layout: _WeightLayout = "auto",
-    rounding: _Rounding = "hf",
-    weight_offset: SupportsFloat = 0.0,
-    batch_invariant: bool = False,
-    allow_tf32: bool = False,
-    static_weights: bool = True,
-    kernel: str | None = None,
-) -> tuple[_T, _T, _T]: ...
-@overload
-def rms_norm_qkv(
-    x: _T,
-    norm_weight: _Tensor,
-    qkv_weight: _Tensors,
-    num_heads: SupportsIndex,
-    num_kv_heads: SupportsIndex,
-    eps: SupportsFloat = 1e-6,
-    *,
-    bias: _Tensors | None = None,
-    residual: _Tensor,
-    head_dim: SupportsIndex | None = None,
-    out: _T | None = None,
-    residual_out: _T | None = None,
-    weight_layout: _WeightLayout = "auto",
-    rounding: _Rounding = "hf",
-    weight_offset: SupportsFloat = 0.0,
-    batch_invariant: bool = False,
-    allow_tf32: bool = False,
-    static_weights: bool = True,
-    kernel: str | None = None,
-) -> tuple[_T, _T, _T, _T]: ...
+
+class _RMSNormQKV(Protocol):
+    @overload
+    def __call__(
+        self,
+        x: _T,
+        norm_weight: _Tensor,
+        qkv_weight: _Tensors,
+        num_heads: SupportsIndex,
+        num_kv_heads: SupportsIndex,
+        eps: SupportsFloat = 1e-6,
+        *,
+        bias: _Tensors | None = None,
+        residual: None = None,
+        head_dim: SupportsIndex | None = None,
+        out: _T | None = None,
+        residual_out: None = None,
+        weight_layout: _WeightLayout = "auto",
+        rounding: _Rounding = "hf",
+        weight_offset: SupportsFloat = 0.0,
+        batch_invariant: bool = False,
+        allow_tf32: bool = False,
+        static_weights: bool = True,
+        kernel: str | None = None,
+    ) -> tuple[_T, _T, _T]: ...
+    @overload
+    def __call__(
+        self,
+        x: _T,
+        norm_weight: _Tensor,
+        qkv_weight: _Tensors,
+        num_heads: SupportsIndex,
+        num_kv_heads: SupportsIndex,
+        eps: SupportsFloat = 1e-6,
+        *,
+        bias: _Tensors | None = None,
+        residual: _Tensor,
+        head_dim: SupportsIndex | None = None,
+        out: _T | None = None,
+        residual_out: _T | None = None,
+        weight_layout: _WeightLayout = "auto",
+        rounding: _Rounding = "hf",
+        weight_offset: SupportsFloat = 0.0,
+        batch_invariant: bool = False,
+        allow_tf32: bool = False,
+        static_weights: bool = True,
+        kernel: str | None = None,
+    ) -> tuple[_T, _T, _T, _T]: ...
+
+rms_norm_qkv: _RMSNormQKV  # a function; so that FusedRMSNormQKV.forward is one with both variants, too
+
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...
 def set_num_threads(n: SupportsIndex, /) -> None: ...

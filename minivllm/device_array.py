@@ -4,9 +4,16 @@ It computes nothing. It goes in and out of NumPy, is an argument and a result of
 CUDA array interface to everybody else. All its work, memory included, is ordered on its GPU's legacy default stream.
 """
 
+from __future__ import annotations
+
 import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from minivllm import _C
+
+if TYPE_CHECKING:
+    import numpy
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CUDA = 2  # DLPack's number for it
@@ -18,9 +25,13 @@ class DeviceArray:
     shape: a tuple of int. dtype: "float32", "float16" or "bfloat16". device: such as "cuda:0".
     """
 
+    shape: tuple[int, ...]
+    dtype: str
     __slots__ = ("__weakref__", "_index", "_memory", "_pointer", "_strides", "dtype", "shape")
 
-    def __init__(self, memory, pointer, shape, strides, dtype, index):
+    def __init__(
+        self, memory: object, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, index: int
+    ) -> None:
         self._memory = memory  # keeps the bytes; views share it
         self._pointer = pointer
         self._strides = strides  # in elements
@@ -29,27 +40,27 @@ class DeviceArray:
         self.dtype = dtype
 
     @property
-    def device(self):
+    def device(self) -> str:
         return f"cuda:{self._index}"
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return len(self.shape)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of the elements, without gaps between them."""
         return _product(self.shape) * _ITEMSIZE[self.dtype]
 
     @classmethod
-    def from_dlpack(cls, array):
+    def from_dlpack(cls, array: Any) -> DeviceArray:
         """A DeviceArray over the memory of any tensor on a GPU, without a copy. ValueError for one on the CPU."""
         pointer, shape, strides, dtype, device, _, keeper = _C._view(array)
         if not device.startswith("cuda:"):
             raise ValueError(f"DeviceArray.from_dlpack: array is on {device}, expected a GPU; use to_device")
         return cls(keeper, pointer, shape, strides, dtype, _index_of(device, "DeviceArray.from_dlpack"))
 
-    def numpy(self):
+    def numpy(self) -> numpy.ndarray[Any, Any]:
         """A NumPy copy; waits for the GPU. bfloat16 comes back as ml_dtypes.bfloat16 where ml_dtypes is installed, else
         as float32 with the same values."""
         import numpy
@@ -65,10 +76,17 @@ class DeviceArray:
         view = numpy.lib.stride_tricks.as_strided(span[before:], self.shape, byte_strides)
         return _from_bits(numpy.array(view, order="C"), self.dtype)
 
-    def __dlpack_device__(self):
+    def __dlpack_device__(self) -> tuple[int, int]:
         return (_CUDA, self._index)
 
-    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
         """stream: that of the consumer, which is made to wait for this array (None and 1: the legacy default stream, 2:
         that of the thread, -1: no waiting). BufferError where a copy or another device is asked for."""
         if dl_device not in (None, self.__dlpack_device__()):
@@ -83,7 +101,7 @@ class DeviceArray:
         return _C._to_dlpack(self, self._index, self._pointer, self.dtype, self.shape, self._strides, versioned)
 
     @property
-    def __cuda_array_interface__(self):
+    def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype == "bfloat16":
             raise AttributeError("the CUDA array interface has no bfloat16: use __dlpack__")
         itemsize = _ITEMSIZE[self.dtype]
@@ -96,7 +114,7 @@ class DeviceArray:
             "stream": 1,
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype!r}, device={self.device!r})"
 
     def _split_heads(self, *counts_and_head_dim):
@@ -113,7 +131,9 @@ class DeviceArray:
         return tuple(parts)
 
 
-def empty(shape, dtype="float32", device="cuda:0"):
+def empty(
+    shape: SupportsIndex | Sequence[SupportsIndex], dtype: Any = "float32", device: object = "cuda:0"
+) -> DeviceArray:
     """A new C-contiguous DeviceArray, not initialised. dtype: "float32", "float16" or "bfloat16"."""
     shape = _shape_of(shape)
     dtype = _dtype_of(dtype, "empty")
@@ -123,7 +143,9 @@ def empty(shape, dtype="float32", device="cuda:0"):
     return DeviceArray(memory, _C._address(memory), shape, strides, dtype, index)
 
 
-def to_device(array, device="cuda:0", dtype=None, stream=None):
+def to_device(
+    array: Any, device: object = "cuda:0", dtype: Any = None, stream: SupportsIndex | None = None
+) -> DeviceArray:
     """A copy of `array` on a GPU, as a DeviceArray.
 
     array: anything that numpy.asarray takes, a DeviceArray, or any framework's tensor on a GPU; the last two come by
@@ -194,7 +216,7 @@ def _from_bits(bits, dtype):
     return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
 
 
-def _product(sizes):
+def _product(sizes: Sequence[int]) -> int:
     result = 1
     for size in sizes:
         result *= size

@@ -1,9 +1,15 @@
 """Layers: an op together with its weights."""
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, SupportsIndex, overload
 
 from minivllm import _C
 from minivllm.device_array import DeviceArray, to_device
+
+if TYPE_CHECKING:
+    from minivllm._C import _T, _RMSNormQKV, _Rounding, _Tensor, _Tensors, _WeightLayout
 
 _READ_ONCE = frozenset(
     ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
@@ -18,8 +24,8 @@ class FusedRMSNormQKV:
         q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias)
 
     `FusedRMSNormQKV.forward` is `minivllm.rms_norm_qkv`, for calls that bring their own weights. An instance holds
-    them: it checks shapes and dtypes once, and then `layer(x, residual=None, out=None, residual_out=None)`, which is
-    (q, k, v) or with a residual (q, k, v, residual_out), is cheap.
+    them: it checks shapes and dtypes once, and then `layer(x, *, residual=None, out=None, residual_out=None)`, which
+    is (q, k, v) or with a residual (q, k, v, residual_out), is cheap.
 
     norm_weight: [hidden]. qkv_weight: [qkv, hidden] or [hidden, qkv], with qkv = (num_heads + 2 num_kv_heads) head_dim,
     or a tuple (wq, wk, wv). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
@@ -29,25 +35,39 @@ class FusedRMSNormQKV:
     into one contiguous [qkv, hidden] matrix of `prepacked_bytes` bytes; `refresh()` renews that copy.
     """
 
-    forward = staticmethod(_C.rms_norm_qkv)
+    if not TYPE_CHECKING:
+        forward = staticmethod(_C.rms_norm_qkv)
+    else:
+        forward: ClassVar[_RMSNormQKV]
+
+        # C adds it: see _callable_layer.
+        @overload
+        def __call__(
+            self, x: _T, *, residual: None = None, out: _T | None = None, residual_out: None = None
+        ) -> tuple[_T, _T, _T]: ...
+        @overload
+        def __call__(
+            self, x: _T, *, residual: _Tensor, out: _T | None = None, residual_out: _T | None = None
+        ) -> tuple[_T, _T, _T, _T]: ...
+        def __call__(self, x: Any, *, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any: ...
 
     def __init__(
         self,
         *,
-        norm_weight,
-        qkv_weight,
-        num_heads,
-        num_kv_heads,
-        eps=1e-6,
-        bias=None,
-        head_dim=None,
-        weight_layout="auto",
-        rounding="hf",
-        weight_offset=0.0,
-        batch_invariant=False,
-        allow_tf32=False,
-        prepack=False,
-    ):
+        norm_weight: _Tensor,
+        qkv_weight: _Tensors,
+        num_heads: SupportsIndex,
+        num_kv_heads: SupportsIndex,
+        eps: SupportsFloat = 1e-6,
+        bias: _Tensors | None = None,
+        head_dim: SupportsIndex | None = None,
+        weight_layout: _WeightLayout = "auto",
+        rounding: _Rounding = "hf",
+        weight_offset: SupportsFloat = 0.0,
+        batch_invariant: bool = False,
+        allow_tf32: bool = False,
+        prepack: bool = False,
+    ) -> None:
         self.norm_weight = norm_weight
         self.qkv_weight = qkv_weight
         self.num_heads = num_heads
@@ -61,26 +81,28 @@ class FusedRMSNormQKV:
         self.allow_tf32 = allow_tf32
         self.prepack = prepack
         self.prepacked_bytes = 0
-        self._packed = None
+        self._packed: Any = None
         self.hidden, self.qkv, self.head_dim, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
         self.refresh()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         if name in _READ_ONCE and name in self.__dict__:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all there is, though Python sees that C keeps something more in a layer."""
         return self.__dict__
 
-    def _checked(self, qkv_weight, head_dim, weight_layout):
+    def _checked(
+        self, qkv_weight: _Tensors, head_dim: SupportsIndex | None, weight_layout: _WeightLayout
+    ) -> tuple[int, int, int, bytes]:
         return _C._check_rms_norm_qkv(
             self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
             head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
             batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32)  # fmt: skip
 
-    def spelled_out(self, x, residual=None, out=None, residual_out=None):
+    def spelled_out(self, x: Any, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any:
         """The same call with every argument by its name: for what traces or transforms it."""
         packed = self._packed
         return _C.rms_norm_qkv(
@@ -90,7 +112,7 @@ class FusedRMSNormQKV:
             weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
             allow_tf32=self.allow_tf32)  # fmt: skip
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Renews the copy of the weights that `prepack=True` made, at the same address (as a CUDA graph needs it) for
         torch, NumPy and CuPy. Without a copy: does nothing."""
         if not self.prepack:
@@ -109,7 +131,7 @@ class FusedRMSNormQKV:
         *_, self._numbers = self._checked(self._packed, self.head_dim, "out_in")
         self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(hidden={self.hidden}, num_heads={self.num_heads}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, eps={self.eps}, rounding={self.rounding!r}, "

@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 _FRAMEWORKS = ("torch", "numpy", "cupy", "jax", "jaxlib")
 
@@ -17,7 +17,16 @@ class QKVShard(NamedTuple):
     bias: Any
 
 
-def shard_qkv(weight, bias=None, *, num_heads, num_kv_heads, rank, world_size, weight_layout="out_in") -> QKVShard:
+def shard_qkv(
+    weight: Any,
+    bias: Any = None,
+    *,
+    num_heads: SupportsIndex,
+    num_kv_heads: SupportsIndex,
+    rank: SupportsIndex,
+    world_size: SupportsIndex,
+    weight_layout: Literal["out_in", "in_out"] = "out_in",
+) -> QKVShard:
     """The column-parallel part of a q, k, v projection that rank `rank` of `world_size` computes.
 
     Rank r takes the query heads [r n, (r + 1) n) of n = num_heads / world_size, and the key and value heads that these

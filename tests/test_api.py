@@ -2,10 +2,12 @@
 
 import ast
 import inspect
+import re
+import textwrap
 
 import numpy as np
 import pytest
-from processes import ROOT, run
+from processes import PACKAGE, ROOT, run
 
 import minivllm
 
@@ -95,14 +97,100 @@ def test_the_stub_matches_the_module():
     assert declared <= there, f"only in the stub: {declared - there}"
 
 
+def variants_of(name):
+    """The stub's declarations of a function; one with several is an object that can be called."""
+    functions = [node for node in stub().body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if functions:
+        return functions
+    (kind,) = [n.annotation.id for n in stub().body if isinstance(n, ast.AnnAssign) and n.target.id == name]
+    (protocol,) = [node for node in stub().body if isinstance(node, ast.ClassDef) and node.name == kind]
+    return protocol.body
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_the_stub_has_the_right_arguments(name):
-    variants = [node for node in stub().body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert variants
+    variants = variants_of(name)
+    assert len(variants) == (2 if name == "rms_norm_qkv" else 1)
     for node in variants:
         names, options = SIGNATURES[name]
-        assert [argument.arg for argument in node.args.args] == names
+        assert [argument.arg for argument in node.args.args if argument.arg != "self"] == names
         assert [argument.arg for argument in node.args.kwonlyargs] == list(options)
+
+
+def test_type_checkers_see_how_a_layer_is_called():
+    """C adds `__call__`, so layers.py declares it for them: three results, or with a residual four."""
+    tree = ast.parse((ROOT / "minivllm" / "layers.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__call__"]
+    real = list(inspect.signature(minivllm.FusedRMSNormQKV.__call__).parameters)
+    for node in calls:
+        assert [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]] == real
+        assert len(node.args.kwonlyargs) == 3
+    overloads = [node for node in calls if node.decorator_list]
+    assert [len(node.returns.slice.elts) for node in overloads] == [3, 4]
+
+
+def python_functions():
+    """Every Python function that a user calls, methods included."""
+    for name in minivllm.__all__:
+        found = getattr(minivllm, name)
+        members = [found] if inspect.isfunction(found) else []
+        if inspect.isclass(found) and not issubclass(found, tuple):
+            members = [
+                getattr(member, "fget", None) or getattr(member, "__func__", member)
+                for base in found.__mro__[:-1]
+                for key, member in vars(base).items()
+                if not key.startswith("_") or key == "__init__"
+            ]
+        yield from (member for member in members if inspect.isfunction(member))
+
+
+def test_what_python_declares_is_annotated():
+    functions = list(python_functions())
+    assert {"__init__", "refresh", "numpy", "empty", "to_device", "kernels"} <= {f.__name__ for f in functions}
+    for function in functions:
+        signature = inspect.signature(function)
+        parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+        missing = [p.name for p in parameters if p.annotation is EMPTY]
+        assert not missing, f"{function.__qualname__}: {missing}"
+        assert signature.return_annotation is not EMPTY, function.__qualname__
+
+
+TYPED = """
+    from typing import Any
+
+    import minivllm
+
+    class Tensor:
+        shape: tuple[int, ...]
+        dtype: str
+
+    def use(x: Tensor, array: Any) -> None:
+        layer = minivllm.FusedRMSNormQKV(norm_weight=x, qkv_weight=(x, x, x), num_heads=3, num_kv_heads=1, prepack=True)
+        q, k, v = layer(x)
+        reveal_type(q)  # Tensor
+        reveal_type(layer(x, residual=x))  # tuple[Tensor, Tensor, Tensor, Tensor]
+        reveal_type(layer.forward(x, x, x, 3, 1))  # tuple[Tensor, Tensor, Tensor]
+        reveal_type(layer.forward(x, x, x, 3, 1, residual=x))  # tuple[Tensor, Tensor, Tensor, Tensor]
+        reveal_type(minivllm.rms_norm(x, x, rounding="fp32"))  # Tensor
+        reveal_type(layer.refresh())  # None
+        reveal_type(layer.hidden)  # int
+        reveal_type(minivllm.to_device(array, dtype="float16"))  # DeviceArray
+        reveal_type(layer(minivllm.empty((2, 8)))[2])  # DeviceArray
+        reveal_type(minivllm.empty(8).shape)  # tuple[int, ...]
+        reveal_type(minivllm.__version__)  # str
+"""
+
+
+def test_mypy_reveals_the_right_types(tmp_path):
+    pytest.importorskip("mypy.api", reason="needs mypy, which is not installed")
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(TYPED))
+    options = ["--strict", "--follow-imports=silent", f"--cache-dir={tmp_path / 'cache'}", str(script)]
+    done = run(None, arguments=("-m", "mypy", *options), timeout=300, MYPYPATH=PACKAGE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    expected = re.findall(r"reveal_type\(.*\)  # (.*)", TYPED)
+    assert [re.sub(r"\b(script|minivllm\.device_array)\.", "", kind) for kind in revealed] == expected
 
 
 def test_there_is_a_py_typed():
