@@ -7,19 +7,31 @@ Importing this package imports no framework and touches no GPU.
 """
 
 try:
-    from minivllm import _C
+    import minivllm._C as _C
 except ImportError as error:
     # `python -m minivllm`, which says what is wrong, imports this too: so the refusal waits for the first name used.
     _cause = error
 
-    def __getattr__(name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(
+    def _why():
+        from pathlib import Path
+
+        package = Path(__file__).resolve().parent
+        if (package.parent / "csrc").is_dir() and not list(package.glob("_C*.so")):
+            return (
+                f"minivllm was imported from its source tree {package.parent}, which hides an installed minivllm and "
+                "has no extension module _C of its own. Run Python from another directory, or build it here: "
+                "`pip install -e .`, or without a network `python setup.py build_ext --inplace`."
+            )
+        return (
             f"minivllm's extension module cannot be loaded ({_cause}). Where it is missing, build it: `pip install .` "
             "in the source tree, or `python setup.py build_ext --inplace`; both need a C compiler. "
             "`python -m minivllm` says more."
-        ) from _cause
+        )
+
+    def __getattr__(name):
+        if name.startswith("__") and name not in ("__version__", "__all__"):  # what Python itself looks for
+            raise AttributeError(name)
+        raise ImportError(_why()) from _cause
 
 else:
     from minivllm import dynamo

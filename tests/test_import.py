@@ -136,3 +136,39 @@ def test_importing_without_an_extension_says_what_to_do(tmp_path):
     done = run("import minivllm; minivllm.rms_norm", paths=[copy_of_package(tmp_path, keep_extension=False)])
     assert done.returncode != 0 and "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
     assert "python -m minivllm" in done.stderr or "pip install" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["minivllm.rms_norm", "minivllm.__version__", "from minivllm import FusedRMSNormQKV", "from minivllm import *"],
+)
+def test_a_source_tree_without_an_extension_says_that_it_hides_an_installed_package(tmp_path, use):
+    folder = copy_of_package(tmp_path, keep_extension=False)
+    (folder / "csrc").mkdir()
+    done = run(f"import minivllm; {use}" if "import" not in use else use, paths=[folder])
+    assert done.returncode != 0
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: minivllm was imported from its source tree {tmp_path}, which hides an ")
+    assert "Run Python from another directory" in said and "`pip install -e .`" in said
+    assert "circular" not in done.stderr
+
+
+def test_the_doctor_in_a_source_tree_without_an_extension(tmp_path):
+    folder = package(copy_of_package(tmp_path, keep_extension=False), "torch", "")
+    (folder / "csrc").mkdir()
+    done = doctor("--json", paths=[folder])
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "its source tree" in json.loads(done.stdout)["extension"]["error"]
+
+
+def test_a_package_without_an_extension_still_has_no_attributes_that_python_looks_for(tmp_path):
+    script = """
+        import minivllm
+        assert not hasattr(minivllm, "__wrapped__")
+        try:
+            minivllm.__version__
+        except ImportError as error:
+            print(error)
+    """
+    said = succeeds(script, paths=[copy_of_package(tmp_path, keep_extension=False)])
+    assert "No module named 'minivllm._C'" in said and "circular" not in said
