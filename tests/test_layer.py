@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import numpy as np
@@ -192,6 +193,28 @@ def test_it_is_copied_pickled_and_collected():
     del layer
     gc.collect()
     assert gone() is None
+
+
+def test_its_weights_may_be_replaced_while_it_is_called():
+    """By another thread: a call sees the old one or the new one. Only Python without a GIL interleaves them everywhere."""
+    layer, x = small_layer(), np.ones((2, 64), np.float32)
+    expected = {float(scale * layer(x)[0][0, 0, 0]) for scale in (1, 2)}
+    done = threading.Event()
+
+    def replace():
+        scale = 1
+        while not done.is_set():
+            scale = 3 - scale
+            layer.norm_weight = np.full(64, scale, np.float32)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        seen = {float(layer(x)[0][0, 0, 0]) for _ in range(2000)}
+    finally:
+        done.set()
+        writer.join()
+    assert seen <= expected
 
 
 def test_subclasses():

@@ -96,10 +96,21 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     return true;
 }
 
+/* dict[key], or NULL: where it has none, without an error. Without a GIL another thread may replace it meanwhile, and a
+ * borrowed reference be to what is gone; the limited API of 3.11 has no other. */
+static PyObject *item_of(PyObject *dict, PyObject *key) {
+#ifdef Py_GIL_DISABLED
+    PyObject *value;
+    return PyDict_GetItemRef(dict, key, &value) > 0 ? value : NULL;
+#else
+    return Py_XNewRef(PyDict_GetItemWithError(dict, key));
+#endif
+}
+
 /* What the object's own dict has is found there at once; a subclass may have it as a property. */
 static PyObject *attribute(PyObject *object, PyObject *own, PyObject *name) {
-    PyObject *value = PyDict_GetItemWithError(own, name);
-    return value ? Py_NewRef(value) : PyErr_Occurred() ? NULL : PyObject_GetAttr(object, name);
+    PyObject *value = item_of(own, name);
+    return value || PyErr_Occurred() ? value : PyObject_GetAttr(object, name);
 }
 
 bool read_attributes(call *c, const signature *s, void *args, PyObject *object) {
