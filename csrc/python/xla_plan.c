@@ -110,6 +110,7 @@ PyObject *py_xla_plan(PyObject *module, PyObject *const *given, Py_ssize_t count
     call c;
     args.norm.call.op = o->name;
     begin_call(&c, module, o->name);
+    c.may_hand_over = false; /* to torch, which would run the op */
     if (parse(&c, o->arguments, &args, given + 2, count - 2, names)) {
         for (int i = 0; i < c.count; i++) c.tensors[i].slot->device = device;
         if (check_status(o->plan(&args, &plan, &error), &error)) {
