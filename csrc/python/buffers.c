@@ -264,6 +264,7 @@ static tensor *add_tensor(call *c, const char *name, int member, PyObject *objec
     t->managed = NULL;
     t->fresh = false;
     t->has_producer = false;
+    t->producer = NULL;
     t->view = (mv_view){.shape = t->shape, .strides = t->strides};
     return t;
 }
