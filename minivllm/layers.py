@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, SupportsIndex, overload
 
@@ -91,8 +92,17 @@ class FusedRMSNormQKV:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all there is, though Python sees that C keeps something more in a layer."""
-        return self.__dict__
+        """For copies and pickles: all there is, but for the bytes of a C struct that another build may lay out
+        otherwise."""
+        return {name: value for name, value in self.__dict__.items() if name != "_numbers"}
+
+    @functools.cached_property
+    def _numbers(self) -> bytes:
+        """What calls read in place of the arguments that are no tensors. Of a copy, at its first call: its weights may
+        come later."""
+        weight, layout = self._projection()
+        *_, numbers = self._checked(weight, self.head_dim, layout)
+        return numbers
 
     def _checked(
         self, qkv_weight: _Tensors, head_dim: SupportsIndex | None, weight_layout: _WeightLayout
@@ -102,13 +112,16 @@ class FusedRMSNormQKV:
             head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
             batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32)  # fmt: skip
 
+    def _projection(self) -> tuple[Any, _WeightLayout]:
+        """The weights to compute with and their layout: those of the copy, where there is one."""
+        return (self.qkv_weight, self.weight_layout) if self._packed is None else (self._packed, "out_in")
+
     def spelled_out(self, x: Any, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any:
         """The same call with every argument by its name: for what traces or transforms it."""
-        packed = self._packed
+        weight, layout = self._projection()
         return _C.rms_norm_qkv(
-            x, self.norm_weight, self.qkv_weight if packed is None else packed, self.num_heads, self.num_kv_heads,
-            self.eps, bias=self.bias, residual=residual, head_dim=self.head_dim, out=out, residual_out=residual_out,
-            weight_layout=self.weight_layout if packed is None else "out_in", rounding=self.rounding,
+            x, self.norm_weight, weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias, residual=residual,
+            head_dim=self.head_dim, out=out, residual_out=residual_out, weight_layout=layout, rounding=self.rounding,
             weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
             allow_tf32=self.allow_tf32)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 import threading
 import weakref
@@ -215,6 +216,40 @@ def test_its_weights_may_be_replaced_while_it_is_called():
         done.set()
         writer.join()
     assert seen <= expected
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_a_pickle_holds_no_bytes_of_a_c_struct(prepack):
+    """Another build may lay it out otherwise."""
+    weights = {"norm_weight": np.ones(64, np.float32), "qkv_weight": normal((64, 40), "f32", "w").astype(np.float32)}
+    layer = minivllm.FusedRMSNormQKV(
+        **weights, num_heads=3, num_kv_heads=1, eps=0.5, rounding="fp32", weight_offset=0.5, prepack=prepack
+    )
+    x = np.ones((2, 64), np.float32)
+    saved = layer.__reduce_ex__(4)[2]
+    assert not any(isinstance(value, bytes) for value in saved.values())
+    assert set(saved) == set(vars(layer)) - {"_numbers"}
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_all_same(twin(x), layer(x))
+        assert twin._numbers == layer._numbers
+        assert_all_same(twin.spelled_out(x), layer(x))
+        twin.refresh()
+        assert_all_same(twin(x), layer(x))
+
+
+def test_a_layer_is_restored_before_its_weights(torch):
+    """As torch.load(..., map_location="meta") does."""
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=torch.ones(64), qkv_weight=torch.randn(40, 64), num_heads=3, num_kv_heads=1
+    )
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    twin = torch.load(file, map_location="meta", weights_only=False)
+    assert twin.norm_weight.is_meta
+    twin.norm_weight, twin.qkv_weight = layer.norm_weight, layer.qkv_weight
+    x = torch.randn(3, 64)
+    assert_all_same(twin(x), layer(x))
 
 
 def test_subclasses():

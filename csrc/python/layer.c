@@ -62,11 +62,11 @@ static bool to_tensors_if_absent(call *c, const parameter *p, PyObject *value, v
 }
 
 static const parameter held_parameters[] = {
-    QKV_PARAMETER("_numbers", to_numbers, num_heads),
     QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
     QKV_PARAMETER("_packed", to_optional_tensors, qkv_weight),
     QKV_PARAMETER("qkv_weight", to_tensors_if_absent, qkv_weight),
     QKV_PARAMETER("bias", to_optional_tensors, bias),
+    QKV_PARAMETER("_numbers", to_numbers, num_heads),
 };
 const signature held_signature = {"rms_norm_qkv", 5, 0, 0, LENGTH(held_parameters), held_parameters};
 
