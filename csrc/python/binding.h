@@ -212,12 +212,14 @@ int torch_overrides(module_state *state, PyTypeObject *type);
 /* Calls c->torch_function with the same arguments, behind c->self. */
 PyObject *call_torch(const call *c);
 
+extern const char *const dtype_names[3]; /* in the order of mv_dtype */
+
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);
 bool check_view(call *c, tensor *t); /* what every view must be: data where there are elements, aligned, few dims */
 bool view_of_dlpack(call *c, tensor *t, PyObject *stream); /* by t->object.__dlpack__; stream NULL: none is passed */
 void release_dlpack(tensor *t);
-/* Strides in bytes -> t->strides in elements; false with an error when they do not divide. */
-bool strides_from_bytes(call *c, tensor *t, int64_t itemsize);
+/* t->strides in bytes -> in elements of t->view.dtype; false with an error when they do not divide. */
+bool strides_from_bytes(call *c, tensor *t);
 
 PyObject *shape_tuple(int ndim, const int64_t *shape);
 void contiguous_strides(int ndim, const int64_t *shape, int64_t *strides);

@@ -133,6 +133,8 @@ static bool find_framework(call *c, tensor *t) {
 
 /* ---- views ------------------------------------------------------------------------------------------------------ */
 
+const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
+
 static int64_t itemsize_of(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
 
 bool check_view(call *c, tensor *t) {
@@ -156,7 +158,8 @@ bool check_view(call *c, tensor *t) {
     return true;
 }
 
-bool strides_from_bytes(call *c, tensor *t, int64_t itemsize) {
+bool strides_from_bytes(call *c, tensor *t) {
+    const int64_t itemsize = itemsize_of(t->view.dtype);
     bool empty = false;
     for (int d = 0; d < t->view.ndim; d++) empty = empty || t->shape[d] == 0;
     for (int d = 0; d < t->view.ndim; d++) {

@@ -64,7 +64,7 @@ static bool read_interface(call *c, tensor *t, PyObject *interface) {
     } else {
         if (!ints_of_tuple(strides, t->strides, &stride_count) || stride_count != ndim)
             return refuse_malformed(c, t, "strides");
-        if (!strides_from_bytes(c, t, t->view.dtype == MV_F32 ? 4 : 2)) return false;
+        if (!strides_from_bytes(c, t)) return false;
     }
     if (!check_view(c, t)) return false;
     t->view.device =

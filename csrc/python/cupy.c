@@ -24,7 +24,7 @@ static bool cupy_view(call *c, tensor *t) {
     } else if (!dtype_of_numpy(c->state, dtype, &t->view.dtype)) {
         ok = refuse_dtype(c, t, NULL);
     } else {
-        ok = strides_from_bytes(c, t, t->view.dtype == MV_F32 ? 4 : 2) && check_view(c, t);
+        ok = strides_from_bytes(c, t) && check_view(c, t);
     }
     Py_XDECREF(strides);
     Py_XDECREF(shape);

@@ -26,7 +26,7 @@ PyObject *py_allocate(PyObject *module, PyObject *args) {
     (void)module;
     if (!PyArg_ParseTuple(args, "in", &device, &bytes)) return NULL;
     if (bytes < 0) return PyErr_Format(PyExc_ValueError, "_allocate: %zd bytes", bytes);
-    if (!check_status(mv_cuda_malloc(device, bytes ? (size_t)bytes : 1, &data, &error), &error)) return NULL;
+    if (!check_status(mv_cuda_malloc(device, (size_t)bytes, &data, &error), &error)) return NULL;
     PyObject *memory = PyCapsule_New(data, memory_name, free_memory);
     if (!memory || PyCapsule_SetContext(memory, (void *)(intptr_t)device) < 0) {
         if (!memory) (void)mv_cuda_free(device, data, &error);
@@ -177,7 +177,6 @@ static PyObject *keeper_of(tensor *t) {
 
 /* _view(object) -> (address, shape, strides in elements, dtype, device, read_only, keeper) */
 PyObject *py_view(PyObject *module, PyObject *object) {
-    static const char *const dtypes[] = {"float32", "float16", "bfloat16"};
     PyObject *result = NULL;
     mv_view view = {0};
     call c;
@@ -193,7 +192,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
         PyObject *keeper = shape && strides && device ? keeper_of(t) : NULL;
         if (keeper)
             result = Py_BuildValue("(KOOsOOO)", (unsigned long long)(uintptr_t)view.data, shape, strides,
-                                   dtypes[view.dtype], device, view.read_only ? Py_True : Py_False, keeper);
+                                   dtype_names[view.dtype], device, view.read_only ? Py_True : Py_False, keeper);
         Py_XDECREF(keeper);
         Py_XDECREF(device);
         Py_XDECREF(strides);

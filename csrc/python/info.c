@@ -3,12 +3,11 @@
 
 /* [(op, name, dtype, isa, usable, why_not), ...] */
 PyObject *py_kernels(PyObject *module, PyObject *unused) {
-    static const char *const dtypes[] = {"float32", "float16", "bfloat16"};
     (void)module, (void)unused;
     PyObject *list = PyList_New(0);
     mv_kernel_info info;
     for (int i = 0; list && mv_kernel_at(i, &info); i++) {
-        PyObject *row = Py_BuildValue("(ssssOs)", info.op, info.name, dtypes[info.dtype], info.isa,
+        PyObject *row = Py_BuildValue("(ssssOs)", info.op, info.name, dtype_names[info.dtype], info.isa,
                                       info.usable ? Py_True : Py_False, info.why_not);
         if (!row || PyList_Append(list, row) < 0) Py_CLEAR(list);
         Py_XDECREF(row);

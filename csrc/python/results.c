@@ -98,8 +98,6 @@ bool take_pointer(PyObject *object, const char *attribute, void **pointer) {
     return *pointer || !PyErr_Occurred();
 }
 
-static const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
-
 static PyObject *new_device_array(call *c, int32_t device, const char *dtype, int ndim, const int64_t *shape) {
     PyObject *make = known(c->state, DEVICE_ARRAY_EMPTY);
     PyObject *sizes = make ? shape_tuple(ndim, shape) : NULL;
