@@ -240,6 +240,12 @@ def rms_norm_qkv(
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
     """A call of FusedRMSNormQKV."""
+    weight = layer.norm_weight
+    tensors = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)
+    if tensors and x.ndim > 0 and weight.ndim == 1 and x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"FusedRMSNormQKV: x has hidden size {x.shape[-1]}, expected {weight.shape[0]} (that of norm_weight)"
+        )
     return layer.spelled_out(x, residual, out, residual_out)
 
 

@@ -137,7 +137,7 @@ def test_what_it_refuses_at_construction(device, framework):
     with pytest.raises(TypeError):
         minivllm.FusedRMSNormQKV(good["norm_weight"], good["qkv_weight"], 3, 1)
     layer = minivllm.FusedRMSNormQKV(**good)
-    with pytest.raises(ValueError, match=r"x.*63|norm_weight has 64 elements, expected 63"):
+    with pytest.raises(ValueError, match=r"^FusedRMSNormQKV: x has hidden size 63, expected 64"):
         layer(framework.full((2, 63), 1.0, "f32"))
     with pytest.raises(TypeError):
         layer(framework.full((2, 64), 1.0, "f32"), framework.full((2, 64), 1.0, "f32"))
@@ -194,6 +194,17 @@ def test_it_is_copied_pickled_and_collected():
     del layer
     gc.collect()
     assert gone() is None
+
+
+def test_x_of_another_width_is_to_blame(torch):
+    """Not norm_weight, which the caller does not see; with gradients and without."""
+    norm_weight = torch.nn.Parameter(torch.ones(64))
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=norm_weight, qkv_weight=torch.ones(40, 64), num_heads=3, num_kv_heads=1
+    )
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"^FusedRMSNormQKV: x has hidden size 60, "):
+            layer(torch.ones(2, 60))
 
 
 def test_its_weights_may_be_replaced_while_it_is_called():
@@ -286,12 +297,12 @@ def test_what_a_call_refuses():
     for call in (layer, layer.__call__):
         for arguments, options, message in (
             ((), {}, r"x is missing"),
-            ((x, x), {}, r"takes at most 1 positional arguments \(x\), got 2"),
+            ((x, x), {}, r"takes at most 1 positional argument \(x\), got 2; the others .* by name, such as residual="),
             ((x,), {"x": x}, r"x is given twice"),
             ((x,), {"bias": x}, r"has no argument bias; it takes x, residual, out, residual_out"),
             ((x,), {f"option{i}": x for i in range(30)}, r"takes at most 20 arguments, got 31|has no argument option0"),
         ):
-            with pytest.raises(TypeError, match=f"rms_norm_qkv: {message}"):
+            with pytest.raises(TypeError, match=f"^FusedRMSNormQKV: {message}"):
                 call(*arguments, **options)
     del layer.bias
     with pytest.raises(AttributeError, match="bias"):

@@ -68,7 +68,7 @@ static const parameter held_parameters[] = {
     QKV_PARAMETER("bias", to_optional_tensors, bias),
     QKV_PARAMETER("_numbers", to_numbers, num_heads),
 };
-const signature held_signature = {"rms_norm_qkv", 5, 0, 0, LENGTH(held_parameters), held_parameters};
+const signature held_signature = {"FusedRMSNormQKV", 5, 0, 0, LENGTH(held_parameters), held_parameters};
 
 static const parameter call_parameters[] = {
     QKV_PARAMETER("x", to_tensor, x),
@@ -76,16 +76,26 @@ static const parameter call_parameters[] = {
     QKV_PARAMETER("out", to_optional_tensor, out),
     QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
 };
-const signature call_signature = {"rms_norm_qkv", 6, 1, 1, LENGTH(call_parameters), call_parameters};
+const signature call_signature = {"FusedRMSNormQKV", 6, 1, 1, LENGTH(call_parameters), call_parameters};
 
+/* The op would find fault with norm_weight, which the caller of a layer does not see. */
+static bool check_width(call *c, const mv_rms_norm_qkv_args *a) {
+    const int64_t got = hidden_of(&a->x), expected = hidden_of(&a->norm_weight);
+    return got == expected || a->x.ndim == 0 || a->norm_weight.ndim != 1 ||
+           refuse(c, tensor_of(c, &a->x), PyExc_ValueError, "has hidden size %lld, expected %lld (that of norm_weight)",
+                  (long long)got, (long long)expected);
+}
+
+/* Messages about the arguments name the layer; what ran is the op. */
 static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *given, Py_ssize_t count,
                             PyObject *names) {
     mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv"};
     call c;
-    begin_call(&c, module, a.call.op);
+    begin_call(&c, module, call_signature.op);
     c.torch_function = "_call_layer";
     c.self = layer;
-    if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer))
+    if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer) &&
+        check_width(&c, &a))
         c.result = run_qkv(&c, &a, false);
     end_call(&c);
     return c.result;
