@@ -325,6 +325,45 @@ def test_missing_and_surplus_arguments(inputs):
     refuses(lambda: minivllm.rms_norm_qkv(x, weight, matrix, 3, 1, 1e-6, None), TypeError, r"positional|at most 6")
 
 
+def test_surplus_arguments_are_given_by_name(inputs):
+    x, weight = inputs.x, inputs.weight
+    refuses(
+        lambda: minivllm.rms_norm(x, weight, 1e-6, x),
+        TypeError,
+        r"takes at most 3 positional arguments \(x, weight, eps\), got 4; the others are given by name, such as out=$",
+    )
+    refuses(
+        lambda: minivllm.fused_add_rms_norm(x, x, weight, 1e-6, 1), TypeError, r"\(x, residual, weight, eps\), got 5$"
+    )
+
+
+@pytest.mark.parametrize(
+    "typo,meant",
+    [
+        ("wieght", "weight"),
+        ("weigth", "weight"),
+        ("weigh", "weight"),
+        ("eps_", "eps"),
+        ("kernal", "kernel"),
+        ("outt", "out"),
+    ],
+)
+def test_a_keyword_with_a_typo(inputs, typo, meant):
+    refuses(
+        lambda: minivllm.rms_norm(inputs.x, **{typo: 1}), TypeError, f"has no argument {typo}, did you mean {meant};"
+    )
+
+
+@pytest.mark.parametrize("name", ["y", "scale", "weights_", "\udc80", ""])
+def test_a_keyword_like_no_other(inputs, name):
+    refuses(
+        lambda: minivllm.rms_norm(inputs.x, **{name: 1}), TypeError, r"has no argument .?.*; it takes x, weight, eps"
+    )
+    with pytest.raises(TypeError) as refusal:
+        minivllm.rms_norm(inputs.x, **{name: 1})
+    assert "did you mean" not in str(refusal.value)
+
+
 def test_fused_add_rms_norm_names_itself(inputs):
     refuses(
         lambda: minivllm.fused_add_rms_norm(inputs.x, inputs.full(4, 64), inputs.weight),

@@ -42,30 +42,51 @@ static int find_keyword(PyObject *const *keywords, int count, PyObject *name, in
     return -1;
 }
 
+static bool refuse_surplus(const signature *s, Py_ssize_t count) {
+    const char *by_name = s->count > s->positional ? s->parameters[s->positional].name : NULL;
+    PyObject *known_names = names_of(s, s->positional);
+    if (known_names)
+        PyErr_Format(PyExc_TypeError, "%s: takes at most %d positional argument%s (%U), got %zd%s%s%s", s->op,
+                     s->positional, s->positional == 1 ? "" : "s", known_names, count,
+                     by_name ? "; the others are given by name, such as " : "", by_name ? by_name : "",
+                     by_name ? "=" : "");
+    Py_XDECREF(known_names);
+    return false;
+}
+
+/* One character more, less, or another one, or two neighbours swapped. */
+static bool is_one_edit_away(const char *a, const char *b) {
+    while (*a && *a == *b) a++, b++;
+    size_t left_a = strlen(a), left_b = strlen(b);
+    while (left_a && left_b && a[left_a - 1] == b[left_b - 1]) left_a--, left_b--;
+    const bool swapped = left_a == 2 && left_b == 2 && a[0] == b[1] && a[1] == b[0];
+    return (left_a <= 1 && left_b <= 1) || swapped;
+}
+
+static bool refuse_unknown(const signature *s, PyObject *name) {
+    const char *text = PyUnicode_AsUTF8AndSize(name, NULL), *meant = NULL;
+    if (!text) PyErr_Clear(); /* half a character */
+    for (int i = 0; text && strlen(text) > 2 && i < s->count && !meant; i++)
+        if (is_one_edit_away(text, s->parameters[i].name)) meant = s->parameters[i].name;
+    PyObject *known_names = names_of(s, s->count);
+    if (known_names)
+        PyErr_Format(PyExc_TypeError, "%s: has no argument %U%s%s; it takes %U", s->op, name,
+                     meant ? ", did you mean " : "", meant ? meant : "", known_names);
+    Py_XDECREF(known_names);
+    return false;
+}
+
 /* values[i]: what was given for parameter i (borrowed), or NULL. */
 static bool match(const call *c, const signature *s, PyObject *const *given, Py_ssize_t count, PyObject *names,
                   PyObject **values) {
-    if (count > s->positional) {
-        PyObject *known_names = names_of(s, s->positional);
-        if (known_names)
-            PyErr_Format(PyExc_TypeError, "%s: takes at most %d positional arguments (%U), got %zd", s->op,
-                         s->positional, known_names, count);
-        Py_XDECREF(known_names);
-        return false;
-    }
+    if (count > s->positional) return refuse_surplus(s, count);
     for (Py_ssize_t i = 0; i < count; i++) values[i] = given[i];
     const Py_ssize_t keywords = names ? PyTuple_Size(names) : 0;
     int likely = (int)count;
     for (Py_ssize_t k = 0; k < keywords; k++) {
         PyObject *name = PyTuple_GetItem(names, k);
         const int i = find_keyword(c->state->keywords[s->index], s->count, name, likely);
-        if (i < 0) {
-            PyObject *known_names = names_of(s, s->count);
-            if (known_names)
-                PyErr_Format(PyExc_TypeError, "%s: has no argument %U; it takes %U", s->op, name, known_names);
-            Py_XDECREF(known_names);
-            return false;
-        }
+        if (i < 0) return refuse_unknown(s, name);
         if (values[i]) {
             PyErr_Format(PyExc_TypeError, "%s: %U is given twice, by position and by name", s->op, name);
             return false;
