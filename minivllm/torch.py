@@ -127,7 +127,10 @@ def _wants_gradient(op, outputs, **tensors):
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
             if tensor.dtype not in _DTYPES:
-                raise TypeError(f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16")
+                raise TypeError(
+                    f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
+                    ".to(torch.float32)"
+                )
             if tensor.requires_grad and torch.is_grad_enabled():
                 wants = True
                 if any(output is not None for output in outputs.values()):

@@ -397,6 +397,40 @@ def test_other_dtypes_of_numpy(dtype):
     )
 
 
+FIX = r"expected float32, float16 or bfloat16; convert it, such as by "
+
+
+def test_another_dtype_and_its_fix(torch):
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    fix = FIX + r"\.to\(torch\.float32\)$"
+    refuses(lambda: minivllm.rms_norm(x.double(), weight), TypeError, r"^rms_norm: x has dtype torch\.float64, " + fix)
+    refuses(
+        lambda: minivllm.rms_norm(x.double().requires_grad_(), weight), TypeError, r"x has dtype torch\.float64, " + fix
+    )
+    small = x.to(torch.float8_e4m3fn)
+    refuses(lambda: minivllm.rms_norm(small, weight), TypeError, r"x has dtype torch\.float8_e4m3fn, " + fix)
+    refuses(
+        lambda: minivllm.rms_norm(np.ones((2, 8)), np.ones(8, np.float32)),
+        TypeError,
+        r"^rms_norm: x has dtype float64, " + FIX + r"\.astype\('float32'\)$",
+    )
+
+
+def test_what_is_no_tensor_and_its_fix(torch):
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    refuses(
+        lambda: minivllm.rms_norm_qkv(x, weight, torch.nn.Linear(8, 24), 1, 1),
+        TypeError,
+        r"^rms_norm_qkv: qkv_weight must be a tensor .*, got Linear; pass its \.weight$",
+    )
+    for wrong, name in (([1.0], "list"), ((1.0, 2.0), "tuple")):
+        refuses(
+            lambda: minivllm.rms_norm(x, wrong), TypeError, rf"weight must be a tensor .*, got {name}; make an array"
+        )
+    for wrong, name in ((1.0, "float"), (torch.nn.Linear, "type")):
+        refuses(lambda: minivllm.rms_norm(x, wrong), TypeError, rf"weight must be a tensor .*, got {name}$")
+
+
 def test_the_wrong_byte_order():
     swapped = np.zeros((2, 8), np.dtype(np.float32).newbyteorder())
     refuses(

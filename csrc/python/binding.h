@@ -200,7 +200,7 @@ bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, 
 bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...);
 /* "<op>: <name> <text>" for what is no tensor. */
 bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...);
-bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got NULL: ask the object */
+bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got: what it has, if it does not say so itself */
 
 /* module.attribute, or NULL (no error set) where the module is not loaded, or only in part. A new reference. */
 PyObject *loaded(const char *module_name, const char *attribute);

@@ -103,6 +103,22 @@ static void remember(module_state *state, PyTypeObject *type, type_kind kind) {
     atomic_store_explicit(&state->types[i].type, type, memory_order_release);
 }
 
+static bool refuse_object(const call *c, const tensor *t) {
+    const char *fix = "";
+    if (PyList_Check(t->object) || PyTuple_Check(t->object))
+        fix = "; make an array of it";
+    else if (PyObject_HasAttrString(t->object, "weight"))
+        fix = "; pass its .weight";
+    PyObject *name = PyType_GetQualName(Py_TYPE(t->object));
+    if (name)
+        refuse(c, t, PyExc_TypeError,
+               "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), got "
+               "%U%s",
+               name, fix);
+    Py_XDECREF(name);
+    return false;
+}
+
 static bool find_framework(call *c, tensor *t) {
     PyTypeObject *type = Py_TYPE(t->object);
     module_state *state = c->state;
@@ -117,16 +133,7 @@ static bool find_framework(call *c, tensor *t) {
     }
     bool cacheable;
     if (!classify(c, t->object, &t->kind, &cacheable)) return false;
-    if (!t->kind.framework) {
-        PyObject *name = PyType_GetQualName(type);
-        if (name)
-            refuse(c, t, PyExc_TypeError,
-                   "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), "
-                   "got %U",
-                   name);
-        Py_XDECREF(name);
-        return false;
-    }
+    if (!t->kind.framework) return refuse_object(c, t);
     if (cacheable) remember(state, type, t->kind);
     return true;
 }
@@ -175,9 +182,9 @@ bool strides_from_bytes(call *c, tensor *t) {
 
 static const char *dl_dtype_text(dl_dtype dtype, char *text, size_t size) {
     static const char *const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    const char *kind = dtype.code < sizeof kinds / sizeof kinds[0] ? kinds[dtype.code] : "float8 or smaller, ";
-    PyOS_snprintf(text, size, dtype.lanes == 1 ? "dtype %s%d" : "dtype %s%d in vectors of %d", kind, (int)dtype.bits,
-                  (int)dtype.lanes);
+    const bool small = dtype.code >= sizeof kinds / sizeof kinds[0]; /* the many floats of 8, 6 and 4 bits */
+    PyOS_snprintf(text, size, dtype.lanes == 1 ? "dtype %s%d" : "dtype %s%d in vectors of %d",
+                  small ? "float" : kinds[dtype.code], (int)dtype.bits, (int)dtype.lanes);
     return text;
 }
 

@@ -94,15 +94,23 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
     return false;
 }
 
+static const char *how_to_convert(const tensor *t) {
+    const framework *from = t->kind.framework;
+    if (from == &torch_framework) return ", such as by .to(torch.float32)";
+    const bool known_to_us = from == &numpy_framework || from == &cupy_framework || from == &jax_framework;
+    return known_to_us ? ", such as by .astype('float32')" : "";
+}
+
 bool refuse_dtype(const call *c, const tensor *t, const char *got) {
-    static const char wanted[] = "expected float32, float16 or bfloat16";
-    PyObject *dtype = got ? NULL : PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
+    static const char wanted[] = "expected float32, float16 or bfloat16; convert it";
+    const char *how = how_to_convert(t);
+    PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
     if (dtype) {
-        refuse(c, t, PyExc_TypeError, "has dtype %S, %s", dtype, wanted);
+        refuse(c, t, PyExc_TypeError, "has dtype %S, %s%s", dtype, wanted, how);
         Py_DECREF(dtype);
     } else {
         PyErr_Clear();
-        refuse(c, t, PyExc_TypeError, "has %s, %s", got ? got : "another dtype", wanted);
+        refuse(c, t, PyExc_TypeError, "has %s, %s%s", got ? got : "another dtype", wanted, how);
     }
     return false;
 }
