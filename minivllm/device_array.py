@@ -135,10 +135,14 @@ def empty(
     shape: SupportsIndex | Sequence[SupportsIndex], dtype: Any = "float32", device: object = "cuda:0"
 ) -> DeviceArray:
     """A new C-contiguous DeviceArray, not initialised. dtype: "float32", "float16" or "bfloat16"."""
-    shape = _shape_of(shape)
-    dtype = _dtype_of(dtype, "empty")
-    index = _index_of(device, "empty")
-    memory = _C._allocate(index, _product(shape) * _ITEMSIZE[dtype])
+    return _new(_shape_of(shape), _dtype_of(dtype, "empty"), _index_of(device, "empty"), "empty")
+
+
+def _new(shape, dtype, index, function):
+    try:
+        memory = _C._allocate(index, _product(shape) * _ITEMSIZE[dtype])
+    except (RuntimeError, MemoryError) as error:
+        raise type(error)(f"{function}: {error}") from None
     strides = tuple(_product(shape[d + 1 :]) for d in range(len(shape)))
     return DeviceArray(memory, _C._address(memory), shape, strides, dtype, index)
 
@@ -165,7 +169,7 @@ def to_device(
     if dtype is None and array.dtype.name not in _ITEMSIZE:
         raise TypeError(f"to_device: array has dtype {array.dtype}, expected {', '.join(_ITEMSIZE)}; pass dtype=")
     dtype = _dtype_of(array.dtype.name if dtype is None else dtype, "to_device")
-    result = empty(array.shape, dtype, device)
+    result = _new(array.shape, dtype, _index_of(device, "to_device"), "to_device")
     stream = 0 if stream is None else operator.index(stream)
     if stream:
         _C._stream_wait(result._index, stream, 0)  # the memory is there

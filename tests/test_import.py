@@ -54,12 +54,13 @@ CPU_WORKS = """
     assert (out == 1).all()
     rows = [row for row in minivllm.kernels() if row.isa.startswith("sm")]
     assert all(not row.usable and row.why_not for row in rows), rows
-    try:
-        minivllm.empty((2, 2))
-    except RuntimeError as error:
-        assert str(error)
-    else:
-        raise AssertionError("memory of a GPU that cannot be seen")
+    for name, argument in (("empty", (2, 2)), ("to_device", out)):
+        try:
+            getattr(minivllm, name)(argument)
+        except RuntimeError as error:
+            assert str(error).startswith(f"{name}: "), error
+        else:
+            raise AssertionError("memory of a GPU that cannot be seen")
 """
 
 
