@@ -178,6 +178,7 @@ TYPED = """
         reveal_type(layer(minivllm.empty((2, 8)))[2])  # DeviceArray
         reveal_type(minivllm.empty(8).shape)  # tuple[int, ...]
         reveal_type(minivllm.__version__)  # str
+        minivllm.set_num_threads(n=2)
 """
 
 

@@ -571,3 +571,19 @@ def test_a_plan_for_jax_does_not_go_to_torch(torch):
     qkv, _, _, attributes = minivllm._C._xla_plan("rms_norm", -1, x, weight, 1e-5)
     assert qkv == 0 and attributes["eps"] == 1e-5
     assert minivllm.last_kernel() == before
+
+
+def test_set_num_threads_by_name():
+    before = minivllm.get_num_threads()
+    try:
+        minivllm.set_num_threads(n=1)
+        assert minivllm.get_num_threads() == 1
+        refuses(lambda: minivllm.set_num_threads(n="1"), TypeError, "set_num_threads: n must be an integer, got str")
+        refuses(lambda: minivllm.set_num_threads(True), TypeError, "set_num_threads: n must be an integer, got bool")
+        refuses(lambda: minivllm.set_num_threads(), TypeError, "set_num_threads: n is missing")
+        refuses(
+            lambda: minivllm.set_num_threads(2**40), ValueError, "set_num_threads: 1099511627776 threads are too many"
+        )
+        assert minivllm.get_num_threads() == 1
+    finally:
+        minivllm.set_num_threads(n=before)

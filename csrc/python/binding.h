@@ -75,7 +75,7 @@ typedef enum {
     KNOWN_NAMES
 } known_name;
 
-enum { MAX_SIGNATURES = 7, MAX_PARAMETERS = 20 };
+enum { MAX_SIGNATURES = 8, MAX_PARAMETERS = 20 };
 
 typedef struct framework framework;
 

@@ -23,14 +23,18 @@ PyObject *py_last_kernel(PyObject *module, PyObject *unused) {
     return Py_BuildValue("(sss)", ran.op, ran.name, ran.why);
 }
 
-PyObject *py_set_num_threads(PyObject *module, PyObject *count) {
-    (void)module;
-    PyObject *index = PyBool_Check(count) ? NULL : PyNumber_Index(count);
-    if (!index) return PyErr_Format(PyExc_TypeError, "set_num_threads: n must be an integer, got %R", count);
-    const long n = PyLong_AsLong(index);
-    Py_DECREF(index);
-    if (n == -1 && PyErr_Occurred()) return NULL;
-    if (n > INT32_MAX / 2) return PyErr_Format(PyExc_ValueError, "set_num_threads: %ld threads are too many", n);
+static const parameter thread_parameters[] = {{"n", to_integer, 0}};
+const signature set_num_threads_signature = {"set_num_threads", 7, 1, 1, 1, thread_parameters};
+
+PyObject *py_set_num_threads(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    int64_t n = 0;
+    call c;
+    begin_call(&c, module, set_num_threads_signature.op);
+    const bool ok = parse(&c, &set_num_threads_signature, &n, given, count, names);
+    end_call(&c);
+    if (!ok) return NULL;
+    if (n > INT32_MAX / 2)
+        return PyErr_Format(PyExc_ValueError, "set_num_threads: %lld threads are too many", (long long)n);
     mv_set_num_threads(n < 1 ? 0 : (int)n);
     Py_RETURN_NONE;
 }

@@ -96,9 +96,10 @@ static PyMethodDef methods[] = {
     {"_callable_layer", py_callable_layer, METH_O, "(class) -> a subclass whose instances are called from C"},
     {"kernels", py_kernels, METH_NOARGS, "[(op, name, dtype, isa, usable, why_not), ...]"},
     {"last_kernel", py_last_kernel, METH_NOARGS, "(op, name, why) of this thread's last call, or None"},
-    {"set_num_threads", py_set_num_threads, METH_O,
-     "set_num_threads($module, n, /)\n--\n\nThreads used by CPU kernels; n < 1: the default, all cores of this process "
-     "or OMP_NUM_THREADS where that is less."},
+    FAST(
+        "set_num_threads", py_set_num_threads,
+        "set_num_threads($module, n)\n--\n\nThreads used by CPU kernels; n < 1: the default, all cores of this process "
+        "or OMP_NUM_THREADS where that is less."),
     {"get_num_threads", py_get_num_threads, METH_NOARGS,
      "get_num_threads($module, /)\n--\n\nThreads used by CPU kernels."},
     {"cpu_features", py_cpu_features, METH_NOARGS,

@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include "buffers.h"
+#include "info.h"
 #include "layer.h"
 #include "results.h"
 #include "steps.h"
@@ -198,11 +199,7 @@ PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ss
     return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv_packed", given, count, names, true);
 }
 
-const signature *const all_signatures[] = {&rms_norm_signature,
-                                           &add_rms_norm_signature,
-                                           &fused_add_rms_norm_signature,
-                                           &rms_norm_qkv_signature,
-                                           &check_signature,
-                                           &held_signature,
-                                           &call_signature,
-                                           NULL};
+const signature *const all_signatures[] = {
+    &rms_norm_signature,     &add_rms_norm_signature,    &fused_add_rms_norm_signature,
+    &rms_norm_qkv_signature, &check_signature,           &held_signature,
+    &call_signature,         &set_num_threads_signature, NULL};
