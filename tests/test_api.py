@@ -84,6 +84,15 @@ def test_everything_public_is_documented(name):
     assert len((getattr(minivllm, name).__doc__ or "").split()) >= 8
 
 
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_docstring_of_an_op_explains_every_argument(name):
+    text = getattr(minivllm, name).__doc__
+    names, options = SIGNATURES[name]
+    explained = re.findall(r"\w+", text)
+    for word in [*names, *options, "TypeError", "ValueError"]:
+        assert word in explained, f"{name}: {word}"
+
+
 def stub():
     return ast.parse((ROOT / "minivllm" / "_C.pyi").read_text())
 

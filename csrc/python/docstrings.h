@@ -26,12 +26,16 @@
     "weight_offset=0.0, kernel=None)\n--\n\n"                                                                          \
     "residual_out = x + residual, rounded to x's dtype; out = rms_norm(residual_out, weight). Returns both.\n\n"       \
     "residual, out, residual_out: of x's shape and dtype; an output may be exactly x or exactly residual, so that\n"   \
-    "out=x, residual_out=residual works in place. The rest as in rms_norm.\n"
+    "out=x, residual_out=residual works in place. weight, eps, rounding, weight_offset, kernel: as in "                \
+    "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_FUSED_ADD_RMS_NORM                                                                                         \
     "fused_add_rms_norm($module, x, residual, weight, eps=1e-06)\n--\n\n"                                              \
     "residual += x; x = rms_norm(residual, weight): in place on both, as in vLLM and FlashInfer. Returns them.\n\n"    \
-    "Arguments as in add_rms_norm.\n"
+    "x, residual: of one shape and dtype, writable. weight, eps: as in rms_norm. It takes no more: rounding is "       \
+    "'hf',\n"                                                                                                          \
+    "weight_offset 0; for others add_rms_norm(x, residual, weight, out=x, residual_out=residual).\n\n" DOC_TENSORS     \
+    "\n" DOC_ERRORS
 
 #define DOC_RMS_NORM_QKV                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \
@@ -48,8 +52,9 @@
     "weight_layout: 'auto' decides by shape, for a square weight by strides where they can tell, else 'out_in' or\n"   \
     "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: for float32 "   \
     "on\n"                                                                                                             \
-    "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n\n" DOC_TENSORS            \
-    "\n" DOC_ERRORS
+    "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n"                          \
+    "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
+    "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
