@@ -42,6 +42,8 @@ class Doctor:
             self.report[name] = section()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name in FRAMEWORKS:
+                text = f"needs {error.name}, which is not installed: pip install {error.name}"
             self.report[name] = {"error": text}
             if fault:
                 self.problems.append(f"{name}: {text}")
@@ -111,7 +113,14 @@ class Doctor:
 
     def checked(self, device: str, dtype: str) -> list[dict]:
         if dtype == "bfloat16" and not self.report["frameworks"].get("ml_dtypes", {}).get("imports"):
-            return [{"device": device, "op": "all", "dtype": dtype, "skipped": "NumPy needs ml_dtypes for it"}]
+            return [
+                {
+                    "device": device,
+                    "op": "all",
+                    "dtype": dtype,
+                    "skipped": "NumPy needs ml_dtypes for it: pip install ml_dtypes",
+                }
+            ]
         rows = check(device, dtype)
         for row in rows:
             if not row["ok"]:

@@ -173,3 +173,22 @@ def test_a_package_without_an_extension_still_has_no_attributes_that_python_look
     """
     said = succeeds(script, paths=[copy_of_package(tmp_path, keep_extension=False)])
     assert "No module named 'minivllm._C'" in said and "circular" not in said
+
+
+def missing(folder, name):
+    return package(folder, name, f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')")
+
+
+def test_the_doctor_without_numpy(tmp_path):
+    done = doctor("--json", paths=[PACKAGE, missing(package(tmp_path, "torch", ""), "numpy")])
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    for section in ("self_check", "benchmark"):
+        assert report[section] == {"error": "needs numpy, which is not installed: pip install numpy"}
+        assert f"{section}: needs numpy, which is not installed: pip install numpy" in report["problems"]
+
+
+def test_the_doctor_without_ml_dtypes(tmp_path):
+    done = doctor(paths=[PACKAGE, missing(package(tmp_path, "torch", ""), "ml_dtypes")])
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "skipped bfloat16 on cpu: NumPy needs ml_dtypes for it: pip install ml_dtypes" in done.stdout
