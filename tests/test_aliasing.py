@@ -218,3 +218,11 @@ def test_overlap_is_found_exactly(rows, hidden, strides, offsets):
     else:
         assume(nested)
         minivllm.rms_norm(x, weight, out=out)
+
+
+def test_an_op_in_place_names_what_it_was_given():
+    x, weight = np.ones((3, 8), np.float32), np.ones(8, np.float32)
+    with pytest.raises(ValueError, match=r"fused_add_rms_norm: x overlaps residual; pass memory of its own"):
+        minivllm.fused_add_rms_norm(x, x, weight)
+    with pytest.raises(ValueError, match=r"fused_add_rms_norm: x overlaps weight; pass memory of its own"):
+        minivllm.fused_add_rms_norm(weight[None], x[:1], weight)

@@ -204,6 +204,12 @@ QKV_REFUSALS = [
     ("num_heads 0", lambda i: {"num_heads": 0}, ValueError, r"num_heads is 0, expected at least 1"),
     ("num_kv_heads -1", lambda i: {"num_kv_heads": -1}, ValueError, r"num_kv_heads is -1, expected at least 1"),
     ("num_heads huge", lambda i: {"num_heads": 2**62}, ValueError, r"num_heads"),
+    (
+        "num_heads past 32 bits",
+        lambda i: {"num_heads": 2**31},
+        ValueError,
+        r"num_heads is 2147483648, expected at most",
+    ),
     ("num_heads beyond 64 bits", lambda i: {"num_heads": 2**80}, (ValueError, OverflowError), r"num_heads"),
     ("num_heads a float", lambda i: {"num_heads": 3.0}, TypeError, r"num_heads .*int"),
     ("num_heads None", lambda i: {"num_heads": None}, TypeError, r"num_heads .*int"),

@@ -360,3 +360,29 @@ def test_nothing_is_kept_alive():
     result = weakref.ref(minivllm.rms_norm(x, weight, out=np.ones((2, 8), np.float32).view(Array)))
     gc.collect()
     assert result() is None
+
+
+def test_an_out_that_cannot_be_cut_is_refused_before_the_op_runs():
+    class Plain:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    x, packed = np.ones((3, 8), np.float32), np.zeros((3, 16), np.float32)
+    with pytest.raises(TypeError, match=r"rms_norm_qkv: out cannot be cut into q, k and v: it has no reshape"):
+        minivllm.rms_norm_qkv(x, x[0], np.ones((16, 8), np.float32), 2, 1, out=Plain(packed))
+    assert not packed.any()
+    out = Plain(np.zeros_like(x))
+    assert minivllm.rms_norm(x, x[0], out=out) is out and out.array.all()
+
+
+def test_numpy_dtypes_that_are_equal_are_the_same():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.ones((3, 8), np.dtype(ml_dtypes.bfloat16).newbyteorder("="))
+    assert x.dtype is not np.dtype(ml_dtypes.bfloat16)
+    assert (minivllm.rms_norm(x, np.ones(8, np.float32)) == 1).all()

@@ -22,9 +22,17 @@ const mv_list mv_rms_norm_list = {"rms_norm", rows, sizeof rows / sizeof rows[0]
 
 /* ---- the ops -------------------------------------------------------------------------------------------------- */
 
+/* x and residual are the outputs, too: whoever calls an op that works in place gave those no other names. */
+static bool in_place(const mv_rms_norm_args *a) {
+    return mv_present(&a->out) && mv_present(&a->residual_out) && mv_same_elements(&a->out, &a->x) &&
+           mv_same_elements(&a->residual_out, &a->residual);
+}
+
 static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *error) {
     const mv_named x = {op, "x", &a->x}, residual = {op, "residual", &a->residual}, weight = {op, "weight", &a->weight};
-    const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
+    const bool same = in_place(a);
+    const mv_named out = {op, same ? "x" : "out", &a->out};
+    const mv_named residual_out = {op, same ? "residual" : "residual_out", &a->residual_out};
     MV_TRY(mv_check_numbers(op, a->eps, a->weight_offset, a->rounding, error));
     MV_TRY(mv_check_x(x, error));
     const int64_t hidden = a->x.shape[a->x.ndim - 1];

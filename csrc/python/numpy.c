@@ -36,7 +36,7 @@ bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
     for (int i = MV_F32; i <= MV_BF16; i++) {
         PyObject *made = atomic_load_explicit(&state->numpy_dtypes[i], memory_order_acquire);
         if (!made) made = i == MV_BF16 && !is_bfloat16_loaded() ? NULL : numpy_dtype(state, (mv_dtype)i);
-        if (made == dtype) {
+        if (made && (made == dtype || PyObject_RichCompareBool(made, dtype, Py_EQ) == 1)) {
             *out = (mv_dtype)i;
             return true;
         }

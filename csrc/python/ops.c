@@ -170,6 +170,7 @@ PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
     a->call.stream = c->stream;
     if (!check_status(mv_rms_norm_qkv(a, &plan, &error), &error)) return NULL;
     end_step(c, STEP_PLAN);
+    if (!packed && !check_splittable(c, &a->out)) return NULL;
     const int64_t hidden = hidden_of(&a->x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
     if (!provide(c, "out", &a->out, &a->x, packed ? 1 : 2, packed ? &plan.qkv : heads) ||
         (is_given(&a->residual) && !provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) ||

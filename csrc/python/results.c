@@ -170,6 +170,14 @@ PyObject *slices_of(call *c, PyObject *packed, const tensor *out, const head_cou
     return parts;
 }
 
+bool check_splittable(call *c, const mv_view *slot) {
+    const tensor *out = is_given(slot) ? tensor_of(c, slot) : NULL;
+    if (!out || out->kind.framework->split != split_by_slices ||
+        PyObject_HasAttr(out->object, c->state->names[NAME_RESHAPE]))
+        return true;
+    return refuse(c, out, PyExc_TypeError, "cannot be cut into q, k and v: it has no reshape; pass an array that has");
+}
+
 PyObject *split_by_slices(call *c, const tensor *like, const tensor *out, const head_counts *n) {
     (void)like;
     return slices_of(c, out->object, out, n);
