@@ -141,6 +141,8 @@ def empty(
 def _new(shape, dtype, index, function):
     try:
         memory = _C._allocate(index, _product(shape) * _ITEMSIZE[dtype])
+    except OverflowError:
+        raise MemoryError(f"{function}: an array of shape {shape} is larger than any memory") from None
     except (RuntimeError, MemoryError) as error:
         raise type(error)(f"{function}: {error}") from None
     strides = tuple(_product(shape[d + 1 :]) for d in range(len(shape)))
@@ -228,8 +230,10 @@ def _product(sizes: Sequence[int]) -> int:
 
 
 def _shape_of(shape):
-    sizes = (shape,) if hasattr(shape, "__index__") else shape
-    sizes = tuple(operator.index(size) for size in sizes)
+    try:
+        sizes = tuple(map(operator.index, (shape,) if hasattr(shape, "__index__") else shape))
+    except TypeError:
+        raise TypeError(f"empty: shape is {shape!r}, expected an integer or a sequence of integers") from None
     if any(size < 0 for size in sizes):
         raise ValueError(f"empty: shape is {sizes}, expected sizes >= 0")
     return sizes
@@ -244,6 +248,6 @@ def _dtype_of(dtype, function):
 
 def _index_of(device, function):
     kind, _, index = str(device).partition(":")
-    if kind != "cuda" or not (index or "0").isdecimal():
+    if kind != "cuda" or not (index or "0").isdecimal() or int(index or 0) >= 2**31:
         raise ValueError(f"{function}: device is {device!r}, expected 'cuda' or 'cuda:<index>'")
     return int(index or 0)

@@ -593,3 +593,18 @@ def test_set_num_threads_by_name():
         assert minivllm.get_num_threads() == 1
     finally:
         minivllm.set_num_threads(n=before)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: minivllm.empty((2**40, 2**40)), MemoryError, r"empty: an array of shape \(1099511627776, "),
+        (lambda: minivllm.empty(2, device="cuda:99999999999"), ValueError, r"empty: device is 'cuda:99999999999', exp"),
+        (lambda: minivllm.empty("ab"), TypeError, r"empty: shape is 'ab', expected an integer or a sequence"),
+        (lambda: minivllm.empty(2.5), TypeError, r"empty: shape is 2\.5, expected an integer or a sequence"),
+        (lambda: minivllm.DeviceArray.from_dlpack(np.ones(3)), TypeError, r"DeviceArray\.from_dlpack: array has dtype"),
+    ],
+)
+def test_device_arrays_that_cannot_be(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
