@@ -49,8 +49,9 @@ typedef struct {
     float eps, weight_offset;
     mv_rounding rounding;
 
-    /* The projection: rms_norm_qkv only, zero otherwise. q, k and v are three blocks, adjacent in memory when packed;
-     * blocks of one task share the weight dtype, and col_stride is 1 in all of them or in none. A task may have fewer. */
+    /* The projection: rms_norm_qkv only, zero otherwise. q, k and v are three blocks, adjacent in memory when
+     * packed; blocks of one task share the weight dtype, and col_stride is 1 in all of them or in none. A task may
+     * have fewer. */
     mv_block block[3];
     int64_t outputs; /* of all blocks */
     mv_dtype weight_dtype;

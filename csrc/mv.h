@@ -104,7 +104,7 @@ mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error);
  *
  * rn rounds to x's dtype, sums are float32. x, residual, out, residual_out: [..., hidden], one shape and dtype, any
  * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32. An output may be
- * exactly x or exactly residual (in place), any other overlap is refused; or absent, and then mv_run() is told where. */
+ * exactly x or exactly residual (in place), any other overlap is refused; or absent: mv_run() is then told where. */
 typedef struct {
     mv_call call;
     mv_view x, residual, weight;

@@ -53,6 +53,18 @@ def test_there_is_something_to_check():
     assert len(SOURCES) > 30
 
 
+def test_lines_have_at_most_120_columns():
+    """The formatter leaves comments alone."""
+    paths = [*SOURCES, *(ROOT / "tests" / "emulation").glob("*.*"), *(ROOT / "tests" / "c").glob("*.c")]
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not long
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
 def test_includes_point_down(path):
     folder = folder_of(path)

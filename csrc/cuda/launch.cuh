@@ -24,8 +24,9 @@ struct DeviceGuard {
     }
 };
 
-/* The driver's handle of a kernel on the current device, with its shared memory limit raised. Neither that nor loading a kernel is
- * stream work, but a capture in its strictest mode forbids loading; for this thread that check is lifted while we do it. */
+/* The driver's handle of a kernel on the current device, with its shared memory limit raised. Neither that nor loading
+ * a kernel is stream work, but a capture in its strictest mode forbids loading; for this thread that check is lifted
+ * while we do it. */
 static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem_bytes, cudaFunction_t *function) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaError_t status = cudaThreadExchangeStreamCaptureMode(&mode);
@@ -40,8 +41,8 @@ static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem
     return status;
 }
 
-/* The kernels that are prepared, by device: a cache of what the driver knows, so races only repeat the work. A handle lives as
- * long as the device's primary context: nothing of CUDA survives cudaDeviceReset, and this does not either. */
+/* The kernels that are prepared, by device: a cache of what the driver knows, so races only repeat the work. A handle
+ * lives as long as the device's primary context: nothing of CUDA survives cudaDeviceReset, and this does not either. */
 constexpr int kMaxDevices = 64;
 template <auto kernel> struct Prepared { static inline cudaFunction_t on[kMaxDevices]; };
 
@@ -52,8 +53,8 @@ struct Grid {
     unsigned cluster; /* CTAs in a row that run together; 0: no clusters */
 };
 
-/* By the driver, which is asked for less than the runtime does. False where it cannot: the runtime then makes the context that
- * this thread lacks, or says what is wrong. */
+/* By the driver, which is asked for less than the runtime does. False where it cannot: the runtime then makes the
+ * context that this thread lacks, or says what is wrong. */
 static inline bool launch_by_driver(const CUlaunchConfig &config, cudaFunction_t function, void **arguments) {
     static void *found;
     const auto launch =

@@ -1,5 +1,6 @@
-/* mma.cuh: the instructions of an Ampere matrix product, one per function: asynchronous copies to shared memory, matrix
- * loads from it, and the product of 16-bit fragments with float32 sums. Shared memory is addressed by 32-bit offsets. */
+/* mma.cuh: the instructions of an Ampere matrix product, one per function: asynchronous copies to shared memory,
+ * matrix loads from it, and the product of 16-bit fragments with float32 sums. Shared memory is addressed by 32-bit
+ * offsets. */
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +25,8 @@ template <int kPending> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/* Four 8x8 matrices of 16-bit values: lane l gives the address of row l % 8 of matrix l / 8, and receives of each matrix
- * the values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4. */
+/* Four 8x8 matrices of 16-bit values: lane l gives the address of row l % 8 of matrix l / 8, and receives of each
+ * matrix the values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4. */
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&m)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])

@@ -1,8 +1,9 @@
 /* mma_tile.cuh: the tile of a tensor core product: how a step of it reaches shared memory, where it lies there, and how
  * the warps take their fragments from it.
  *
- * m: tokens, n: outputs, k: hidden. A step is 64 k. In shared memory the 16-byte pieces of a row change places with each
- * other, so that the eight rows an 8x8 matrix load touches, and the eight pieces a copy writes, cover all 32 banks. */
+ * m: tokens, n: outputs, k: hidden. A step is 64 k. In shared memory the 16-byte pieces of a row change places with
+ * each other, so that the eight rows an 8x8 matrix load touches, and the eight pieces a copy writes, cover all 32
+ * banks. */
 #pragma once
 
 #include "mma.cuh"
@@ -11,7 +12,8 @@ constexpr int kStepK = 64;
 constexpr int kPiece = 8;           /* 16-bit values in 16 bytes */
 constexpr int kParts = kStepK / 16; /* a step is multiplied, and another one copied, in so many turns */
 
-/* m x n of the tile, how many warps share it, the depth of the ring, and CTAs that the registers must leave room for. */
+/* m x n of the tile, how many warps share it, the depth of the ring, and CTAs that the registers must leave room
+ * for. */
 template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct Tile {
     static constexpr int M = kTileM, N = kTileN, stages = kRing, ctas_per_sm = kCtas;
     static constexpr int warps_n = kWarpsN, threads = 32 * kWarpsM * kWarpsN;
@@ -22,16 +24,16 @@ template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas
     static_assert(stages >= 3, "one is multiplied, one arrives, one is on its way");
 };
 
-/* The lanes of a sum hold two neighbours of each 8 outputs (mma.cuh). So that a thread has four neighbours of 16, which it
- * stores together, the 8 columns of a matrix are not outputs 0-7 of the 16 but 0, 1, 4, 5, 8, 9, 12, 13, and those of the
- * next are the others. In the in_out layout a matrix load has no such choice. */
+/* The lanes of a sum hold two neighbours of each 8 outputs (mma.cuh). So that a thread has four neighbours of 16, which
+ * it stores together, the 8 columns of a matrix are not outputs 0-7 of the 16 but 0, 1, 4, 5, 8, 9, 12, 13, and those
+ * of the next are the others. In the in_out layout a matrix load has no such choice. */
 template <bool kInOut> __device__ __forceinline__ int output_of(int pair) {
     const int lane = threadIdx.x % 4;
     return kInOut ? pair * 8 + lane * 2 : lane * 4 + pair * 2;
 }
 
-/* A matrix of kRows x kColumns on its way to shared memory, step by step, and the pieces of it that a thread copies: one
- * column of them, from every rows_apart-th row. kSpread: its rows are loaded in the order above. */
+/* A matrix of kRows x kColumns on its way to shared memory, step by step, and the pieces of it that a thread copies:
+ * one column of them, from every rows_apart-th row. kSpread: its rows are loaded in the order above. */
 template <int kRows, int kColumns, int kThreads, bool kSpread> struct Source {
     static constexpr int row_pieces = kColumns / kPiece, row_bytes = kColumns * 2;
     static constexpr int count = kRows * row_pieces / kThreads, rows_apart = kThreads / row_pieces;

@@ -1,8 +1,9 @@
-/* norm_rows.cuh: the norm by spare warps of another kernel, row after row, while that kernel computes with the rows before.
+/* norm_rows.cuh: the norm by spare warps of another kernel, row after row, while that kernel computes with the rows
+ * before.
  *
  * Warps take rows in their order from a counter in the workspace, write y, and count the rows of each block of 128 that
- * are there; who needs a block waits for its count. Nothing here waits for anything, so every block gets there whichever
- * CTAs run. The kernel before has zeroed the counters. */
+ * are there; who needs a block waits for its count. Nothing here waits for anything, so every block gets there
+ * whichever CTAs run. The kernel before has zeroed the counters. */
 #pragma once
 
 #include "reduce.cuh"
@@ -29,8 +30,8 @@ __device__ __forceinline__ void await_rows(const RowCounters &counters, int row,
     }
 }
 
-/* A warp's registers hold 16 packets a lane: 4 rows of up to 1,024 values, 2 of up to 2,048, or up to 4,096 of one row; longer
- * rows come in several rounds, and twice. */
+/* A warp's registers hold 16 packets a lane: 4 rows of up to 1,024 values, 2 of up to 2,048, or up to 4,096 of one row;
+ * longer rows come in several rounds, and twice. */
 constexpr int kHeldPackets = 16, kRoundValues = kHeldPackets * 32 * 8;
 
 /* Host: rows one stride apart, of whole aligned packets. */

@@ -9,12 +9,12 @@
 constexpr int kPieceRows = 16, kPieceBytes = kPieceRows * 128;
 template <typename T> constexpr int kPieceColumns = 128 / sizeof(T);
 
-/* In rows of 128 bytes or a multiple, the place of a chunk of 16: odd rows have the halves of 128 bytes swapped, so that
- * the eight lanes that read 4 chunks of two neighbouring rows meet no bank twice. */
+/* In rows of 128 bytes or a multiple, the place of a chunk of 16: odd rows have the halves of 128 bytes swapped, so
+ * that the eight lanes that read 4 chunks of two neighbouring rows meet no bank twice. */
 __device__ __forceinline__ int swapped(int row, int chunk) { return chunk ^ (row % 2 * 4); }
 
-/* How a warp multiplies a piece by kTokens tokens. 16-bit values: by the tensor cores, the piece being the wide operand.
- * A lane's sums: of every tile of 8 tokens, four; their rows and tokens are those of mma_m16n8k16. */
+/* How a warp multiplies a piece by kTokens tokens. 16-bit values: by the tensor cores, the piece being the wide
+ * operand. A lane's sums: of every tile of 8 tokens, four; their rows and tokens are those of mma_m16n8k16. */
 template <typename T, int kTokens> struct Product {
     static constexpr int kTiles = kTokens / 8;
     static constexpr int kChains = kTiles == 1 ? 2 : 1; /* sums that do not wait for each other */
@@ -92,8 +92,8 @@ template <typename T, int kTokens> struct Product {
     }
 };
 
-/* float32: by the CUDA cores. A lane has four rows of a piece, lane / 8 and every fourth further, and of those and the tokens
- * the four columns of chunk lane % 8. */
+/* float32: by the CUDA cores. A lane has four rows of a piece, lane / 8 and every fourth further, and of those and the
+ * tokens the four columns of chunk lane % 8. */
 template <int kTokens> struct Product<float, kTokens> {
     struct Sums {
         float v[4][kTokens] = {};

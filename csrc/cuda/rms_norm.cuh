@@ -55,8 +55,8 @@ template <typename T> __device__ __forceinline__ Packet<T> add_residual(const Pa
     return pack<T>(sum);
 }
 
-/* 1 / sqrt(mean + eps): of float32 rows with every step correctly rounded, for 16 bits within two units in the last place,
- * as torch.rsqrt gives it. */
+/* 1 / sqrt(mean + eps): of float32 rows with every step correctly rounded, for 16 bits within two units in the last
+ * place, as torch.rsqrt gives it. */
 template <typename T>
 __device__ __forceinline__ float row_factor(float sum_of_squares, float inverse_hidden, const mv_task &task) {
     if constexpr (sizeof(T) == 4)
@@ -95,8 +95,8 @@ __device__ __forceinline__ void clear_counters(const mv_task &task) {
     for (int64_t i = threadIdx.x; i < task.counter_count; i += blockDim.x) task.counters[i] = 0;
 }
 
-/* y of 16 bits as "hf" without an offset wants it, in few instructions: float32 holds the product of two 16-bit values exactly,
- * so one instruction multiplies and rounds two of them as apply_norm would. */
+/* y of 16 bits as "hf" without an offset wants it, in few instructions: float32 holds the product of two 16-bit values
+ * exactly, so one instruction multiplies and rounds two of them as apply_norm would. */
 template <typename T>
 __device__ __forceinline__ Packet<T> apply_norm_hf(const Packet<T> &s, float r, const Packet<T> &weights) {
     Packet<T> y;

@@ -245,8 +245,8 @@ __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first
             row_address<T>(task.out, task.inner, first_token + t)[n] = finish_output<T>(total[t] * factor[t], bias);
 }
 
-/* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that the
- * warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
+/* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that
+ * the warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
 template <typename T, typename W, bool kAligned, int kTokens>
 __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
                                         Step<W> &step, Place done, Place later, int64_t first_token,

@@ -1,21 +1,22 @@
 /* rms_norm_qkv_decode_sm90a.cu: RMSNorm and the projection for few tokens on Hopper, at the speed of memory.
  *
- * One block per SM takes an even share of the rows of the weight, in tiles of 16. Its warps share the columns: each copies
- * pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that have arrived by the tokens:
- * 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA cores. Nothing that the weights
- * need depends on the kernel before, so a block asks for them as soon as it is resident, and lets the next kernel of the
- * stream start at once. Where its share is small, a block takes a little less than half of an SM's shared memory: that of the
- * next call fills its slots while this one still computes, and memory is never idle. (A third does not fit, so no SM gets two
- * blocks of one call.) Where it is larger, a block takes all of it: then it matters more how many weights can be on their way
- * while the tokens are normalised.
+ * One block per SM takes an even share of the rows of the weight, in tiles of 16. Its warps share the columns: each
+ * copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that have arrived by
+ * the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA cores. Nothing
+ * that the weights need depends on the kernel before, so a block asks for them as soon as it is resident, and lets the
+ * next kernel of the stream start at once. Where its share is small, a block takes a little less than half of an SM's
+ * shared memory: that of the next call fills its slots while this one still computes, and memory is never idle. (A
+ * third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of it: then it
+ * matters more how many weights can be on their way while the tokens are normalised.
  *
- * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done with
- * its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared memory. What a
- * small shape costs is the latency of what follows the wait for the previous kernel, so that is kept short (SPEED.md):
- * addresses are computed before it, and where all pieces of a warp have a slot it waits for them once.
+ * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
+ * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
+ * memory. What a small shape costs is the latency of what follows the wait for the previous kernel, so that is kept
+ * short (SPEED.md): addresses are computed before it, and where all pieces of a warp have a slot it waits for them
+ * once.
  *
  * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order.
- */
+ * */
 #include "cuda.h"
 #include "launch.cuh"
 #include "mma.cuh"
@@ -103,9 +104,9 @@ __device__ __forceinline__ void copy_tokens(const mv_task &task, const Split &sp
     cp_async_commit();
 }
 
-/* Reads the tokens, each thread its share, adds the residual (block 0 writes the sum out), and leaves them in shared memory,
- * their sums of squares in fixed->squares. kDirect: from x, which is at most one batch of packets a thread; otherwise from
- * where copy_tokens has put them. A token belongs to at least kLanes threads. */
+/* Reads the tokens, each thread its share, adds the residual (block 0 writes the sum out), and leaves them in shared
+ * memory, their sums of squares in fixed->squares. kDirect: from x, which is at most one batch of packets a thread;
+ * otherwise from where copy_tokens has put them. A token belongs to at least kLanes threads. */
 template <typename T, int kLanes, bool kDirect>
 __device__ __forceinline__ void read_tokens(const mv_task &task, const Split &split, Share<T> share, Fixed *fixed) {
     constexpr int kSize = Packet<T>::size;
@@ -352,8 +353,8 @@ template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bound
         }
     }
 
-    /* The warps' parts of each sum meet where their slots were, token by token; 4 words more than a multiple of 16 keep the
-     * lanes' writes out of each other's banks. */
+    /* The warps' parts of each sum meet where their slots were, token by token; 4 words more than a multiple of 16 keep
+     * the lanes' writes out of each other's banks. */
     constexpr int kPitch = kRowTiles * kPieceRows + 4;
     static_assert(kTokens * kPitch * 4 <= kMinSlots * kPieceBytes, "the parts fit");
     __syncwarp();

@@ -1,18 +1,18 @@
-/* rms_norm_qkv_ffma_sm80.cu: the projection of many tokens on the CUDA cores, in plain float32. It takes anything: every
- * dtype, float32 weights under 16-bit x, any strides and any alignment of x and of the weights.
+/* rms_norm_qkv_ffma_sm80.cu: the projection of many tokens on the CUDA cores, in plain float32. It takes anything:
+ * every dtype, float32 weights under 16-bit x, any strides and any alignment of x and of the weights.
  *
  * m: tokens, n: outputs, k: hidden. A CTA owns a tile of m x n and walks over k in steps of 16; a thread keeps 8 x 8 or
- * 8 x 4 sums. While a step is multiplied out of one half of shared memory, the next one is on its way to registers as groups
- * of four values, becomes float32 there (and x becomes y), and goes to the other half.
+ * 8 x 4 sums. While a step is multiplied out of one half of shared memory, the next one is on its way to registers as
+ * groups of four values, becomes float32 there (and x becomes y), and goes to the other half.
  *
  * Groups of x lie along k; those of the weight along k or along n, whichever is denser in memory. Where alignment
  * allows a group is one load, otherwise four: the same values in the same places.
  *
- * An output's bits do not depend on the number of tokens: sums take k in order whatever the tile, and r has its own fixed
- * order (token_tile.cuh).
+ * An output's bits do not depend on the number of tokens: sums take k in order whatever the tile, and r has its own
+ * fixed order (token_tile.cuh).
  *
- * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a warp
- * that transpose groups of neighbouring rows write to 32 different banks. */
+ * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a
+ * warp that transpose groups of neighbouring rows write to 32 different banks. */
 #include "cuda.h"
 #include "launch.cuh"
 #include "norm_plan.cuh"
@@ -28,14 +28,14 @@ constexpr int kStepK = 16;
 constexpr int kGroup = 4; /* values loaded together */
 constexpr int kGroupsK = kStepK / kGroup;
 
-/* float32 results keep what they are worth: after so many steps the sums join totals in shared memory, so that a long sum has
- * not its own size times the error of an addition for each of its terms. A sixteenth of hidden, 32 to 128 k. */
+/* float32 results keep what they are worth: after so many steps the sums join totals in shared memory, so that a long
+ * sum has not its own size times the error of an addition for each of its terms. A sixteenth of hidden, 32 to 128 k. */
 __device__ __forceinline__ int steps_together(int64_t hidden) {
     return static_cast<int>(min(max(hidden / 16, int64_t{32}), int64_t{128})) / (2 * kStepK) * 2;
 }
 
-/* A thread keeps own_m x own_n sums. The lanes of a warp are 8 x 4, and a lane has rows m + {0-3, 32-35, ...} and columns
- * n + {0-3, 16-19, ...}. */
+/* A thread keeps own_m x own_n sums. The lanes of a warp are 8 x 4, and a lane has rows m + {0-3, 32-35, ...} and
+ * columns n + {0-3, 16-19, ...}. */
 template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct Tile {
     static constexpr int M = kTileM, N = kTileN, own_m = kOwnM, own_n = kOwnN, ctas_per_sm = kCtas;
     static constexpr int warp_m = 8 * own_m, warp_n = 4 * own_n, warps_n = N / warp_n;

@@ -1,10 +1,11 @@
-/* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores of any GPU from Ampere up, for 16-bit x and
- * weights: the second launch of the plan whose first is the norm kernel.
+/* rms_norm_qkv_mma_sm80.cu: the projection of many tokens on the tensor cores of any GPU from Ampere up, for 16-bit x
+ * and weights: the second launch of the plan whose first is the norm kernel.
  *
  * A CTA owns a tile of tokens x outputs (mma_tile.cuh) and walks over hidden in steps of 64, which cp.async brings to a
  * ring of stages in shared memory; a warp multiplies its part of the tile with mma.m16n8k16 while later stages are on
  * their way, and loads the fragments of the next 16 k while the tensor cores work on the current ones. A quarter of a
- * stage is asked for beside each 16 k, so that fragments never queue behind a burst of copies. There is one barrier a step.
+ * stage is asked for beside each 16 k, so that fragments never queue behind a burst of copies. There is one barrier a
+ * step.
  *
  * The largest tile has an SM to itself: its CTAs take one tile after the other, and the ring runs on over them. Of the
  * others two or more share an SM, and one stores its outputs while another multiplies.
@@ -152,8 +153,8 @@ template <typename T, typename Tile, bool kInOut> __global__ void __launch_bound
     constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
     Stream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
 
-    /* Weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies arrive in
-     * order, and the first product should not wait for the last stage. The loops stay loops: code is loaded, too. */
+    /* Weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies arrive
+     * in order, and the first product should not wait for the last stage. The loops stay loops: code is loaded, too. */
     if (task.dynamic_weights) griddepcontrol_wait();
     stream.begin();
     const int steps = stream.steps, early = min(kAhead / 2, steps);
@@ -244,8 +245,8 @@ template <typename Tile> int64_t count_tiles(const mv_task *task) {
     return ceil_div(task->tokens, Tile::M) * block_columns(task, Tile::N);
 }
 
-/* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about two
- * more to begin and to end. One that is alone where several have room waits more (SPEED.md). */
+/* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about
+ * two more to begin and to end. One that is alone where several have room waits more (SPEED.md). */
 template <typename Tile> double tile_cost(const mv_task *task) {
     if (Tile::smem_bytes > task->smem_bytes) return 1e30;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStepK)) + 2.0 / Tile::ctas_per_sm;

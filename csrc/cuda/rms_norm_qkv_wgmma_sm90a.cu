@@ -1,16 +1,17 @@
 /* rms_norm_qkv_wgmma_sm90a.cu: the projection of many tokens on Hopper's tensor cores, for 16-bit x and weights: the
- * second launch of the plan whose first is the norm kernel. That one normalises the rows that the first wave of tiles needs,
- * and spare warps of this one the others, while the tensor cores work (norm_rows.cuh).
+ * second launch of the plan whose first is the norm kernel. That one normalises the rows that the first wave of tiles
+ * needs, and spare warps of this one the others, while the tensor cores work (norm_rows.cuh).
  *
- * A CTA owns a tile of 128 (or 64) tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps to a
- * ring in shared memory by tensor copies; two warpgroups multiply half of the tile each. The ring runs on over the CTA's
- * tiles, so the copies of a tile begin while the one before it is still being stored, and one warpgroup stores while the
- * other multiplies.
+ * A CTA owns a tile of 128 (or 64) tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps
+ * to a ring in shared memory by tensor copies; two warpgroups multiply half of the tile each. The ring runs on over the
+ * CTA's tiles, so the copies of a tile begin while the one before it is still being stored, and one warpgroup stores
+ * while the other multiplies.
  *
- * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to both.
+ * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to
+ * both.
  *
- * The weights' first steps are on their way before the wait for the norm. An output's bits do not depend on the number of
- * tokens: the tensor cores add the same groups of 16 k in the same order for every tile. */
+ * The weights' first steps are on their way before the wait for the norm. An output's bits do not depend on the number
+ * of tokens: the tensor cores add the same groups of 16 k in the same order for every tile. */
 #include "cuda.h"
 #include "launch.cuh"
 #include "norm_plan.cuh"
@@ -30,7 +31,8 @@ constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
 constexpr size_t kSmemBytes = 232448; /* of a Hopper CTA */
 
 /* M tokens x N outputs, and what shared memory holds: the ring, then boxes of outputs on their way out (a part of each
- * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the outputs. */
+ * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the
+ * outputs. */
 template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int M = kTokens, N = kOutputs;
     static constexpr bool split_tokens = M == 128, in_out = kInOut;
@@ -80,8 +82,8 @@ struct Product {
     RowCounters counters;
 };
 
-/* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies that
- * reach past the end of a matrix are slow, and what two tiles both have is the same. */
+/* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies
+ * that reach past the end of a matrix are slow, and what two tiles both have is the same. */
 struct Place {
     int token, segment, output;
 };
@@ -366,8 +368,8 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.counters = rest.counters;
     p.group = group_height(task, choice);
     p.dynamic_weights = task->dynamic_weights;
-    /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes of
-     * either is not stored. */
+    /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
+     * of either is not stored. */
     const int high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
     const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, high, kStep};
     p.stage_bytes = high * kRowBytes + Tile::w_bytes;
@@ -449,8 +451,8 @@ size_t y_bytes(const mv_task *task) {
     return static_cast<size_t>(padded_tokens(task)) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
 }
 
-/* The norm kernel writes the rows of the first wave of tiles, which would otherwise wait; the product's spare warps write
- * the others while the tensor cores work. */
+/* The norm kernel writes the rows of the first wave of tiles, which would otherwise wait; the product's spare warps
+ * write the others while the tensor cores work. */
 template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
     const TileChoice choice = choose_tile(task);

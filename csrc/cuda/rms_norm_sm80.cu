@@ -2,13 +2,12 @@
  *
  * One read, one write. A row belongs to kThreads threads, each of which keeps kPackets 16-byte packets of it in
  * registers between the sum and the scaling; rows of up to 32 packets belong to one warp or less and need no barrier.
- * Rows of more than 4096 packets are read twice, with a residual those of more than 2048 (1024 threads of 4 packets spilled
- * registers).
- * Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on its neighbours, its
- * alignment or its strides.
+ * Rows of more than 4096 packets are read twice, with a residual those of more than 2048 (1024 threads of 4 packets
+ * spilled registers). Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on
+ * its neighbours, its alignment or its strides.
  *
  * Norm weights are on their way before the wait for the previous kernel.
- */
+ * */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -33,8 +32,8 @@ template <typename T> __device__ __forceinline__ float sum_of_squares(const Pack
     return sum;
 }
 
-/* The sum over a row of what its kThreads threads have of each of their packets. One warp with 4 packets a lane adds as 4 warps with
- * one would. */
+/* The sum over a row of what its kThreads threads have of each of their packets. One warp with 4 packets a lane adds as
+ * 4 warps with one would. */
 template <int kThreads, int kPackets> __device__ __forceinline__ float row_sum(float (&v)[kPackets]) {
     if constexpr (kThreads == 32 && kPackets > 1) {
 #pragma unroll
@@ -181,8 +180,8 @@ template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task,
     return launch<rms_norm_long_kernel<T, kAdd>>(task, grid, error, *task, access);
 }
 
-/* Threads for a row by its packets, as measured on an H100 (SPEED.md): 2 packets a thread are faster than 4, but more blocks on an
- * SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
+/* Threads for a row by its packets, as measured on an H100 (SPEED.md): 2 packets a thread are faster than 4, but more
+ * blocks on an SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
 template <typename T> mv_status launch_plain(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
     if (packets <= 16) return launch_rows<T, false, 16, 1>(task, access, error);

@@ -7,9 +7,9 @@
 #include "rms_norm.cuh"
 #include "vec.cuh"
 
-/* The order of tiles: `group` rows of them at a time walk over all columns. Those tokens stay in L2 (2,048 are 32 MB at hidden
- * 8192) and the tiles that run together form a block about as high as wide, so both operands are read from memory few
- * times. 32 bits: a launch has no more than 2^31 tiles. */
+/* The order of tiles: `group` rows of them at a time walk over all columns. Those tokens stay in L2 (2,048 are 32 MB at
+ * hidden 8192) and the tiles that run together form a block about as high as wide, so both operands are read from
+ * memory few times. 32 bits: a launch has no more than 2^31 tiles. */
 struct TileIndex {
     unsigned row, column;
 };
@@ -84,8 +84,8 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The shared memory to ask for, for so many blocks of which an SM could hold ctas_per_sm, so that none gets more than its
- * share: with more than they need, others find no room beside them. */
+/* The shared memory to ask for, for so many blocks of which an SM could hold ctas_per_sm, so that none gets more than
+ * its share: with more than they need, others find no room beside them. */
 static inline size_t spread_blocks(const mv_task *task, int64_t blocks, int ctas_per_sm, size_t needed) {
     const int64_t share = ceil_div(blocks, task->sm_count);
     const size_t alone = share < ctas_per_sm ? static_cast<size_t>(task->smem_bytes / (share + 1)) + 1024 : 0;

@@ -1,11 +1,11 @@
-/* wgmma.cuh: Hopper's matrix product of a warpgroup, one instruction per function. Both operands lie in shared memory and
- * are named by descriptors; the sums are registers. Products run on their own until they are awaited. */
+/* wgmma.cuh: Hopper's matrix product of a warpgroup, one instruction per function. Both operands lie in shared memory
+ * and are named by descriptors; the sums are registers. Products run on their own until they are awaited. */
 #pragma once
 
 #include "mma.cuh"
 
-/* An operand: rows of 128 bytes in shared memory, their 16-byte pieces swizzled with the row's number modulo 8 as tensor
- * copies leave them, 8 rows in 1,024 bytes. k-contiguous: a row is 64 k of one m or n, and the next 16 k begin
+/* An operand: rows of 128 bytes in shared memory, their 16-byte pieces swizzled with the row's number modulo 8 as
+ * tensor copies leave them, 8 rows in 1,024 bytes. k-contiguous: a row is 64 k of one m or n, and the next 16 k begin
  * 32 bytes further on. n-contiguous: a row is 64 n of one k, the next 64 n begin chunk_bytes further on, the next 16 k
  * 16 rows. */
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_t chunk_bytes = 16) {
@@ -31,9 +31,9 @@ template <int kCount> __device__ __forceinline__ void wgmma_results(float (&sum)
     for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-/* sum[64][N] (+)= a[64][16] * b[16][N], a k-contiguous, b n-contiguous if kInOut. Without `add` the sums start anew. Warp w
- * of the four holds rows 16 w to 16 w + 15; lane l of sums 4 j + {0, 1}: row l / 4, columns 8 j + 2 (l % 4) + {0, 1};
- * of 4 j + {2, 3}: the same of row l / 4 + 8. */
+/* sum[64][N] (+)= a[64][16] * b[16][N], a k-contiguous, b n-contiguous if kInOut. Without `add` the sums start anew.
+ * Warp w of the four holds rows 16 w to 16 w + 15; lane l of sums 4 j + {0, 1}: row l / 4, columns 8 j + 2 (l % 4) +
+ * {0, 1}; of 4 j + {2, 3}: the same of row l / 4 + 8. */
 template <typename T, int N, bool kInOut>
 __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add);
 

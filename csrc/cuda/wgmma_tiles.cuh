@@ -34,10 +34,10 @@ static inline int64_t first_rows(const mv_task *task, const TileChoice &choice) 
     return int64_t{group_height(task, choice)} * choice.cluster * choice.tokens;
 }
 
-/* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile takes
- * some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of tiles
- * would read the weights twice. At a large hidden size what a cluster saves in reads of L2 is worth more than its CTAs
- * lose by waiting for each other. */
+/* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile
+ * takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of
+ * tiles would read the weights twice. At a large hidden size what a cluster saves in reads of L2 is worth more than its
+ * CTAs lose by waiting for each other. */
 static inline TileChoice choose_tile(const mv_task *task) {
     constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));

@@ -141,7 +141,8 @@ static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, in
     return MV_OK;
 }
 
-/* A square weight whose columns are contiguous is a .t() view; any other could be either, unless it is a single value. */
+/* A square weight whose columns are contiguous is a .t() view; any other could be either, unless it is a single
+ * value. */
 static mv_status layout_by_strides(mv_named w, mv_weight_layout *layout, mv_error *error) {
     *layout = MV_LAYOUT_IN_OUT;
     MV_REQUIRE(mv_stride(w.view, 0) == 1 || w.view->shape[0] == 1, MV_BAD_VALUE,

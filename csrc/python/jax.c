@@ -9,7 +9,8 @@ static bool jax_view(call *c, tensor *t) {
     return true;
 }
 
-/* On the CPU through NumPy and device_put, since JAX reads no bfloat16 of NumPy's by DLPack; on a GPU without a copy. */
+/* On the CPU through NumPy and device_put, since JAX reads no bfloat16 of NumPy's by DLPack; on a GPU without a
+ * copy. */
 static PyObject *finished(call *c, const tensor *like, PyObject *object) {
     if (like->view.device.kind == MV_CUDA) {
         PyObject *from_dlpack = known(c->state, JAX_FROM_DLPACK);

@@ -1,4 +1,5 @@
-/* layer.c: see layer.h. A layer is an instance of a Python class that holds the weights; a call reads its attributes here. */
+/* layer.c: see layer.h. A layer is an instance of a Python class that holds the weights; a call reads its attributes
+ * here. */
 #include "layer.h"
 
 #include <string.h>
@@ -112,8 +113,8 @@ static PyObject *call_layer_method(PyObject *layer, PyTypeObject *type, PyObject
     return call_layer(PyType_GetModule(type), layer, given, count, names);
 }
 
-/* layer(...) is a vectorcall: no tuple and no dict is made for it. CPython has had those since 3.9, its limited API since
- * 3.12, hence names of our own. */
+/* layer(...) is a vectorcall: no tuple and no dict is made for it. CPython has had those since 3.9, its limited API
+ * since 3.12, hence names of our own. */
 typedef PyObject *vector_function(PyObject *callable, PyObject *const *given, size_t count, PyObject *names);
 enum { HAS_VECTORCALL = 1 << 11 }; /* Py_TPFLAGS_HAVE_VECTORCALL */
 static const size_t mark_of_count = (size_t)1 << (8 * sizeof(size_t) - 1);

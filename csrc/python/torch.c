@@ -3,9 +3,9 @@
  * The exchange API checks neither requires_grad nor the negative bit, and knows no subclass that holds no memory of its
  * own: those checks are here.
  *
- * Where torch itself has to take part in a call, the whole call goes to minivllm/torch.py: when a gradient is asked for;
- * when every operation is watched, by a dispatch mode or a tracer; when a tensor's class overrides operations; and when
- * a tensor has no memory (that of a vmap, meta tensors). */
+ * Where torch itself has to take part in a call, the whole call goes to minivllm/torch.py: when a gradient is asked
+ * for; when every operation is watched, by a dispatch mode or a tracer; when a tensor's class overrides operations; and
+ * when a tensor has no memory (that of a vmap, meta tensors). */
 #include "torch_c.h"
 #include "torch_results.h"
 

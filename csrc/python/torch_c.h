@@ -1,9 +1,9 @@
 /* torch_c.h: torch asked, and tensors of it made, from C: in a tenth of the time that its Python functions take.
  *
- * Nothing of torch is linked or included: the functions are found at run time in the torch that is loaded. Some are those
- * that torch keeps for the code its own compiler writes. The others are C++, whose names in the library spell out the
- * types of their arguments, so that one of other types would not be found. A version that lacks any of them is served
- * through Python instead. */
+ * Nothing of torch is linked or included: the functions are found at run time in the torch that is loaded. Some are
+ * those that torch keeps for the code its own compiler writes. The others are C++, whose names in the library spell out
+ * the types of their arguments, so that one of other types would not be found. A version that lacks any of them is
+ * served through Python instead. */
 #ifndef MV_PYTHON_TORCH_C_H
 #define MV_PYTHON_TORCH_C_H
 
@@ -68,8 +68,8 @@ static inline void torch_note_write(const torch_c *torch, const torch_handle *te
     if (torch->version(tensor)->counter) torch->bump_version(tensor);
 }
 
-/* What the handle of a torch.Tensor points to: `void *tensor` on the caller's stack, its address the handle, for as long
- * as the object lives. NULL with an exception set. */
+/* What the handle of a torch.Tensor points to: `void *tensor` on the caller's stack, its address the handle, for as
+ * long as the object lives. NULL with an exception set. */
 void *torch_tensor_of(module_state *state, PyObject *object);
 
 #endif

@@ -1,9 +1,9 @@
 /* xla_ffi.h: the ops as foreign functions of XLA, for minivllm/jax.py.
  *
- * When JAX traces a call, py_xla_plan() plans it for arrays of those shapes: that checks every argument, in the words of
- * the eager op, and says what to allocate and which attributes stand for the options. When XLA runs the call, a handler
- * makes the args from XLA's buffers and those attributes, plans again for the real addresses, and runs it: on XLA's
- * stream, with no memory but XLA's, without Python and without the GIL.
+ * When JAX traces a call, py_xla_plan() plans it for arrays of those shapes: that checks every argument, in the words
+ * of the eager op, and says what to allocate and which attributes stand for the options. When XLA runs the call, a
+ * handler makes the args from XLA's buffers and those attributes, plans again for the real addresses, and runs it: on
+ * XLA's stream, with no memory but XLA's, without Python and without the GIL.
  *
  * Scratch is one more result. XLA assigns its address with all the others, so a captured call may be replayed; memory
  * that a handler asks XLA for while it runs is given back when it returns, and is not there at a replay. */

@@ -1,9 +1,10 @@
-/* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; the *.cuh of this folder take
- * the place of those of csrc/cuda.
+/* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; the *.cuh of this
+ * folder take the place of those of csrc/cuda.
  *
- * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by as much as
- * barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run one after the other, the
- * blocks of a cluster together. Copies to shared memory happen at once: a missing wait for them is not seen. */
+ * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by
+ * as much as barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run
+ * one after the other, the blocks of a cluster together. Copies to shared memory happen at once: a missing wait for
+ * them is not seen. */
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,5 +1,6 @@
-/* driver.cpp: runs every CUDA kernel of the lists that is linked here on cases with odd sizes, strides and options, and compares
- * with float64. Prints a line for each kernel; the exit status is 1 if a result is wrong or a kernel took none of the cases. */
+/* driver.cpp: runs every CUDA kernel of the lists that is linked here on cases with odd sizes, strides and options, and
+ * compares with float64. Prints a line for each kernel; the exit status is 1 if a result is wrong or a kernel took none
+ * of the cases. */
 #include "cuda_on_cpu.h"
 
 #include <cstring>
@@ -35,7 +36,8 @@ constexpr Case kProjections[] = {
     {129, 2056, 40, kFp32, false, false, true, false, false, 0, 0},
     {250, 96, 250, kHf, false, true, false, false, false, 0, 4},
 };
-/* Where the kernel for Hopper's tensor cores normalises rows meanwhile, and where it runs in clusters: too slow for the others. */
+/* Where the kernel for Hopper's tensor cores normalises rows meanwhile, and where it runs in clusters: too slow for the
+ * others. */
 constexpr Case kLargeProjections[] = {
     {520, 2048, 128, kHf, true, true, false, false, false, 0, 8},
     {258, 8192, 64, kHf, true, false, false, false, false, 0, 0},
@@ -84,7 +86,8 @@ template <typename T> struct Rows {
     }
 };
 
-/* How far the results are, in units of what they may be: over 1 is wrong; infinity: an error, or writes where none belong. */
+/* How far the results are, in units of what they may be: over 1 is wrong; infinity: an error, or writes where none
+ * belong. */
 template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
     std::mt19937 bits(static_cast<unsigned>(c.tokens * 7919 + c.hidden));
     std::normal_distribution<double> normal;
@@ -178,8 +181,9 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
             } else {
                 exact = y[n];
             }
-            /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the float32 sum;
-             * and the roundings of y, which are random: in "fp32" those of all terms, in "hf" of the few that go the other way. */
+            /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the
+             * float32 sum; and the roundings of y, which are random: in "fp32" those of all terms, in "hf" of the few
+             * that go the other way. */
             const double may = kUnit<T> * std::fabs(exact) * (projects ? 1 : 3) + 0x1p-24 * c.hidden * terms +
                                kUnit<T> * terms / (c.rounding == kHf ? 8 : 4) + 0x1p-20 * std::fabs(exact) + 1e-30;
             const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
