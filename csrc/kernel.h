@@ -35,9 +35,9 @@ typedef struct {
     int32_t sm_count, compute_capability; /* of the GPU; 0 on the CPU */
     int32_t smem_bytes;                   /* shared memory a block may ask for */
     int32_t l2_bytes;
-    bool programmatic_launch;             /* the GPU and this binary's code for it know griddepcontrol */
-    bool launch_early;  /* the next kernel of the stream has work to do before it waits for this one */
-    uint32_t *counters; /* the norm zeroes these for the next kernel of the stream */
+    bool programmatic_launch; /* the GPU and this binary's code for it know griddepcontrol */
+    bool launch_early;        /* the next kernel of the stream has work to do before it waits for this one */
+    uint32_t *counters;       /* the norm zeroes these for the next kernel of the stream */
     int64_t counter_count;
 
     /* The norm, which every op begins with. */
