@@ -89,11 +89,14 @@ def _call(op, arrays, **options):
     for name, value in options.items():
         if isinstance(value, jax.Array):
             raise TypeError(f"{op}: {name} is a JAX array, expected a Python value: it is part of what is compiled")
-    return _jitted(op, tuple(options.items()), arrays)
+        if getattr(value, "ndim", None) == 0:  # NumPy's numbers, which may have no hash
+            options[name] = value.item()
+    return _jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _jitted(op, options, arrays):
+# types: of the options. 2, 2.0 and True are equal, but not all of them are numbers of heads.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _jitted(op, options, types, arrays):
     out, *sums = _differentiable(op, options, arrays)
     if op != "rms_norm_qkv":
         return out, *sums

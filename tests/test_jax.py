@@ -284,6 +284,15 @@ def test_what_it_refuses(call, exception, message):
         call()
 
 
+def test_options_that_are_equal_are_not_the_same():
+    x, weight = jnp.ones((3, 48)), jnp.ones(48)
+    matrix = jnp.ones((48 * 4, 48))
+    ops.rms_norm_qkv(x, weight, matrix, 2, 1)
+    with pytest.raises(TypeError, match=r"rms_norm_qkv: num_heads must be an integer, got float"):
+        ops.rms_norm_qkv(x, weight, matrix, 2.0, 1)
+    assert (ops.rms_norm(x, weight, np.array(1e-6)) == ops.rms_norm(x, weight, 1e-6)).all()
+
+
 def test_what_a_handler_refuses():
     """What only it can see comes back as an error of XLA's, in our words; nothing is written past a result."""
     kernel = "f32_prefill_portable"
