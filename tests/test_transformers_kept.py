@@ -299,6 +299,19 @@ def test_adapters_outside_what_is_fused_change_nothing():
     assert close(model(ids).logits, expected) and not report.fallbacks
 
 
+def test_what_o_proj_returns_may_be_anothers():
+    """A forward of its own may keep its result, so that is not written to."""
+    model, ids = causal_lm("tiny-qwen3"), prompt()
+    kept = torch.randn(*ids.shape, model.config.hidden_size)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.forward = lambda x: kept
+    before, expected = kept.clone(), model(ids).logits
+    report = minivllm.transformers.apply(model)
+    assert len(report.fused) == LAYERS + 1
+    assert close(model(ids).logits, expected) and not report.fallbacks
+    assert kept.equal(before)
+
+
 def test_dtypes_biases_and_other_models():
     model = causal_lm("tiny-qwen2").double()
     report = minivllm.transformers.apply(model)

@@ -314,8 +314,10 @@ def eager_layer(fused, x, pending, step, mask, cache, embeddings, kwargs):
     q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
     cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
     fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
-    out = fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
-    if total is x or type(fused.o_proj) is not torch.nn.Linear or fused.o_proj._forward_hooks:  # not ours alone
+    o_proj = fused.o_proj
+    out = o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
+    is_plain = type(o_proj) is torch.nn.Linear and not o_proj._forward_hooks and not is_replaced(o_proj)
+    if total is x or not is_plain:  # not ours alone
         y, total = fused.add_norm(fused.post_norm, out, total)
     else:
         y, total = fused.add_norm(fused.post_norm, out, total, out=out, residual_out=total)
