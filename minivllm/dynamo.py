@@ -18,19 +18,19 @@ def _tell():
 
 
 class _Finder:
-    """Finds torch._dynamo as Python itself would, once, and has it told when its import is done."""
+    """Finds torch._dynamo as Python itself would, and has it told when its import is done, once. It may be looked for
+    without being imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != _DYNAMO:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name == _DYNAMO else None
         if spec is not None:
             execute = spec.loader.exec_module
 
             def execute_and_tell(module):
                 execute(module)
-                _tell()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    _tell()
 
             spec.loader.exec_module = execute_and_tell
         return spec

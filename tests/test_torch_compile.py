@@ -170,6 +170,20 @@ def test_any_order_of_imports(torch, order):
     """)
 
 
+@pytest.mark.parametrize("other", ["torch._dynamo", "torch"])
+def test_looking_for_torch_compile_is_not_loading_it(torch, other):
+    succeeds(f"""
+        import importlib.util, sys, torch, minivllm
+        for _ in range(2):
+            assert importlib.util.find_spec({other!r}) is not None
+        assert "torch._dynamo" not in sys.modules
+        x, weight = torch.ones(2, 8), torch.ones(8)
+        graph = torch.compile(lambda x: minivllm.rms_norm(x, weight), fullgraph=True, backend="eager")
+        assert graph(x).shape == (2, 8)
+        assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("minivllm")]
+    """)
+
+
 @pytest.mark.gpu
 def test_reduce_overhead(cuda_torch):
     """CUDA graphs: replayed with changed inputs and weights, and none skipped."""
