@@ -139,8 +139,10 @@ class FusedRMSNormQKV:
         else:
             blocks = [weight.T if in_out else weight for weight in members]
             self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
-            if any(getattr(weight, "requires_grad", False) for weight in members):
-                self._packed.requires_grad_().register_hook(_refuse_gradient)
+            if hasattr(members[0], "requires_grad"):
+                from minivllm.torch_prepack import packed
+
+                self._packed = packed(self._packed, members)
         *_, self._numbers = self._checked(self._packed, self.head_dim, "out_in")
         self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
 
@@ -178,11 +180,3 @@ def _concatenate(blocks, shape, packed=None):
 
 def _detached(array):
     return array.detach() if hasattr(array, "detach") else array
-
-
-def _refuse_gradient(gradient):
-    """The copy knows no way back to the weights; a gradient that ended there would be lost."""
-    raise RuntimeError(
-        "FusedRMSNormQKV: qkv_weight requires grad, but prepack=True computes with a copy of it, which carries no "
-        "gradients; train a layer without prepack, or detach() the weight"
-    )

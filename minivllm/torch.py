@@ -13,6 +13,7 @@ import torch
 
 from minivllm import _C, torch_ops
 from minivllm.layers import FusedRMSNormQKV, is_in_out
+from minivllm.torch_prepack import unpacked
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -190,6 +191,7 @@ def rms_norm_qkv_packed(
     weight_offset, batch_invariant, allow_tf32, static_weights, kernel, **outputs
 ):  # fmt: skip
     """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
+    qkv_weight = unpacked(qkv_weight)
     weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
     biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
     options = (num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset, batch_invariant, allow_tf32,

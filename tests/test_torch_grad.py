@@ -213,18 +213,6 @@ def test_a_layer_of_parameters_learns(torch, device):
         assert torch.allclose(a, c, rtol=1e-4, atol=1e-5 * float(c.abs().max()))
 
 
-def test_a_prepacked_layer_does_not_learn(torch, device):
-    i = Inputs(device)
-    norm, weight = torch.nn.Parameter(i.norm), torch.nn.Parameter(i.wide)
-    arguments = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "prepack": True}
-    layer = minivllm.FusedRMSNormQKV(norm_weight=norm, qkv_weight=weight, **arguments)
-    layer.refresh()
-    with pytest.raises(RuntimeError, match="qkv_weight requires grad, but prepack=True"):
-        layer(i.x)[0].sum().backward()
-    minivllm.FusedRMSNormQKV(norm_weight=norm, qkv_weight=weight.detach(), **arguments)(i.x)[0].sum().backward()
-    assert norm.grad is not None
-
-
 def test_writing_ops_carry_no_gradient(torch, device):
     """They say so, whichever tensor it is that requires grad; and nothing has been written then."""
     for name, call in WRITING.items():
