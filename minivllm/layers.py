@@ -131,6 +131,12 @@ class FusedRMSNormQKV:
         if not self.prepack:
             return
         members = self.qkv_weight if isinstance(self.qkv_weight, (tuple, list)) else (self.qkv_weight,)
+        dtypes = [_C._view(weight)[3] for weight in members]
+        if len(set(dtypes)) > 1:
+            raise TypeError(
+                f"FusedRMSNormQKV: prepack=True makes one matrix of qkv_weight, whose members are {', '.join(dtypes)}; "
+                "pass them in one dtype, or leave prepack away"
+            )
         in_out = is_in_out(members, self.hidden, self.weight_layout)
         if isinstance(members[0], DeviceArray):
             blocks = [weight.numpy() for weight in members]
@@ -166,16 +172,23 @@ def is_in_out(members, hidden, weight_layout):
 
 
 def _concatenate(blocks, shape, packed=None):
-    """The blocks' rows below each other in one C-contiguous array of their framework: `packed` where there is one."""
+    """The blocks' rows below each other in one C-contiguous array of their framework: `packed`, where there is one of
+    their dtype and device."""
     if type(blocks[0]).__module__.partition(".")[0] in ("jax", "jaxlib"):  # immutable
         return sys.modules["jax"].numpy.concatenate(blocks)
-    packed = _C._empty(blocks[0], shape) if packed is None else packed
+    if packed is None or _kind(packed) != _kind(blocks[0]):
+        packed = _C._empty(blocks[0], shape)
     row = 0
     for block in blocks:
         rows = block.shape[0]
         _detached(packed)[row : row + rows] = _detached(block)
         row += rows
     return packed
+
+
+def _kind(array):
+    """(dtype, device)"""
+    return _C._view(array)[3:5]
 
 
 def _detached(array):

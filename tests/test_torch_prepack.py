@@ -104,3 +104,23 @@ def test_refresh_adds_nothing(torch, device):
         layer.refresh()
     assert layer._packed.data_ptr() == address
     assert not layer._packed._backward_hooks and len(pickle.dumps(layer)) == size
+
+
+def test_members_of_several_dtypes(device, framework):
+    weights = [framework.full((8, 16), 1.0, dtype) for dtype in ("f16", "f32", "f32")]
+    with pytest.raises(TypeError, match="one matrix of qkv_weight, whose members are float16, float32, float32; pass"):
+        minivllm.FusedRMSNormQKV(
+            norm_weight=framework.full((16,), 1.0, "f32"), qkv_weight=weights, num_heads=1, num_kv_heads=1, prepack=True
+        )
+
+
+def test_a_weight_that_changed_its_dtype(torch, device):
+    i, short = Inputs(device), Inputs(device, "bf16")
+    weight = torch.nn.Parameter(short.wide)
+    layer = prepacked(short, weight)
+    assert layer(short.x)[0].dtype == torch.bfloat16 and layer.prepacked_bytes == 2 * weight.numel()
+    weight.data, layer.norm_weight = i.wide, i.norm
+    layer.refresh()
+    with torch.no_grad():
+        assert_same_bits(layer(i.x)[0], minivllm.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS)[0])
+    assert layer.prepacked_bytes == 4 * weight.numel()
