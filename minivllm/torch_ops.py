@@ -65,15 +65,24 @@ def _batching_rule(op, rows):
     def select(value, dim, i):
         if isinstance(value, list):
             return [select(each, each_dim, i) for each, each_dim in zip(value, dim)]
-        return value if dim is None else value.select(dim, i)
+        if dim is None:
+            return value
+        if value.shape[dim] == 0:  # of no weights: what one would give, only for its shape
+            shape, strides = list(value.shape), list(value.stride())
+            del shape[dim], strides[dim]
+            return value.new_empty_strided(shape, strides)
+        return value.select(dim, i)
 
     def is_batched(dim):
         return any(map(is_batched, dim)) if isinstance(dim, list) else dim is not None
 
     def rule(info, dims, *arguments):
         if any(map(is_batched, dims[rows:])):
-            each = [op(*map(select, arguments, dims, [i] * len(dims))) for i in range(info.batch_size)]
+            batch = range(max(info.batch_size, 1))
+            each = [op(*map(select, arguments, dims, [i] * len(dims))) for i in batch]
             results = tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
+            if info.batch_size == 0:
+                results = tuple(result[:0] for result in results) if isinstance(results, tuple) else results[:0]
         else:
             first = [
                 tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0).contiguous()

@@ -50,6 +50,19 @@ def test_a_residual_for_all(torch, device):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("dims", [(0, None, None), (None, 1, None), (None, None, 0), (0, 0, 2)])
+def test_vmap_over_nothing(torch, device, dims):
+    i = Inputs(device)
+    given = [
+        tensor if dim is None else tensor.unsqueeze(dim).narrow(dim, 0, 0)
+        for tensor, dim in zip((i.x, i.norm, i.wide), dims)
+    ]
+    got = torch.vmap(project, in_dims=dims)(*given)
+    assert [tensor.shape for tensor in got] == [(0, *tensor.shape) for tensor in project(i.x, i.norm, i.wide)]
+    square = torch.vmap(lambda weight: minivllm.rms_norm_qkv(i.x, i.norm, weight.t(), HEADS, KV_HEADS)[1])
+    assert square(i.square.expand(0, -1, -1)).shape == (0, 3, KV_HEADS, 8)
+
+
 def test_gradients_per_sample(torch, device):
     """torch.func.grad is torch.autograd.grad, also of every sample at once."""
     i = Inputs(device)
