@@ -13,6 +13,7 @@ import torch
 
 from minivllm import _C, torch_ops
 from minivllm.layers import FusedRMSNormQKV, is_in_out
+from minivllm.torch_checks import check
 from minivllm.torch_prepack import unpacked
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -144,35 +145,60 @@ def _wants_gradient(op, outputs, **tensors):
     return wants and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def _checked(op, inputs, outputs, **options):
+    """Refuses what the C function refuses. Ops of a graph do so when they run, but are not told of the outputs, nor
+    how weights were given; and where a tensor is, torch.compile does not know."""
+    if not torch.compiler.is_compiling():
+        return check(op, inputs | outputs, **options)
+    for name, given in inputs.items():
+        if isinstance(given, (tuple, list)) and len(given) != 3:
+            raise ValueError(f"{op}: {name} has {len(given)} members, expected one packed tensor or three (q, k, v)")
+    given = {name: out for name, out in outputs.items() if out is not None}
+    if "residual_out" in given and inputs["residual"] is None:
+        raise ValueError(f"{op}: residual_out was given without a residual")
+    for name, out in given.items():
+        for other, tensor in (inputs | given).items():
+            in_place = other in ("x", "residual") and op != "rms_norm_qkv"
+            if out is tensor and name != other and not in_place:
+                raise ValueError(f"{op}: {name} overlaps {other}; pass memory of its own")
+
+
 def _written(op, name, out, result):
     """`result`, written to `out` where that is given."""
     if out is None:
         return result
-    if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
+    if out.dtype != result.dtype:
+        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype} (the dtype of x)")
+    if (out.shape, out.device) != (result.shape, result.device):
         raise ValueError(
-            f"{op}: {name} is {out.dtype} {list(out.shape)} on {out.device}, expected {result.dtype} "
-            f"{list(result.shape)} on {result.device}"
+            f"{op}: {name} is {list(out.shape)} on {out.device}, expected {list(result.shape)} on {result.device}"
         )
-    return out.copy_(result)
+    out.copy_(result)
+    return out
 
 
 def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
     """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
-    arguments = (weight, eps, rounding, weight_offset, kernel)
-    if _wants_gradient("rms_norm", {"out": out}, x=x, weight=weight):
-        return _Norm.apply(x, None, *arguments)
-    return _written("rms_norm", "out", out, torch_ops.rms_norm(x, *arguments))
+    inputs, outputs = {"x": x, "weight": weight}, {"out": out}
+    wants = _wants_gradient("rms_norm", outputs, **inputs)
+    _checked("rms_norm", inputs, outputs, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+    if wants:
+        return _Norm.apply(x, None, weight, eps, rounding, weight_offset, kernel)
+    return _written("rms_norm", "out", out, torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel))
 
 
 def add_rms_norm(
     x, residual, weight, eps=1e-6, *, out=None, residual_out=None, rounding="hf", weight_offset=0.0, kernel=None
 ):
     """minivllm.add_rms_norm for every torch tensor, with gradients of x, residual and weight."""
-    arguments = (weight, eps, rounding, weight_offset, kernel)
+    inputs = {"x": x, "residual": residual, "weight": weight}
     outputs = {"out": out, "residual_out": residual_out}
-    if _wants_gradient("add_rms_norm", outputs, x=x, residual=residual, weight=weight):
-        return _Norm.apply(x, residual, *arguments)
-    normed, total = torch_ops.add_rms_norm(x, residual, *arguments)
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
+    wants = _wants_gradient("add_rms_norm", outputs, **inputs)
+    _checked("add_rms_norm", inputs, outputs, **options)
+    if wants:
+        return _Norm.apply(x, residual, weight, *options.values())
+    normed, total = torch_ops.add_rms_norm(x, residual, weight, *options.values())
     return (
         _written("add_rms_norm", "out", out, normed),
         _written("add_rms_norm", "residual_out", residual_out, total),
@@ -181,23 +207,30 @@ def add_rms_norm(
 
 def fused_add_rms_norm(x, residual, weight, eps=1e-6):
     """minivllm.fused_add_rms_norm for every torch tensor; no gradients."""
+    inputs = {"x": x, "residual": residual, "weight": weight}
     _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
+    _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, eps=eps)
     torch_ops.fused_add_rms_norm(x, residual, weight, eps)
     return x, residual
 
 
 def rms_norm_qkv_packed(
     x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, weight_layout, rounding,
-    weight_offset, batch_invariant, allow_tf32, static_weights, kernel, **outputs
+    weight_offset, batch_invariant, allow_tf32, static_weights, kernel, head_dim=None, **outputs
 ):  # fmt: skip
     """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
     qkv_weight = unpacked(qkv_weight)
     weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
     biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
-    options = (num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset, batch_invariant, allow_tf32,
-               static_weights, kernel)  # fmt: skip
+    options = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps, "weight_layout": weight_layout,
+        "rounding": rounding, "weight_offset": weight_offset, "batch_invariant": batch_invariant,
+        "allow_tf32": allow_tf32, "static_weights": static_weights, "kernel": kernel}  # fmt: skip
     inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
-    if _wants_gradient("rms_norm_qkv", outputs, **inputs):
+    wants = _wants_gradient("rms_norm_qkv", outputs, **inputs)
+    _checked("rms_norm_qkv", inputs, outputs, head_dim=head_dim, **options)
+    options = tuple(options.values())
+    if wants:
         return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
     if residual is None:
         return torch_ops.rms_norm_qkv(x, norm_weight, weights, biases, *options)
@@ -229,12 +262,13 @@ def rms_norm_qkv(
     result = rms_norm_qkv_packed(
         x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, bias=bias, residual=residual,
         weight_layout=weight_layout, rounding=rounding, weight_offset=weight_offset, batch_invariant=batch_invariant,
-        allow_tf32=allow_tf32, static_weights=static_weights, kernel=kernel, out=out, residual_out=residual_out
+        allow_tf32=allow_tf32, static_weights=static_weights, kernel=kernel, head_dim=head_dim, out=out,
+        residual_out=residual_out
     )  # fmt: skip
     packed, *total = [result] if residual is None else result
     packed = _written("rms_norm_qkv", "out", out, packed)
     heads = num_heads + 2 * num_kv_heads
-    if packed.shape[-1] != heads * (head_dim or packed.shape[-1] // heads):
+    if packed.shape[-1] != heads * (packed.shape[-1] // heads if head_dim is None else head_dim):
         raise ValueError(
             f"rms_norm_qkv: qkv_weight has {packed.shape[-1]} outputs, expected {heads} (= num_heads + 2 * "
             f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"

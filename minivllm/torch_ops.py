@@ -29,14 +29,30 @@ def _register(schema, fake):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         for backend in ("CPU", "CUDA"):
             _library.impl(name, function, backend)
-        torch.library.register_fake(f"minivllm::{name}", fake, lib=_library)
         op = getattr(torch.ops.minivllm, name).default
+        torch.library.register_fake(f"minivllm::{name}", _fake(op, fake), lib=_library)
         if not op._schema.is_mutable:
             rows = [argument.name for argument in op._schema.arguments if argument.name in ("x", "residual")]
             torch.library.register_vmap(f"minivllm::{name}", _batching_rule(op, len(rows)), lib=_library)
         return op
 
     return decorate
+
+
+def _fake(op, results):
+    """`results` is what `op` gives, as tensors without memory. Its shapes are for the kernel to refuse. But a tensor on
+    the meta device beside one elsewhere leads here, too, where no kernel would run and nothing be computed."""
+    name = op._schema.name.partition("::")[2]
+    arguments = [argument.name for argument in op._schema.arguments][1:]
+
+    def fake(x, *values):
+        for argument, value in zip(arguments, values):
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
+                    raise ValueError(f"{name}: {argument} is on {tensor.device}, expected {x.device} (where x is)")
+        return results(x, *values)
+
+    return fake
 
 
 def _new_like(x, *_):
@@ -50,6 +66,9 @@ def _new_pair(x, *_):
 def _new_packed(x, norm_weight, qkv_weight, *_):
     """[..., qkv]. Of a matrix in either layout, the dimension that is not hidden counts the outputs."""
     hidden = x.shape[-1]
+    for w in qkv_weight:
+        if w.ndim != 2:
+            raise ValueError(f"rms_norm_qkv: qkv_weight has shape {list(w.shape)}, expected two dimensions")
     outputs = [w.shape[0] if w.shape[1] == hidden else w.shape[1] for w in qkv_weight]
     return x.new_empty((*x.shape[:-1], sum(outputs)))
 

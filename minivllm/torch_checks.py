@@ -1,0 +1,101 @@
+"""What the C functions refuse, refused where torch takes part in a call: before it is dispatched.
+
+From there on an op may meet tensors without memory, or none of the outputs that it is told to write to. So the call is
+planned, as the C function would, with stand-ins: arrays of the same shapes, strides and places, which nobody touches.
+"""
+
+import torch
+
+from minivllm import _C
+
+_LIKE_X = ("residual", "out", "residual_out")
+_NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
+
+
+class _Unknown(Exception):
+    """A size is a symbol: the call is checked when it runs."""
+
+
+class _Place:
+    """For NumPy: an array that is said to be there."""
+
+    def __init__(self, address, shape, strides, itemsize):
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"<f{itemsize}",
+            "data": (address, False),
+            "shape": shape,
+            "strides": tuple(stride * itemsize for stride in strides),
+        }
+
+
+def _contiguous(shape):
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides[: len(shape)])
+
+
+def _place(name, tensor, storages):
+    """(address, shape, strides, itemsize). A storage without memory gets an address of its own."""
+    shape, strides, itemsize = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
+    try:
+        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+    except (NotImplementedError, RuntimeError):  # inside torch.vmap: the op will get rows that are contiguous
+        base = storages.setdefault(id(tensor), (len(storages) + 1) * _NO_MEMORY)
+        return base, shape, strides if name == "qkv_weight" else _contiguous(shape), itemsize
+    base = 0
+    if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:  # a fake tensor would warn
+        try:
+            base = storage.data_ptr()
+        except RuntimeError:  # inside torch.func.functionalize
+            base = 0
+    base = base or storages.setdefault(storage._cdata, (len(storages) + 1) * _NO_MEMORY)
+    return base + offset * itemsize, shape, strides, itemsize
+
+
+def _stand_in(numpy, address, shape, strides, itemsize):
+    if not all(type(number) is int for number in (address, *shape, *strides)):
+        raise _Unknown
+    return numpy.asarray(_Place(address, shape, strides, itemsize))
+
+
+def _check_like(op, name, tensor, x):
+    """Dtype and device, which a stand-in does not have."""
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where x is)")
+    if tensor.dtype != x.dtype and (name in _LIKE_X or tensor.dtype != torch.float32):
+        also = "" if name in _LIKE_X or x.dtype == torch.float32 else " or float32"
+        raise TypeError(f"{op}: {name} is {_name(tensor.dtype)}, expected {_name(x.dtype)} (the dtype of x){also}")
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def check(op, tensors, **options):
+    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x is among them.
+    Names of kernels are left to the device that has them."""
+    import numpy
+
+    x, storages, stand_ins = tensors["x"], {}, {}
+    planned = op.replace("fused_", "")
+    if isinstance(options.get("kernel"), str):
+        options["kernel"] = None
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, given in tensors.items():
+                several = isinstance(given, (tuple, list))
+                made = []
+                for i, tensor in enumerate(given if several else (given,)):
+                    if tensor is not None:
+                        _check_like(op, f"{name}[{i}]" if several else name, tensor, x)
+                        tensor = _stand_in(numpy, *_place(name, tensor, storages))
+                    made.append(tensor)
+                stand_ins[name] = made if several else made[0]
+    except _Unknown:
+        return
+    try:
+        _C._xla_plan(planned, -1, **stand_ins, **options)
+    except (TypeError, ValueError) as refusal:
+        raise type(refusal)(str(refusal).replace(planned, op, 1)) from None
