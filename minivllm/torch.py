@@ -177,12 +177,23 @@ def _written(op, name, out, result):
     return out
 
 
+def _each_once(*tensors):
+    """The tensors, for an autograd.Function: to torch.compile no two of them may be the same one."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [
+        tensor.view_as(tensor) if any(tensor is before for before in tensors[:i] if before is not None) else tensor
+        for i, tensor in enumerate(tensors)
+    ]
+
+
 def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
     """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
     inputs, outputs = {"x": x, "weight": weight}, {"out": out}
     wants = _wants_gradient("rms_norm", outputs, **inputs)
     _checked("rms_norm", inputs, outputs, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
     if wants:
+        x, weight = _each_once(x, weight)
         return _Norm.apply(x, None, weight, eps, rounding, weight_offset, kernel)
     return _written("rms_norm", "out", out, torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel))
 
@@ -197,7 +208,7 @@ def add_rms_norm(
     wants = _wants_gradient("add_rms_norm", outputs, **inputs)
     _checked("add_rms_norm", inputs, outputs, **options)
     if wants:
-        return _Norm.apply(x, residual, weight, *options.values())
+        return _Norm.apply(*_each_once(x, residual, weight), *options.values())
     normed, total = torch_ops.add_rms_norm(x, residual, weight, *options.values())
     return (
         _written("add_rms_norm", "out", out, normed),
@@ -231,7 +242,8 @@ def rms_norm_qkv_packed(
     _checked("rms_norm_qkv", inputs, outputs, head_dim=head_dim, **options)
     options = tuple(options.values())
     if wants:
-        return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights, *biases)
+        x, residual, norm_weight, *weights = _each_once(x, residual, norm_weight, *weights, *biases)
+        return _NormQKV.apply(x, residual, norm_weight, len(weights) - len(biases), options, *weights)
     if residual is None:
         return torch_ops.rms_norm_qkv(x, norm_weight, weights, biases, *options)
     return torch_ops.add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)

@@ -151,6 +151,35 @@ def test_gradients_by_inductor(torch, device):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
+TWICE = {
+    "x is the residual": lambda i: minivllm.add_rms_norm(i.x, i.x, i.norm),
+    "x is the residual of a projection": lambda i: minivllm.rms_norm_qkv(
+        i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.x
+    ),
+    "a row is its weight": lambda i: (minivllm.rms_norm(i.norm, i.norm),),
+    "k is v": lambda i: minivllm.rms_norm_qkv(
+        i.x, i.norm, (i.square[:8], i.part, i.part), 1, 1, bias=(i.norm[:8], i.few, i.few)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TWICE.values(), ids=TWICE)
+def test_a_tensor_given_twice_to_a_graph(torch, device, call):
+    """Its gradient is the sum of both. To torch.compile an autograd.Function may have no argument twice."""
+
+    def gradients(call):
+        i = Inputs(device)
+        i.part, i.few = i.square[8:16].clone(), i.bias[:8].clone()
+        leaves = [tensor.requires_grad_() for tensor in (i.x, i.norm, i.part, i.few)]
+        sum((part**2).sum() for part in call(i)).backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    torch.compiler.reset()
+    got = gradients(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(got, gradients(call), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
 def test_only_the_gradients_asked_for(torch, device):
     """A frozen weight costs no product, and one member of a tuple may be the only one that learns."""
     i = Inputs(device)
