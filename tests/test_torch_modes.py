@@ -343,3 +343,12 @@ def test_pinned_memory_under_gradients(cuda_torch):
     x = cuda_torch.randn(2, 8).pin_memory().requires_grad_()
     minivllm.rms_norm(x, cuda_torch.ones(8)).sum().backward()
     assert x.grad.device.type == "cpu"
+
+
+def test_functionalize(torch):
+    x, weight, matrix = torch.randn(3, 8), torch.rand(8), torch.randn(16, 8)
+    got = torch.func.functionalize(lambda a: minivllm.rms_norm(a, weight))(x)
+    assert torch.equal(got, minivllm.rms_norm(x, weight))
+    parts = torch.func.functionalize(lambda a: minivllm.rms_norm_qkv(a, weight, matrix, 2, 1))(x)
+    for part, expected in zip(parts, minivllm.rms_norm_qkv(x, weight, matrix, 2, 1), strict=True):
+        assert torch.equal(part, expected)

@@ -23,6 +23,7 @@ static const struct {
     [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
     [TORCH_DISPATCH_MODES] = {"torch._C", "_len_torch_dispatch_stack"},
     [TORCH_IS_TRACING] = {"torch._C", "_is_tracing"},
+    [TORCH_IS_FUNCTIONAL] = {"torch", "_is_functional_tensor"},
     [TORCH_FORWARD_AD] = {"torch.autograd", "forward_ad"},
     [TORCH_IS_INFERENCE_MODE] = {"torch", "is_inference_mode_enabled"},
     [TORCH_INCREMENT_VERSION] = {"torch.autograd.graph", "increment_version"},

@@ -147,6 +147,15 @@ static bool view_by_protocol(call *c, tensor *t) {
     return ok;
 }
 
+/* Inside torch.func.functionalize, where the exchange API gives a null pointer. Storage that was freed has one, too,
+ * and would come back here for ever. */
+static bool is_functional(call *c, tensor *t) {
+    PyObject *function = known(c->state, TORCH_IS_FUNCTIONAL);
+    PyObject *answer = function ? PyObject_CallFunctionObjArgs(function, t->object, NULL) : NULL;
+    Py_XDECREF(answer);
+    return answer == Py_True;
+}
+
 static bool torch_view(call *c, tensor *t) {
     if (t->kind.overrides) {
         if (c->may_hand_over) return hand_over(c);
@@ -161,6 +170,10 @@ static bool torch_view(call *c, tensor *t) {
             return hand_over(c);
         }
         return refuse_because(c, t, PyExc_BufferError, "is no tensor in plain memory");
+    }
+    if (!borrowed.data && c->may_hand_over) {
+        if (is_functional(c, t)) return hand_over(c);
+        if (PyErr_Occurred()) return false;
     }
     return view_of_dl_tensor(c, t, &borrowed) && check_not_negated(c, t);
 }
