@@ -9,6 +9,7 @@ import torch
 from minivllm import _C
 
 _LIKE_X = ("residual", "out", "residual_out")
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
 
 
@@ -76,26 +77,53 @@ def _name(dtype):
 def check(op, tensors, **options):
     """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x is among them.
     Names of kernels are left to the device that has them."""
-    import numpy
-
-    x, storages, stand_ins = tensors["x"], {}, {}
-    planned = op.replace("fused_", "")
     if isinstance(options.get("kernel"), str):
         options["kernel"] = None
+    with torch._C.DisableTorchFunctionSubclass():
+        for name, given in tensors.items():
+            several = isinstance(given, (tuple, list))
+            for i, tensor in enumerate(given if several else (given,)):
+                if tensor is not None:
+                    _check_like(op, f"{name}[{i}]" if several else name, tensor, tensors["x"])
+    if not _is_right(op, tensors, options):
+        _check_stand_ins(op, tensors, options)
+
+
+def _plan(op, tensors, options):
+    return _C._xla_plan(op.replace("fused_", ""), -1, **tensors, **options)
+
+
+def _is_right(op, tensors, options):
+    """Whether the tensors are ordinary ones, and right: this is quick. If not, the stand-ins tell why."""
+    flat = [
+        tensor for given in tensors.values() for tensor in (given if isinstance(given, (tuple, list)) else (given,))
+    ]
+    if not all(tensor is None or type(tensor) in _ORDINARY for tensor in flat):
+        return False
+    try:
+        with torch.no_grad():
+            _plan(op, tensors, options)
+    except (TypeError, ValueError, BufferError):
+        return False
+    return True
+
+
+def _check_stand_ins(op, tensors, options):
+    import numpy
+
+    storages, stand_ins = {}, {}
     try:
         with torch._C.DisableTorchFunctionSubclass():
             for name, given in tensors.items():
                 several = isinstance(given, (tuple, list))
-                made = []
-                for i, tensor in enumerate(given if several else (given,)):
-                    if tensor is not None:
-                        _check_like(op, f"{name}[{i}]" if several else name, tensor, x)
-                        tensor = _stand_in(numpy, *_place(name, tensor, storages))
-                    made.append(tensor)
+                made = [
+                    None if tensor is None else _stand_in(numpy, *_place(name, tensor, storages))
+                    for tensor in (given if several else (given,))
+                ]
                 stand_ins[name] = made if several else made[0]
     except _Unknown:
         return
     try:
-        _C._xla_plan(planned, -1, **stand_ins, **options)
+        _plan(op, stand_ins, options)
     except (TypeError, ValueError) as refusal:
-        raise type(refusal)(str(refusal).replace(planned, op, 1)) from None
+        raise type(refusal)(str(refusal).replace(op.replace("fused_", ""), op, 1)) from None
