@@ -172,49 +172,31 @@ def tokens(results: Results) -> None:
     save(drawing, "tokens.png", cases)
 
 
-def floors(results: Results) -> None:
-    """Few tokens: time over that of only reading the weights, ours and that of torch's GEMM without the norm."""
-    cases = timed(results, "gemm alone", "read_floor_pdl")
-    if not cases:
-        return
+def beside_gemm(cases: list[Case], label: str, value, top: float, name: str, dashed: float | None = None) -> None:
+    """By tokens, value(case, variant): of ours, and beside it of torch's GEMM without the norm."""
     drawing, axes = figure(2)
-    for axis, variant, title in (
-        (axes[0], OURS, "bfloat16, minivllm, norm included"),
-        (axes[1], "gemm alone", "bfloat16, torch's GEMM alone"),
-    ):
-        by_tokens(
-            axis,
-            cases,
-            title,
-            "time / read floor (dashed): lower is better",
-            lambda case, variant=variant: case.us(variant) / case.us("read_floor_pdl"),
-        )
-        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set_ylim(0, 6)
+    titles = {OURS: "bfloat16, minivllm, norm included", "gemm alone": "bfloat16, torch's GEMM alone"}
+    for axis, (variant, title) in zip(axes, titles.items(), strict=True):
+        by_tokens(axis, cases, title, label, lambda case, variant=variant: value(case, variant))
+        if dashed is not None:
+            axis.axhline(dashed, color=INK, linewidth=1, linestyle="--")
+        axis.set_ylim(0, top)
     legend(drawing, axes[:1])
-    save(drawing, "floors.png", cases)
+    save(drawing, name, cases)
+
+
+def floors(results: Results) -> None:
+    """Few tokens: time over that of only reading the weights."""
+    if cases := timed(results, "gemm alone", "read_floor_pdl"):
+        label = "time / read floor (dashed): lower is better"
+        beside_gemm(cases, label, lambda case, of: case.us(of) / case.us("read_floor_pdl"), 6, "floors.png", dashed=1)
 
 
 def rates(results: Results) -> None:
-    """TFLOP/s of many tokens: with the norm, and of torch's GEMM without it."""
-    cases = [case for case in timed(results, "gemm alone") if case.tokens > 64]
-    if not cases:
-        return
-    drawing, axes = figure(2)
-    for axis, variant, title in (
-        (axes[0], OURS, "bfloat16, minivllm, norm included"),
-        (axes[1], "gemm alone", "bfloat16, torch's GEMM alone"),
-    ):
-        by_tokens(
-            axis,
-            cases,
-            title,
-            "TFLOP/s: higher is better",
-            lambda case, variant=variant: case.any("flops") / case.us(variant) / 1e6,
-        )
-        axis.set_ylim(0, 850)
-    legend(drawing, axes[:1])
-    save(drawing, "rates.png", cases)
+    """TFLOP/s of many tokens."""
+    if cases := [case for case in timed(results, "gemm alone") if case.tokens > 64]:
+        label = "TFLOP/s: higher is better"
+        beside_gemm(cases, label, lambda case, of: case.any("flops") / case.us(of) / 1e6, 850, "rates.png")
 
 
 def norms(results: Results) -> None:

@@ -15,8 +15,7 @@
  * short (SPEED.md): addresses are computed before it, and where all pieces of a warp have a slot it waits for them
  * once.
  *
- * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order.
- * */
+ * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order. */
 #include "cuda.h"
 #include "launch.cuh"
 #include "mma.cuh"

@@ -6,8 +6,7 @@
  * spilled registers). Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on
  * its neighbours, its alignment or its strides.
  *
- * Norm weights are on their way before the wait for the previous kernel.
- * */
+ * Norm weights are on their way before the wait for the previous kernel. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -55,9 +54,9 @@ template <int kThreads, int kPackets> __device__ __forceinline__ float row_sum(f
 template <int kThreads> constexpr int kBlockThreads = kThreads <= 32 ? 128 : kThreads;
 
 /* Blocks that shall share an SM, where that is not left to the compiler: 48 or 64 KB of rows are on their way. */
-template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = kAdd || kThreads != 512 ? 1
-                                                                            : kPackets == 2         ? 3
-                                                                                                    : 2;
+template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = 1;
+template <> constexpr int kMinBlocks<512, 2, false> = 3;
+template <> constexpr int kMinBlocks<512, 4, false> = 2;
 
 template <typename T, int kThreads, int kPackets, bool kAdd>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))

@@ -40,8 +40,8 @@ bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
             *out = (mv_dtype)i;
             return true;
         }
+        PyErr_Clear();
     }
-    PyErr_Clear();
     return false;
 }
 
