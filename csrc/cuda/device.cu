@@ -191,12 +191,12 @@ extern "C" mv_status mv_cuda_synchronize(int32_t device, void *stream, mv_error 
 }
 
 extern "C" mv_status mv_cuda_launch_nothing(int32_t device, mv_error *error) {
-    return on_device(device, "kernel launch", error, [] {
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(1);
-        config.blockDim = dim3(32);
-        return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(probe_kernel), nullptr);
-    });
+    mv_gpu gpu;
+    const mv_status status = mv_gpu_ready(device, &gpu, error);
+    if (status != MV_OK) return status;
+    const Launch how = {device, gpu.smem_bytes, nullptr, gpu.programmatic_launch};
+    return launch_kernel(reinterpret_cast<const void *>(probe_kernel), Prepared<probe_kernel>::on, how, {1, 32, 0, 0},
+                         nullptr, error);
 }
 
 extern "C" mv_status mv_cuda_pointer_device(const void *data, int32_t *device, mv_error *error) {

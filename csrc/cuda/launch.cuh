@@ -47,8 +47,7 @@ constexpr int kMaxDevices = 64;
 template <auto kernel> struct Prepared { static inline cudaFunction_t on[kMaxDevices]; };
 
 struct Grid {
-    dim3 blocks;
-    unsigned threads;
+    unsigned blocks, threads;
     size_t smem_bytes;
     unsigned cluster; /* CTAs in a row that run together; 0: no clusters */
 };
@@ -74,25 +73,31 @@ static inline cudaError_t launch_by_runtime(const CUlaunchConfig &of_driver, con
     return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
-template <auto kernel, typename... Args>
-static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args... args) {
-    const void *symbol = reinterpret_cast<const void *>(kernel);
-    const int device = task->device.index;
+/* Where and how: of a task, or of a launch that has none. */
+struct Launch {
+    int32_t device, smem_bytes; /* shared memory that a block of the device may ask for */
+    void *stream;
+    bool programmatic;
+};
+
+/* on: the kernel's handles by device. */
+static inline mv_status launch_kernel(const void *kernel, cudaFunction_t *on, const Launch &how, const Grid &grid,
+                                      void **arguments, mv_error *error) {
     DeviceGuard guard;
-    cudaError_t status = guard.enter(device);
+    cudaError_t status = guard.enter(how.device);
     if (status != cudaSuccess) return cuda_failed(error, "cudaSetDevice", status);
 
-    cudaFunction_t *prepared = &Prepared<kernel>::on[device % kMaxDevices];
-    cudaFunction_t function = device < kMaxDevices ? __atomic_load_n(prepared, __ATOMIC_ACQUIRE) : nullptr;
+    cudaFunction_t *const prepared = how.device < kMaxDevices ? on + how.device : nullptr;
+    cudaFunction_t function = prepared ? __atomic_load_n(prepared, __ATOMIC_ACQUIRE) : nullptr;
     if (!function) {
-        status = prepare_kernel(symbol, task->smem_bytes, &function);
-        if (status == cudaSuccess && device < kMaxDevices) __atomic_store_n(prepared, function, __ATOMIC_RELEASE);
+        status = prepare_kernel(kernel, how.smem_bytes, &function);
+        if (status == cudaSuccess && prepared) __atomic_store_n(prepared, function, __ATOMIC_RELEASE);
     }
 
     if (status == cudaSuccess) {
         CUlaunchAttribute attributes[2] = {};
         unsigned count = 0;
-        if (task->programmatic_launch) {
+        if (how.programmatic) {
             attributes[count].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             attributes[count++].value.programmaticStreamSerializationAllowed = 1;
         }
@@ -103,16 +108,22 @@ static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args...
             count++;
         }
         CUlaunchConfig config = {};
-        config.gridDimX = grid.blocks.x;
+        config.gridDimX = grid.blocks;
         config.blockDimX = grid.threads;
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
         config.sharedMemBytes = static_cast<unsigned>(grid.smem_bytes);
-        config.hStream = static_cast<CUstream>(task->stream);
+        config.hStream = static_cast<CUstream>(how.stream);
         config.attrs = attributes;
         config.numAttrs = count;
-        void *arguments[] = {static_cast<void *>(&args)...};
-        if (!launch_by_driver(config, function, arguments)) status = launch_by_runtime(config, symbol, arguments);
+        if (!launch_by_driver(config, function, arguments)) status = launch_by_runtime(config, kernel, arguments);
     }
     guard.leave();
     return status == cudaSuccess ? MV_OK : cuda_failed(error, "kernel launch", status);
+}
+
+template <auto kernel, typename... Args>
+static mv_status launch(const mv_task *task, Grid grid, mv_error *error, Args... args) {
+    const Launch how = {task->device.index, task->smem_bytes, task->stream, task->programmatic_launch};
+    void *arguments[] = {static_cast<void *>(&args)...};
+    return launch_kernel(reinterpret_cast<const void *>(kernel), Prepared<kernel>::on, how, grid, arguments, error);
 }

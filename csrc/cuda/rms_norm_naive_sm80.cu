@@ -48,7 +48,7 @@ template <typename T> mv_status rms_norm_naive(const mv_task *task, mv_error *er
     if (task->tokens > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, this kernel takes fewer than 2^31",
                        static_cast<long long>(task->tokens));
-    const Grid grid = {dim3(static_cast<unsigned>(task->tokens)), kThreads, 0};
+    const Grid grid = {static_cast<unsigned>(task->tokens), kThreads, 0};
     return launch<rms_norm_naive_kernel<T>>(task, grid, error, *task);
 }
 

@@ -343,7 +343,7 @@ mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *erro
     const int outputs = static_cast<int>(task->outputs);
     const Split split = {outputs / task->sm_count, outputs % task->sm_count, padded<W>(task->hidden) / kColumns<W>};
     const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm_weight)};
-    const Grid grid = {dim3(static_cast<unsigned>(task->sm_count)), kThreads, shared_bytes<W>(kTokens, task->hidden)};
+    const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads, shared_bytes<W>(kTokens, task->hidden)};
     return weights_aligned<W>(task)
                ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens>>(task, grid, error, *task, first_token, split,
                                                                          aligned)

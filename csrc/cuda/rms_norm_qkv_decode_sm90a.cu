@@ -411,7 +411,7 @@ template <typename T, int kTokens, int kRowTiles>
 mv_status launch_rows(const mv_task *task, Split split, int blocks, mv_error *error) {
     split.resident = (task->hidden + kStep<T> - 1) / kStep<T> * kRowTiles <= split.slots;
     split.early = split.resident ? split.slots : early_slots(task, split.slots);
-    const Grid grid = {dim3(static_cast<unsigned>(blocks)), kThreads, static_cast<size_t>(block_bytes_of(task))};
+    const Grid grid = {static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(block_bytes_of(task))};
     return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles>>(task, grid, error, *task, split);
 }
 

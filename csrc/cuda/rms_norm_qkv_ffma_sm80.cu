@@ -389,7 +389,7 @@ mv_status launch_tile(const mv_task *task, mv_error *error) {
         return mv_fail(error, MV_BAD_VALUE,
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
-    const Grid grid = {dim3(static_cast<unsigned>(tiles)), Tile::threads,
+    const Grid grid = {static_cast<unsigned>(tiles), Tile::threads,
                        spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(Shared<Tile, T, W>))};
     return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kLoads>>(task, grid, error, *task,
                                                                        find_access<T, W>(task));

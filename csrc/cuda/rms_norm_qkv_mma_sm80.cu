@@ -261,7 +261,7 @@ template <typename T, typename Tile, bool kInOut> mv_status launch_tile(const mv
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
                        static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
     const int64_t ctas = Tile::ctas_per_sm == 1 && tiles > task->sm_count ? task->sm_count : tiles;
-    const Grid grid = {dim3(static_cast<unsigned>(ctas)), Tile::threads,
+    const Grid grid = {static_cast<unsigned>(ctas), Tile::threads,
                        spread_blocks(task, ctas, Tile::ctas_per_sm, Tile::smem_bytes)};
     return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut>>(
         task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));

@@ -421,7 +421,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, Tile::M * p.cluster));
     p.columns = static_cast<unsigned>(block_columns(task, Tile::N));
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
-    Grid grid = {dim3(static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster)),
+    Grid grid = {static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster),
                  kConsumers + (choice.meanwhile ? 128u : 32u), Tile::smem_bytes};
     grid.cluster = p.cluster;
     return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);

@@ -170,12 +170,12 @@ mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     constexpr int threads = kBlockThreads<kThreads>;
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
-    const Grid grid = {dim3(static_cast<unsigned>(blocks)), threads, 0};
+    const Grid grid = {static_cast<unsigned>(blocks), threads, 0};
     return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd>>(task, grid, error, *task, access);
 }
 
 template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
-    const Grid grid = {dim3(static_cast<unsigned>(task->tokens)), kLongRowThreads, 0};
+    const Grid grid = {static_cast<unsigned>(task->tokens), kLongRowThreads, 0};
     return launch<rms_norm_long_kernel<T, kAdd>>(task, grid, error, *task, access);
 }
 

@@ -4,7 +4,7 @@
 #include "../kernel.h"
 
 struct Grid {
-    dim3 blocks;
+    unsigned blocks;
     unsigned threads;
     size_t smem_bytes;
     unsigned cluster;
@@ -13,8 +13,8 @@ struct Grid {
 template <auto kernel, typename... Args>
 static mv_status launch(const mv_task *, Grid grid, mv_error *error, Args... args) {
     const unsigned ctas = grid.cluster > 1 ? grid.cluster : 1;
-    if (grid.smem_bytes > cpu::kSharedBytes || grid.blocks.x % ctas != 0)
+    if (grid.smem_bytes > cpu::kSharedBytes || grid.blocks % ctas != 0)
         return mv_fail(error, MV_DEVICE_ERROR, "no GPU takes this launch");
-    cpu::run(grid.blocks.x, grid.threads, ctas, [=] { kernel(args...); });
+    cpu::run(grid.blocks, grid.threads, ctas, [=] { kernel(args...); });
     return MV_OK;
 }
