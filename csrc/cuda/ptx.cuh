@@ -63,6 +63,15 @@ __device__ __forceinline__ uint4 load_by_policy(const void *p, uint64_t policy) 
     return v;
 }
 
+__device__ __forceinline__ uint4 load_past_l1(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
 /* What this thread wrote before, and what it has seen others write at a barrier, is seen by who reads the counter. */
 __device__ __forceinline__ void add_release(uint32_t *counter, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");

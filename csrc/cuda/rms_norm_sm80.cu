@@ -2,11 +2,11 @@
  *
  * One read, one write. A row belongs to kThreads threads, each of which keeps kPackets 16-byte packets of it in
  * registers between the sum and the scaling; rows of up to 32 packets belong to one warp or less and need no barrier.
- * Rows of more than 4096 packets are read twice, with a residual those of more than 2048 (1024 threads of 4 packets
- * spilled registers). Who adds what in which order depends on the hidden size alone, so a row's bits do not depend on
- * its neighbours, its alignment or its strides.
+ * Rows of more than 4096 packets are read twice. Who adds what in which order depends on the hidden size alone, so a
+ * row's bits do not depend on its neighbours, its alignment or its strides.
  *
- * Norm weights are on their way before the wait for the previous kernel. */
+ * Norm weights are on their way before the wait for the previous kernel, but where a thread holds 4 packets and as many
+ * of a residual, whose registers they take over when it is added. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -16,6 +16,7 @@ namespace {
 struct Access {
     bool rows, weight; /* fit for 16-byte accesses */
     bool keep;         /* L2 drops x last, and so writes back out earlier */
+    bool past_l1;      /* x and residual, few rows of them */
 };
 
 /* x is kept where it is larger than L2 by so many times. (Where a product follows, it shall find y there.) */
@@ -53,10 +54,12 @@ template <int kThreads, int kPackets> __device__ __forceinline__ float row_sum(f
 /* Rows of a warp or less share a block of 128 threads, and none of them meets at a barrier. */
 template <int kThreads> constexpr int kBlockThreads = kThreads <= 32 ? 128 : kThreads;
 
-/* Blocks that shall share an SM, where that is not left to the compiler: 48 or 64 KB of rows are on their way. */
-template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = 1;
+/* Blocks that shall share an SM: 48 or 64 KB of rows are on their way. 0: the compiler's choice (1 is another: it then
+ * takes as many registers as it likes). */
+template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = 0;
 template <> constexpr int kMinBlocks<512, 2, false> = 3;
 template <> constexpr int kMinBlocks<512, 4, false> = 2;
+template <> constexpr int kMinBlocks<32, 4, true> = 8;
 
 template <typename T, int kThreads, int kPackets, bool kAdd>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))
@@ -73,14 +76,24 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     /* Weights do not depend on the kernel before. In x's dtype they are held as loaded, to be there when r is. */
     if (task.dynamic_weights) griddepcontrol_wait();
     const bool early = task.norm_weight_dtype == Dtype<T>::value;
+    constexpr bool kWeightsLast = kAdd && kPackets == 4;
     Packet<T> raw_weights[kPackets];
-    if (early) {
+    const auto load_weights = [&] {
+        if (!early) return;
 #pragma unroll
         for (int p = 0; p < kPackets; p++)
             raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, access.weight);
-    }
+    };
+    if (!kWeightsLast) load_weights();
+    /* A warp for a row of 4 packets a lane: every row is on its way at once. */
+    constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
     constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
     const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
+    const auto load = [&](const T *from, int left) {
+        if constexpr (kKeeps) return load_packet(from, left, access.rows, policy);
+        if constexpr (kAdd) return load_packet(from, left, access.rows, kPastL1 || access.past_l1);
+        return load_packet(from, left, access.rows);
+    };
     if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);
@@ -92,9 +105,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
         const int at = (p * kThreads + lane) * size;
-        s[p] = kKeeps ? load_packet(x + at, hidden - at, access.rows, policy)
-                      : load_packet(x + at, hidden - at, access.rows);
-        if constexpr (kAdd) other[p] = load_packet(residual + at, hidden - at, access.rows);
+        s[p] = load(x + at, hidden - at);
+        if constexpr (kAdd) other[p] = load(residual + at, hidden - at);
     }
     float squares[kPackets];
 #pragma unroll
@@ -102,6 +114,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         if constexpr (kAdd) s[p] = add_residual(s[p], other[p]);
         squares[p] = sum_of_squares(s[p]);
     }
+    if (kWeightsLast) load_weights();
     if (kAdd && task.residual_out.data) {
         T *residual_out = row_address<T>(task.residual_out, task.inner, row);
 #pragma unroll
@@ -186,6 +199,7 @@ template <typename T> mv_status launch_plain(const mv_task *task, Access access,
     if (packets <= 16) return launch_rows<T, false, 16, 1>(task, access, error);
     if (packets <= 32) return launch_rows<T, false, 32, 1>(task, access, error);
     if (packets <= 128) return launch_rows<T, false, 64, 2>(task, access, error);
+    if (packets <= 256 && sizeof(T) == 4) return launch_rows<T, false, 256, 1>(task, access, error);
     if (packets <= 256) return launch_rows<T, false, 128, 2>(task, access, error);
     if (packets <= 512) return launch_rows<T, false, 256, 2>(task, access, error);
     if (packets <= 1024) return launch_rows<T, false, 512, 2>(task, access, error);
@@ -194,19 +208,21 @@ template <typename T> mv_status launch_plain(const mv_task *task, Access access,
     return launch_long_rows<T, false>(task, access, error);
 }
 
-/* With a residual 1 packet a thread is faster than 2 up to 128. */
+/* With a residual 1 packet a thread is faster than 2 up to 256. */
 template <typename T> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
+    access.past_l1 = task->tokens <= task->sm_count;
     if (packets <= 16) return launch_rows<T, true, 16, 1>(task, access, error);
     if (packets <= 32) return launch_rows<T, true, 32, 1>(task, access, error);
     /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
     if (packets > 96 && packets <= 128 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
         return launch_rows<T, true, 32, 4>(task, access, error);
     if (packets <= 128) return launch_rows<T, true, 128, 1>(task, access, error);
-    if (packets <= 256) return launch_rows<T, true, 128, 2>(task, access, error);
+    if (packets <= 256) return launch_rows<T, true, 256, 1>(task, access, error);
     if (packets <= 512) return launch_rows<T, true, 256, 2>(task, access, error);
-    if (packets <= 1024) return launch_rows<T, true, 256, 4>(task, access, error);
-    if (packets <= 2048) return launch_rows<T, true, 512, 4>(task, access, error);
+    if (packets <= 1024) return launch_rows<T, true, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_rows<T, true, 1024, 2>(task, access, error);
+    if (packets <= 4096) return launch_rows<T, true, 1024, 4>(task, access, error);
     return launch_long_rows<T, true>(task, access, error);
 }
 
@@ -219,8 +235,8 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
                        static_cast<long long>(task->tokens));
     const int64_t bytes = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T));
     const Access access = {norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T)),
-                           is_aligned16(task->norm_weight),
-                           bytes >= kKeptTimes * task->l2_bytes && !task->launch_early};
+                           is_aligned16(task->norm_weight), bytes >= kKeptTimes * task->l2_bytes && !task->launch_early,
+                           false};
     return task->residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
 }
 

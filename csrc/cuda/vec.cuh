@@ -110,6 +110,13 @@ __device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool
     return load_packet(p, count, false);
 }
 
+/* The same past L1 where told so, for what nobody on this SM reads again. */
+template <typename T>
+__device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned, bool past_l1) {
+    if (past_l1 && aligned && count >= Packet<T>::size) return as_packet<T>(load_past_l1(p));
+    return load_packet(p, count, aligned);
+}
+
 template <typename T>
 __device__ __forceinline__ void store_packet(T *p, const Packet<T> &packet, int64_t count, bool aligned) {
     if (aligned && count >= Packet<T>::size) {

@@ -89,8 +89,8 @@ NORM_EDGES = (
     NormShape("past-4096", 2, 4100, "past 4096: kernels that keep a row in registers may ignore these columns"),
     NormShape("past-8192", 2, 8200, "past 8192: the same, with 16-bit numbers"),
     NormShape("past-8192-odd", 2, 8193, "past 8192, misaligned"),
-    NormShape("past-16384", 1, 16392, "past what a block keeps in registers with a residual"),
-    NormShape("past-32768", 1, 32776, "past what it keeps there without a residual"),
+    NormShape("past-16384", 1, 16392, "past what a block keeps in registers of float32"),
+    NormShape("past-32768", 1, 32776, "past what it keeps there of 16 bits"),
     NormShape("past-65536", 1, 65538, "past what shared memory holds in float32"),
 )
 
