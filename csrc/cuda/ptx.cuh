@@ -44,6 +44,11 @@ __device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {
     MV_LOAD_IF(v, "ld.global", p, wanted, "memory");
     return v;
 }
+__device__ __forceinline__ uint4 load_past_l1(const void *p, bool wanted) {
+    uint4 v;
+    MV_LOAD_IF(v, "ld.global.L1::no_allocate", p, wanted, "memory");
+    return v;
+}
 
 /* How soon L2 drops what a load brings: as usual, or after everything else. */
 __device__ __forceinline__ uint64_t l2_policy(bool last) {
@@ -54,21 +59,13 @@ __device__ __forceinline__ uint64_t l2_policy(bool last) {
         asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ __forceinline__ uint4 load_by_policy(const void *p, uint64_t policy) {
-    uint4 v;
-    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p), "l"(policy)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint4 load_past_l1(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
+__device__ __forceinline__ uint4 load_by_policy(const void *p, bool wanted, uint64_t policy) {
+    uint4 v = {};
+    if (wanted)
+        asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(p), "l"(policy)
+                     : "memory");
     return v;
 }
 

@@ -55,17 +55,23 @@ template <typename T> __device__ __forceinline__ Packet<T> add_residual(const Pa
     return pack<T>(sum);
 }
 
+/* What the mean of a row's squares takes: 16 bits multiply their sum by this, float32 divides it. */
+template <typename T> __host__ __device__ __forceinline__ float mean_scale(const mv_task &task) {
+    const float hidden = static_cast<float>(task.hidden);
+    return sizeof(T) == 4 ? hidden : 1.0f / hidden;
+}
+
 /* 1 / sqrt(mean + eps): of float32 rows with every step correctly rounded, for 16 bits within two units in the last
  * place, as torch.rsqrt gives it. */
 template <typename T>
-__device__ __forceinline__ float row_factor(float sum_of_squares, float inverse_hidden, const mv_task &task) {
+__device__ __forceinline__ float row_factor(float sum_of_squares, float scale, const mv_task &task) {
     if constexpr (sizeof(T) == 4)
-        return __frsqrt_rn(__fdiv_rn(sum_of_squares, static_cast<float>(task.hidden)) + task.eps);
+        return __frsqrt_rn(__fdiv_rn(sum_of_squares, scale) + task.eps);
     else
-        return rsqrtf(sum_of_squares * inverse_hidden + task.eps);
+        return rsqrtf(sum_of_squares * scale + task.eps);
 }
 template <typename T> __device__ __forceinline__ float row_factor(float sum_of_squares, const mv_task &task) {
-    return row_factor<T>(sum_of_squares, 1.0f / static_cast<float>(task.hidden), task);
+    return row_factor<T>(sum_of_squares, mean_scale<T>(task), task);
 }
 
 /* s * r * (offset + w), rounded on the way as "hf" asks; the result still has to be rounded to T. */

@@ -52,7 +52,7 @@ struct Split {
     int log_threads;                        /* of the threads that share a token */
     int slots;                              /* per warp, so many 16 KB of weights are on their way to a block */
     int norm_weight, y;                     /* where they begin in shared memory */
-    float inverse_hidden;
+    float mean_scale;
     bool in_pairs; /* the norm weights multiply two 16-bit values at a time */
     int early;     /* slots that are filled before the tokens are asked for */
     bool resident; /* all pieces of a warp have a slot */
@@ -188,7 +188,7 @@ normalise_tokens(const mv_task &task, const Split &split, Share<T> share, const 
         const float4 low = *reinterpret_cast<const float4 *>(fixed->squares[share.token]);
         const float4 high = *reinterpret_cast<const float4 *>(fixed->squares[share.token] + 4);
         const float sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-        const float r = row_factor<T>(sum, split.inverse_hidden, task);
+        const float r = row_factor<T>(sum, split.mean_scale, task);
         const auto packet = [&](int k) -> Packet<T> & {
             return *reinterpret_cast<Packet<T> *>(share.y + k * sizeof(T));
         };
@@ -426,7 +426,7 @@ template <typename T, int kTokens> mv_status launch_decode(const mv_task *task, 
     split.slots = slots_of(task, block_bytes_of(task));
     split.norm_weight = kRing + split.slots * kWarps * kPieceBytes;
     split.y = split.norm_weight + norm_weight_bytes(task);
-    split.inverse_hidden = 1.0f / static_cast<float>(task->hidden);
+    split.mean_scale = mean_scale<T>(*task);
     split.in_pairs =
         task->rounding == MV_ROUNDING_HF && task->norm_weight_dtype == task->dtype && task->weight_offset == 0;
     mv_status status = MV_OK;

@@ -5,8 +5,9 @@
  * Rows of more than 4096 packets are read twice. Who adds what in which order depends on the hidden size alone, so a
  * row's bits do not depend on its neighbours, its alignment or its strides.
  *
- * Norm weights are on their way before the wait for the previous kernel, but where a thread holds 4 packets and as many
- * of a residual, whose registers they take over when it is added. */
+ * Before the wait for the previous kernel a thread knows where its row is and has its norm weights on their way; but
+ * where it holds 4 packets and as many of a residual, the weights take over those registers. Rows of whole packets have
+ * kernels of their own, without the code for the others. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -14,9 +15,10 @@
 namespace {
 
 struct Access {
+    bool whole;        /* whole packets, fit for 16-byte accesses, and weights of x's dtype: the fast path */
     bool rows, weight; /* fit for 16-byte accesses */
     bool keep;         /* L2 drops x last, and so writes back out earlier */
-    bool past_l1;      /* x and residual, few rows of them */
+    float mean_scale;
 };
 
 /* x is kept where it is larger than L2 by so many times. (Where a product follows, it shall find y there.) */
@@ -61,7 +63,7 @@ template <> constexpr int kMinBlocks<512, 2, false> = 3;
 template <> constexpr int kMinBlocks<512, 4, false> = 2;
 template <> constexpr int kMinBlocks<32, 4, true> = 8;
 
-template <typename T, int kThreads, int kPackets, bool kAdd>
+template <typename T, int kThreads, int kPackets, bool kAdd, bool kWhole>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))
     rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
@@ -72,41 +74,53 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     const int64_t row = place < task.tokens ? place : 0;
     /* past the last row: nothing to read, to add or to write */
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
+    const auto at = [lane](int p) { return (p * kThreads + lane) * size; };
 
-    /* Weights do not depend on the kernel before. In x's dtype they are held as loaded, to be there when r is. */
-    if (task.dynamic_weights) griddepcontrol_wait();
-    const bool early = task.norm_weight_dtype == Dtype<T>::value;
-    constexpr bool kWeightsLast = kAdd && kPackets == 4;
-    Packet<T> raw_weights[kPackets];
+    /* All of this before the wait: weights, and where things are, do not depend on the kernel before. */
+    const T *x = row_address<const T>(task.x, task.inner, row);
+    const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
+    T *residual_out = kAdd && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
+    T *out = row_address<T>(task.out, task.inner, row);
+    if constexpr (kPackets < 4) { /* else registers are short */
+        compute_now(x);
+        compute_now(residual);
+        compute_now(residual_out);
+        compute_now(out);
+    }
+    Packet<T> weights[kPackets];
     const auto load_weights = [&] {
-        if (!early) return;
+        if constexpr (kWhole) {
 #pragma unroll
-        for (int p = 0; p < kPackets; p++)
-            raw_weights[p] = load_raw_norm_weights<T>(task, (p * kThreads + lane) * size, access.weight);
+            for (int p = 0; p < kPackets; p++)
+                weights[p] = as_packet<T>(load_if(static_cast<const T *>(task.norm_weight) + at(p), at(p) < hidden));
+        }
     };
+    constexpr bool kWeightsLast = kAdd && kPackets == 4;
+    if (task.dynamic_weights) griddepcontrol_wait();
     if (!kWeightsLast) load_weights();
-    /* A warp for a row of 4 packets a lane: every row is on its way at once. */
-    constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
     constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
     const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
-    const auto load = [&](const T *from, int left) {
-        if constexpr (kKeeps) return load_packet(from, left, access.rows, policy);
-        if constexpr (kAdd) return load_packet(from, left, access.rows, kPastL1 || access.past_l1);
-        return load_packet(from, left, access.rows);
-    };
     if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
-    const T *x = row_address<const T>(task.x, task.inner, row);
-    const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
+    /* A warp for a row of 4 packets a lane: every row is on its way at once. */
+    constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
+    const auto load = [&](const T *from, int p) {
+        const bool wanted = at(p) < hidden;
+        if constexpr (!kWhole) return load_packet(from + at(p), hidden - at(p), access.rows);
+        if constexpr (kKeeps) return as_packet<T>(load_by_policy(from + at(p), wanted, policy));
+        return as_packet<T>(kPastL1 ? load_past_l1(from + at(p), wanted) : load_if(from + at(p), wanted));
+    };
+    const auto store = [&](T *to, int p, const Packet<T> &packet) {
+        if (at(p) < hidden) store_packet(to + at(p), packet, kWhole ? size : hidden - at(p), kWhole || access.rows);
+    };
     Packet<T> s[kPackets], other[kAdd ? kPackets : 1];
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
-        const int at = (p * kThreads + lane) * size;
-        s[p] = load(x + at, hidden - at);
-        if constexpr (kAdd) other[p] = load(residual + at, hidden - at);
+        s[p] = load(x, p);
+        if constexpr (kAdd) other[p] = load(residual, p);
     }
     float squares[kPackets];
 #pragma unroll
@@ -115,24 +129,22 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         squares[p] = sum_of_squares(s[p]);
     }
     if (kWeightsLast) load_weights();
-    if (kAdd && task.residual_out.data) {
-        T *residual_out = row_address<T>(task.residual_out, task.inner, row);
+    if (kAdd && residual_out) {
 #pragma unroll
-        for (int p = 0; p < kPackets; p++) {
-            const int at = (p * kThreads + lane) * size;
-            store_packet(residual_out + at, s[p], hidden - at, access.rows);
-        }
+        for (int p = 0; p < kPackets; p++) store(residual_out, p, s[p]);
     }
 
-    const float r = row_factor<T>(row_sum<kThreads>(squares), task);
-    T *out = row_address<T>(task.out, task.inner, row);
+    const float r = row_factor<T>(row_sum<kThreads>(squares), access.mean_scale, task);
+    const auto normalised = [&](int p) {
+        if constexpr (!kWhole) return apply_norm(s[p], r, load_norm_weights<T>(task, at(p), access.weight), hf);
+        if constexpr (sizeof(T) == 2)
+            if (hf && task.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
+        return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
+    };
 #pragma unroll
     for (int p = 0; p < kPackets; p++) {
-        const int at = (p * kThreads + lane) * size;
-        if (at >= hidden) break;
-        const NormWeights<T> weights =
-            early ? widen_norm_weights<T>(task, raw_weights[p]) : load_norm_weights<T>(task, at, access.weight);
-        store_packet(out + at, apply_norm(s[p], r, weights, hf), hidden - at, access.rows);
+        if (at(p) >= hidden) break;
+        store(out, p, normalised(p));
     }
 }
 
@@ -184,7 +196,9 @@ mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
     const Grid grid = {static_cast<unsigned>(blocks), threads, 0};
-    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd>>(task, grid, error, *task, access);
+    if (access.whole)
+        return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true>>(task, grid, error, *task, access);
+    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, false>>(task, grid, error, *task, access);
 }
 
 template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
@@ -208,10 +222,9 @@ template <typename T> mv_status launch_plain(const mv_task *task, Access access,
     return launch_long_rows<T, false>(task, access, error);
 }
 
-/* With a residual 1 packet a thread is faster than 2 up to 256. */
+/* With a residual 1 packet a thread is faster than 2 up to 512. */
 template <typename T> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    access.past_l1 = task->tokens <= task->sm_count;
     if (packets <= 16) return launch_rows<T, true, 16, 1>(task, access, error);
     if (packets <= 32) return launch_rows<T, true, 32, 1>(task, access, error);
     /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
@@ -219,7 +232,7 @@ template <typename T> mv_status launch_add(const mv_task *task, Access access, m
         return launch_rows<T, true, 32, 4>(task, access, error);
     if (packets <= 128) return launch_rows<T, true, 128, 1>(task, access, error);
     if (packets <= 256) return launch_rows<T, true, 256, 1>(task, access, error);
-    if (packets <= 512) return launch_rows<T, true, 256, 2>(task, access, error);
+    if (packets <= 512) return launch_rows<T, true, 512, 1>(task, access, error);
     if (packets <= 1024) return launch_rows<T, true, 512, 2>(task, access, error);
     if (packets <= 2048) return launch_rows<T, true, 1024, 2>(task, access, error);
     if (packets <= 4096) return launch_rows<T, true, 1024, 4>(task, access, error);
@@ -233,10 +246,14 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     if (task->tokens > INT32_MAX) /* as many blocks as a grid may have */
         return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, the CUDA kernels take fewer than 2^31",
                        static_cast<long long>(task->tokens));
-    const int64_t bytes = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T));
-    const Access access = {norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T)),
-                           is_aligned16(task->norm_weight), bytes >= kKeptTimes * task->l2_bytes && !task->launch_early,
-                           false};
+    Access access = {};
+    access.rows = norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T));
+    access.weight = is_aligned16(task->norm_weight);
+    access.whole = access.rows && access.weight && task->norm_weight_dtype == Dtype<T>::value &&
+                   task->hidden % Packet<T>::size == 0;
+    access.keep = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T)) >= kKeptTimes * task->l2_bytes &&
+                  !task->launch_early;
+    access.mean_scale = mean_scale<T>(*task);
     return task->residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
 }
 

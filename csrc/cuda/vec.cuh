@@ -103,20 +103,6 @@ template <typename T> __device__ __forceinline__ Packet<T> load_packet(const T *
     return packet;
 }
 
-/* The same by an l2_policy, where it is one 16-byte load. */
-template <typename T>
-__device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned, uint64_t policy) {
-    if (aligned && count >= Packet<T>::size) return as_packet<T>(load_by_policy(p, policy));
-    return load_packet(p, count, false);
-}
-
-/* The same past L1 where told so, for what nobody on this SM reads again. */
-template <typename T>
-__device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned, bool past_l1) {
-    if (past_l1 && aligned && count >= Packet<T>::size) return as_packet<T>(load_past_l1(p));
-    return load_packet(p, count, aligned);
-}
-
 template <typename T>
 __device__ __forceinline__ void store_packet(T *p, const Packet<T> &packet, int64_t count, bool aligned) {
     if (aligned && count >= Packet<T>::size) {
