@@ -36,13 +36,16 @@ static inline int64_t first_rows(const mv_task *task, const TileChoice &choice) 
 
 /* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile
  * takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of
- * tiles would read the weights twice. At a large hidden size what a cluster saves in reads of L2 is worth more than its
- * CTAs lose by waiting for each other. */
+ * tiles would read the weights twice. Where L2 does not hold what is multiplied, a cluster saves more by reading less
+ * than its CTAs lose by waiting for each other. Rows are normalised meanwhile where there are waves enough for that. */
 static inline TileChoice choose_tile(const mv_task *task) {
     constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
+    constexpr int64_t kMeanwhileWaves = 5;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->block[0].col_stride != 1, few = task->tokens <= 64 && !in_out;
     const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
+    const double bytes = 2.0 * static_cast<double>((task->tokens + task->outputs) * task->hidden);
+    const bool overflows = 3 * bytes > 4.0 * task->l2_bytes;
     TileChoice best = {};
     double lowest = 1e300;
     for (int outputs = few ? 96 : 256; outputs >= (in_out ? 128 : 64); outputs -= apart) {
@@ -52,8 +55,9 @@ static inline TileChoice choose_tile(const mv_task *task) {
         const double cost = static_cast<double>(waves) * tile_us;
         if (cost >= 0.99 * lowest) continue; /* wide ones ask less of L2 */
         lowest = cost;
-        const unsigned cluster = steps >= 128 && waves >= 2 ? kCluster : 1;
-        best = {tokens, outputs, cluster, outputs >= kSpareOutputs && tile_us >= kMeanwhile};
+        const unsigned cluster = overflows && waves >= 2 ? kCluster : 1;
+        const bool meanwhile = outputs >= kSpareOutputs && tile_us >= kMeanwhile && waves >= kMeanwhileWaves;
+        best = {tokens, outputs, cluster, meanwhile};
     }
     best.meanwhile = best.meanwhile && first_rows(task, best) < task->tokens && norm_rows_fit(task) &&
                      !task->batch_invariant; /* they add in another order than the norm kernel */
