@@ -64,7 +64,7 @@ def check_norm(framework, case: Norm, x=None, weight=None):
     assert_same_bits(placed_x.tensor, x, "x, an input")
     assert_same_bits(placed_weight.tensor, weight, "weight, an input")
 
-    expected, _ = reference.rms_norm(
+    expected, s = reference.rms_norm(
         x,
         weight,
         case.eps,
@@ -74,9 +74,9 @@ def check_norm(framework, case: Norm, x=None, weight=None):
         dtype=dtype,
         round_last=False,
     )
-    bound = numeric.tolerance(
-        expected, expected, dtype, length=hidden, gain=abs(case.weight_offset + weight), flips=case.rounding == "hf"
-    )
+    gain = case.weight_offset + weight
+    flips = numeric.may_flip(s, gain, case.eps, dtype) if case.rounding == "hf" else None
+    bound = numeric.tolerance(expected, expected, dtype, length=hidden, gain=abs(gain), flips=flips)
     result = to_float64(got)
     numeric.assert_within(result, expected, bound, f"{case}\nout")
     if dtype != "f32":  # the same roundings: nothing but ties differs
@@ -259,7 +259,7 @@ def check_qkv(framework, case: QKV, x=None):
 
 def expect_qkv(case: QKV, got, x, norm_weight, weight, bias, added=None):
     """Holds a packed result against float64."""
-    expected, y, _ = reference.rms_norm_qkv(
+    expected, y, s = reference.rms_norm_qkv(
         x,
         norm_weight,
         weight,
@@ -271,15 +271,15 @@ def expect_qkv(case: QKV, got, x, norm_weight, weight, bias, added=None):
         dtype=case.dtype,
         round_last=False,
     )
-    hf = case.rounding == "hf"
+    hf, gain = case.rounding == "hf", case.weight_offset + norm_weight
     bound = numeric.tolerance(
         expected,
         y,
         case.dtype,
         weight=weight,
         length=case.hidden,
-        gain=abs(case.weight_offset + norm_weight),
-        flips=hf,
+        gain=abs(gain),
+        flips=numeric.may_flip(s, gain, case.eps, case.dtype) if hf else None,
         roundings=0 if hf else 1,
         tf32=case.allow_tf32 and case.dtype == "f32",
     )

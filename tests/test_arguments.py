@@ -104,9 +104,9 @@ NORM_REFUSALS = [
     ),
     (
         "kernel of another dtype",
-        lambda i: {"kernel": "bf16_portable"},
+        lambda i: {"kernel": "bf16_sm80" if i.framework.device == "cuda" else "bf16_portable"},
         ValueError,
-        r"kernel 'bf16_portable' takes bfloat16, x is float32; leave kernel= away",
+        r"kernel 'bf16_(sm80|portable)' takes bfloat16, x is float32; leave kernel= away",
     ),
     ("kernel number", lambda i: {"kernel": 7}, TypeError, r"kernel"),
     ("unknown keyword", lambda i: {"scale": 1.0}, TypeError, r"scale"),

@@ -151,7 +151,7 @@ class OfBlock:
 
     def __init__(self, case, x, norm_weight, block):
         self.case, hf = case, case.rounding == "hf"
-        self.expected, y, _ = reference.rms_norm_qkv(
+        self.expected, y, s = reference.rms_norm_qkv(
             x, norm_weight, block, case.eps, rounding=case.rounding, dtype=case.dtype, round_last=False
         )
         spread = numeric.tolerance(
@@ -161,7 +161,7 @@ class OfBlock:
             weight=block,
             length=case.hidden,
             gain=abs(norm_weight),
-            flips=hf,
+            flips=numeric.may_flip(s, norm_weight, case.eps, case.dtype) if hf else None,
             roundings=0 if hf else 1,
         )
         self.spread = spread - reference.quantum(self.expected, case.dtype) / 2

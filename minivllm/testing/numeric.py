@@ -7,19 +7,22 @@ bits and spacing q(.) of its numbers, is held to
 
     |got - t| <= q(t)/2 + 2 u |t| + spread,   spread = min(L * ||e W||_2, ||e W||_1),   L = 6,  u = 2^-24
 
-    e_k = roundings * h_k + (sqrt(length)/2 + 4) u |y_k| [+ 2^-10 |y_k| when products are rounded to TF32]
+    e_k = roundings * h_k + (sqrt(length)/2 + 4) u |y_k| [+ length/(8 L) u |y_k| in products of 16 bits]
+          [+ 2^-10 |y_k| when products are rounded to TF32]
     h_k = max(2^-bits |y_k|, gain_k * smallest subnormal / 2)
 
 q(t)/2 is the last rounding. e_k is what each term may have lost before it is summed: `roundings` roundings to the
 dtype on the way to y_k, each followed by a factor of at most gain_k (of the norm weight, for "hf"), and the float32
 arithmetic, of which the sum over `length` numbers has an error that grows like a random walk (N. J. Higham and T.
 Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019; halved by the square
-root in r); 4 u is for r itself and the products. Independent errors bounded by |e_k W_k| add up to more than L ||e
-W||_2 with a probability below 2 exp(-L^2/2) = 3e-8 (Hoeffding), and never to more than ||e W||_1.
+root in r); 4 u is for r itself and the products. Matrix instructions that add 16 products at a time truncate: that may
+take 2 u of the sum in each of length/16 additions, always towards zero. Independent errors bounded by |e_k W_k| add
+up to more than L ||e W||_2 with a probability below 2 exp(-L^2/2) = 3e-8 (Hoeffding), and never to more than ||e W||_1.
 
-Held against a reference that makes the same roundings, y_k differs only where float32 noise moves it across a tie,
-which happens to a share p of the elements (`share_of_flips`) and then costs 2 h_k; so there e_k has `sqrt(p) 2 h_k`
-in place of `roundings * h_k`, and spread has one such flip of the largest term on top.
+Held against a reference that makes the same roundings, y_k differs only where float32 noise moves it across a tie, and
+then by no more than 4 h_k (a neighbour before the factor, another after it); so e_k has 4 h_k in place of `roundings *
+h_k` for the elements this may happen to (`may_flip`), and nothing for the others. (They come in groups: numbers of 16
+bits repeat, and those with the same mantissa are equally far from a tie.)
 """
 
 from typing import NamedTuple
@@ -38,14 +41,21 @@ def _noise(length: int) -> float:
     return (length**0.5 / 2 + 4) * UNIT_F32
 
 
-def share_of_flips(dtype: str, length: int, roundings: int = 2) -> float:
-    """The share of elements that float32 noise may move to the neighbour in dtype, in expectation.
+def _near_tie(value, dtype: str, noise: float):
+    """Where a relative error of `noise` may round value to dtype's other neighbour. Not on a tie itself: what is
+    exactly there has no error."""
+    spacing = quantum(value, dtype)
+    distance = abs(abs(value) / spacing % 1.0 - 0.5) * spacing
+    return (distance <= noise * abs(value)) & (distance > 0)
 
-    A number is within relative distance d of a tie with probability at most 2 d / (q / |y|) <= 2 d 2^bits; d is
-    bounded by the noise of the formula above, and its mean is about a quarter of that bound.
-    """
-    bits, _, _ = FORMATS[dtype]
-    return min(1.0, roundings * _noise(length) / 4 * 2.0 ** (bits + 1))
+
+def may_flip(s, gain, eps: float, dtype: str):
+    """Which elements of y = rn(rn(s r) gain), s and y [..., k], gain [k], float32 arithmetic may round to a neighbour
+    of what float64 rounds to: [..., k], True or False."""
+    xp, noise = namespace(s), _noise(s.shape[-1])
+    normalised = s / xp.sqrt((s * s).mean(axis=-1, keepdims=True) + eps)
+    first = _near_tie(normalised, dtype, noise)
+    return first | _near_tie(round_to(normalised, dtype) * gain, dtype, 4 * UNIT_F32)
 
 
 def tolerance(
@@ -57,26 +67,25 @@ def tolerance(
     weight=None,
     gain=1.0,
     roundings: int = 0,
-    flips: bool = False,
+    flips=None,
     tf32: bool = False,
 ):
     """The bound above, for each element of `result`.
 
     result [..., n] and y [..., k] are float64, result not rounded at the end; weight [n, k], or None for a norm op (y
     is result). gain: |weight_offset + norm weight| [k]. roundings: to dtype, before the last. flips: the reference
-    made these roundings as well. tf32: products of TF32 numbers.
+    made these roundings as well, and these elements of y may differ. tf32: products of TF32 numbers.
     """
     xp = namespace(result)
     bits, lowest, _ = FORMATS[dtype]
-    error = (_noise(length) + (2 * UNIT_TF32 if tf32 else 0.0)) * abs(y)
+    truncation = 0.0 if weight is None or dtype == "f32" else length / 8 / LAMBDA * UNIT_F32
+    error = (_noise(length) + truncation + (2 * UNIT_TF32 if tf32 else 0.0)) * abs(y)
     half = xp.maximum(2.0**-bits * abs(y), xp.zeros_like(y) + gain * 2.0 ** (lowest - bits))
-    error = error + (2 * share_of_flips(dtype, length) ** 0.5 if flips else roundings) * half
+    error = error + (roundings if flips is None else 4 * flips) * half
     if weight is None:
-        spread = error + 2 * half if flips else error
+        spread = error
     else:
         spread = xp.minimum(LAMBDA * xp.sqrt(error**2 @ (weight**2).T), error @ abs(weight).T)
-        if flips:
-            spread = spread + 2 * xp.amax(half, axis=-1, keepdims=True) * xp.amax(abs(weight), axis=-1)
     return quantum(result, dtype) / 2 + 2 * UNIT_F32 * abs(result) + spread
 
 
