@@ -22,16 +22,11 @@ __device__ __forceinline__ NormWeights<T> widen_norm_weights(const mv_task &task
     return weights;
 }
 
-/* The weights in x's dtype, as they come from memory: for who asks early and uses them late. */
-template <typename T>
-__device__ __forceinline__ Packet<T> load_raw_norm_weights(const mv_task &task, int64_t at, bool aligned) {
-    return load_packet(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned);
-}
-
 template <typename T>
 __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
     if (task.norm_weight_dtype == Dtype<T>::value)
-        return widen_norm_weights<T>(task, load_raw_norm_weights<T>(task, at, aligned));
+        return widen_norm_weights<T>(
+            task, load_packet(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned));
     const float *p = static_cast<const float *>(task.norm_weight) + at;
     NormWeights<T> weights;
 #pragma unroll

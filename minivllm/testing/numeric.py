@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivllm.testing.reference import FORMATS, namespace, quantum, round_to
+from minivllm.testing.reference import FORMATS, namespace, quantum, rms_norm, round_to
 
 UNIT_F32 = 2.0**-24
 UNIT_TF32 = 2.0**-11
@@ -41,21 +41,20 @@ def _noise(length: int) -> float:
     return (length**0.5 / 2 + 4) * UNIT_F32
 
 
-def _near_tie(value, dtype: str, noise: float):
-    """Where a relative error of `noise` may round value to dtype's other neighbour. Not on a tie itself: what is
-    exactly there has no error."""
+def _from_tie(value, dtype: str):
+    """How far each value is from where it would round to dtype's other neighbour."""
     spacing = quantum(value, dtype)
-    distance = abs(abs(value) / spacing % 1.0 - 0.5) * spacing
-    return (distance <= noise * abs(value)) & (distance > 0)
+    return abs(abs(value) / spacing % 1.0 - 0.5) * spacing
 
 
 def may_flip(s, gain, eps: float, dtype: str):
     """Which elements of y = rn(rn(s r) gain), s and y [..., k], gain [k], float32 arithmetic may round to a neighbour
     of what float64 rounds to: [..., k], True or False."""
-    xp, noise = namespace(s), _noise(s.shape[-1])
-    normalised = s / xp.sqrt((s * s).mean(axis=-1, keepdims=True) + eps)
-    first = _near_tie(normalised, dtype, noise)
-    return first | _near_tie(round_to(normalised, dtype) * gain, dtype, 4 * UNIT_F32)
+    normalised, _ = rms_norm(s, 1.0, eps, rounding="fp32", round_last=False)
+    scaled = round_to(normalised, dtype) * gain
+    first = _from_tie(normalised, dtype) <= _noise(s.shape[-1]) * abs(normalised)
+    distance = _from_tie(scaled, dtype)  # 0 where the product is exactly on a tie: then it is exact in float32, too
+    return first | ((distance <= 4 * UNIT_F32 * abs(scaled)) & (distance > 0))
 
 
 def tolerance(
