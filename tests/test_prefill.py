@@ -7,11 +7,15 @@ from frameworks import TORCH_CUDA, hopper_dtype
 
 pytestmark = pytest.mark.gpu
 
-# tokens, hidden, outputs. On the 132 SMs of an H100: every tile 64 tokens high, of 64 to 96 outputs; every tile of 128, of 64 to
-# 256; nine waves of them; clusters
+# tokens, hidden, outputs. On the 132 SMs of an H100: every tile 64 tokens high, of 32 to 96 outputs, two waves of them, a single
+# step; every tile of 128, of 64 to 256, those whose warpgroups take turns and those of the same size that do not; nine waves;
+# clusters
 SHAPES = (
-    *((40, 72, outputs) for outputs in (1024, 8512, 12288)),
+    *((9, 3080, outputs) for outputs in (1024, 6144)),
+    *((40, 72, outputs) for outputs in (1024, 8512, 12288, 17024)),
+    (23, 1352, 4096), (64, 64, 1024), (1, 64, 1024),
     *((130, 72, outputs) for outputs in (1024, 4288, 5312, 6400, 7424, 8512, 9536)),
+    *((130, 1352, outputs) for outputs in (1024, 4288)),
     *((300, 72, outputs) for outputs in (7104, 7808, 8512, 9216, 9920, 10624)),
     (4300, 64, 6144), (4300, 64, 5632), (1100, 8192, 3840))  # fmt: skip
 
@@ -49,6 +53,7 @@ def test_rows_normalised_meanwhile(dtype, shape):
 
 @pytest.mark.parametrize("weights", ["tuple", "packed_t", "in_out"])
 def test_every_layout_of_many_tokens(dtype, weights):
-    for tokens, outputs in ((700, 3840), (4300, 5632)):
+    for tokens, outputs in ((21, 3840), (700, 3840), (4300, 5632)):
         check_qkv(TORCH_CUDA, case_of(tokens, 72, outputs, dtype, weights=weights, bias=True, residual=True))
-    check_qkv(TORCH_CUDA, case_of(700, 72, 3840, dtype, weights=weights, bias=True, out_layout=UNALIGNED))
+    for tokens in (33, 700):
+        check_qkv(TORCH_CUDA, case_of(tokens, 72, 3840, dtype, weights=weights, bias=True, out_layout=UNALIGNED))

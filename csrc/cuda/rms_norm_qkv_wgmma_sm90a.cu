@@ -17,19 +17,15 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
     rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
     using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     extern __shared__ __align__(1024) char smem[];
-    const uint32_t ring = shared_address(smem), full = ring + Tile::barriers_at, empty = full + 8 * Tile::stages;
+    const Ring<Tile> ring(p, shared_address(smem));
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < Tile::stages; stage++) {
-            mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, 4 * kWarpgroups * p.cluster);
-        }
-        mbarrier_init_fence();
-    }
-    if (p.cluster > 1)
+    const bool produces = threadIdx.x / 32 == kConsumers / 32;
+    if (p.cluster > 1) {
+        if (produces && elect_lane())
+            for (int stage = 0; stage < ring.stages; stage++) ring.init_barriers(stage, p.cluster);
+        __syncwarp();
         cluster_barrier();
-    else
-        __syncthreads();
+    }
 
     const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
     if (Tile::spare_warps && threadIdx.x >= kConsumers + 32) {
@@ -37,32 +33,43 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
             griddepcontrol_wait();
             normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
         }
-    } else if (threadIdx.x >= kConsumers) {
-        if (elect_lane()) {
-            if (p.cluster > 1)
-                Producer<Tile, true>{p, ring, full, empty, rank}.run(first, items, apart);
-            else
-                Producer<Tile, false>{p, ring, full, empty, rank}.run(first, items, apart);
-        }
+    } else if (produces) {
+        if (p.cluster > 1)
+            produce<Tile, true>(p, ring, rank, first, items, apart);
+        else
+            produce<Tile, false>(p, ring, rank, first, items, apart);
         __syncwarp();
     } else {
+        if (p.cluster == 1) warps_barrier(kStartBarrier, kConsumers + 32);
         const int half = threadIdx.x / 128, thread = threadIdx.x % 128;
-        char *const out = smem + Tile::ring_bytes + half * Tile::boxes_at_once * Tile::box_bytes;
-        float *const bias =
-            reinterpret_cast<float *>(smem + Tile::ring_bytes + Tile::out_bytes) + half * Tile::own_outputs;
+        char *const out = smem + half * Tile::own_out_bytes;
+        float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
         if (p.dynamic_weights) griddepcontrol_wait();
-        float sum[Tile::own_outputs / 2];
+        float sum[Tile::N / 2];
         Slot slot;
         for (unsigned item = first; item < items; item += apart) {
             Place place = find_place<Tile>(p, item, rank);
             (Tile::split_tokens ? place.token : place.output) += half * (Tile::split_tokens ? 64 : Tile::own_outputs);
             const Segment &segment = p.segment[place.segment];
-            for (int n = thread; n < Tile::own_outputs; n += 128)
-                bias[n] = segment.bias && place.output + n < segment.outputs
-                              ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
-                              : 0.0f;
-            multiply<T, Tile>(sum, ring, full, empty, slot, p.steps, p.cluster);
-            store_tile<T, Tile>(sum, p, place, out, bias);
+            const auto bias_of = [&](int n) {
+                return segment.bias && place.output + n < segment.outputs
+                           ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
+                           : 0.0f;
+            };
+            if constexpr (Tile::split_tokens) {
+                for (int n = thread; n < Tile::own_outputs; n += 128) bias[n] = bias_of(n);
+                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster);
+                store_tile<T, Tile>(sum, p, place, out, bias);
+            } else {
+                const float own_bias = thread < Tile::own_outputs ? bias_of(thread) : 0.0f;
+                const PairRows<T> rows(p, place);
+                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster);
+                warps_barrier(kExchangeBarrier, kConsumers); /* all have stored the tile before */
+                if (thread < Tile::own_outputs) bias[thread] = own_bias;
+                float own[Tile::own_outputs / 2];
+                exchange<Tile>(own, sum, smem, half);
+                store_pairs<T, Tile>(own, rows, segment.outputs - place.output, bias);
+            }
         }
         if (thread == 0) store_wait_read();
     }
@@ -76,6 +83,17 @@ struct Rest {
     mv_task norm;
     RowCounters counters;
 };
+
+/* Stages of the ring of 64 tokens, of which x has so many: at most one a step. Products read 64 rows from where the
+ * last one begins. */
+template <typename Tile> int few_stages(int high, int steps) {
+    const int bytes = high * kRowBytes + Tile::w_bytes, past = Tile::x_bytes > bytes ? Tile::x_bytes - bytes : 0;
+    return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::turns));
+}
+
+/* So many bytes of weights are asked for before more than very few tokens, which must not come later: memory answers in
+ * order. */
+constexpr int kEarlyBytes = 96 << 10;
 
 template <typename T, int kTokens, int kOutputs, bool kInOut>
 mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
@@ -92,16 +110,18 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.dynamic_weights = task->dynamic_weights;
     /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
      * of either is not stored. */
-    const int high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
-    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, high, kStep};
-    p.stage_bytes = high * kRowBytes + Tile::w_bytes;
+    p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
+    p.stages = Tile::split_tokens ? Tile::stages : few_stages<Tile>(p.high, p.steps);
+    p.early = Tile::split_tokens || task->tokens <= kVeryFew ? p.stages : kEarlyBytes / Tile::w_bytes;
+    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
     mv_status status = encode_map(&p.x, x, error);
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
     const mv_rows out = task->out;
     const bool one_stride = task->inner >= task->tokens || out.outer_stride == task->inner * out.inner_stride;
     const int64_t out_stride = task->inner == 1 ? out.outer_stride : out.inner_stride;
-    p.out_boxes = one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
+    p.out_boxes =
+        Tile::split_tokens && one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
     int64_t first = 0;
     for (int i = 0; i < 3 && first < task->outputs; i++) {
         const mv_block &block = task->block[i];
@@ -143,8 +163,10 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, Tile::M * p.cluster));
     p.columns = static_cast<unsigned>(block_columns(task, Tile::N));
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
+    /* What 128 tokens leave is room for the next call's norm; 64 gain more by what else could be on its way. */
+    const int smem_bytes = Tile::split_tokens ? Tile::ring_at + Tile::stages * Tile::stage_bytes : kSmemBytes;
     Grid grid = {static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster),
-                 kConsumers + (choice.meanwhile ? 128u : 32u), Tile::smem_bytes};
+                 kConsumers + (choice.meanwhile ? 128u : 32u), static_cast<size_t>(smem_bytes)};
     grid.cluster = p.cluster;
     return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);
 }
@@ -164,7 +186,7 @@ mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Res
 template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     if (task->block[0].col_stride != 1) return launch_one_of<T, 128, true, 128, 256>(task, choice, rest, error);
-    if (choice.tokens == 64) return launch_one_of<T, 64, false, 64, 80, 96>(task, choice, rest, error);
+    if (choice.tokens == 64) return launch_one_of<T, 64, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
     return launch_one_of<T, 128, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(task, choice,
                                                                                                       rest, error);
 }
@@ -195,7 +217,7 @@ template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_er
 
 extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
     if (task->compute_capability != 90) return "wgmma needs compute capability 9.0";
-    if (static_cast<size_t>(task->smem_bytes) < kSmemBytes) return "there is too little shared memory";
+    if (task->smem_bytes < kSmemBytes) return "there is too little shared memory";
     const char *why_not = mv_norm_mma_fits(task);
     if (why_not) return why_not;
     if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->outputs > INT32_MAX - 256)

@@ -90,6 +90,7 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
     MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
     MV_WGMMA(__half, "f16", __VA_ARGS__, true)
 
+MV_WGMMA_ALL(16, 8, "%8", "%9", "%10", "%11")
 MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19")
 MV_WGMMA_ALL(40, 20, "%20", "%21", "%22", "%23")
 MV_WGMMA_ALL(48, 24, "%24", "%25", "%26", "%27")

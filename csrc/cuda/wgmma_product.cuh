@@ -8,8 +8,8 @@
  * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to
  * both.
  *
- * An output's bits do not depend on the number of tokens: the tensor cores add the same groups of 16 k in the same
- * order for every tile. */
+ * An output's bits do not depend on the number of tokens where the tiles are 128 high: the tensor cores add the same
+ * groups of 16 k in the same order for every one of them. */
 #pragma once
 
 #include "norm_rows.cuh"
@@ -24,16 +24,21 @@ namespace {
 
 constexpr int kRowBytes = 2 * kStep;
 constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
-constexpr size_t kSmemBytes = 232448; /* of a Hopper CTA */
+constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
+constexpr int kMaxStages = 48;
+/* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
+constexpr int kExchangeBarrier = 3, kStartBarrier = 4;
 
-/* M tokens x N outputs, and what shared memory holds: the ring, then boxes of outputs on their way out (a part of each
- * warpgroup's), biases, barriers. Of 128 tokens each warpgroup has a half; 64 tokens both have, with half of the
- * outputs. */
+/* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
+ * biases, barriers, then the ring. Of 128 tokens each warpgroup has a half. Of 64 both multiply all, every second step
+ * each, because waiting for a step takes longer than multiplying it; then each stores half of the outputs, and instead
+ * of boxes there are the sums that the other one gives it. */
 template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int M = kTokens, N = kOutputs;
     static constexpr bool split_tokens = M == 128, in_out = kInOut;
     static constexpr bool spare_warps = N >= kSpareOutputs;
-    static constexpr int own_outputs = split_tokens ? N : N / 2; /* of a warpgroup */
+    static constexpr int own_outputs = split_tokens ? N : N / 2; /* that a warpgroup stores */
+    static constexpr int turns = split_tokens ? 1 : kWarpgroups;
     static constexpr int x_bytes = M * kRowBytes;
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
@@ -42,13 +47,14 @@ template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
     static constexpr int boxes = own_outputs / box_columns;
     static constexpr int boxes_at_once = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
-    static constexpr int out_bytes = kWarpgroups * boxes_at_once * box_bytes;
+    static constexpr int own_out_bytes = split_tokens ? boxes_at_once * box_bytes : 64 * own_outputs * 4;
+    static constexpr int out_bytes = kWarpgroups * own_out_bytes;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
-    static constexpr int stages = (kSmemBytes - out_bytes - bias_bytes - 256) / stage_bytes;
-    static constexpr int ring_bytes = stages * stage_bytes;
-    static constexpr int barriers_at = ring_bytes + out_bytes + bias_bytes;
-    static constexpr size_t smem_bytes = barriers_at + 16 * stages;
-    static_assert(smem_bytes <= kSmemBytes && stages >= 3);
+    static constexpr int barriers_at = out_bytes + bias_bytes;
+    static constexpr int ring_at = (barriers_at + 16 * kMaxStages + 1023) / 1024 * 1024;
+    static constexpr int ring_bytes = kSmemBytes - ring_at; /* at most */
+    static constexpr int stages = ring_bytes / stage_bytes;
+    static_assert(stages >= 3);
     static_assert(split_tokens || (M == 64 && !in_out));
 };
 
@@ -68,7 +74,9 @@ struct Product {
     mv_rows out;
     int64_t inner, tokens;
     int steps;              /* along hidden */
-    int stage_bytes;        /* that copies bring for a step */
+    int high;               /* tokens of x that copies bring for a step */
+    int stages;             /* of the ring, of a tile of 64 tokens */
+    int early;              /* steps of weights that are asked for before x */
     unsigned rows, columns; /* of tiles: a row is as high as the cluster has CTAs */
     unsigned group;         /* rows that walk over all columns together */
     unsigned cluster;
@@ -93,13 +101,38 @@ template <typename Tile> __device__ __forceinline__ Place find_place(const Produ
             max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
 }
 
+/* The ring. The stages of a tile of 64 tokens have as many rows of x as there are tokens: products read past those, and
+ * what comes of that is not stored. */
+template <typename Tile> struct Ring {
+    uint32_t at, full, empty; /* the first stage, its barriers */
+    int x_bytes, stage_bytes, stages;
+
+    __device__ __forceinline__ Ring(const Product &p, uint32_t shared)
+        : at(shared + Tile::ring_at), full(shared + Tile::barriers_at), x_bytes(Tile::x_bytes),
+          stage_bytes(Tile::stage_bytes), stages(Tile::stages) {
+        if constexpr (!Tile::split_tokens) {
+            x_bytes = p.high * kRowBytes;
+            stage_bytes = x_bytes + Tile::w_bytes;
+            stages = p.stages;
+        }
+        empty = full + 8 * stages;
+    }
+
+    __device__ __forceinline__ void init_barriers(int stage, unsigned cluster) const {
+        mbarrier_init(full + 8 * stage, 1);
+        mbarrier_init(empty + 8 * stage, 4 * kWarpgroups / Tile::turns * cluster);
+        mbarrier_init_fence();
+    }
+};
+
 /* A place in the ring, and the parity of the round. */
 struct Slot {
     int index = 0;
     uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int stages) {
-        if (++index == stages) {
-            index = 0;
+    __device__ __forceinline__ void advance(int stages, int by = 1) {
+        index += by;
+        if (index >= stages) {
+            index -= stages;
             parity ^= 1;
         }
     }
@@ -110,15 +143,21 @@ struct Slot {
 /* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA. */
 template <typename Tile, bool kShared> struct Producer {
     const Product &p;
-    uint32_t ring, full, empty;
+    Ring<Tile> ring;
     unsigned rank;
 
+    /* That copies bring for a step. */
+    __device__ __forceinline__ uint32_t bytes() const { return p.high * kRowBytes + Tile::w_bytes; }
+
+    /* Steps whose weights come before x. */
+    __device__ __forceinline__ int ahead() const { return min(min(ring.stages, p.early), p.steps); }
+
     __device__ __forceinline__ void load_x(const Place &place, int slot, int step) const {
-        load_box(ring + slot * Tile::stage_bytes, &p.x, step * kStep, place.token, full + 8 * slot);
+        load_box(ring.at + slot * ring.stage_bytes, &p.x, step * kStep, place.token, ring.full + 8 * slot);
     }
 
     __device__ __forceinline__ void load_w(const CUtensorMap *map, const Place &place, int slot, int step) const {
-        const uint32_t to = ring + slot * Tile::stage_bytes + Tile::x_bytes, barrier = full + 8 * slot;
+        const uint32_t to = ring.at + slot * ring.stage_bytes + ring.x_bytes, barrier = ring.full + 8 * slot;
         if constexpr (Tile::in_out) {
 #pragma unroll
             for (int c = 0; c < Tile::chunks; c++)
@@ -143,28 +182,35 @@ template <typename Tile, bool kShared> struct Producer {
         fence_async_global();
     }
 
-    __device__ __forceinline__ void run(unsigned item, unsigned items, unsigned apart) const {
-        const int ahead = min(Tile::stages, p.steps);
-        Place place = find_place<Tile>(p, item, rank);
-        const CUtensorMap *weight = &p.segment[place.segment].weight;
+    /* The first weights. A barrier takes some 50 cycles to initialise, which the first copies do not wait for; those of
+     * a cluster are ready. */
+    __device__ __forceinline__ void start(unsigned item) const {
+        const Place place = find_place<Tile>(p, item, rank);
         if (p.dynamic_weights) griddepcontrol_wait();
 #pragma unroll 1
-        for (int slot = 0; slot < ahead; slot++) {
-            mbarrier_arrive_expect(full + 8 * slot, p.stage_bytes);
-            load_w(weight, place, slot, slot);
+        for (int slot = 0; slot < ring.stages; slot++) {
+            if (!kShared) ring.init_barriers(slot, 1);
+            if (slot >= ahead()) continue;
+            mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
+            load_w(&p.segment[place.segment].weight, place, slot, slot);
         }
+    }
+
+    __device__ __forceinline__ void run(unsigned item, unsigned items, unsigned apart) const {
+        Place place = find_place<Tile>(p, item, rank);
+        const CUtensorMap *weight = &p.segment[place.segment].weight;
         griddepcontrol_wait();
         griddepcontrol_launch();
         await(place);
         Slot slot;
         int step = 0;
 #pragma unroll 1
-        for (; step < ahead; step++, slot.advance(Tile::stages)) load_x(place, slot.index, step);
+        for (; step < ahead(); step++, slot.advance(ring.stages)) load_x(place, slot.index, step);
         for (;;) {
 #pragma unroll 1
-            for (; step < p.steps; step++, slot.advance(Tile::stages)) {
-                mbarrier_wait(empty + 8 * slot.index, slot.parity ^ 1);
-                mbarrier_arrive_expect(full + 8 * slot.index, p.stage_bytes);
+            for (; step < p.steps; step++, slot.advance(ring.stages)) {
+                mbarrier_wait(ring.empty + 8 * slot.index, slot.parity ^ 1);
+                mbarrier_arrive_expect(ring.full + 8 * slot.index, bytes());
                 load_x(place, slot.index, step);
                 load_w(weight, place, slot.index, step);
             }
@@ -178,6 +224,18 @@ template <typename Tile, bool kShared> struct Producer {
     }
 };
 
+/* By the producer's warp. */
+template <typename Tile, bool kShared> __device__ __forceinline__ void
+produce(const Product &p, const Ring<Tile> &ring, unsigned rank, unsigned first, unsigned items, unsigned apart) {
+    const Producer<Tile, kShared> producer = {p, ring, rank};
+    const bool elected = elect_lane();
+    if (elected) producer.start(first);
+    __syncwarp();
+    if (!kShared) warps_arrive(kStartBarrier, kConsumers + 32);
+    if (elected) producer.run(first, items, apart);
+    __syncwarp();
+}
+
 /* ---- the consumers --------------------------------------------------------------------------------------------- */
 
 /* This warp has read a slot: each CTA that sends to it may overwrite it. */
@@ -190,38 +248,55 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
     }
 }
 
-/* A warpgroup's sums of a tile. */
-template <typename T, typename Tile>
-__device__ __forceinline__ void multiply(float (&sum)[Tile::own_outputs / 2], uint32_t smem, uint32_t full,
-                                         uint32_t empty, Slot &slot, int steps, unsigned ctas) {
+/* A warpgroup's sums of a tile, of all steps or of every second. */
+template <typename T, typename Tile> __device__ __forceinline__ void
+multiply(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, int steps, unsigned ctas) {
     constexpr bool kInOut = Tile::in_out;
     const uint32_t half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* a uniform register, this way */
     const uint32_t own_x = Tile::split_tokens ? half * (Tile::x_bytes / 2) : 0;
-    const uint32_t own_w = Tile::split_tokens ? 0 : half * (Tile::w_bytes / 2);
-    int previous = 0;
+    const int first = Tile::split_tokens ? 0 : min(static_cast<int>(half), steps);
+    if (!Tile::split_tokens) {
+        slot.advance(ring.stages, first);
+#pragma unroll
+        for (float &of : sum) of = 0; /* a single step leaves the second warpgroup without one */
+    }
+    int previous = -1;
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
-        mbarrier_wait(full + 8 * slot.index, slot.parity);
-        const uint32_t x_at = smem + slot.index * Tile::stage_bytes, w_at = x_at + Tile::x_bytes + own_w;
+    for (int step = first; step < steps; step += Tile::turns) {
+        mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
+        const uint32_t x_at = ring.at + slot.index * ring.stage_bytes, w_at = x_at + ring.x_bytes;
         const uint64_t x = operand_descriptor(x_at + own_x);
         const uint64_t w = kInOut ? operand_descriptor(w_at, Tile::chunk_bytes) : operand_descriptor(w_at);
         wgmma_begin();
 #pragma unroll
         for (int part = 0; part < kStep / 16; part++)
-            wgmma<T, Tile::own_outputs, kInOut>(sum, advance_descriptor(x, part * 32),
-                                                advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
-                                                step > 0 || part > 0);
+            wgmma<T, Tile::N, kInOut>(sum, advance_descriptor(x, part * 32),
+                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
+                                      !Tile::split_tokens || step > 0 || part > 0);
         wgmma_commit();
-        if (step > 0) {
+        if (previous >= 0) {
             wgmma_wait<1>();
-            release(empty, previous, ctas);
+            release(ring.empty, previous, ctas);
         }
         previous = slot.index;
-        slot.advance(Tile::stages);
+        slot.advance(ring.stages, min(Tile::turns, steps - step));
     }
     wgmma_wait<0>();
-    release(empty, previous, ctas);
+    if (previous >= 0) release(ring.empty, previous, ctas);
     wgmma_results(sum);
+}
+
+/* Each warpgroup gives the other one the sums of the outputs which that one stores. */
+template <typename Tile> __device__ __forceinline__ void
+exchange(float (&own)[Tile::own_outputs / 2], const float (&sum)[Tile::N / 2], char *smem, int half) {
+    constexpr int kOwn = Tile::own_outputs / 2;
+    const int thread = threadIdx.x % 128;
+    const auto place = [&](int of) { return reinterpret_cast<float *>(smem + of * Tile::own_out_bytes) + thread; };
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) place(1 - half)[i * 128] = half ? sum[i] : sum[i + kOwn];
+    warps_barrier(kExchangeBarrier, kConsumers);
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) own[i] = (half ? sum[i + kOwn] : sum[i]) + place(half)[i * 128];
 }
 
 /* Where a piece of eight outputs of a row lies among the boxes: swizzled as tensor copies want it. */
@@ -283,6 +358,49 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
                          segment.outputs - output, reinterpret_cast<uintptr_t>(to) % 16 == 0);
         }
         warps_barrier(1 + half, 128);
+    }
+}
+
+/* Where the rows of this thread's sums of a tile begin in out; null past the last token. */
+template <typename T> struct PairRows {
+    T *to[2] = {};
+
+    __device__ __forceinline__ PairRows(const Product &p, const Place &place) {
+        const int first = place.token + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (first + 8 * i < p.tokens)
+                to[i] = row_address<T>(p.out, p.inner, first + 8 * i) + p.segment[place.segment].first_output +
+                        place.output;
+    }
+};
+
+/* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
+template <typename T, typename Tile> __device__ __forceinline__ void
+store_pairs(const float (&sum)[Tile::own_outputs / 2], const PairRows<T> &rows, int count, const float *bias) {
+    const int first = threadIdx.x % 4 * 2;
+    const auto pair = [&](int row, int j) {
+        return finish_pair<T>(sum[4 * j + 2 * row], sum[4 * j + 2 * row + 1],
+                              *reinterpret_cast<const float2 *>(bias + 8 * j + first));
+    };
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        T *const to = rows.to[row];
+        if (!to) continue;
+        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && count >= Tile::own_outputs) {
+#pragma unroll
+            for (int j = 0; j < Tile::own_outputs / 8; j++)
+                *reinterpret_cast<uint32_t *>(to + 8 * j + first) = pair(row, j);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < Tile::own_outputs / 8; j++) {
+            const uint32_t word = pair(row, j);
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++)
+                if (8 * j + first + odd < count)
+                    reinterpret_cast<uint16_t *>(to)[8 * j + first + odd] = static_cast<uint16_t>(word >> 16 * odd);
+        }
     }
 }
 

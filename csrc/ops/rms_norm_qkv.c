@@ -43,11 +43,13 @@ static double cost_decode_gpu(const mv_task *t) {
 /* What the tokens take of a block's shared memory is missed where weights should be on their way. */
 static double cost_decode_hopper(const mv_task *t) {
     const double token_bytes = (double)t->tokens * (double)t->hidden * (double)mv_dtype_bytes(t->dtype);
-    return 1.2 + weight_bytes(t) / 2.97e6 + larger(token_bytes - 60e3, 0) / 18e3;
+    return 0.6 + weight_bytes(t) / 2.97e6 + larger(token_bytes - 35e3, 0) / 18e3;
 }
 static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8); }
+/* The weights are on their way while the norm runs, and few of them are there before it is done. */
 static double cost_norm_wgmma(const mv_task *t) {
-    return 3.8 + larger(weight_bytes(t) / 2.9e6, tile_flops(t, 128) / 6.2e8);
+    const double few = larger(1 - weight_bytes(t) / 20e6, 0);
+    return 1 + 2 * few + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {

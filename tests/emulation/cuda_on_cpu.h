@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -64,12 +65,14 @@ inline void yield() {
 /* Where so many fibers wait for each other. */
 struct Meeting {
     unsigned expected = 0, arrived = 0, times = 0;
+    void arrive() {
+        if (++arrived < expected) return;
+        arrived = 0;
+        times++;
+    }
     void arrive_and_wait() {
         const unsigned now = times;
-        if (++arrived == expected) {
-            arrived = 0;
-            times++;
-        }
+        arrive();
         while (times == now) yield();
     }
 };
@@ -82,12 +85,28 @@ struct Warp {
 
 constexpr size_t kStackBytes = 128 << 10;
 
+/* The shared memory that a launch asked for, in units of 1 KB as on a GPU. Who reaches past its end crashes. */
+struct SharedMemory {
+    static constexpr size_t kPage = 64 << 10; /* or a multiple of one */
+    size_t bytes, before;                     /* up to the page that nobody may touch */
+    char *memory;
+    explicit SharedMemory(size_t asked)
+        : bytes((asked + 1023) / 1024 * 1024), before((bytes + kPage - 1) / kPage * kPage),
+          memory(static_cast<char *>(
+              mmap(nullptr, before + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+        if (memory == MAP_FAILED || mprotect(memory + before, kPage, PROT_NONE) != 0) abort();
+    }
+    SharedMemory(const SharedMemory &) = delete;
+    ~SharedMemory() { munmap(memory, before + kPage); }
+    char *data() { return memory + before - bytes; }
+};
+
 struct Block {
     Meeting meet, named[16];
     std::vector<Warp> warps;
-    std::unique_ptr<char[]> memory{new char[kSharedBytes + 1024]};
-    char *shared = memory.get() + 1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024;
-    explicit Block(unsigned threads) : meet{threads}, named{}, warps(threads / 32) {}
+    SharedMemory memory;
+    char *const shared = memory.data();
+    Block(unsigned threads, size_t shared_bytes) : meet{threads}, named{}, warps(threads / 32), memory(shared_bytes) {}
 };
 
 inline std::vector<std::unique_ptr<Block>> cluster;
@@ -110,17 +129,17 @@ inline void begin() {
 }
 
 /* Calls what() in every thread of so many blocks. */
-template <typename What> void run(unsigned blocks, unsigned threads, unsigned ctas, What what) {
+template <typename What> void run(unsigned blocks, unsigned threads, unsigned ctas, size_t shared_bytes, What what) {
     grid_dim.x = blocks;
     block_dim.x = threads;
     cluster.clear();
-    for (unsigned i = 0; i < ctas; i++) cluster.push_back(std::make_unique<Block>(threads));
+    for (unsigned i = 0; i < ctas; i++) cluster.push_back(std::make_unique<Block>(threads, shared_bytes));
     cluster_meets = {ctas * threads};
     auto all_blocks = [&] {
         for (unsigned first = 0; first < blocks; first += ctas) {
             current->block.x = first + current->rank;
             if (current->thread.x == 0)
-                memset(own_block().shared, 0xff, kSharedBytes); /* NaN: what nobody has written */
+                memset(own_block().shared, 0xff, own_block().memory.bytes); /* NaN: what nobody has written */
             cluster_meets.arrive_and_wait();
             what();
             cluster_meets.arrive_and_wait();

@@ -6,7 +6,8 @@ inline uint32_t shared_address(const void *p) {
 }
 
 inline void cp_async16(uint32_t to, const void *from, bool valid) {
-    if (to % 16 != 0 || to + 16 > cpu::kSharedBytes || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
+    if (to % 16 != 0 || to + 16 > cpu::own_block().memory.bytes ||
+        (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
         fprintf(stderr, "cp.async of 16 bytes from %p to %u: misaligned or outside of shared memory\n", from, to);
         abort();
     }
