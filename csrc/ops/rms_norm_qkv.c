@@ -46,10 +46,10 @@ static double cost_decode_hopper(const mv_task *t) {
     return 0.6 + weight_bytes(t) / 2.97e6 + larger(token_bytes - 35e3, 0) / 18e3;
 }
 static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8); }
-/* The weights are on their way while the norm runs, and few of them are there before it is done. */
+/* The weights are on their way while the norm runs; small ones are there before it is done, and wait for it. */
 static double cost_norm_wgmma(const mv_task *t) {
-    const double few = larger(1 - weight_bytes(t) / 20e6, 0);
-    return 1 + 2 * few + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
+    const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
+    return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
