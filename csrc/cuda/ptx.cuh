@@ -89,6 +89,10 @@ __device__ __forceinline__ bool elect_lane() {
     return elected != 0;
 }
 
+/* What all lanes of a warp have alike, in a uniform register: the compiler then knows that they do, and computes the
+ * branches, addresses and descriptors that follow from it where instructions want them. */
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 /* Has the compiler compute a value here, and not later where it is used. */
 template <typename T> __device__ __forceinline__ void compute_now(T *&pointer) { asm volatile("" : "+l"(pointer)); }
 __device__ __forceinline__ void compute_now(int &number) { asm volatile("" : "+r"(number)); }

@@ -17,31 +17,26 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
     rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
     using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     extern __shared__ __align__(1024) char smem[];
-    const Ring<Tile> ring(p, shared_address(smem));
+    const Ring<Tile> ring(p, uniform(shared_address(smem)));
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
-    const bool produces = threadIdx.x / 32 == kConsumers / 32;
-    if (p.cluster > 1) {
-        if (produces && elect_lane())
-            for (int stage = 0; stage < ring.stages; stage++) ring.init_barriers(stage, p.cluster);
-        __syncwarp();
-        cluster_barrier();
-    }
-
+    const int warp = static_cast<int>(uniform(threadIdx.x / 32));
     const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
-    if (Tile::spare_warps && threadIdx.x >= kConsumers + 32) {
+    if (Tile::spare_warps && warp > kConsumers / 32) {
+        all_ready(p);
         if (p.counters.first_row < p.tokens) {
             griddepcontrol_wait();
             normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
         }
-    } else if (produces) {
+    } else if (warp == kConsumers / 32) {
         if (p.cluster > 1)
             produce<Tile, true>(p, ring, rank, first, items, apart);
         else
             produce<Tile, false>(p, ring, rank, first, items, apart);
-        __syncwarp();
     } else {
-        if (p.cluster == 1) warps_barrier(kStartBarrier, kConsumers + 32);
-        const int half = threadIdx.x / 128, thread = threadIdx.x % 128;
+        if (elect_lane())
+            ring.init_barriers(own_stages(p, ring.stages) + warp, ring.stages, kConsumers / 32, p.cluster);
+        all_ready(p);
+        const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
         if (p.dynamic_weights) griddepcontrol_wait();

@@ -43,11 +43,6 @@ __device__ __forceinline__ void warps_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-/* Arrives at such a barrier, and does not wait. */
-__device__ __forceinline__ void warps_arrive(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 /* ---- clusters -------------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -27,7 +27,7 @@ constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
 constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
 constexpr int kMaxStages = 48;
 /* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
-constexpr int kExchangeBarrier = 3, kStartBarrier = 4;
+constexpr int kExchangeBarrier = 3;
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
  * biases, barriers, then the ring. Of 128 tokens each warpgroup has a half. Of 64 both multiply all, every second step
@@ -118,12 +118,23 @@ template <typename Tile> struct Ring {
         empty = full + 8 * stages;
     }
 
-    __device__ __forceinline__ void init_barriers(int stage, unsigned cluster) const {
-        mbarrier_init(full + 8 * stage, 1);
-        mbarrier_init(empty + 8 * stage, 4 * kWarpgroups / Tile::turns * cluster);
+    /* By one thread, stages from the first on, so many apart. */
+    __device__ __forceinline__ void init_barriers(int first, int end, int apart, unsigned cluster) const {
+#pragma unroll 1
+        for (int stage = first; stage < end; stage += apart) {
+            mbarrier_init(full + 8 * stage, 1);
+            mbarrier_init(empty + 8 * stage, 4 * kWarpgroups / Tile::turns * cluster);
+        }
         mbarrier_init_fence();
     }
 };
+
+/* Stages whose barriers the producer initialises itself: one takes some 50 cycles, and the first weights shall not wait
+ * for those of many stages. In a cluster, all copies wait until both CTAs are ready. */
+__device__ __forceinline__ int own_stages(const Product &p, int stages) { return p.cluster > 1 ? 0 : min(4, stages); }
+
+/* All barriers are initialised: everybody says so once. */
+__device__ __forceinline__ void all_ready(const Product &p) { p.cluster > 1 ? cluster_barrier() : __syncthreads(); }
 
 /* A place in the ring, and the parity of the round. */
 struct Slot {
@@ -131,10 +142,15 @@ struct Slot {
     uint32_t parity = 0;
     __device__ __forceinline__ void advance(int stages, int by = 1) {
         index += by;
-        if (index >= stages) {
-            index -= stages;
-            parity ^= 1;
-        }
+        if (index < stages) return;
+        index -= stages;
+        parity ^= 1;
+    }
+    __device__ __forceinline__ void retreat(int stages, int by) {
+        index -= by;
+        if (index >= 0) return;
+        index += stages;
+        parity ^= 1;
     }
 };
 
@@ -148,9 +164,6 @@ template <typename Tile, bool kShared> struct Producer {
 
     /* That copies bring for a step. */
     __device__ __forceinline__ uint32_t bytes() const { return p.high * kRowBytes + Tile::w_bytes; }
-
-    /* Steps whose weights come before x. */
-    __device__ __forceinline__ int ahead() const { return min(min(ring.stages, p.early), p.steps); }
 
     __device__ __forceinline__ void load_x(const Place &place, int slot, int step) const {
         load_box(ring.at + slot * ring.stage_bytes, &p.x, step * kStep, place.token, ring.full + 8 * slot);
@@ -182,23 +195,26 @@ template <typename Tile, bool kShared> struct Producer {
         fence_async_global();
     }
 
-    /* The first weights. A barrier takes some 50 cycles to initialise, which the first copies do not wait for; those of
-     * a cluster are ready. */
-    __device__ __forceinline__ void start(unsigned item) const {
-        const Place place = find_place<Tile>(p, item, rank);
-        if (p.dynamic_weights) griddepcontrol_wait();
+    /* Steps whose weights come before x. */
+    __device__ __forceinline__ int ahead() const { return min(min(ring.stages, p.early), p.steps); }
+
+    __device__ __forceinline__ void load_early(const Place &place, int slot) const {
+        mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
+        load_w(&p.segment[place.segment].weight, place, slot, slot);
+    }
+
+    __device__ __forceinline__ void start(const Place &place, int stages) const {
 #pragma unroll 1
-        for (int slot = 0; slot < ring.stages; slot++) {
-            if (!kShared) ring.init_barriers(slot, 1);
-            if (slot >= ahead()) continue;
-            mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
-            load_w(&p.segment[place.segment].weight, place, slot, slot);
+        for (int slot = 0; slot < stages; slot++) {
+            ring.init_barriers(slot, slot + 1, 1, 1);
+            if (slot < ahead()) load_early(place, slot);
         }
     }
 
-    __device__ __forceinline__ void run(unsigned item, unsigned items, unsigned apart) const {
-        Place place = find_place<Tile>(p, item, rank);
+    __device__ __forceinline__ void run(Place place, int started, unsigned item, unsigned items, unsigned apart) const {
         const CUtensorMap *weight = &p.segment[place.segment].weight;
+#pragma unroll 1
+        for (int slot = started; slot < ahead(); slot++) load_early(place, slot);
         griddepcontrol_wait();
         griddepcontrol_launch();
         await(place);
@@ -224,15 +240,18 @@ template <typename Tile, bool kShared> struct Producer {
     }
 };
 
-/* By the producer's warp. */
+/* By the producer's warp. Its first weights are on their way while others still initialise barriers. */
 template <typename Tile, bool kShared> __device__ __forceinline__ void
 produce(const Product &p, const Ring<Tile> &ring, unsigned rank, unsigned first, unsigned items, unsigned apart) {
     const Producer<Tile, kShared> producer = {p, ring, rank};
+    const Place place = find_place<Tile>(p, first, rank);
+    const int own = own_stages(p, ring.stages);
     const bool elected = elect_lane();
-    if (elected) producer.start(first);
+    if (p.dynamic_weights) griddepcontrol_wait();
+    if (elected) producer.start(place, own);
     __syncwarp();
-    if (!kShared) warps_arrive(kStartBarrier, kConsumers + 32);
-    if (elected) producer.run(first, items, apart);
+    all_ready(p);
+    if (elected) producer.run(place, own, first, items, apart);
     __syncwarp();
 }
 
@@ -248,21 +267,15 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
     }
 }
 
-/* A warpgroup's sums of a tile, of all steps or of every second. */
+/* A warpgroup's sums of a tile, of all steps or of every second. Nothing hides what lies between two steps:
+ * 25 ns more of it were 0.4 us of a short row (SPEED.md). So all of it is in uniform registers, and no more than must
+ * be. */
 template <typename T, typename Tile> __device__ __forceinline__ void
 multiply(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, int steps, unsigned ctas) {
     constexpr bool kInOut = Tile::in_out;
-    const uint32_t half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* a uniform register, this way */
+    const uint32_t half = uniform(threadIdx.x / 128);
     const uint32_t own_x = Tile::split_tokens ? half * (Tile::x_bytes / 2) : 0;
-    const int first = Tile::split_tokens ? 0 : min(static_cast<int>(half), steps);
-    if (!Tile::split_tokens) {
-        slot.advance(ring.stages, first);
-#pragma unroll
-        for (float &of : sum) of = 0; /* a single step leaves the second warpgroup without one */
-    }
-    int previous = -1;
-#pragma unroll 1
-    for (int step = first; step < steps; step += Tile::turns) {
+    const auto multiply_step = [&](bool add) {
         mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
         const uint32_t x_at = ring.at + slot.index * ring.stage_bytes, w_at = x_at + ring.x_bytes;
         const uint64_t x = operand_descriptor(x_at + own_x);
@@ -271,18 +284,33 @@ multiply(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, int step
 #pragma unroll
         for (int part = 0; part < kStep / 16; part++)
             wgmma<T, Tile::N, kInOut>(sum, advance_descriptor(x, part * 32),
-                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)),
-                                      !Tile::split_tokens || step > 0 || part > 0);
+                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)), add || part > 0);
         wgmma_commit();
-        if (previous >= 0) {
-            wgmma_wait<1>();
-            release(ring.empty, previous, ctas);
-        }
-        previous = slot.index;
-        slot.advance(ring.stages, min(Tile::turns, steps - step));
+        slot.advance(ring.stages, Tile::turns);
+    };
+    int step = 0;
+    if (!Tile::split_tokens) {
+        step = min(static_cast<int>(half), steps);
+        slot.advance(ring.stages, step);
+#pragma unroll
+        for (float &of : sum) of = 0; /* a single step leaves the second warpgroup without one */
+    }
+    Slot previous = slot; /* not released yet */
+    const bool any = step < steps;
+    if (any) {
+        multiply_step(!Tile::split_tokens);
+        step += Tile::turns;
+    }
+#pragma unroll 1
+    for (; step < steps; step += Tile::turns) {
+        multiply_step(true);
+        wgmma_wait<1>();
+        release(ring.empty, previous.index, ctas);
+        previous.advance(ring.stages, Tile::turns);
     }
     wgmma_wait<0>();
-    if (previous >= 0) release(ring.empty, previous, ctas);
+    if (any) release(ring.empty, previous.index, ctas);
+    slot.retreat(ring.stages, step - steps); /* to the next tile's first step */
     wgmma_results(sum);
 }
 

@@ -22,3 +22,4 @@ inline uint32_t load_acquire(const uint32_t *counter) { /* of who waits for othe
     return *counter;
 }
 inline bool elect_lane() { return threadIdx.x % 32 == 0; }
+inline uint32_t uniform(uint32_t value) { return value; }
