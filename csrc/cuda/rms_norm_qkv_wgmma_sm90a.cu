@@ -17,25 +17,39 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
     rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
     using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     extern __shared__ __align__(1024) char smem[];
-    const Ring<Tile> ring(p, uniform(shared_address(smem)));
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
     const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
-    if (Tile::spare_warps && warp > kConsumers / 32) {
-        all_ready(p);
+    const bool consumes = warp < kConsumers / 32, produces = warp == kConsumers / 32;
+    Place first_place = {};
+    const Ring<Tile> new_ring(p, uniform(shared_address(smem)));
+    const int own = own_stages(p, new_ring.stages);
+    if (consumes) {
+        if (elect_lane()) new_ring.init_barriers(own + warp, new_ring.stages, kConsumers / 32, p.cluster);
+    } else if (produces) {
+        first_place = find_place<Tile>(p, first, rank);
+        if (p.dynamic_weights) griddepcontrol_wait();
+        if (elect_lane()) Producer<Tile, false>{p, new_ring, rank}.start(first_place, own);
+    }
+    __syncwarp();
+    p.cluster > 1 ? cluster_barrier() : __syncthreads(); /* all barriers are initialised */
+
+    /* Once more, since uniform registers do not outlive branches that lanes take apart. */
+    const Ring<Tile> ring(p, uniform(shared_address(smem)));
+    if (Tile::spare_warps && !consumes && !produces) {
         if (p.counters.first_row < p.tokens) {
             griddepcontrol_wait();
             normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
         }
-    } else if (warp == kConsumers / 32) {
-        if (p.cluster > 1)
-            produce<Tile, true>(p, ring, rank, first, items, apart);
-        else
-            produce<Tile, false>(p, ring, rank, first, items, apart);
+    } else if (produces) {
+        if (elect_lane()) {
+            if (p.cluster > 1)
+                Producer<Tile, true>{p, ring, rank}.run(first_place, own, first, items, apart);
+            else
+                Producer<Tile, false>{p, ring, rank}.run(first_place, own, first, items, apart);
+        }
+        __syncwarp();
     } else {
-        if (elect_lane())
-            ring.init_barriers(own_stages(p, ring.stages) + warp, ring.stages, kConsumers / 32, p.cluster);
-        all_ready(p);
         const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;

@@ -133,9 +133,6 @@ template <typename Tile> struct Ring {
  * for those of many stages. In a cluster, all copies wait until both CTAs are ready. */
 __device__ __forceinline__ int own_stages(const Product &p, int stages) { return p.cluster > 1 ? 0 : min(4, stages); }
 
-/* All barriers are initialised: everybody says so once. */
-__device__ __forceinline__ void all_ready(const Product &p) { p.cluster > 1 ? cluster_barrier() : __syncthreads(); }
-
 /* A place in the ring, and the parity of the round. */
 struct Slot {
     int index = 0;
@@ -203,6 +200,7 @@ template <typename Tile, bool kShared> struct Producer {
         load_w(&p.segment[place.segment].weight, place, slot, slot);
     }
 
+    /* The first stages: their weights are on their way while others still initialise barriers. */
     __device__ __forceinline__ void start(const Place &place, int stages) const {
 #pragma unroll 1
         for (int slot = 0; slot < stages; slot++) {
@@ -239,21 +237,6 @@ template <typename Tile, bool kShared> struct Producer {
         }
     }
 };
-
-/* By the producer's warp. Its first weights are on their way while others still initialise barriers. */
-template <typename Tile, bool kShared> __device__ __forceinline__ void
-produce(const Product &p, const Ring<Tile> &ring, unsigned rank, unsigned first, unsigned items, unsigned apart) {
-    const Producer<Tile, kShared> producer = {p, ring, rank};
-    const Place place = find_place<Tile>(p, first, rank);
-    const int own = own_stages(p, ring.stages);
-    const bool elected = elect_lane();
-    if (p.dynamic_weights) griddepcontrol_wait();
-    if (elected) producer.start(place, own);
-    __syncwarp();
-    all_ready(p);
-    if (elected) producer.run(place, own, first, items, apart);
-    __syncwarp();
-}
 
 /* ---- the consumers --------------------------------------------------------------------------------------------- */
 
