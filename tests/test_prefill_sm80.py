@@ -1,4 +1,4 @@
-"""The projections of many tokens that run on any GPU: every tile, several of them for a block, blocks of a tuple, long sums."""
+"""The projections in tiles that run on any GPU: every tile, several of them for a block, blocks of a tuple, long sums."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,10 @@ IN_OUT = ((33, 64, 1152), (130, 136, 10240), (300, 64, 10240), (1300, 2064, 6144
 # 64 x 64 and 128 x 64; an odd number of steps, more than 1,024 of hidden, and hidden that no group of four divides
 CUDA_CORES = ((200, 1100, 1152), (1300, 1100, 4096), (130, 2065, 1152))
 
-ROWS = ("f32_norm_ffma_sm80", "f16_norm_mma_sm80", "bf16_norm_mma_sm80", "f16_norm_wgmma_sm90a",
+# 8, 16, 24, 32, 48 and 64 tokens x 16, 32, 40, 48, 56, 64 and 80 outputs, as 132 SMs want them
+FEW_TOKENS, FEW_OUTPUTS = (5, 12, 20, 30, 44, 60, 130), (1152, 4096, 5120, 6144, 7168, 8448, 10240)
+
+ROWS = ("f32_norm_ffma_sm80", "f32_norm_few_sm80", "f16_norm_mma_sm80", "bf16_norm_mma_sm80", "f16_norm_wgmma_sm90a",
         "bf16_norm_wgmma_sm90a")  # fmt: skip
 
 
@@ -57,6 +60,14 @@ def test_every_tile_of_the_cuda_cores(weights):
         check_qkv(TORCH_CUDA, case_of(shape, "f32_norm_ffma_sm80", weights=weights, bias=True, residual=True))
     case = case_of((130, 2064, 1152), "f32_norm_ffma_sm80", weights=weights, bias=True, out_layout=UNALIGNED)
     check_qkv(TORCH_CUDA, case)
+
+
+@pytest.mark.parametrize("tokens", FEW_TOKENS)
+def test_every_tile_of_few_tokens(tokens):
+    for outputs in FEW_OUTPUTS:
+        check_qkv(TORCH_CUDA, case_of((tokens, 132, outputs), "f32_norm_few_sm80", bias=True, residual=True))
+        check_qkv(TORCH_CUDA, case_of((tokens, 1100, outputs), "f32_norm_few_sm80", weights="tuple", rounding="fp32"))
+    check_qkv(TORCH_CUDA, case_of((tokens, 2064, 1152), "f32_norm_few_sm80", bias=True, out_layout=UNALIGNED))
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -36,8 +36,8 @@ def check_or_refuse(framework, case):
 
 
 def takes_anything(kernel):
-    """All but the tensor-core kernels, which ask for whole tiles or aligned rows."""
-    return "mma" not in kernel.name and "decode_sm90a" not in kernel.name
+    """All but those that ask for whole tiles or aligned rows."""
+    return not any(part in kernel.name for part in ("mma", "decode_sm90a", "norm_few"))
 
 
 @pytest.mark.rows("rms_norm_qkv")

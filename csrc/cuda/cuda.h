@@ -25,6 +25,7 @@ const char *mv_decode_fits(const mv_task *task);
 const char *mv_decode_sm90a_fits(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
 const char *mv_norm_wgmma_fits(const mv_task *task);
+const char *mv_norm_few_fits(const mv_task *task);
 
 /* Workspace of the plans that write the normalised rows before the product. */
 size_t mv_norm_plan_workspace(const mv_task *task);

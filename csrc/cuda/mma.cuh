@@ -17,12 +17,39 @@ __device__ __forceinline__ void cp_async16(uint32_t to, const void *from, bool v
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+/* The same for rows whose next bytes others ask for soon: L2 brings 128 at once. */
+__device__ __forceinline__ void cp_async16_of_128(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
 /* Closes the group of copies started since the last one; an empty group is complete. */
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /* Waits until at most kPending of this thread's youngest groups are still under way. */
 template <int kPending> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/* The same of a number known at run time; of 12 or more it waits for all. */
+__device__ __forceinline__ void cp_async_wait_all_but(int pending) {
+    switch (pending) {
+#define MV_CASE(n)                                                                                                     \
+    case n: cp_async_wait<n>(); break;
+        MV_CASE(1)
+        MV_CASE(2)
+        MV_CASE(3)
+        MV_CASE(4)
+        MV_CASE(5)
+        MV_CASE(6)
+        MV_CASE(7)
+        MV_CASE(8)
+        MV_CASE(9)
+        MV_CASE(10)
+        MV_CASE(11)
+#undef MV_CASE
+    default: cp_async_wait<0>(); break;
+    }
 }
 
 /* Four 8x8 matrices of 16-bit values: lane l gives the address of row l % 8 of matrix l / 8, and receives of each

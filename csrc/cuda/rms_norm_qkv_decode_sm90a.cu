@@ -249,27 +249,6 @@ copy_piece(const Fixed *fixed, const Walk<T, kRowTiles> &walk, int rows, int hid
     cp_async_commit();
 }
 
-/* Waits for all groups of copies but so many of the youngest. */
-__device__ __forceinline__ void wait_all_but(int pending) {
-    switch (pending) {
-#define MV_CASE(n)                                                                                                     \
-    case n: cp_async_wait<n>(); break;
-        MV_CASE(1)
-        MV_CASE(2)
-        MV_CASE(3)
-        MV_CASE(4)
-        MV_CASE(5)
-        MV_CASE(6)
-        MV_CASE(7)
-        MV_CASE(8)
-        MV_CASE(9)
-        MV_CASE(10)
-        MV_CASE(11)
-#undef MV_CASE
-    default: cp_async_wait<0>(); break;
-    }
-}
-
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
 /* kRowTiles: tiles of 16 rows of the weight. */
@@ -313,13 +292,13 @@ template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bound
     } else {
         copy_tokens<T>(task, split, share);
         fill(split.early, split.slots);
-        wait_all_but(split.slots - split.early);
+        cp_async_wait_all_but(split.slots - split.early);
         read_tokens<T, kLanes, false>(task, split, share, fixed);
     }
     if (split.resident)
         cp_async_wait<0>();
     else
-        wait_all_but(split.slots - 1); /* and for the norm weights, which were asked for before */
+        cp_async_wait_all_but(split.slots - 1); /* and for the norm weights, which were asked for before */
     __syncthreads();
     normalise_tokens<T>(task, split, share, fixed, norm_weight);
     __syncthreads();
@@ -345,7 +324,7 @@ template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bound
                 copy_piece(fixed, asked, rows, hidden, shared_address(slot));
                 asked.next();
                 slot = slot + kPieceBytes == end ? ring : slot + kPieceBytes;
-                wait_all_but(split.slots - 1);
+                cp_async_wait_all_but(split.slots - 1);
                 __syncwarp();
                 piece = Product::read(slot);
             }

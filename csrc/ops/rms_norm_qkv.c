@@ -32,7 +32,8 @@ static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 
 #ifdef MV_WITH_CUDA
 /* GPU, in microseconds of an H100 (SPEED.md): launches, and the larger of the weights at the kernel's share of memory
  * speed and the products at its rate. decode_sm80 takes 4 tokens at a time; the tiles of the others are 32, 64 or 128
- * tokens high, and those of the CUDA cores cannot be faster than one tile is along the hidden size. */
+ * tokens high, and those of the CUDA cores cannot be faster than one tile is along the hidden size, unless warps share
+ * it (norm_few). */
 static double larger(double a, double b) { return a > b ? a : b; }
 static double tile_flops(const mv_task *t, double tokens) {
     return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
@@ -51,9 +52,11 @@ static double cost_norm_wgmma(const mv_task *t) {
     const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
     return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
+static double cost_norm_few(const mv_task *t) { return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7); }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
-    return 5 + larger((double)t->hidden * 0.04, tile_flops(t, 64) / 4.0e7);
+    const double whole_tiles = (double)((t->tokens + 127) / 128 * 128);
+    return 5 + larger((double)t->hidden * 0.056, tile_flops(t, whole_tiles) / 4.0e7);
 }
 #endif
 
@@ -67,6 +70,8 @@ static double cost_norm_ffma(const mv_task *t) {
                            mv_norm_plan_workspace))                                                                    \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
                            cost_norm_wgmma, mv_norm_wgmma_workspace))                                                  \
+    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_fits, cost_norm_few,           \
+             mv_norm_plan_workspace))                                                                                  \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,            \
                          mv_norm_plan_workspace))                                                                      \

@@ -17,7 +17,9 @@ inline void cp_async16(uint32_t to, const void *from, bool valid) {
         memset(cpu::shared() + to, 0, 16);
 }
 inline void cp_async_commit() {}
+inline void cp_async16_of_128(uint32_t to, const void *from, bool valid) { cp_async16(to, from, valid); }
 template <int kPending> void cp_async_wait() {}
+inline void cp_async_wait_all_but(int) {}
 
 /* Matrix m of four: row i at the address of lane 8 m + i. */
 template <bool kTransposed> void load_matrices(uint32_t (&m)[4], uint32_t row) {
