@@ -7,7 +7,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from processes import PACKAGE, ROOT, run
+from processes import PACKAGE, ROOT, SANITIZED, run
 
 import minivllm
 
@@ -191,6 +191,7 @@ TYPED = """
 """
 
 
+@pytest.mark.skipif(SANITIZED, reason="it runs mypy alone, for minutes")
 def test_mypy_reveals_the_right_types(tmp_path):
     pytest.importorskip("mypy.api", reason="needs mypy, which is not installed")
     script = tmp_path / "script.py"

@@ -60,7 +60,7 @@ def report(tmp_path_factory):
     # The lists name the kernels of the CPU too: those are not linked.
     driver = build / "driver"
     compiled(["g++", "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *cuda.glob("*.o"), "-o", driver])
-    return subprocess.run([driver], capture_output=True, text=True, timeout=300)
+    return subprocess.run([driver], capture_output=True, text=True, timeout=600)
 
 
 def test_every_case_of_every_kernel(report):

@@ -127,7 +127,7 @@ def rms_error(got, expected) -> float:
 
 def assert_within(got, expected, bound, what: str = "result"):
     """Every |got - expected| <= bound, NaN only where expected is NaN, infinities equal; otherwise AssertionError
-    names the first bad coordinate in C order, both values, the bound, and how many are bad."""
+    names the first bad coordinate in C order, both values, the bound, how many are bad, and the last of them."""
     xp = namespace(expected)
     if tuple(got.shape) != tuple(expected.shape):
         raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
@@ -135,14 +135,15 @@ def assert_within(got, expected, bound, what: str = "result"):
         good = (abs(got - expected) <= bound) | (got == expected) | (xp.isnan(got) & xp.isnan(expected))
     if bool(good.all()):
         return
-    flat = int((~good).reshape(-1).nonzero()[0][0])
-    at = np.unravel_index(flat, tuple(expected.shape))
-    where = tuple(int(i) for i in at)
-    total = good.reshape(-1).shape[0]
+    bad = (~good).reshape(-1)
+    total = bad.shape[0]
+    flat = int(bad.nonzero()[0][0]), total - 1 - int(xp.flip(bad, (0,)).nonzero()[0][0])
+    where, last = (tuple(int(i) for i in np.unravel_index(at, tuple(expected.shape))) for at in flat)
     allowed = bound[where] if hasattr(bound, "shape") and tuple(bound.shape) == tuple(expected.shape) else bound
     raise AssertionError(
         f"{what}[{', '.join(map(str, where))}] is {float(got[where])!r}, expected {float(expected[where])!r} "
-        f"+- {float(allowed):.3g}; {total - int(good.sum())} of {total} are wrong"
+        f"+- {float(allowed):.3g}; {total - int(good.sum())} of {total} are wrong, the "
+        f"last of them [{', '.join(map(str, last))}]"
     )
 
 
