@@ -2,8 +2,15 @@
 
 import pytest
 from frameworks import TORCH_CUDA, native
+from processes import SANITIZED
 
 import minivllm
+
+# Numbers, whole models and other people's compilers: minutes each under the sanitizers, through code that other tests
+# take them to.
+SLOW_UNDER_SANITIZERS = ("accuracy", "docs", "numeric", "torch_compile", "transformers", "transformers_kept",
+                         "transformers_rounding")  # fmt: skip
+collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []
 
 
 def why_no_gpu() -> str | None:

@@ -5,7 +5,7 @@ import copy
 import json
 
 import pytest
-from processes import PACKAGE, ROOT, SANITIZED, run
+from processes import PACKAGE, ROOT, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch", reason="transformers models need torch")
@@ -110,7 +110,6 @@ def test_a_long_prompt_in_parts():
         assert rms(torch.cat(parts, 1) - exact) < 1.5 * before < 2e-5
 
 
-@pytest.mark.skipif(SANITIZED, reason="512 times what other tests call")
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])
 def test_512_steps(rounding):
     """Fed the same tokens, the fused bfloat16 model chooses what the float32 model does as often as the plain one."""
@@ -246,7 +245,6 @@ def test_the_layer_of_the_example(dtype, device, monkeypatch):
     assert after <= (1.25 if dtype == torch.float32 else 1.05) * before
 
 
-@pytest.mark.skipif(SANITIZED, reason="a run of what other tests call, for minutes")
 def test_the_benchmark(tmp_path):
     """On the CPU, where it has no graphs."""
     path = tmp_path / "model.json"

@@ -52,11 +52,15 @@ static double cost_norm_wgmma(const mv_task *t) {
     const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
     return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
-static double cost_norm_few(const mv_task *t) { return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7); }
+static double cost_norm_few(const mv_task *t) {
+    const double ends = 1 + 300 / (double)t->hidden; /* of tiles: what short rows do not hide */
+    return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7 * ends);
+}
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
-    const double whole_tiles = (double)((t->tokens + 127) / 128 * 128);
-    return 5 + larger((double)t->hidden * 0.056, tile_flops(t, whole_tiles) / 4.0e7);
+    const int64_t tiles = (t->tokens + 63) / 64 * ((t->outputs + 63) / 64);
+    const double turns = (double)((tiles + t->sm_count - 1) / t->sm_count);
+    return 5 + (double)t->hidden * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
 }
 #endif
 
