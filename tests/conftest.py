@@ -6,10 +6,10 @@ from processes import SANITIZED
 
 import minivllm
 
-# Numbers, whole models and other people's compilers: minutes each under the sanitizers, through code that other tests
-# take them to.
-SLOW_UNDER_SANITIZERS = ("accuracy", "docs", "numeric", "torch_compile", "transformers", "transformers_kept",
-                         "transformers_rounding")  # fmt: skip
+# Numbers, whole models, other processes and other people's compilers: minutes each under the sanitizers, through code
+# that other tests take them to.
+SLOW_UNDER_SANITIZERS = ("accuracy", "docs", "import", "numeric", "tensor_parallel", "torch_compile", "torch_grad",
+                         "transformers", "transformers_kept", "transformers_rounding")  # fmt: skip
 collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []
 
 
