@@ -34,6 +34,28 @@ def test_every_tile(dtype, shape, rounding):
     check(shape, dtype, rounding=rounding)
 
 
+# Groups of tokens: two of 2 and 3, four of 3 (of which the last is empty), of 5, of 8 (kept in registers or copied), of 16
+GROUPS = ((5, 896, 1152), (9, 896, 1152), (17, 576, 960), (32, 896, 1152), (61, 448, 1152), (31, 384, 1536), (13, 1536, 2048))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"rounding": "fp32", "bias": True},
+                                     {"residual": True, "norm_dtype": "f32", "weight_offset": 1.0}], ids=str)  # fmt: skip
+def test_groups_of_tokens(dtype, shape, options):
+    if dtype == "f32":
+        pytest.skip("float32 has no groups")
+    check(shape, dtype, **options)
+
+
+# The row factor joins the sums ("fp32", bfloat16, up to 2 tokens): one and two tokens, in one group and in several
+@pytest.mark.parametrize("shape", [(1, 64, 320), (1, 896, 1152), (2, 896, 1152), (5, 896, 1152), (8, 896, 1152), (1, 3072, 5120),
+                                   (2, 2560, 6144)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{"residual": True}, {"norm_dtype": "f32", "weight_offset": 1.0, "bias": True},
+                                     {"weights": "tuple"}], ids=str)  # fmt: skip
+def test_fp32_of_few_tokens(dtype, shape, options):
+    check(shape, dtype, rounding="fp32", **options)
+
+
 @pytest.mark.parametrize("weights", ["packed", "packed_t", "tuple"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16])
 def test_everything_at_once(dtype, weights, tokens):

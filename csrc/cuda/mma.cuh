@@ -31,7 +31,7 @@ template <int kPending> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/* The same of a number known at run time; of 12 or more it waits for all. */
+/* The same of a number known at run time; of 13 or more it waits for all. */
 __device__ __forceinline__ void cp_async_wait_all_but(int pending) {
     switch (pending) {
 #define MV_CASE(n)                                                                                                     \
@@ -47,6 +47,7 @@ __device__ __forceinline__ void cp_async_wait_all_but(int pending) {
         MV_CASE(9)
         MV_CASE(10)
         MV_CASE(11)
+        MV_CASE(12)
 #undef MV_CASE
     default: cp_async_wait<0>(); break;
     }

@@ -24,9 +24,8 @@ template <typename T, int kTokens> struct Product {
 
     /* A lane's token in each tile; one that does not exist is a column that nobody stores. */
     const char *row[kTiles];
-    __device__ __forceinline__ Product(const char *y, const mv_task &task) {
-        const int lane = threadIdx.x % 32, tokens = static_cast<int>(task.tokens),
-                  hidden = static_cast<int>(task.hidden);
+    __device__ __forceinline__ Product(const char *y, int tokens, int hidden) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
             const int token = tile * 8 + lane / 4, other = lane / 4 % 2, parity = token < tokens ? token : other;
@@ -49,17 +48,19 @@ template <typename T, int kTokens> struct Product {
         return columns;
     }
 
-    /* A piece as operand: rows lane / 4 and 8 further, two chunks of each. */
+    /* A piece as operand: rows lane / 4 and 8 further, two chunks of each. Rows from `rows` on are zeros: what nobody
+     * reads costs shared memory no time. */
     struct Piece {
         uint4 low[2], high[2];
     };
-    static __device__ __forceinline__ Piece read(const char *slot) {
+    static __device__ __forceinline__ Piece read(const char *slot, int rows) {
         const int lane = threadIdx.x % 32, offset = lane / 4 * 128 + swapped(lane / 4, lane % 4) * 16;
-        Piece piece;
+        Piece piece = {};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            piece.low[half] = *reinterpret_cast<const uint4 *>(slot + (offset ^ half * 64));
-            piece.high[half] = *reinterpret_cast<const uint4 *>(slot + 8 * 128 + (offset ^ half * 64));
+            if (lane / 4 < rows) piece.low[half] = *reinterpret_cast<const uint4 *>(slot + (offset ^ half * 64));
+            if (lane / 4 + 8 < rows)
+                piece.high[half] = *reinterpret_cast<const uint4 *>(slot + 8 * 128 + (offset ^ half * 64));
         }
         return piece;
     }
@@ -78,16 +79,19 @@ template <typename T, int kTokens> struct Product {
         }
     }
 
-    /* The warp's sums, token by token, `pitch` floats apart. */
-    static __device__ __forceinline__ void store(float *part, int pitch, const Sums &sums) {
+    /* The warp's sums, token by token, `pitch` floats apart. kPairs: two columns make a token. */
+    template <bool kPairs> static __device__ __forceinline__ void store(float *part, int pitch, const Sums &sums) {
         const int lane = threadIdx.x % 32;
+        const auto sum = [&](int n, int i) {
+            return kChains == 2 ? sums.v[0][n][i] + sums.v[kChains - 1][n][i] : sums.v[0][n][i];
+        };
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float total = sums.v[0][n][i];
-                if (kChains == 2) total += sums.v[kChains - 1][n][i];
-                part[(n * 8 + lane % 4 * 2 + i % 2) * pitch + lane / 4 + i / 2 * 8] = total;
+            for (int i = 0; i < 4; i += kPairs ? 2 : 1) {
+                const int column = n * 8 + lane % 4 * 2 + i % 2;
+                part[(kPairs ? column / 2 : column) * pitch + lane / 4 + i / 2 * 8] =
+                    kPairs ? sum(n, i) + sum(n, i + 1) : sum(n, i);
             }
     }
 };
@@ -100,11 +104,11 @@ template <int kTokens> struct Product<float, kTokens> {
     };
 
     const char *row[kTokens]; /* a token that does not exist is a column that nobody stores */
-    __device__ __forceinline__ Product(const char *y, const mv_task &task) {
+    __device__ __forceinline__ Product(const char *y, int tokens, int hidden) {
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
-            const int token = t < task.tokens ? t : 0;
-            row[t] = y + token * static_cast<int>(task.hidden) * 4 + swapped(token, threadIdx.x % 8) * 16;
+            const int token = t < tokens ? t : 0;
+            row[t] = y + token * hidden * 4 + swapped(token, threadIdx.x % 8) * 16;
         }
     }
 
@@ -121,12 +125,13 @@ template <int kTokens> struct Product<float, kTokens> {
     struct Piece {
         float4 v[4];
     };
-    static __device__ __forceinline__ Piece read(const char *slot) {
-        Piece piece;
+    static __device__ __forceinline__ Piece read(const char *slot, int rows) {
+        Piece piece = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = threadIdx.x % 32 / 8 + 4 * i;
-            piece.v[i] = *reinterpret_cast<const float4 *>(slot + row * 128 + swapped(row, threadIdx.x % 8) * 16);
+            if (row < rows)
+                piece.v[i] = *reinterpret_cast<const float4 *>(slot + row * 128 + swapped(row, threadIdx.x % 8) * 16);
         }
         return piece;
     }
@@ -144,7 +149,8 @@ template <int kTokens> struct Product<float, kTokens> {
             }
     }
 
-    static __device__ __forceinline__ void store(float *part, int pitch, const Sums &sums) {
+    template <bool kPairs> static __device__ __forceinline__ void store(float *part, int pitch, const Sums &sums) {
+        static_assert(!kPairs);
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < 4; i++)

@@ -1,6 +1,6 @@
 /* rms_norm_qkv_decode_sm90a.cu: RMSNorm and the projection for few tokens on Hopper, at the speed of memory.
  *
- * One block per SM takes an even share of the rows of the weight, in tiles of 16. Its warps share the columns: each
+ * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the columns: each
  * copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that have arrived by
  * the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA cores. Nothing
  * that the weights need depends on the kernel before, so a block asks for them as soon as it is resident, and lets the
@@ -12,8 +12,9 @@
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
  * memory. What a small shape costs is the latency of what follows the wait for the previous kernel, so that is kept
- * short (SPEED.md): addresses are computed before it, and where all pieces of a warp have a slot it waits for them
- * once.
+ * short (SPEED.md): addresses are computed before it, few tokens stay in registers until they are normalised, where all
+ * pieces of a warp have a slot it waits for them once, and where the weights are so small that blocks can hold more
+ * rows of them, each block has a group of the tokens only.
  *
  * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order. */
 #include "cuda.h"
@@ -31,24 +32,29 @@ constexpr int kThreads = 32 * kWarps;
 template <typename T> constexpr int kStep = kWarps *kPieceColumns<T>; /* columns that the warps multiply at a time */
 constexpr int kMaxRowTiles = 5;                                       /* of a block */
 constexpr int kMaxTokens = 16, kMaxTokensFloat32 = 4;
-constexpr int kBatch = 4;             /* packets of a token that a thread has in registers */
+constexpr int kMaxLogGroups = 2, kGroupTokens = 2; /* at most so many groups of tokens, of at least so many each */
+constexpr int kBatch = 4;                          /* packets of a token that a thread works on at a time */
+constexpr int kMaxHeldTokens = 8, kFewHeld = 4, kMostHeld = 10; /* tokens and a thread's packets in registers */
 constexpr int kHalfBytes = 113 << 10; /* two blocks, and 1 KB of each for the system, fill the 228 KB of an SM */
 constexpr int kWholeBytes = 227 << 10;
 
 /* ---- shared memory ---------------------------------------------------------------------------------------------- */
 
-struct alignas(16) Fixed {
-    float squares[kMaxTokens][kWarps]; /* parts of the tokens' sums of squares; zeros where a token has fewer */
+template <int kTokens> struct alignas(16) Fixed {
     const void *row[kMaxRowTiles * kPieceRows];
     float bias[kMaxRowTiles * kPieceRows];
+    float squares[kTokens][kWarps]; /* parts of the tokens' sums of squares; zeros where a token has fewer */
 };
-constexpr int kRing = 1536; /* then the norm weights, then y */
+/* Then the ring, the norm weights, y. */
+template <int kTokens> constexpr int kRing = (sizeof(Fixed<kTokens>) + 127) / 128 * 128;
 constexpr int kMinSlots = 3, kMaxSlots = 12;
-static_assert(sizeof(Fixed) <= kRing, "");
 
-/* How a launch is cut. */
+using Squares = float (*)[kWarps];
+
+/* How a launch is cut: blocks that follow each other have the same rows of the weight, each with its group of tokens. */
 struct Split {
-    int first_output, rows_per_block, more; /* the first `more` blocks have one row more */
+    int first_output, rows_per_block, more; /* the first `more` shares have one row more */
+    int log_groups, group_tokens;           /* of the tokens */
     int log_threads;                        /* of the threads that share a token */
     int slots;                              /* per warp, so many 16 KB of weights are on their way to a block */
     int norm_weight, y;                     /* where they begin in shared memory */
@@ -56,7 +62,7 @@ struct Split {
     bool in_pairs; /* the norm weights multiply two 16-bit values at a time */
     int early;     /* slots that are filled before the tokens are asked for */
     bool resident; /* all pieces of a warp have a slot */
-    bool direct;   /* the tokens are read into registers, not copied to shared memory first */
+    int held;      /* packets of a token that each of its threads has */
 };
 
 /* Where rows start: the tokens of this kernel have one stride. */
@@ -66,100 +72,148 @@ template <typename T> __device__ __forceinline__ T *token_row(mv_rows rows, int 
 
 /* ---- the tokens ----------------------------------------------------------------------------------------------- */
 
-/* Where this thread begins in the tokens. */
-template <typename T> struct Share {
-    int token, column;
+/* Where this thread begins in the `tokens` of its block, of which `first` is the first. kLate: y has two rows of each. */
+template <typename T, bool kLate> struct Share {
+    int first, tokens, token, column;
     const T *x, *residual;
-    char *y;
+    char *shared; /* a pointer that the compiler knows to be one to shared memory, and a place behind it */
+    int y;
 
-    __device__ __forceinline__ Share(const mv_task &task, const Split &split, char *shared)
-        : token(static_cast<int>(threadIdx.x) >> split.log_threads),
+    __device__ __forceinline__ Share(const mv_task &task, const Split &split, int group, char *shared)
+        : first(group * split.group_tokens), tokens(min(split.group_tokens, static_cast<int>(task.tokens) - first)),
+          token(static_cast<int>(threadIdx.x) >> split.log_threads),
           column((threadIdx.x & ((1 << split.log_threads) - 1)) * Packet<T>::size),
-          x(token_row<const T>(task.x, token) + column),
-          residual(task.residual.data ? token_row<const T>(task.residual, token) + column : nullptr),
-          y(shared + split.y + token * static_cast<int>(task.hidden * sizeof(T)) +
-            swapped(token, column / Packet<T>::size) * 16) {
+          x(token_row<const T>(task.x, first + token) + column),
+          residual(task.residual.data ? token_row<const T>(task.residual, first + token) + column : nullptr),
+          shared(shared) {
+        const int row = kLate ? 2 * token : token;
+        y = split.y + row * static_cast<int>(task.hidden * sizeof(T)) + swapped(row, column / Packet<T>::size) * 16;
         compute_now(x);
         compute_now(residual);
         compute_now(y);
         compute_now(token);
         compute_now(column);
     }
+
+    /* Of y, or of the tokens before they are that: k columns further on. */
+    __device__ __forceinline__ Packet<T> &packet(int k) const {
+        return *reinterpret_cast<Packet<T> *>(shared + y + k * static_cast<int>(sizeof(T)));
+    }
+    /* The same of the next row, which is an odd one. */
+    __device__ __forceinline__ Packet<T> &next_packet(int k, int hidden) const {
+        return *reinterpret_cast<Packet<T> *>(shared + (y + hidden * static_cast<int>(sizeof(T)) ^ 64) +
+                                              k * static_cast<int>(sizeof(T)));
+    }
 };
 
 /* Starts to copy the tokens to where y will be, each thread its share: a group of copies. A thread's packets are `step`
  * columns apart, a multiple of 128 bytes: the halves of its chunks' 128 bytes are swapped alike. */
 template <typename T>
-__device__ __forceinline__ void copy_tokens(const mv_task &task, const Split &split, Share<T> share) {
-    const int hidden = static_cast<int>(task.hidden), tokens = static_cast<int>(task.tokens);
+__device__ __forceinline__ void copy_tokens(const mv_task &task, const Split &split, Share<T, false> share) {
+    const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
-    for (; share.token < tokens; share.token += at_once) {
+    for (; share.token < share.tokens; share.token += at_once) {
 #pragma unroll 4
         for (int k = 0; k < hidden - share.column; k += step)
-            cp_async16(shared_address(share.y + k * sizeof(T)), share.x + k, true);
+            cp_async16(shared_address(&share.packet(k)), share.x + k, true);
         share.x += at_once * task.x.inner_stride;
-        share.y += at_once * hidden * sizeof(T);
+        share.y += at_once * hidden * static_cast<int>(sizeof(T));
     }
     cp_async_commit();
 }
 
-/* Reads the tokens, each thread its share, adds the residual (block 0 writes the sum out), and leaves them in shared
- * memory, their sums of squares in fixed->squares. kDirect: from x, which is at most one batch of packets a thread;
- * otherwise from where copy_tokens has put them. A token belongs to at least kLanes threads. */
-template <typename T, int kLanes, bool kDirect>
-__device__ __forceinline__ void read_tokens(const mv_task &task, const Split &split, Share<T> share, Fixed *fixed) {
-    constexpr int kSize = Packet<T>::size;
-    const int hidden = static_cast<int>(task.hidden), tokens = static_cast<int>(task.tokens);
-    const int step = kSize << split.log_threads, at_once = kThreads >> split.log_threads;
-    for (int first = 0; first < tokens; first += at_once) {
-        const int columns = share.token < tokens ? hidden - share.column : 0;
-        float squares[2] = {};
-        for (int batch = 0; batch < (kDirect ? hidden : columns); batch += kBatch * step) {
+/* From where copy_norm_weight has put them. */
+template <typename T>
+__device__ __forceinline__ NormWeights<T> copied_norm_weights(const mv_task &task, const char *norm_weight, int k) {
+    if (task.norm_weight_dtype == Dtype<T>::value)
+        return widen_norm_weights<T>(task, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
+    NormWeights<T> weights;
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++)
+        weights.v[i] = task.weight_offset + reinterpret_cast<const float *>(norm_weight)[k + i];
+    return weights;
+}
+
+/* s times the norm weights as the sum of two packets, which has twice the digits of one. */
+template <typename T> __device__ __forceinline__ void two_parts(Packet<T> &high, Packet<T> &low, const Packet<T> &s,
+                                                                const NormWeights<T> &weights) {
+    float product[Packet<T>::size];
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) product[i] = s.get(i) * weights.v[i];
+    high = pack<T>(product);
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) product[i] -= high.get(i);
+    low = pack<T>(product);
+}
+
+/* What joins the residual; the first share's blocks write the sum out. */
+template <typename T, bool kLate>
+__device__ __forceinline__ void join(Packet<T> &s, const Packet<T> &residual, const mv_task &task, const Split &split,
+                                     const Share<T, kLate> &share, int k, int columns) {
+    s = add_residual(s, residual);
+    if (task.residual_out.data && blockIdx.x >> split.log_groups == 0 && k < columns)
+        store_packet(token_row<T>(task.residual_out, share.first + share.token) + share.column + k, s, Packet<T>::size,
+                     true);
+}
+
+template <typename T> __device__ __forceinline__ void add_squares(float (&squares)[2], const Packet<T> &s) {
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) squares[i % 2] = fmaf(s.get(i), s.get(i), squares[i % 2]);
+}
+
+/* Leaves a token's sum of squares, in parts; kLanes threads or more have the token. */
+template <typename T, int kLanes, bool kLate> __device__ __forceinline__ void
+keep_squares(Squares squares, const Share<T, kLate> &share, int hidden, const float (&own)[2]) {
+    const float sum = warp_sum<kLanes>(own[0] + own[1]);
+    if (threadIdx.x % kLanes == 0 && share.token < share.tokens && share.column < hidden)
+        squares[share.token][share.column / (32 * Packet<T>::size)] = sum;
+}
+
+/* What copy_tokens has brought joins the residual; the sums of squares. */
+template <typename T, int kLanes> __device__ __forceinline__ void read_tokens(const mv_task &task, const Split &split,
+                                                                              Share<T, false> share, Squares squares) {
+    const int hidden = static_cast<int>(task.hidden);
+    const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
+    for (int first = 0; first < share.tokens; first += at_once) {
+        const int columns = share.token < share.tokens ? hidden - share.column : 0;
+        float own[2] = {};
+        for (int batch = 0; batch < columns; batch += kBatch * step) {
             Packet<T> s[kBatch] = {};
 #pragma unroll
-            for (int b = 0; b < kBatch; b++) {
-                const int k = batch + b * step;
-                if (kDirect && k >= hidden) break;
-                if constexpr (kDirect)
-                    s[b] = as_packet<T>(load_if(share.x + k, k < columns));
-                else if (k < columns)
-                    s[b] = *reinterpret_cast<const Packet<T> *>(share.y + k * sizeof(T));
-            }
+            for (int b = 0; b < kBatch; b++)
+                if (batch + b * step < columns) s[b] = share.packet(batch + b * step);
             if (share.residual) {
                 Packet<T> residual[kBatch];
 #pragma unroll
                 for (int b = 0; b < kBatch; b++) {
                     const int k = batch + b * step;
-                    if (kDirect && k >= hidden) break;
                     residual[b] = as_packet<T>(load_if(share.residual + k, k < columns));
                 }
 #pragma unroll
                 for (int b = 0; b < kBatch; b++) {
                     const int k = batch + b * step;
-                    if (kDirect && k >= hidden) break;
-                    s[b] = add_residual(s[b], residual[b]);
-                    if (task.residual_out.data && blockIdx.x == 0 && k < columns)
-                        store_packet(token_row<T>(task.residual_out, share.token) + share.column + k, s[b], kSize,
-                                     true);
+                    join(s[b], residual[b], task, split, share, k, columns);
+                    if (k < columns) share.packet(k) = s[b];
                 }
             }
-            const bool store = kDirect || share.residual;
 #pragma unroll
-            for (int b = 0; b < kBatch; b++) {
-                const int k = batch + b * step;
-                if (kDirect && k >= hidden) break;
-                if (store && k < columns) *reinterpret_cast<Packet<T> *>(share.y + k * sizeof(T)) = s[b];
-#pragma unroll
-                for (int i = 0; i < kSize; i++) squares[i % 2] = fmaf(s[b].get(i), s[b].get(i), squares[i % 2]);
-            }
+            for (int b = 0; b < kBatch; b++) add_squares(own, s[b]);
         }
-        const float sum = warp_sum<kLanes>(squares[0] + squares[1]);
-        if (threadIdx.x % kLanes == 0 && columns > 0) fixed->squares[share.token][share.column / (32 * kSize)] = sum;
+        keep_squares<T, kLanes>(squares, share, hidden, own);
         share.token += at_once;
         share.x += at_once * task.x.inner_stride;
         if (share.residual) share.residual += at_once * task.residual.inner_stride;
-        share.y += at_once * hidden * sizeof(T);
+        share.y += at_once * hidden * static_cast<int>(sizeof(T));
     }
+}
+
+/* r of a token. */
+template <typename T>
+__device__ __forceinline__ float token_factor(const mv_task &task, const Split &split, const float *squares) {
+    const float4 low = *reinterpret_cast<const float4 *>(squares),
+                 high = *reinterpret_cast<const float4 *>(squares + 4);
+    const float sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
+    return row_factor<T>(sum, split.mean_scale, task);
 }
 
 /* y of a packet. */
@@ -167,31 +221,19 @@ template <typename T> __device__ __forceinline__ Packet<T>
 normalised(const mv_task &task, bool in_pairs, const Packet<T> &s, float r, const char *norm_weight, int k) {
     if constexpr (sizeof(T) == 2)
         if (in_pairs) return apply_norm_hf(s, r, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
-    NormWeights<T> weights;
-    if (task.norm_weight_dtype == Dtype<T>::value) {
-        weights = widen_norm_weights<T>(task, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
-    } else {
-#pragma unroll
-        for (int i = 0; i < Packet<T>::size; i++)
-            weights.v[i] = task.weight_offset + reinterpret_cast<const float *>(norm_weight)[k + i];
-    }
-    return apply_norm(s, r, weights, task.rounding == MV_ROUNDING_HF);
+    return apply_norm(s, r, copied_norm_weights<T>(task, norm_weight, k), task.rounding == MV_ROUNDING_HF);
 }
 
-/* Each thread finishes what it has read, four packets at a time while there are as many. */
-template <typename T> __device__ __forceinline__ void
-normalise_tokens(const mv_task &task, const Split &split, Share<T> share, const Fixed *fixed, const char *norm_weight) {
-    const int hidden = static_cast<int>(task.hidden), tokens = static_cast<int>(task.tokens);
+/* Each thread finishes its share of what read_tokens has read, four packets at a time while there are as many. */
+template <typename T> __device__ __forceinline__ void normalise_tokens(const mv_task &task, const Split &split,
+                                                                       Share<T, false> share, Squares squares,
+                                                                       const char *norm_weight) {
+    const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
     const int left = hidden - share.column;
-    for (; share.token < tokens; share.token += at_once, share.y += at_once * hidden * sizeof(T)) {
-        const float4 low = *reinterpret_cast<const float4 *>(fixed->squares[share.token]);
-        const float4 high = *reinterpret_cast<const float4 *>(fixed->squares[share.token] + 4);
-        const float sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
-        const float r = row_factor<T>(sum, split.mean_scale, task);
-        const auto packet = [&](int k) -> Packet<T> & {
-            return *reinterpret_cast<Packet<T> *>(share.y + k * sizeof(T));
-        };
+    for (; share.token < share.tokens;
+         share.token += at_once, share.y += at_once * hidden * static_cast<int>(sizeof(T))) {
+        const float r = token_factor<T>(task, split, squares[share.token]);
         int k = 0;
 #pragma unroll 1
         for (; k + (kBatch - 1) * step < hidden; k += kBatch * step) {
@@ -199,17 +241,65 @@ normalise_tokens(const mv_task &task, const Split &split, Share<T> share, const 
 #pragma unroll
             for (int b = 0; b < kBatch; b++) {
                 const int inside = k + b * step < left ? k + b * step : k;
-                y[b] = normalised<T>(task, split.in_pairs, packet(inside), r, norm_weight, share.column + inside);
+                y[b] = normalised<T>(task, split.in_pairs, share.packet(inside), r, norm_weight, share.column + inside);
             }
 #pragma unroll
             for (int b = 0; b < kBatch; b++)
-                if (k + b * step < left) packet(k + b * step) = y[b];
+                if (k + b * step < left) share.packet(k + b * step) = y[b];
         }
 #pragma unroll 1
         for (; k < left; k += step)
-            packet(k) = normalised<T>(task, split.in_pairs, packet(k), r, norm_weight, share.column + k);
+            share.packet(k) = normalised<T>(task, split.in_pairs, share.packet(k), r, norm_weight, share.column + k);
     }
 }
+
+/* Few tokens, all at once: each thread keeps its packets in registers. kLate: what it leaves is y in two parts, which
+ * lack the row factor. */
+template <typename T, bool kLate, int kHeld> struct Held {
+    static constexpr bool few = kHeld == kFewHeld;
+    const mv_task &task;
+    const Split &split;
+    const Share<T, kLate> &share;
+    const int hidden = static_cast<int>(task.hidden), step = Packet<T>::size << split.log_threads;
+    const int columns = share.token < share.tokens ? hidden - share.column : 0;
+    Packet<T> s[kHeld], residual[kHeld];
+    float squares[2] = {};
+
+    template <typename Do> __device__ __forceinline__ void each(const Do &act) {
+#pragma unroll
+        for (int b = 0; b < kHeld; b++) {
+            if (b * step >= hidden) break; /* all threads */
+            act(b, b * step);
+        }
+    }
+
+    /* Asks for them. */
+    __device__ __forceinline__ void load() {
+        each([&](int b, int k) { s[b] = as_packet<T>(load_if(share.x + k, k < columns)); });
+        if (share.residual)
+            each([&](int b, int k) { residual[b] = as_packet<T>(load_if(share.residual + k, k < columns)); });
+    }
+
+    /* Waits for them. */
+    __device__ __forceinline__ void read(const char *norm_weight) {
+        if (share.residual) each([&](int b, int k) { join(s[b], residual[b], task, split, share, k, columns); });
+        each([&](int b, int k) {
+            if (kLate && k < columns)
+                two_parts(share.packet(k), share.next_packet(k, hidden), s[b],
+                          copied_norm_weights<T>(task, norm_weight, share.column + k));
+            add_squares(squares, s[b]);
+        });
+    }
+
+    __device__ __forceinline__ void normalise(Squares sums, const char *norm_weight) {
+        if (columns <= 0) return;
+        const float r = token_factor<T>(task, split, sums[share.token]);
+        each([&](int b, int k) {
+            if (k < columns)
+                share.packet(k) = normalised<T>(task, split.in_pairs, s[b], r, norm_weight, share.column + k);
+        });
+    }
+};
 
 /* ---- the weights ------------------------------------------------------------------------------------------------ */
 
@@ -234,7 +324,7 @@ template <typename T, int kRowTiles> struct Walk {
 
 /* Starts to copy a piece, if there is one, and closes a group of copies. */
 template <typename T, int kRowTiles> __device__ __forceinline__ void
-copy_piece(const Fixed *fixed, const Walk<T, kRowTiles> &walk, int rows, int hidden, uint32_t slot) {
+copy_piece(const void *const *row_at, const Walk<T, kRowTiles> &walk, int rows, int hidden, uint32_t slot) {
     const int lane = threadIdx.x % 32;
     if (walk.column < hidden) {
 #pragma unroll
@@ -242,8 +332,7 @@ copy_piece(const Fixed *fixed, const Walk<T, kRowTiles> &walk, int rows, int hid
             const int row = lane / 8 + 4 * i, output = walk.tile * kPieceRows + row;
             if (output < rows)
                 cp_async16(slot + row * 128 + swapped(row, lane % 8) * 16,
-                           static_cast<const char *>(fixed->row[output]) + walk.column * sizeof(T) + lane % 8 * 16,
-                           true);
+                           static_cast<const char *>(row_at[output]) + walk.column * sizeof(T) + lane % 8 * 16, true);
         }
     }
     cp_async_commit();
@@ -251,68 +340,99 @@ copy_piece(const Fixed *fixed, const Walk<T, kRowTiles> &walk, int rows, int hid
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
-/* kRowTiles: tiles of 16 rows of the weight. */
-template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bounds__(kThreads, 2)
+/* kRowTiles: tiles of 16 rows of the weight. kLate: "fp32", y is x times the norm weights in two parts, and the row
+ * factors join the sums, so that nobody waits for them before the product. */
+template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __launch_bounds__(kThreads, 2)
     rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, const __grid_constant__ Split split) {
     using Product = ::Product<T, kTokens>;
+    using Fixed = ::Fixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
     Fixed *const fixed = reinterpret_cast<Fixed *>(shared);
-    const int block = blockIdx.x, warp = threadIdx.x / 32;
+    const int block = blockIdx.x >> split.log_groups, group = blockIdx.x & ((1 << split.log_groups) - 1);
+    const int warp = threadIdx.x / 32;
     const int first_row = split.first_output + block * split.rows_per_block + min(block, split.more);
     const int rows = split.rows_per_block + (block < split.more);
     const int hidden = static_cast<int>(task.hidden);
-    char *const ring = shared + kRing + warp * split.slots * kPieceBytes;
+    char *const ring = shared + kRing<kTokens> + warp * split.slots * kPieceBytes;
     const char *const norm_weight = shared + split.norm_weight;
 
     /* What does not depend on the kernel before. */
     griddepcontrol_launch();
     if (threadIdx.x < rows) fixed->row[threadIdx.x] = weight_row<T>(task, find_output(task, first_row + threadIdx.x));
-    if (threadIdx.x < kMaxTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
+    if (threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
     __syncthreads();
     if (task.dynamic_weights) griddepcontrol_wait();
-    const Share<T> share(task, split, shared);
+    const Share<T, kLate> share(task, split, group, shared);
     copy_norm_weight(task, shared_address(norm_weight));
     Walk<T, kRowTiles> asked = {0, warp * kPieceColumns<T>};
     const auto fill = [&](int first, int end) {
 #pragma unroll 1
         for (int slot = first; slot < end; slot++) {
-            copy_piece(fixed, asked, rows, hidden, shared_address(ring) + slot * kPieceBytes);
+            copy_piece(fixed->row, asked, rows, hidden, shared_address(ring) + slot * kPieceBytes);
             asked.next();
         }
     };
     fill(0, split.early);
     if (threadIdx.x < rows) fixed->bias[threadIdx.x] = load_bias<T>(task, find_output(task, first_row + threadIdx.x));
-    const Product product(shared + split.y, task);
+    const Product product(shared + split.y, kLate ? 2 * share.tokens : share.tokens, hidden);
+    if (kLate) {
+        cp_async_wait_all_but(split.early); /* for the norm weights */
+        __syncthreads();
+    }
     griddepcontrol_wait();
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
-    if (kTokens < 16 && split.direct) {
-        read_tokens<T, kLanes, true>(task, split, share, fixed);
-        fill(split.early, split.slots);
+    const auto await_weights = [&] {
+        if (split.resident)
+            cp_async_wait<0>();
+        else
+            cp_async_wait_all_but(split.slots - 1); /* and for the norm weights, which were asked for before */
+        __syncthreads();
+    };
+    const auto hold_tokens = [&](auto held) {
+        held.load();
+        if (!held.few) fill(split.early, split.slots); /* few are there soon, unless weights are in their way */
+        held.read(norm_weight);
+        if (held.few) fill(split.early, split.slots);
+        if (!kLate) keep_squares<T, kLanes>(fixed->squares, share, hidden, held.squares);
+        await_weights();
+        if (kLate)
+            keep_squares<T, kLanes>(fixed->squares, share, hidden, held.squares);
+        else
+            held.normalise(fixed->squares, norm_weight);
+    };
+    if constexpr (kLate) {
+        hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
     } else {
-        copy_tokens<T>(task, split, share);
-        fill(split.early, split.slots);
-        cp_async_wait_all_but(split.slots - split.early);
-        read_tokens<T, kLanes, false>(task, split, share, fixed);
+        if (kTokens <= kMaxHeldTokens && split.held <= kFewHeld) {
+            hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
+        } else if (kTokens == kMaxHeldTokens && split.held <= kMostHeld) {
+            hold_tokens(Held<T, kLate, kMostHeld>{task, split, share});
+        } else {
+            copy_tokens<T>(task, split, share);
+            fill(split.early, split.slots);
+            cp_async_wait_all_but(split.slots - split.early);
+            read_tokens<T, kLanes>(task, split, share, fixed->squares);
+            await_weights();
+            normalise_tokens<T>(task, split, share, fixed->squares, norm_weight);
+        }
+        __syncthreads();
     }
-    if (split.resident)
-        cp_async_wait<0>();
-    else
-        cp_async_wait_all_but(split.slots - 1); /* and for the norm weights, which were asked for before */
-    __syncthreads();
-    normalise_tokens<T>(task, split, share, fixed, norm_weight);
-    __syncthreads();
 
     typename Product::Sums sums[kRowTiles];
     const char *slot = ring;
+    const auto read_piece = [&](int tile) {
+        const bool whole = kRowTiles == 1 || tile < kRowTiles - 1;
+        return Product::read(slot, whole ? kPieceRows : rows - tile * kPieceRows);
+    };
     if (split.resident) {
         for (int k = warp * kPieceColumns<T>; k < hidden; k += kStep<T>) {
             const typename Product::Columns y = product.columns(k);
 #pragma unroll
-            for (int m = 0; m < kRowTiles; m++, slot += kPieceBytes) Product::multiply(Product::read(slot), y, sums[m]);
+            for (int m = 0; m < kRowTiles; m++, slot += kPieceBytes) Product::multiply(read_piece(m), y, sums[m]);
         }
     } else {
-        typename Product::Piece piece = Product::read(slot);
+        typename Product::Piece piece = read_piece(0);
         const char *const end = ring + split.slots * kPieceBytes;
 #pragma unroll 1
         for (int k = warp * kPieceColumns<T>; k < hidden; k += kStep<T>) {
@@ -321,12 +441,12 @@ template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bound
             for (int m = 0; m < kRowTiles; m++) {
                 Product::multiply(piece, y, sums[m]);
                 __syncwarp(); /* all lanes have read this piece: its slot is free */
-                copy_piece(fixed, asked, rows, hidden, shared_address(slot));
+                copy_piece(fixed->row, asked, rows, hidden, shared_address(slot));
                 asked.next();
                 slot = slot + kPieceBytes == end ? ring : slot + kPieceBytes;
                 cp_async_wait_all_but(split.slots - 1);
                 __syncwarp();
-                piece = Product::read(slot);
+                piece = read_piece((m + 1) % kRowTiles);
             }
         }
     }
@@ -338,19 +458,20 @@ template <typename T, int kTokens, int kRowTiles> __global__ void __launch_bound
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++)
-        Product::store(reinterpret_cast<float *>(ring) + m * kPieceRows, kPitch, sums[m]);
+        Product::template store<kLate>(reinterpret_cast<float *>(ring) + m * kPieceRows, kPitch, sums[m]);
     __syncthreads();
     constexpr int kRowSlots = kRowTiles == 1 ? 16 : kRowTiles == 2 ? 32 : kRowTiles <= 4 ? 64 : 128;
     const int row = threadIdx.x % kRowSlots;
     if (row < rows) {
 #pragma unroll 1
-        for (int token = threadIdx.x / kRowSlots; token < task.tokens; token += kThreads / kRowSlots) {
-            const char *parts = shared + kRing + (token * kPitch + row) * 4;
+        for (int token = threadIdx.x / kRowSlots; token < share.tokens; token += kThreads / kRowSlots) {
+            const char *parts = shared + kRing<kTokens> + (token * kPitch + row) * 4;
             float total = 0;
 #pragma unroll
             for (int w = 0; w < kWarps; w++)
                 total += *reinterpret_cast<const float *>(parts + w * split.slots * kPieceBytes);
-            token_row<T>(task.out, token)[first_row + row] = finish_output<T>(total, fixed->bias[row]);
+            if (kLate) total *= token_factor<T>(task, split, fixed->squares[token]);
+            token_row<T>(task.out, share.first + token)[first_row + row] = finish_output<T>(total, fixed->bias[row]);
         }
     }
 }
@@ -361,49 +482,101 @@ int norm_weight_bytes(const mv_task *task) {
     return static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm_weight_dtype));
 }
 
-int y_bytes(const mv_task *task) {
-    return static_cast<int>(task->tokens * task->hidden) * static_cast<int>(mv_dtype_bytes(task->dtype));
+int y_bytes(const mv_task *task, int rows) {
+    return rows * static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->dtype));
 }
 
-/* As many slots per warp as a block of this size has room for. */
-int slots_of(const mv_task *task, int block_bytes) {
-    const int room = block_bytes - kRing - norm_weight_bytes(task) - y_bytes(task),
+/* Where the ring begins. */
+int ring_of(int y_rows) { return y_rows <= 8 ? kRing<8> : kRing<16>; }
+
+/* As many slots per warp as a block of this size has room for beside so many rows of y. */
+int slots_of(const mv_task *task, int y_rows, int block_bytes) {
+    const int room = block_bytes - ring_of(y_rows) - norm_weight_bytes(task) - y_bytes(task, y_rows),
               slots = room / (kWarps * kPieceBytes);
     return slots < kMinSlots ? 0 : min(slots, block_bytes == kHalfBytes ? 6 : kMaxSlots);
 }
 
+/* Who takes what: each group of tokens has so many blocks, which share the outputs. */
+struct Groups {
+    int log_groups, tokens, blocks, y_rows;
+    bool late;
+};
+
+/* "fp32" of bfloat16 (float16 could overflow without the row factor): late where the tokens are few, and short enough
+ * not to miss the room of their second part. */
+bool is_late(const mv_task *task, int64_t tokens) {
+    constexpr int kLateTokens = 2, kLateHidden = 3072;
+    return task->rounding == MV_ROUNDING_FP32 && task->dtype == MV_BF16 && tokens <= kLateTokens &&
+           task->hidden <= kLateHidden;
+}
+
+Groups groups_of(const mv_task *task, int log_groups) {
+    const int64_t tokens = (task->tokens + (1 << log_groups) - 1) >> log_groups;
+    const int64_t blocks = min(task->outputs, int64_t{max(task->sm_count >> log_groups, 1)});
+    const bool late = is_late(task, tokens);
+    return {log_groups, static_cast<int>(tokens), static_cast<int>(blocks),
+            static_cast<int>(late ? 2 * tokens : tokens), late};
+}
+
+/* Of a warp. */
+int64_t pieces_of(const mv_task *task, const Groups &groups) {
+    const int step = kWarps * 128 / static_cast<int>(mv_dtype_bytes(task->dtype));
+    const int64_t rows = (task->outputs + groups.blocks - 1) / groups.blocks;
+    return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
+}
+
+/* Each group reads all weights, but no block waits for all tokens: that pays where a block's weights have slots in half
+ * of an SM. No tokens: there are too many. */
+Groups choose_groups(const mv_task *task) {
+    const bool narrow = task->dtype != MV_F32;
+    const int most = narrow ? kMaxTokens : kMaxTokensFloat32;
+    if (task->tokens > most << (narrow ? kMaxLogGroups : 0)) return {};
+    for (int log_groups = narrow ? kMaxLogGroups : 0; log_groups > 0; log_groups--) {
+        const Groups groups = groups_of(task, log_groups);
+        if (groups.tokens <= most && task->tokens >= kGroupTokens << log_groups &&
+            pieces_of(task, groups) <= slots_of(task, groups.y_rows, kHalfBytes))
+            return groups;
+    }
+    return task->tokens <= most ? groups_of(task, 0) : Groups{};
+}
+
 /* Two blocks share an SM, where there is room for both, up to so many weights of each. */
-int block_bytes_of(const mv_task *task) {
-    constexpr int64_t kFewBytes = 150 << 10; /* 95 KB run faster in halves, 190 KB in a whole */
+int block_bytes_of(const mv_task *task, const Groups &groups) {
+    const int64_t few_bytes = task->tokens <= 2 ? 80 << 10 : 150 << 10; /* 95 KB are between */
     const int64_t weight_bytes = task->outputs * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
-    return weight_bytes <= kFewBytes * task->sm_count && slots_of(task, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
+    const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
+    return few && slots_of(task, groups.y_rows, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
 }
 
 /* The more tokens, the later they come, and the fewer weights may be asked for before them. */
-int early_slots(const mv_task *task, int slots) {
+int early_slots(const mv_task *task, int y_rows, int slots) {
     constexpr int kEarlyBytes = 144 << 10;
-    const int early = (kEarlyBytes - y_bytes(task) * 5 / 4) / (kWarps * kPieceBytes);
+    const int early = (kEarlyBytes - y_bytes(task, y_rows) * 5 / 4) / (kWarps * kPieceBytes);
     return min(max(early, 1), slots - 1);
 }
 
-template <typename T, int kTokens, int kRowTiles>
-mv_status launch_rows(const mv_task *task, Split split, int blocks, mv_error *error) {
+template <typename T, int kTokens, int kRowTiles, bool kLate>
+mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, mv_error *error) {
     split.resident = (task->hidden + kStep<T> - 1) / kStep<T> * kRowTiles <= split.slots;
-    split.early = split.resident ? split.slots : early_slots(task, split.slots);
-    const Grid grid = {static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(block_bytes_of(task))};
-    return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles>>(task, grid, error, *task, split);
+    split.early = split.resident ? split.slots : early_slots(task, groups.y_rows, split.slots);
+    const Grid grid = {static_cast<unsigned>(groups.blocks) << groups.log_groups, kThreads,
+                       static_cast<size_t>(block_bytes_of(task, groups))};
+    return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kLate>>(task, grid, error, *task, split);
 }
 
 /* More rows than the blocks can take at once are several launches. */
-template <typename T, int kTokens> mv_status launch_decode(const mv_task *task, mv_error *error) {
-    const int outputs = static_cast<int>(task->outputs), tokens = static_cast<int>(task->tokens);
-    const int blocks = outputs < task->sm_count ? outputs : task->sm_count;
+template <typename T, int kTokens, bool kLate = false>
+mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *error) {
+    const int outputs = static_cast<int>(task->outputs), tokens = groups.tokens, blocks = groups.blocks;
     const int64_t most = static_cast<int64_t>(blocks) * kMaxRowTiles * kPieceRows, parts = (outputs + most - 1) / most;
     Split split = {};
+    split.log_groups = groups.log_groups;
+    split.group_tokens = tokens;
     split.log_threads = tokens == 1 ? 8 : tokens == 2 ? 7 : tokens <= 4 ? 6 : tokens <= 8 ? 5 : 4;
-    split.direct = tokens <= 2 && task->hidden <= kBatch * (Packet<T>::size << split.log_threads);
-    split.slots = slots_of(task, block_bytes_of(task));
-    split.norm_weight = kRing + split.slots * kWarps * kPieceBytes;
+    const int step = Packet<T>::size << split.log_threads;
+    split.held = (static_cast<int>(task->hidden) + step - 1) / step;
+    split.slots = slots_of(task, groups.y_rows, block_bytes_of(task, groups));
+    split.norm_weight = kRing<kTokens> + split.slots * kWarps * kPieceBytes;
     split.y = split.norm_weight + norm_weight_bytes(task);
     split.mean_scale = mean_scale<T>(*task);
     split.in_pairs =
@@ -415,18 +588,30 @@ template <typename T, int kTokens> mv_status launch_decode(const mv_task *task, 
         split.rows_per_block = count / blocks;
         split.more = count % blocks;
         switch ((split.rows_per_block + (split.more > 0) + kPieceRows - 1) / kPieceRows) {
-        case 1: status = launch_rows<T, kTokens, 1>(task, split, blocks, error); break;
-        case 2: status = launch_rows<T, kTokens, 2>(task, split, blocks, error); break;
-        case 3: status = launch_rows<T, kTokens, 3>(task, split, blocks, error); break;
-        case 4: status = launch_rows<T, kTokens, 4>(task, split, blocks, error); break;
-        default: status = launch_rows<T, kTokens, kMaxRowTiles>(task, split, blocks, error); break;
+        case 1: status = launch_rows<T, kTokens, 1, kLate>(task, split, groups, error); break;
+        case 2: status = launch_rows<T, kTokens, 2, kLate>(task, split, groups, error); break;
+        case 3: status = launch_rows<T, kTokens, 3, kLate>(task, split, groups, error); break;
+        case 4: status = launch_rows<T, kTokens, 4, kLate>(task, split, groups, error); break;
+        default: status = launch_rows<T, kTokens, kMaxRowTiles, kLate>(task, split, groups, error); break;
         }
     }
     return status;
 }
 
 template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
-    return task->tokens <= 8 ? launch_decode<T, 8>(task, error) : launch_decode<T, 16>(task, error);
+    const Groups groups = choose_groups(task);
+    if constexpr (sizeof(T) == 4) {
+        switch (groups.tokens) {
+        case 1: return launch_decode<T, 1>(task, groups, error);
+        case 2: return launch_decode<T, 2>(task, groups, error);
+        default: return launch_decode<T, 4>(task, groups, error);
+        }
+    } else {
+        if constexpr (Dtype<T>::value == MV_BF16)
+            if (groups.late) return launch_decode<T, 8, true>(task, groups, error);
+        return groups.tokens <= 8 ? launch_decode<T, 8>(task, groups, error)
+                                  : launch_decode<T, 16>(task, groups, error);
+    }
 }
 
 } // namespace
@@ -436,12 +621,15 @@ extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
     const int per_packet = narrow ? 8 : 4;
     if (task->compute_capability != 90) return "it is for sm_90";
     if (task->weight_dtype != task->dtype) return "it takes weights of x's dtype";
-    if (task->tokens > (narrow ? kMaxTokens : kMaxTokensFloat32))
-        return narrow ? "it takes up to 16 tokens" : "it takes up to 4 tokens of float32";
     if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->hidden % (8 * per_packet) != 0) return "the rows of the weight are no multiple of 128 bytes";
     if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
-    if (task->hidden > 1 << 16 || slots_of(task, kWholeBytes) == 0) return "the tokens do not fit in shared memory";
+    if (task->hidden > 1 << 16) return "the tokens do not fit in shared memory";
+    const Groups groups = choose_groups(task);
+    if (groups.tokens == 0)
+        return narrow ? "it takes up to 16 tokens, or 64 where the weights are small"
+                      : "it takes up to 4 tokens of float32";
+    if (slots_of(task, groups.y_rows, kWholeBytes) == 0) return "the tokens do not fit in shared memory";
     if (task->tokens > task->inner) return "the rows of x have two strides";
     if (!(narrow ? norm_rows_aligned<__half>(task) : norm_rows_aligned<float>(task)) ||
         !is_aligned16(task->norm_weight))
@@ -452,12 +640,20 @@ extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
     return nullptr;
 }
 
+/* Microseconds of an H100 (SPEED.md): a launch, the weights at the speed of memory, and what the tokens of a block take
+ * of its shared memory, which is missed where weights should be on their way. */
+extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
+    const Groups groups = choose_groups(task);
+    const double weight_bytes = static_cast<double>(task->outputs) * static_cast<double>(task->hidden) *
+                                static_cast<double>(mv_dtype_bytes(task->dtype));
+    const bool half = block_bytes_of(task, groups) == kHalfBytes;
+    const double missed =
+        half ? (y_bytes(task, groups.tokens) - 25e3) / 9e3 : (y_bytes(task, groups.tokens) - 35e3) / 18e3;
+    return 0.6 + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
+}
+
 extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm90a(const mv_task *task, mv_error *error) {
-    switch (task->tokens) {
-    case 1: return launch_decode<float, 1>(task, error);
-    case 2: return launch_decode<float, 2>(task, error);
-    default: return launch_decode<float, 4>(task, error);
-    }
+    return decode<float>(task, error);
 }
 extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm90a(const mv_task *task, mv_error *error) {
     return decode<__half>(task, error);

@@ -38,13 +38,13 @@ static inline int64_t first_rows(const mv_task *task, const TileChoice &choice) 
 /* The tile that takes the fewest microseconds on an H100 (SPEED.md): tiles run in waves, one on each SM, and a tile
  * takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of
  * tiles would read the weights twice; and not for batch_invariant, because they add in another order. Very few tokens
- * ask so little of L2 that more, narrower tiles pay where hidden is long. Where L2 does not hold what is multiplied, a
- * cluster saves more by reading less than its CTAs lose by waiting for each other. Rows are normalised meanwhile where
- * there are waves enough for that. */
+ * ask so little of L2 that more, narrower tiles pay where hidden is long, and so they do where it is short and most SMs
+ * had no tile. Where L2 does not hold what is multiplied, a cluster saves more by reading less than its CTAs lose by
+ * waiting for each other. Rows are normalised meanwhile where there are waves enough for that. */
 static inline TileChoice choose_tile(const mv_task *task) {
     constexpr double kMeanwhile = 12.5; /* us that a tile must take, for the next rows to be there in time */
-    constexpr int64_t kMeanwhileWaves = 5;
-    constexpr double kManySteps = 48;
+    constexpr int64_t kMeanwhileWaves = 5, kClusterWaves = 4;
+    constexpr double kFewSteps = 16, kManySteps = 48;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->block[0].col_stride != 1, few = task->tokens <= 64 && !in_out && !task->batch_invariant;
     const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
@@ -52,15 +52,17 @@ static inline TileChoice choose_tile(const mv_task *task) {
     const bool overflows = 3 * bytes > 4.0 * task->l2_bytes;
     TileChoice best = {};
     double lowest = 1e300;
-    const int least = in_out ? 128 : few && task->tokens <= kVeryFew && steps >= kManySteps ? 32 : 64;
+    const bool idle = steps <= kFewSteps && 3 * block_columns(task, 64) <= task->sm_count;
+    const int least = in_out ? 128 : few && (idle || (task->tokens <= kVeryFew && steps >= kManySteps)) ? 32 : 64;
     for (int outputs = few ? 96 : 256; outputs >= least; outputs -= apart) {
         const int tokens = few ? 64 : 128;
         const int64_t waves = ceil_div(ceil_div(task->tokens, tokens) * block_columns(task, outputs), task->sm_count);
-        const double step_us = (few ? 0.05 : 0.135) + 0.0024 * outputs, tile_us = steps * step_us + 0.006 * outputs;
+        const double step_us = few ? 0.05 + 0.0024 * outputs : 0.05 + 0.003 * outputs;
+        const double tile_us = steps * step_us + 0.006 * outputs;
         const double cost = static_cast<double>(waves) * tile_us;
         if (cost >= 0.99 * lowest) continue; /* wide ones ask less of L2 */
         lowest = cost;
-        const unsigned cluster = overflows && waves >= 2 ? kCluster : 1;
+        const unsigned cluster = overflows && waves >= kClusterWaves ? kCluster : 1;
         const bool meanwhile = outputs >= kSpareOutputs && tile_us >= kMeanwhile && waves >= kMeanwhileWaves;
         best = {tokens, outputs, cluster, meanwhile};
     }

@@ -41,11 +41,6 @@ static double tile_flops(const mv_task *t, double tokens) {
 static double cost_decode_gpu(const mv_task *t) {
     return 1.5 * (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
 }
-/* What the tokens take of a block's shared memory is missed where weights should be on their way. */
-static double cost_decode_hopper(const mv_task *t) {
-    const double token_bytes = (double)t->tokens * (double)t->hidden * (double)mv_dtype_bytes(t->dtype);
-    return 0.6 + weight_bytes(t) / 2.97e6 + larger(token_bytes - 35e3, 0) / 18e3;
-}
 static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8); }
 /* The weights are on their way while the norm runs; small ones are there before it is done, and wait for it. */
 static double cost_norm_wgmma(const mv_task *t) {
@@ -69,7 +64,7 @@ static double cost_norm_ffma(const mv_task *t) {
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
                          mv_no_workspace))                                                                             \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_fits,                   \
-                         cost_decode_hopper, mv_no_workspace))                                                         \
+                         mv_decode_sm90a_cost, mv_no_workspace))                                                       \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
