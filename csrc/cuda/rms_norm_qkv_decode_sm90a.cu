@@ -1,13 +1,13 @@
 /* rms_norm_qkv_decode_sm90a.cu: RMSNorm and the projection for few tokens on Hopper, at the speed of memory.
  *
- * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the columns: each
- * copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that have arrived by
- * the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA cores. Nothing
- * that the weights need depends on the kernel before, so a block asks for them as soon as it is resident, and lets the
- * next kernel of the stream start at once. Where its share is small, a block takes a little less than half of an SM's
- * shared memory: that of the next call fills its slots while this one still computes, and memory is never idle. (A
- * third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of it: then it
- * matters more how many weights can be on their way while the tokens are normalised.
+ * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the
+ * columns: each copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that
+ * have arrived by the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA
+ * cores. Nothing that the weights need depends on the kernel before, so a block asks for them as soon as it is
+ * resident, and lets the next kernel of the stream start at once. Where its share is small, a block takes a little less
+ * than half of an SM's shared memory: that of the next call fills its slots while this one still computes, and memory
+ * is never idle. (A third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of
+ * it: then it matters more how many weights can be on their way while the tokens are normalised.
  *
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
@@ -51,7 +51,7 @@ constexpr int kMinSlots = 3, kMaxSlots = 12;
 
 using Squares = float (*)[kWarps];
 
-/* How a launch is cut: blocks that follow each other have the same rows of the weight, each with its group of tokens. */
+/* How a launch is cut: blocks that follow each other have the same rows, each with a group of the tokens. */
 struct Split {
     int first_output, rows_per_block, more; /* the first `more` shares have one row more */
     int log_groups, group_tokens;           /* of the tokens */
@@ -72,7 +72,7 @@ template <typename T> __device__ __forceinline__ T *token_row(mv_rows rows, int 
 
 /* ---- the tokens ----------------------------------------------------------------------------------------------- */
 
-/* Where this thread begins in the `tokens` of its block, of which `first` is the first. kLate: y has two rows of each. */
+/* Where this thread begins in its block's `tokens`, of which `first` is the first. kLate: y has two rows of each. */
 template <typename T, bool kLate> struct Share {
     int first, tokens, token, column;
     const T *x, *residual;
