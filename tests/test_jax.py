@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 from checks import QKV, WEIGHTS, expect_qkv, weight_data
-from processes import PACKAGE, ROOT, succeeds
+from processes import PACKAGE, ROOT, SANITIZED, succeeds
 
 import minivllm
 from minivllm.testing import numeric, reference
@@ -20,6 +20,7 @@ import minivllm.jax as ops  # noqa: E402
 
 jnp = jax.numpy
 DTYPES = ("f32", "f16", "bf16")
+compiles_long = pytest.mark.skipif(SANITIZED, reason="XLA compiles it for half a minute, through no other code of ours")
 
 
 @pytest.fixture
@@ -138,6 +139,7 @@ def test_repeated_calls_with_changed_data(arrays, device="cuda"):
 # ---- vmap -------------------------------------------------------------------------------------------------------------
 
 
+@compiles_long
 def test_vmap(device, arrays):
     """A batch of rows is one call, a batch of weights one for each; and that also twice, and under jit."""
     x, residual = arrays(normal((4, 2, 3, 48), "f32", "x"), "f32"), arrays(normal((4, 3, 48), "f32", "r"), "f32")
@@ -185,6 +187,7 @@ def norm_gradients(s, gain, eps, c):
     return r * (c * gain - n * (c * gain * n).mean(-1, keepdims=True)), (c * n).sum(0), terms
 
 
+@compiles_long
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("in_out", [False, True])
 def test_gradients(device, arrays, dtype, in_out):
@@ -241,6 +244,7 @@ def test_gradients(device, arrays, dtype, in_out):
     numeric.assert_within(to_float64(d_weight), exact_weight, bound, "weight of rms_norm")
 
 
+@compiles_long
 def test_gradients_of_batches(device, arrays):
     x, weight = arrays(normal((4, 3, 48), "f32", "x"), "f32"), arrays(normal((48,), "f32", "w"), "f32")
     gradient = jax.grad(lambda x, w: jnp.sin(ops.rms_norm(x, w)).sum(), (0, 1))
@@ -428,6 +432,7 @@ def test_ranks_of_shard_map():
     )
 
 
+@compiles_long
 def test_the_example():
     printed = succeeds(None, arguments=("-m", "examples.jax_example"), paths=(PACKAGE, ROOT))
     assert "q (4, 16, 128), k (4, 8, 128), v (4, 8, 128)" in printed and "gradient (4, 1024)" in printed
