@@ -39,7 +39,8 @@ def test_every_tile(dtype, shape, rounding):
     check(shape, dtype, rounding=rounding)
 
 
-# Groups of tokens: two of 2 and 3, four of 3 (of which the last is empty), of 5, of 8 (kept in registers or copied), of 16
+# Two groups of tokens, of 3 and 2; four of 3 (the last is empty), of 5, of 8 (in registers), of 16 (copied); and tokens
+# that leave no room for groups. More than 16 are refused where there are none.
 GROUPS = ((5, 896, 1152), (9, 896, 1152), (17, 576, 960), (32, 896, 1152), (61, 448, 1152), (31, 384, 1536), (13, 1536, 2048))  # fmt: skip
 
 
