@@ -44,7 +44,9 @@ def test_loop_of_the_wgmma_product(tmp_path):
     kernels = machine_code("rms_norm_qkv_wgmma_sm90a", tmp_path)
     assert kernels and all("wgmma_kernel" in name for name in kernels)
     for name, code in kernels.items():
-        hot = [loop for loop in loops(code) if sum("HGMMA" in text for text in loop) == 4]
-        assert hot, f"{name}: there is no loop of four products"
-        detours = [text for text in min(hot, key=len) if re.search(r"\b(R2UR|S2UR|S2R|LDL|STL)\b", text)]
-        assert len(detours) <= 1, f"{name}: {detours}"
+        hot = [loop for loop in loops(code) if sum("HGMMA" in text for text in loop) in (4, 8)]
+        assert hot, f"{name}: there is no loop of four products, or of eight for 128 tokens"
+        loop = min(hot, key=len)
+        detours = [text for text in loop if re.search(r"\b(R2UR|S2UR|S2R|LDL|STL)\b", text)]
+        allowed = 1 if sum("HGMMA" in text for text in loop) == 4 else 2  # eight take 768 cycles, and all registers
+        assert len(detours) <= allowed, f"{name}: {detours}"

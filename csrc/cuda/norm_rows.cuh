@@ -30,9 +30,9 @@ __device__ __forceinline__ void await_rows(const RowCounters &counters, int row,
     }
 }
 
-/* A warp's registers hold 16 packets a lane: 4 rows of up to 1,024 values, 2 of up to 2,048, or up to 4,096 of one row;
- * longer rows come in several rounds, and twice. */
-constexpr int kHeldPackets = 16, kRoundValues = kHeldPackets * 32 * 8;
+/* A warp has 4 packets of a row a lane at a time, which is all of 1,024 values; a longer row comes in several rounds,
+ * and twice. More registers the products of this kernel do not leave. */
+constexpr int kRoundPackets = 4, kApart = 32 * 8, kRoundValues = kRoundPackets * kApart;
 
 /* Host: rows one stride apart, of whole aligned packets. */
 static inline bool norm_rows_fit(const mv_task *task) {
@@ -58,110 +58,89 @@ template <typename T> __device__ __forceinline__ NormWeights<T> wide_norm_weight
     return weights;
 }
 
-/* A quarter of a warp's packets: `count` of this lane's 4, kApart values apart, from k of a row. */
-constexpr int kQuarters = 4, kApart = 32 * 8;
-struct Quarter {
+/* A lane's part of a round: `count` packets, kApart values apart, from k of a row. */
+struct Part {
     int64_t row;
     int k, count;
+
+    __device__ __forceinline__ Part(const mv_task &task, int row, int round)
+        : row(row), k(round * kRoundValues + threadIdx.x % 32 * 8),
+          count(min(kRoundPackets, (static_cast<int>(task.hidden) - k + kApart - 1) / kApart)) {}
     template <typename T> __device__ __forceinline__ T *of(mv_rows rows) const {
         return static_cast<T *>(rows.data) + row * rows.inner_stride + k;
     }
 };
 
-/* Quarter i of a group of rows that begins with `row`, in a round of kRoundValues. */
-__device__ __forceinline__ Quarter find_quarter(const mv_task &task, int row, int log_per_row, int round, int i) {
-    const int per_row = 1 << log_per_row, lane = threadIdx.x % 32;
-    const int own_row = row + (4 * i >> log_per_row);
-    const int k = round * kRoundValues + (4 * i & (per_row - 1)) * kApart + lane * 8;
-    const int left = own_row < task.tokens ? static_cast<int>(task.hidden) - k : 0;
-    return {own_row, k, min(4, max(0, (left + kApart - 1) / kApart))};
-}
-
-/* s of a quarter: zeros past the end. The residual joins; `store` writes the sum. */
-template <typename T>
-__device__ __forceinline__ void load_quarter(Packet<T> *s, const mv_task &task, const Quarter &quarter, bool store) {
-    const T *x = quarter.of<const T>(task.x);
+/* Its s: zeros past the end. The residual joins; `store` writes the sum. */
+template <typename T> __device__ __forceinline__ void load_part(Packet<T> (&s)[kRoundPackets], const mv_task &task,
+                                                                const Part &part, bool store) {
+    const T *x = part.of<const T>(task.x);
 #pragma unroll
-    for (int j = 0; j < 4; j++) s[j] = j < quarter.count ? load_whole(x + j * kApart) : Packet<T>{};
+    for (int j = 0; j < kRoundPackets; j++) s[j] = j < part.count ? load_whole(x + j * kApart) : Packet<T>{};
     if (!task.residual.data) return;
-    const T *residual = quarter.of<const T>(task.residual);
+    const T *residual = part.of<const T>(task.residual);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (j >= quarter.count) continue;
+    for (int j = 0; j < kRoundPackets; j++) {
+        if (j >= part.count) continue;
         s[j] = add_residual(s[j], load_whole(residual + j * kApart));
-        if (store && task.residual_out.data) store_whole(quarter.of<T>(task.residual_out) + j * kApart, s[j]);
+        if (store && task.residual_out.data) store_whole(part.of<T>(task.residual_out) + j * kApart, s[j]);
     }
 }
 
-/* The rows of a group, into rows of y without gaps. */
-template <typename T>
-__device__ __forceinline__ void normalise_group(const mv_task &task, int row, int log_per_row, int rounds, T *y) {
+/* A row, into rows of y without gaps. */
+template <typename T> __device__ __forceinline__ void normalise_row(const mv_task &task, int row, int rounds, T *y) {
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const bool narrow = task.norm_weight_dtype == Dtype<T>::value, plain = hf && task.weight_offset == 0;
-    Packet<T> s[kHeldPackets];
-    float squares[kQuarters] = {};
+    Packet<T> s[kRoundPackets];
+    float squares = 0;
     for (int round = 0; round < rounds; round++) {
+        load_part(s, task, Part(task, row, round), true);
 #pragma unroll
-        for (int i = 0; i < kQuarters; i++)
-            load_quarter(s + 4 * i, task, find_quarter(task, row, log_per_row, round, i), true);
+        for (int j = 0; j < kRoundPackets; j++)
 #pragma unroll
-        for (int q = 0; q < kHeldPackets; q++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) squares[q / 4] = fmaf(s[q].get(i), s[q].get(i), squares[q / 4]);
+            for (int i = 0; i < 8; i++) squares = fmaf(s[j].get(i), s[j].get(i), squares);
     }
-    if (log_per_row >= 3) {
-        squares[0] = squares[1] = squares[0] + squares[1];
-        squares[2] = squares[3] = squares[2] + squares[3];
-    }
-    if (log_per_row == 4) squares[0] = squares[1] = squares[2] = squares[3] = squares[0] + squares[2];
-    float r[kQuarters];
-#pragma unroll
-    for (int i = 0; i < kQuarters; i++) r[i] = row_factor<T>(warp_sum(squares[i]), task);
+    const float r = row_factor<T>(warp_sum(squares), task);
     for (int round = 0; round < rounds; round++) {
+        const Part part(task, row, round);
+        if (rounds > 1) load_part(s, task, part, false);
+        T *to = y + part.row * task.hidden + part.k;
+        const T *weights = static_cast<const T *>(task.norm_weight) + part.k;
+        if (narrow) {
+            Packet<T> w[kRoundPackets]; /* all on their way before the first is used */
 #pragma unroll
-        for (int i = 0; i < kQuarters; i++) {
-            const Quarter quarter = find_quarter(task, row, log_per_row, round, i);
-            if (rounds > 1) load_quarter(s + 4 * i, task, quarter, false);
-            T *to = y + quarter.row * task.hidden + quarter.k;
-            const T *weights = static_cast<const T *>(task.norm_weight) + quarter.k;
-            if (narrow) {
-                Packet<T> w[4]; /* all on their way before the first is used */
+            for (int j = 0; j < kRoundPackets; j++)
+                if (j < part.count) w[j] = load_whole(weights + j * kApart);
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    if (j < quarter.count) w[j] = load_whole(weights + j * kApart);
+            for (int j = 0; j < kRoundPackets; j++)
+                if (j < part.count)
+                    store_whole(to + j * kApart, plain ? apply_norm_hf(s[j], r, w[j])
+                                                       : apply_norm(s[j], r, widen_norm_weights<T>(task, w[j]), hf));
+        } else {
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    if (j < quarter.count)
-                        store_whole(to + j * kApart,
-                                    plain ? apply_norm_hf(s[4 * i + j], r[i], w[j])
-                                          : apply_norm(s[4 * i + j], r[i], widen_norm_weights<T>(task, w[j]), hf));
-            } else {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    if (j >= quarter.count) continue;
-                    const NormWeights<T> w = wide_norm_weights<T>(task, quarter.k + j * kApart);
-                    store_whole(to + j * kApart, apply_norm(s[4 * i + j], r[i], w, hf));
-                }
-            }
+            for (int j = 0; j < kRoundPackets; j++)
+                if (j < part.count)
+                    store_whole(to + j * kApart,
+                                apply_norm(s[j], r, wide_norm_weights<T>(task, part.k + j * kApart), hf));
         }
     }
 }
 
-/* By whole warps, as many as there are: all rows from counters.first_row on. */
+/* By whole warps, as many as there are: all rows from counters.first_row on, if there are any. */
 template <typename T>
 __device__ __forceinline__ void normalise_rows(const mv_task &task, const RowCounters &counters, T *y) {
-    const int hidden = static_cast<int>(task.hidden), tokens = static_cast<int>(task.tokens), lane = threadIdx.x % 32;
-    const int log_per_row = hidden <= 1024 ? 2 : hidden <= 2048 ? 3 : 4, rows = kHeldPackets >> log_per_row;
-    const int rounds = (hidden + kRoundValues - 1) / kRoundValues;
-    const auto take = [&] { return lane == 0 ? static_cast<int>(atomicAdd(counters.taken, rows)) : 0; };
+    if (counters.first_row >= task.tokens) return;
+    griddepcontrol_wait();
+    const int rounds = (static_cast<int>(task.hidden) + kRoundValues - 1) / kRoundValues, lane = threadIdx.x % 32;
+    const auto take = [&] { return lane == 0 ? static_cast<int>(atomicAdd(counters.taken, 1)) : 0; };
     const auto all = [](int of_first) { return __shfl_sync(0xffffffffu, of_first, 0); };
     int taken = take();
     for (;;) {
         const int row = counters.first_row + all(taken);
-        if (row >= tokens) return;
+        if (row >= task.tokens) return;
         taken = take(); /* comes while this row is worked on */
-        normalise_group(task, row, log_per_row, rounds, y);
+        normalise_row(task, row, rounds, y);
         __syncwarp();
-        if (lane == 0) add_release(counters.done(row), min(rows, tokens - row));
+        if (lane == 0) add_release(counters.done(row), 1);
     }
 }

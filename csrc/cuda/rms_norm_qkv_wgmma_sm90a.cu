@@ -12,10 +12,10 @@
 
 namespace {
 
-/* Registers: what a quarter of the SM has for 3 of the 9 warps, as if they were 12. */
-template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __launch_bounds__(384, 1)
+/* Registers: what a quarter of the SM has for 3 of the 9 or 12 warps. Of 12, which multiply whole tiles, the consumers
+ * get those of the others. */
+template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThreads, 1)
     rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
-    using Tile = ::Tile<kTokens, kOutputs, kInOut>;
     extern __shared__ __align__(1024) char smem[];
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
@@ -36,13 +36,11 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
 
     /* Once more, since uniform registers do not outlive branches that lanes take apart. */
     const Ring<Tile> ring(p, uniform(shared_address(smem)));
-    if (Tile::spare_warps && !consumes && !produces) {
-        if (p.counters.first_row < p.tokens) {
-            griddepcontrol_wait();
-            normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
-        }
-    } else if (produces) {
-        if (elect_lane()) {
+    if (!consumes) {
+        if constexpr (Tile::whole) fewer_registers<Tile::other_registers>();
+        if (!produces) {
+            if constexpr (Tile::spare_warps) normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
+        } else if (elect_lane()) {
             if (p.cluster > 1)
                 Producer<Tile, true>{p, ring, rank}.run(first_place, own, first, items, apart);
             else
@@ -50,33 +48,41 @@ template <typename T, int kTokens, int kOutputs, bool kInOut> __global__ void __
         }
         __syncwarp();
     } else {
+        if constexpr (Tile::whole) more_registers<Tile::own_registers>();
         const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
         if (p.dynamic_weights) griddepcontrol_wait();
-        float sum[Tile::N / 2];
+        float sum[Tile::own_parts][Tile::N / 2];
         Slot slot;
-        for (unsigned item = first; item < items; item += apart) {
+        const unsigned turn = Tile::whole ? half : 0;
+        slot.skip(ring.stages, turn * p.steps);
+        for (unsigned item = first + turn * apart; item < items; item += Tile::tile_turns * apart) {
             Place place = find_place<Tile>(p, item, rank);
-            (Tile::split_tokens ? place.token : place.output) += half * (Tile::split_tokens ? 64 : Tile::own_outputs);
+            if (Tile::shared_tokens) place.token += half * 64;
+            if (Tile::shared_steps) place.output += half * Tile::own_outputs;
             const Segment &segment = p.segment[place.segment];
             const auto bias_of = [&](int n) {
                 return segment.bias && place.output + n < segment.outputs
                            ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
                            : 0.0f;
             };
-            if constexpr (Tile::split_tokens) {
+            if constexpr (!Tile::shared_steps) {
                 for (int n = thread; n < Tile::own_outputs; n += 128) bias[n] = bias_of(n);
-                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster);
-                store_tile<T, Tile>(sum, p, place, out, bias);
+                if (Tile::whole && item != first) await_turn(half);
+                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
+                slot.skip(ring.stages, (Tile::tile_turns - 1) * p.steps);
+#pragma unroll
+                for (int part = 0; part < Tile::own_parts; part++, place.token += 64)
+                    store_tile<T, Tile>(sum[part], p, place, out, bias);
             } else {
                 const float own_bias = thread < Tile::own_outputs ? bias_of(thread) : 0.0f;
                 const PairRows<T> rows(p, place);
-                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster);
+                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, false);
                 warps_barrier(kExchangeBarrier, kConsumers); /* all have stored the tile before */
                 if (thread < Tile::own_outputs) bias[thread] = own_bias;
                 float own[Tile::own_outputs / 2];
-                exchange<Tile>(own, sum, smem, half);
+                exchange<Tile>(own, sum[0], smem, half);
                 store_pairs<T, Tile>(own, rows, segment.outputs - place.output, bias);
             }
         }
@@ -97,16 +103,16 @@ struct Rest {
  * last one begins. */
 template <typename Tile> int few_stages(int high, int steps) {
     const int bytes = high * kRowBytes + Tile::w_bytes, past = Tile::x_bytes > bytes ? Tile::x_bytes - bytes : 0;
-    return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::turns));
+    return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::step_turns));
 }
 
 /* So many bytes of weights are asked for before more than very few tokens, which must not come later: memory answers in
  * order. */
 constexpr int kEarlyBytes = 96 << 10;
 
-template <typename T, int kTokens, int kOutputs, bool kInOut>
+template <typename T, typename Tile>
 mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
-    using Tile = ::Tile<kTokens, kOutputs, kInOut>;
+    constexpr bool kInOut = Tile::in_out;
     Product p = {};
     p.out = task->out;
     p.inner = task->inner;
@@ -120,8 +126,8 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
-    p.stages = Tile::split_tokens ? Tile::stages : few_stages<Tile>(p.high, p.steps);
-    p.early = Tile::split_tokens || task->tokens <= kVeryFew ? p.stages : kEarlyBytes / Tile::w_bytes;
+    p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
+    p.early = !Tile::shared_steps || task->tokens <= kVeryFew ? p.stages : kEarlyBytes / Tile::w_bytes;
     const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
     mv_status status = encode_map(&p.x, x, error);
 
@@ -130,7 +136,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     const bool one_stride = task->inner >= task->tokens || out.outer_stride == task->inner * out.inner_stride;
     const int64_t out_stride = task->inner == 1 ? out.outer_stride : out.inner_stride;
     p.out_boxes =
-        Tile::split_tokens && one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
+        !Tile::shared_steps && one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
     int64_t first = 0;
     for (int i = 0; i < 3 && first < task->outputs; i++) {
         const mv_block &block = task->block[i];
@@ -173,31 +179,37 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.columns = static_cast<unsigned>(block_columns(task, Tile::N));
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
     /* What 128 tokens leave is room for the next call's norm; 64 gain more by what else could be on its way. */
-    const int smem_bytes = Tile::split_tokens ? Tile::ring_at + Tile::stages * Tile::stage_bytes : kSmemBytes;
+    const int smem_bytes = Tile::shared_steps ? kSmemBytes : Tile::ring_at + Tile::stages * Tile::stage_bytes;
     Grid grid = {static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster),
-                 kConsumers + (choice.meanwhile ? 128u : 32u), static_cast<size_t>(smem_bytes)};
+                 Tile::whole || choice.meanwhile ? kMostThreads : kConsumers + 32u, static_cast<size_t>(smem_bytes)};
     grid.cluster = p.cluster;
-    return launch<rms_norm_qkv_wgmma_kernel<T, kTokens, kOutputs, kInOut>>(task, grid, error, p);
+    return launch<rms_norm_qkv_wgmma_kernel<T, Tile>>(task, grid, error, p);
 }
 
-template <typename T, int kTokens, bool kInOut, int... kOutputs>
+template <typename T, Sharing kSharing, bool kInOut, int... kOutputs>
 mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     mv_status status = MV_OK;
     const auto launch = [&](int outputs,
                             mv_status (*tile)(const mv_task *, const TileChoice &, const Rest &, mv_error *)) {
         if (outputs == choice.outputs) status = tile(task, choice, rest, error);
     };
-    (launch(kOutputs, launch_tile<T, kTokens, kOutputs, kInOut>), ...);
+    (launch(kOutputs, launch_tile<T, Tile<kSharing, kOutputs, kInOut>>), ...);
     return status;
 }
 
 /* Every tile that choose_tile may choose. */
 template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
-    if (task->block[0].col_stride != 1) return launch_one_of<T, 128, true, 128, 256>(task, choice, rest, error);
-    if (choice.tokens == 64) return launch_one_of<T, 64, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
-    return launch_one_of<T, 128, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(task, choice,
-                                                                                                      rest, error);
+    constexpr Sharing kTokens = Sharing::kTokens;
+    if (task->block[0].col_stride != 1) return launch_one_of<T, kTokens, true, 128, 256>(task, choice, rest, error);
+    switch (choice.sharing) {
+    case Sharing::kTiles: return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, false>>(task, choice, rest, error);
+    case Sharing::kSteps:
+        return launch_one_of<T, Sharing::kSteps, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
+    default:
+        return launch_one_of<T, kTokens, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
+            task, choice, rest, error);
+    }
 }
 
 size_t y_bytes(const mv_task *task) {

@@ -43,6 +43,11 @@ __device__ __forceinline__ void warps_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+/* Lets those through that wait at it, and goes on. */
+__device__ __forceinline__ void warps_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 /* ---- clusters -------------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -108,6 +108,14 @@ MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115")
 MV_WGMMA_ALL(240, 120, "%120", "%121", "%122", "%123")
 MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131")
 
+/* By all warps of a warpgroup: from here on each thread has so many registers. */
+template <int kCount> __device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount> __device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 /* The reverse of ldmatrix_x4 (mma.cuh): lane l gives the address of row l % 8 of matrix l / 8. */
 __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),

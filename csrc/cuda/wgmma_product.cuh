@@ -1,9 +1,9 @@
 /* wgmma_product.cuh: tiles of a projection on Hopper's tensor cores, as the warps of a CTA see them.
  *
  * A CTA owns a tile of 128 (or 64) tokens x N outputs and walks over hidden in steps of 64. One thread brings the steps
- * to a ring in shared memory by tensor copies; two warpgroups multiply half of the tile each. The ring runs on over the
- * CTA's tiles, so the copies of a tile begin while the one before it is still being stored, and one warpgroup stores
- * while the other multiplies.
+ * to a ring in shared memory by tensor copies; two warpgroups multiply half of the tile each, or every second tile, and
+ * then one stores while the other multiplies. The ring runs on over the CTA's tiles, so the copies of a tile begin
+ * while the one before it is still being stored.
  *
  * Two CTAs of a cluster have different tokens and the same outputs: each brings half of the weights and sends it to
  * both.
@@ -23,22 +23,26 @@
 namespace {
 
 constexpr int kRowBytes = 2 * kStep;
-constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups;
+constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kMostThreads = kConsumers + 128;
 constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
 constexpr int kMaxStages = 48;
 /* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
-constexpr int kExchangeBarrier = 3;
+constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
- * biases, barriers, then the ring. Of 128 tokens each warpgroup has a half. Of 64 both multiply all, every second step
- * each, because waiting for a step takes longer than multiplying it; then each stores half of the outputs, and instead
- * of boxes there are the sums that the other one gives it. */
-template <int kTokens, int kOutputs, bool kInOut> struct Tile {
-    static constexpr int M = kTokens, N = kOutputs;
-    static constexpr bool split_tokens = M == 128, in_out = kInOut;
-    static constexpr bool spare_warps = N >= kSpareOutputs;
-    static constexpr int own_outputs = split_tokens ? N : N / 2; /* that a warpgroup stores */
-    static constexpr int turns = split_tokens ? 1 : kWarpgroups;
+ * biases, barriers, then the ring. Of 64 tokens both warpgroups multiply all, every second step each, because waiting
+ * for a step takes longer than multiplying it; then each stores half of the outputs, and instead of boxes there are the
+ * sums that the other one gives it. */
+template <Sharing kSharing, int kOutputs, bool kInOut> struct Tile {
+    static constexpr bool shared_tokens = kSharing == Sharing::kTokens, shared_steps = kSharing == Sharing::kSteps,
+                          whole = kSharing == Sharing::kTiles, in_out = kInOut,
+                          spare_warps = has_spare_warps(kSharing, kOutputs);
+    static constexpr int M = tile_tokens(kSharing), N = kOutputs;
+    static constexpr int own_parts = whole ? M / 64 : 1;         /* 64 tokens each, that a warpgroup multiplies */
+    static constexpr int own_outputs = shared_steps ? N / 2 : N; /* that it stores */
+    static constexpr int step_turns = shared_steps ? kWarpgroups : 1, tile_turns = whole ? kWarpgroups : 1;
+    static constexpr int releasing_warps = shared_tokens ? 4 * kWarpgroups : 4;              /* of a slot */
+    static constexpr int own_registers = 224, other_registers = 3 * 168 - 2 * own_registers; /* where tiles are whole */
     static constexpr int x_bytes = M * kRowBytes;
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
@@ -47,7 +51,7 @@ template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
     static constexpr int boxes = own_outputs / box_columns;
     static constexpr int boxes_at_once = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
-    static constexpr int own_out_bytes = split_tokens ? boxes_at_once * box_bytes : 64 * own_outputs * 4;
+    static constexpr int own_out_bytes = shared_steps ? 64 * own_outputs * 4 : boxes_at_once * box_bytes;
     static constexpr int out_bytes = kWarpgroups * own_out_bytes;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
     static constexpr int barriers_at = out_bytes + bias_bytes;
@@ -55,7 +59,7 @@ template <int kTokens, int kOutputs, bool kInOut> struct Tile {
     static constexpr int ring_bytes = kSmemBytes - ring_at; /* at most */
     static constexpr int stages = ring_bytes / stage_bytes;
     static_assert(stages >= 3);
-    static_assert(split_tokens || (M == 64 && !in_out));
+    static_assert(!in_out || shared_tokens);
 };
 
 /* Consecutive outputs that one matrix of weights makes. */
@@ -110,7 +114,7 @@ template <typename Tile> struct Ring {
     __device__ __forceinline__ Ring(const Product &p, uint32_t shared)
         : at(shared + Tile::ring_at), full(shared + Tile::barriers_at), x_bytes(Tile::x_bytes),
           stage_bytes(Tile::stage_bytes), stages(Tile::stages) {
-        if constexpr (!Tile::split_tokens) {
+        if constexpr (Tile::shared_steps) {
             x_bytes = p.high * kRowBytes;
             stage_bytes = x_bytes + Tile::w_bytes;
             stages = p.stages;
@@ -123,7 +127,7 @@ template <typename Tile> struct Ring {
 #pragma unroll 1
         for (int stage = first; stage < end; stage += apart) {
             mbarrier_init(full + 8 * stage, 1);
-            mbarrier_init(empty + 8 * stage, 4 * kWarpgroups / Tile::turns * cluster);
+            mbarrier_init(empty + 8 * stage, Tile::releasing_warps * cluster);
         }
         mbarrier_init_fence();
     }
@@ -142,6 +146,11 @@ struct Slot {
         if (index < stages) return;
         index -= stages;
         parity ^= 1;
+    }
+    /* Over any number of steps. */
+    __device__ __forceinline__ void skip(int stages, int steps) {
+        parity ^= steps / stages & 1;
+        advance(stages, steps % stages);
     }
     __device__ __forceinline__ void retreat(int stages, int by) {
         index -= by;
@@ -250,14 +259,20 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
     }
 }
 
+/* Whole tiles: a warpgroup begins with its tile when the last step of the other one's is there. Then it waits for no
+ * more than a round of the ring, and a round's parity says which one it is. */
+__device__ __forceinline__ void await_turn(int half) { warps_barrier(kTurnBarrier + half, kConsumers); }
+__device__ __forceinline__ void give_turn(int half) { warps_arrive(kTurnBarrier + 1 - half, kConsumers); }
+
 /* A warpgroup's sums of a tile, of all steps or of every second. Nothing hides what lies between two steps:
  * 25 ns more of it were 0.4 us of a short row (SPEED.md). So all of it is in uniform registers, and no more than must
- * be. */
-template <typename T, typename Tile> __device__ __forceinline__ void
-multiply(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, int steps, unsigned ctas) {
+ * be. another: the other warpgroup has a tile after this one. */
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply(float (&sum)[Tile::own_parts][Tile::N / 2], const Ring<Tile> &ring, Slot &slot,
+                                         int steps, unsigned ctas, bool another) {
     constexpr bool kInOut = Tile::in_out;
     const uint32_t half = uniform(threadIdx.x / 128);
-    const uint32_t own_x = Tile::split_tokens ? half * (Tile::x_bytes / 2) : 0;
+    const uint32_t own_x = Tile::shared_tokens ? half * (Tile::x_bytes / 2) : 0;
     const auto multiply_step = [&](bool add) {
         mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
         const uint32_t x_at = ring.at + slot.index * ring.stage_bytes, w_at = x_at + ring.x_bytes;
@@ -265,36 +280,40 @@ multiply(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, int step
         const uint64_t w = kInOut ? operand_descriptor(w_at, Tile::chunk_bytes) : operand_descriptor(w_at);
         wgmma_begin();
 #pragma unroll
-        for (int part = 0; part < kStep / 16; part++)
-            wgmma<T, Tile::N, kInOut>(sum, advance_descriptor(x, part * 32),
-                                      advance_descriptor(w, part * (kInOut ? 16 * kRowBytes : 32)), add || part > 0);
+        for (int k = 0; k < kStep / 16; k++)
+#pragma unroll
+            for (int own = 0; own < Tile::own_parts; own++)
+                wgmma<T, Tile::N, kInOut>(sum[own], advance_descriptor(x, own * 64 * kRowBytes + k * 32),
+                                          advance_descriptor(w, k * (kInOut ? 16 * kRowBytes : 32)), add || k > 0);
         wgmma_commit();
-        slot.advance(ring.stages, Tile::turns);
+        slot.advance(ring.stages, Tile::step_turns);
     };
     int step = 0;
-    if (!Tile::split_tokens) {
+    if (Tile::shared_steps) {
         step = min(static_cast<int>(half), steps);
         slot.advance(ring.stages, step);
 #pragma unroll
-        for (float &of : sum) of = 0; /* a single step leaves the second warpgroup without one */
+        for (float &of : sum[0]) of = 0; /* a single step leaves the second warpgroup without one */
     }
     Slot previous = slot; /* not released yet */
     const bool any = step < steps;
     if (any) {
-        multiply_step(!Tile::split_tokens);
-        step += Tile::turns;
+        multiply_step(Tile::shared_steps);
+        step += Tile::step_turns;
     }
 #pragma unroll 1
-    for (; step < steps; step += Tile::turns) {
+    for (; step < steps; step += Tile::step_turns) {
         multiply_step(true);
         wgmma_wait<1>();
         release(ring.empty, previous.index, ctas);
-        previous.advance(ring.stages, Tile::turns);
+        previous.advance(ring.stages, Tile::step_turns);
     }
+    if (another) give_turn(half);
     wgmma_wait<0>();
     if (any) release(ring.empty, previous.index, ctas);
     slot.retreat(ring.stages, step - steps); /* to the next tile's first step */
-    wgmma_results(sum);
+#pragma unroll
+    for (int own = 0; own < Tile::own_parts; own++) wgmma_results(sum[own]);
 }
 
 /* Each warpgroup gives the other one the sums of the outputs which that one stores. */
