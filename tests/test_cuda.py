@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import UNALIGNED, assert_same_bits, normal
 from checks import QKV, Norm, check_norm, check_qkv
-from conftest import short_dtype
+from conftest import head_dim_for, short_dtype
 from frameworks import TORCH_CUDA
 from processes import succeeds
 
@@ -442,8 +442,8 @@ def test_projections_under_the_sanitizer(kernel, framework):
             ("tuple", "hf", False),
             ("in_out", "hf", False),
         ):
-            case = QKV((tokens,), hidden, 3, 1, 16, short_dtype(kernel.dtype), bias=True, residual=residual, rounding=rounding,
-                       weights=weights, kernel=kernel.name)  # fmt: skip
+            case = QKV((tokens,), hidden, 3, 1, head_dim_for(kernel, 16), short_dtype(kernel.dtype), bias=True,
+                       residual=residual, rounding=rounding, weights=weights, kernel=kernel.name)  # fmt: skip
             try:
                 check_qkv(framework, case)
             except ValueError as error:

@@ -1,8 +1,11 @@
 """The projection of few tokens on Hopper: every number of row tiles and tokens, slots that are used again, several launches."""
 
 import pytest
+from cases import assert_same_bits
 from checks import QKV, check_qkv
 from frameworks import TORCH_CUDA, hopper_dtype
+
+import minivllm
 
 pytestmark = pytest.mark.gpu
 
@@ -69,3 +72,46 @@ def test_everything_at_once(dtype, weights, tokens):
 @pytest.mark.parametrize("shape", [(1, 1024, 1152), (4, 2048, 6144), (16, 2560, 6144)], ids=str)
 def test_residual_and_offset_with_every_way_to_read_tokens(dtype, shape):
     check(shape, dtype, residual=True, norm_dtype="f32", weight_offset=1.0)
+
+
+# hidden, heads of q, of k and v: on 132 SMs clusters of 8, 8, 4 and 2 blocks, and two launches of clusters of 2
+HEADS = ((1024, 1, 1), (896, 7, 1), (1024, 16, 8), (4096, 32, 8), (1024, 64, 8))
+HEAD_CALLS = ((1, {}), (1, {"rounding": "fp32", "residual": True, "weights": "tuple"}), (2, {"rounding": "fp32", "bias": True}),
+              (3, {"bias": True, "weights": "tuple"}), (8, {"residual": True, "norm_dtype": "f32", "weight_offset": 1.0}),
+              (16, {"bias": True, "residual": True, "weights": "tuple"}))  # fmt: skip
+
+
+def heads_case(shape, tokens, dtype, **options):
+    return QKV(((tokens + 3) // 4 if dtype == "f32" else tokens,), *shape, 128, dtype, **options)
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+@pytest.mark.parametrize("call", HEAD_CALLS, ids=str)
+def test_whole_heads(dtype, shape, call):
+    """The head-aligned split adds in the order of the even one, and gives its bits unless that has groups of tokens."""
+    tokens, options = call
+    case = heads_case(shape, tokens, dtype, **options)
+    got, even = (
+        check_qkv(TORCH_CUDA, case._replace(kernel=f"{dtype}_{name}"))
+        for name in ("decode_heads_sm90a", "decode_sm90a")
+    )
+    few_outputs = case.qkv <= 1152  # so that four tokens or more of 16 bits come in groups
+    if dtype == "f32" or tokens < 4 or not few_outputs:
+        assert_same_bits(got, even, "by whole heads")
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_whole_heads_only_when_asked_for(dtype, shape):
+    check_qkv(TORCH_CUDA, heads_case(shape, 1, dtype))
+    assert minivllm.last_kernel().name == f"{dtype}_decode_sm90a"
+
+
+def test_what_has_no_whole_heads_is_refused(dtype):
+    kernel = f"{dtype}_decode_heads_sm90a"
+    case = QKV((1,), 1024, 2, 1, 64, dtype, kernel=kernel)  # 256 outputs, of which k and v have 64 each
+    reason = f"kernel '{kernel}' cannot serve this call: the outputs of q, k or v are no multiple of 128"
+    with pytest.raises(ValueError, match=reason):
+        check_qkv(TORCH_CUDA, case)
+    check_qkv(TORCH_CUDA, case._replace(head_dim=128))
+    with pytest.raises(ValueError, match="cannot serve this call: it takes up to"):
+        check_qkv(TORCH_CUDA, case._replace(head_dim=128, lead=(17,)))

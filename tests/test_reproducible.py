@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import LAYOUTS, Placed, assert_same_bits, normal
-from conftest import short_dtype
+from conftest import head_dim_for, short_dtype
 
 import minivllm
 from minivllm.testing.reference import to_float64
@@ -62,11 +62,11 @@ def test_norm_rows_among_thousands(kernel, framework):
     assert_same_bits(run(100), np.tile(run(1), (100, 1)), "3,700 rows")
 
 
-def projection(framework, dtype, hidden, rows, seed=0):
+def projection(framework, dtype, hidden, rows, seed=0, head_dim=24):
     x = framework.tensor(normal((rows, hidden), dtype, "x", hidden, seed), dtype)
     weights = (
         framework.tensor(normal((hidden,), dtype, "norm", hidden, mean=1.0), dtype),
-        framework.tensor(normal((5 * 24, hidden), dtype, "matrix", hidden, scale=0.02), dtype),
+        framework.tensor(normal((5 * head_dim, hidden), dtype, "matrix", hidden, scale=0.02), dtype),
     )
     return x, weights
 
@@ -80,7 +80,7 @@ def test_the_projection_is_the_same_every_time(kernel, framework):
     dtype = short_dtype(kernel.dtype)
     for hidden in (128, 1024):
         for rows in (1, 4, 50):
-            x, weights = projection(framework, dtype, hidden, rows)
+            x, weights = projection(framework, dtype, hidden, rows, head_dim=head_dim_for(kernel, 24))
 
             def run(x=x, weights=weights):
                 return packed(minivllm.rms_norm_qkv(x, *weights, 3, 1, kernel=kernel.name))

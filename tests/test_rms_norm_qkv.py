@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import CONTIGUOUS, LAYOUTS, PADDED, RAGGED, TRANSPOSED, UNALIGNED, assert_same_bits, normal, random
 from checks import QKV, WEIGHTS, check_qkv, expect_qkv, weight_data
-from conftest import short_dtype
+from conftest import head_dim_for, short_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import SANITIZED
@@ -38,7 +38,7 @@ def check_or_refuse(framework, case):
 
 def takes_anything(kernel):
     """All but those that ask for whole tiles or aligned rows."""
-    return not any(part in kernel.name for part in ("mma", "decode_sm90a", "norm_few"))
+    return not any(part in kernel.name for part in ("mma", "sm90a", "norm_few"))
 
 
 @pytest.mark.rows("rms_norm_qkv")
@@ -64,7 +64,8 @@ def test_every_kernel_with_every_weight_layout(kernel, framework, weights):
     ran = 0
     for hidden, tokens in ((128, 1), (128, 20), (72, 5), (37, 4)):
         for options in ({}, {"weight_dtype": "f32", "bias_dtype": "f32"}, {"norm_dtype": "f32", "rounding": "fp32"}):
-            case = QKV((tokens,), hidden, 3, 2, 8, dtype, bias=True, weights=weights, kernel=kernel.name, **options)
+            case = QKV((tokens,), hidden, 3, 2, head_dim_for(kernel, 8), dtype, bias=True, weights=weights,
+                       kernel=kernel.name, **options)  # fmt: skip
             ran += check_or_refuse(framework, case)
     if takes_anything(kernel) and "decode" not in kernel.name:
         assert ran == 12
@@ -81,7 +82,7 @@ def test_every_kernel_with_every_layout_of_x_and_out(kernel, framework):
                 hidden,
                 2,
                 1,
-                8,
+                head_dim_for(kernel, 8),
                 dtype,
                 residual=True,
                 kernel=kernel.name,
@@ -276,7 +277,7 @@ def test_members_of_a_tuple_may_differ(device, framework, dtype):
 @pytest.mark.rows("rms_norm_qkv")
 def test_one_matrix_with_three_biases_and_the_reverse(kernel, framework):
     dtype = short_dtype(kernel.dtype)
-    case = QKV((4,), 128, 3, 2, 8, dtype, bias=True)
+    case = QKV((4,), 128, 3, 2, head_dim_for(kernel, 8), dtype, bias=True)
     norm_weight, weight, bias = weight_data(case)
     x = normal((4, 128), dtype, "x")
     ends = np.cumsum(case.sizes)[:-1]
@@ -368,8 +369,8 @@ def test_a_weight_of_any_strides(device, framework):
 @pytest.mark.rows("rms_norm_qkv")
 def test_nan_and_infinity_stay_in_their_row(kernel, framework):
     dtype = short_dtype(kernel.dtype)
-    tokens = 4 if kernel.name == "f32_decode_sm90a" else 11  # it takes no more
-    case = QKV((tokens,), 128, 2, 1, 16, dtype)
+    tokens = 4 if kernel.name in ("f32_decode_sm90a", "f32_decode_heads_sm90a") else 11  # they take no more
+    case = QKV((tokens,), 128, 2, 1, head_dim_for(kernel, 16), dtype)
     norm_weight, weight, _ = weight_data(case)
     fixed = (framework.tensor(norm_weight, dtype), framework.tensor(weight, dtype), 2, 1)
     x = normal((tokens, 128), dtype, "nan")

@@ -16,7 +16,12 @@
  * pieces of a warp have a slot it waits for them once, and where the weights are so small that blocks can hold more
  * rows of them, each block has a group of the tokens only.
  *
- * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order. */
+ * How the rows are split is up to the launch. The head-aligned split (decode_heads) gives each head of 128 outputs to a
+ * cluster of 2, 4 or 8 blocks, for what needs a whole head: its norm, RoPE, the write to the cache of K and V. Heads
+ * seldom fill all SMs, so that runs only where it is asked for by name.
+ *
+ * Sums are float32: of each warp's columns in order of k, then over the warps in a fixed order. Where a row lies does
+ * not matter: both splits give the same bits, unless the even one has groups of tokens. */
 #include "cuda.h"
 #include "decode_tokens.cuh"
 #include "launch.cuh"
@@ -237,10 +242,12 @@ int slots_of(const mv_task *task, int y_rows, int block_bytes) {
     return slots < kMinSlots ? 0 : min(slots, block_bytes == kHalfBytes ? 6 : kMaxSlots);
 }
 
-/* Who takes what: each group of tokens has so many blocks, which share the outputs. */
+/* Who takes what: each group of tokens has so many blocks, which share the outputs; or each head has blocks of its own,
+ * with so many rows of it. */
 struct Groups {
     int log_groups, tokens, blocks, y_rows;
     bool late;
+    int head_rows = 0; /* 0: the split is even */
 };
 
 /* "fp32" of bfloat16 (float16 could overflow without the row factor): late where the tokens are few, and short enough
@@ -266,11 +273,13 @@ int64_t pieces_of(const mv_task *task, const Groups &groups) {
     return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
 }
 
+int most_tokens(const mv_task *task) { return task->dtype == MV_F32 ? kMaxTokensFloat32 : kMaxTokens; }
+
 /* Each group reads all weights, but no block waits for all tokens: that pays where a block's weights have slots in half
  * of an SM. No tokens: there are too many. */
 Groups choose_groups(const mv_task *task) {
     const bool narrow = task->dtype != MV_F32;
-    const int most = narrow ? kMaxTokens : kMaxTokensFloat32;
+    const int most = most_tokens(task);
     if (task->tokens > most << (narrow ? kMaxLogGroups : 0)) return {};
     for (int log_groups = narrow ? kMaxLogGroups : 0; log_groups > 0; log_groups--) {
         const Groups groups = groups_of(task, log_groups);
@@ -281,10 +290,42 @@ Groups choose_groups(const mv_task *task) {
     return task->tokens <= most ? groups_of(task, 0) : Groups{};
 }
 
+/* Whole heads: each has a cluster. Two blocks are the fewest that have room for a head; a block has a tile or more. */
+constexpr int kHeadOutputs = 128, kMinCluster = 2, kMaxCluster = kHeadOutputs / kPieceRows;
+static_assert(kHeadOutputs / kMinCluster <= kMaxRowTiles * kPieceRows, "a block has room for its part of a head");
+
+/* As few as give each head two SMs. */
+int64_t launches_of_heads(const mv_task *task) {
+    const int64_t heads = (task->outputs + kHeadOutputs - 1) / kHeadOutputs,
+                  most = max(task->sm_count / kMinCluster, 1);
+    return (heads + most - 1) / most;
+}
+
+/* Blocks of a head, in a launch of so many: the more the better, as long as each has an SM. */
+int cluster_of(const mv_task *task, int64_t heads) {
+    int cluster = kMaxCluster;
+    while (cluster > kMinCluster && heads * cluster > task->sm_count) cluster /= 2;
+    return cluster;
+}
+
+/* Of a block, in the launch that has the most heads. */
+int head_rows_of(const mv_task *task, int64_t launches) {
+    const int64_t outputs = kHeadOutputs * launches;
+    return kHeadOutputs / cluster_of(task, (task->outputs + outputs - 1) / outputs);
+}
+
+Groups choose_heads(const mv_task *task) {
+    if (task->tokens > most_tokens(task)) return {};
+    Groups groups = groups_of(task, 0);
+    groups.head_rows = head_rows_of(task, launches_of_heads(task));
+    return groups;
+}
+
 /* Two blocks share an SM, where there is room for both, up to so many weights of each. */
 int block_bytes_of(const mv_task *task, const Groups &groups) {
     const int64_t few_bytes = task->tokens <= 2 ? 80 << 10 : 150 << 10; /* 95 KB are between */
-    const int64_t weight_bytes = task->outputs * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
+    const int64_t rows = groups.head_rows ? int64_t{groups.head_rows} * task->sm_count : task->outputs;
+    const int64_t weight_bytes = rows * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
     const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
     return few && slots_of(task, groups.y_rows, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
 }
@@ -296,20 +337,40 @@ int early_slots(const mv_task *task, int y_rows, int slots) {
     return min(max(early, 1), slots - 1);
 }
 
+/* What a launch takes, and its blocks. */
+struct Part {
+    int first_output, outputs, blocks;
+    unsigned cluster;
+};
+
+/* More rows than the blocks can take at once are several launches. */
+int64_t parts_of(const mv_task *task, const Groups &groups) {
+    if (groups.head_rows) return launches_of_heads(task);
+    const int64_t most = static_cast<int64_t>(groups.blocks) * kMaxRowTiles * kPieceRows;
+    return (task->outputs + most - 1) / most;
+}
+
+Part part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
+    const int64_t all = groups.head_rows ? task->outputs / kHeadOutputs : task->outputs;
+    const int first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
+    if (!groups.head_rows) return {first, count, groups.blocks, 0};
+    const int cluster = cluster_of(task, count);
+    return {first * kHeadOutputs, count * kHeadOutputs, count * cluster, static_cast<unsigned>(cluster)};
+}
+
 template <typename T, int kTokens, int kRowTiles, bool kLate>
-mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, mv_error *error) {
+mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, const Part &part, mv_error *error) {
     split.resident = (task->hidden + kStep<T> - 1) / kStep<T> * kRowTiles <= split.slots;
     split.early = split.resident ? split.slots : early_slots(task, groups.y_rows, split.slots);
-    const Grid grid = {static_cast<unsigned>(groups.blocks) << groups.log_groups, kThreads,
-                       static_cast<size_t>(block_bytes_of(task, groups))};
+    const Grid grid = {static_cast<unsigned>(part.blocks) << groups.log_groups, kThreads,
+                       static_cast<size_t>(block_bytes_of(task, groups)), part.cluster};
     return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kLate>>(task, grid, error, *task, split);
 }
 
-/* More rows than the blocks can take at once are several launches. */
 template <typename T, int kTokens, bool kLate = false>
 mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *error) {
-    const int outputs = static_cast<int>(task->outputs), tokens = groups.tokens, blocks = groups.blocks;
-    const int64_t most = static_cast<int64_t>(blocks) * kMaxRowTiles * kPieceRows, parts = (outputs + most - 1) / most;
+    const int tokens = groups.tokens;
+    const int64_t parts = parts_of(task, groups);
     Split split = {};
     split.log_groups = groups.log_groups;
     split.group_tokens = tokens;
@@ -323,24 +384,23 @@ mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *err
     split.in_pairs =
         task->rounding == MV_ROUNDING_HF && task->norm_weight_dtype == task->dtype && task->weight_offset == 0;
     mv_status status = MV_OK;
-    for (int64_t part = 0; part < parts && status == MV_OK; part++) {
-        split.first_output = static_cast<int>(outputs * part / parts);
-        const int count = static_cast<int>(outputs * (part + 1) / parts) - split.first_output;
-        split.rows_per_block = count / blocks;
-        split.more = count % blocks;
+    for (int64_t i = 0; i < parts && status == MV_OK; i++) {
+        const Part part = part_of(task, groups, i, parts);
+        split.first_output = part.first_output;
+        split.rows_per_block = part.outputs / part.blocks;
+        split.more = part.outputs % part.blocks;
         switch ((split.rows_per_block + (split.more > 0) + kPieceRows - 1) / kPieceRows) {
-        case 1: status = launch_rows<T, kTokens, 1, kLate>(task, split, groups, error); break;
-        case 2: status = launch_rows<T, kTokens, 2, kLate>(task, split, groups, error); break;
-        case 3: status = launch_rows<T, kTokens, 3, kLate>(task, split, groups, error); break;
-        case 4: status = launch_rows<T, kTokens, 4, kLate>(task, split, groups, error); break;
-        default: status = launch_rows<T, kTokens, kMaxRowTiles, kLate>(task, split, groups, error); break;
+        case 1: status = launch_rows<T, kTokens, 1, kLate>(task, split, groups, part, error); break;
+        case 2: status = launch_rows<T, kTokens, 2, kLate>(task, split, groups, part, error); break;
+        case 3: status = launch_rows<T, kTokens, 3, kLate>(task, split, groups, part, error); break;
+        case 4: status = launch_rows<T, kTokens, 4, kLate>(task, split, groups, part, error); break;
+        default: status = launch_rows<T, kTokens, kMaxRowTiles, kLate>(task, split, groups, part, error); break;
         }
     }
     return status;
 }
 
-template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
-    const Groups groups = choose_groups(task);
+template <typename T> mv_status decode(const mv_task *task, const Groups &groups, mv_error *error) {
     if constexpr (sizeof(T) == 4) {
         switch (groups.tokens) {
         case 1: return launch_decode<T, 1>(task, groups, error);
@@ -355,9 +415,8 @@ template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
     }
 }
 
-} // namespace
-
-extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
+/* What both splits ask for. `choose` is called once the task is known to be small enough for it. */
+const char *fits(const mv_task *task, Groups (*choose)(const mv_task *), const char *too_many) {
     const bool narrow = task->dtype != MV_F32;
     const int per_packet = narrow ? 8 : 4;
     if (task->compute_capability != 90) return "it is for sm_90";
@@ -366,10 +425,8 @@ extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
     if (task->hidden % (8 * per_packet) != 0) return "the rows of the weight are no multiple of 128 bytes";
     if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16) return "the tokens do not fit in shared memory";
-    const Groups groups = choose_groups(task);
-    if (groups.tokens == 0)
-        return narrow ? "it takes up to 16 tokens, or 64 where the weights are small"
-                      : "it takes up to 4 tokens of float32";
+    const Groups groups = choose(task);
+    if (groups.tokens == 0) return narrow ? too_many : "it takes up to 4 tokens of float32";
     if (slots_of(task, groups.y_rows, kWholeBytes) == 0) return "the tokens do not fit in shared memory";
     if (task->tokens > task->inner) return "the rows of x have two strides";
     if (!(narrow ? norm_rows_aligned<__half>(task) : norm_rows_aligned<float>(task)) ||
@@ -381,24 +438,56 @@ extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
     return nullptr;
 }
 
-/* Microseconds of an H100 (SPEED.md): a launch, the weights at the speed of memory, and what the tokens of a block take
+/* Microseconds of an H100 (SPEED.md): launches, the weights at the speed of memory, and what the tokens of a block take
  * of its shared memory, which is missed where weights should be on their way. */
+double cost(const mv_task *task, int64_t launches, int64_t rows, int tokens, bool half) {
+    const double weight_bytes = static_cast<double>(rows) * static_cast<double>(task->hidden) *
+                                static_cast<double>(mv_dtype_bytes(task->dtype));
+    const double missed = half ? (y_bytes(task, tokens) - 25e3) / 9e3 : (y_bytes(task, tokens) - 35e3) / 18e3;
+    return 0.6 * static_cast<double>(launches) + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
+}
+
+} // namespace
+
+extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
+    return fits(task, choose_groups, "it takes up to 16 tokens, or 64 where the weights are small");
+}
+
+extern "C" const char *mv_decode_heads_sm90a_fits(const mv_task *task) {
+    if (const char *reason = fits(task, choose_heads, "it takes up to 16 tokens")) return reason;
+    for (const mv_block &block : task->block)
+        if (block.outputs % kHeadOutputs != 0)
+            return "the outputs of q, k or v are no multiple of 128, the size of a head";
+    return nullptr;
+}
+
 extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
     const Groups groups = choose_groups(task);
-    const double weight_bytes = static_cast<double>(task->outputs) * static_cast<double>(task->hidden) *
-                                static_cast<double>(mv_dtype_bytes(task->dtype));
-    const bool half = block_bytes_of(task, groups) == kHalfBytes;
-    const double missed =
-        half ? (y_bytes(task, groups.tokens) - 25e3) / 9e3 : (y_bytes(task, groups.tokens) - 35e3) / 18e3;
-    return 0.6 + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
+    return cost(task, 1, task->outputs, groups.tokens, block_bytes_of(task, groups) == kHalfBytes);
+}
+
+/* Not measured: as if every SM read as much as the one that reads most. Always more than the price of the even split,
+ * whatever memory and groups that takes, so this one is never chosen. */
+extern "C" double mv_decode_heads_sm90a_cost(const mv_task *task) {
+    const int64_t launches = launches_of_heads(task), rows = launches * head_rows_of(task, launches) * task->sm_count;
+    return 0.1 + cost(task, launches, rows, static_cast<int>(min(task->tokens, int64_t{most_tokens(task)})), true);
 }
 
 extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<float>(task, error);
+    return decode<float>(task, choose_groups(task), error);
 }
 extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__half>(task, error);
+    return decode<__half>(task, choose_groups(task), error);
 }
 extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__nv_bfloat16>(task, error);
+    return decode<__nv_bfloat16>(task, choose_groups(task), error);
+}
+extern "C" mv_status mv_rms_norm_qkv_f32_decode_heads_sm90a(const mv_task *task, mv_error *error) {
+    return decode<float>(task, choose_heads(task), error);
+}
+extern "C" mv_status mv_rms_norm_qkv_f16_decode_heads_sm90a(const mv_task *task, mv_error *error) {
+    return decode<__half>(task, choose_heads(task), error);
+}
+extern "C" mv_status mv_rms_norm_qkv_bf16_decode_heads_sm90a(const mv_task *task, mv_error *error) {
+    return decode<__nv_bfloat16>(task, choose_heads(task), error);
 }

@@ -41,6 +41,10 @@ constexpr Case kProjections[] = {
     {130, 320, 200, kHf, true, false, false, false, true, 0, 0},
     {129, 2056, 40, kFp32, false, false, true, false, false, 0, 0},
     {250, 96, 250, kHf, false, true, false, false, false, 0, 4},
+    /* whole heads of 128 outputs: a launch for each of them, and clusters of 8 and of 4 blocks */
+    {2, 320, 384, kFp32, true, true, false, false, false, 0, 8},
+    {3, 128, 512, kHf, true, true, true, false, true, 0, 8},
+    {1, 64, 2304, kHf, false, true, false, false, false, 0, 0},
 };
 /* Where the kernel for Hopper's tensor cores normalises rows meanwhile, and where it runs in clusters: too slow for the
  * others. */
