@@ -12,6 +12,7 @@ import minivllm
 from benchmarks import peers
 from benchmarks.cases import ELEMENT_BYTES, ours, rows, time_case
 from benchmarks.report import Report
+from benchmarks.results import OURS
 from minivllm.testing.shapes import MODELS, QKVShape, model
 from minivllm.testing.timing import copies_needed
 
@@ -20,6 +21,7 @@ CUDA_TOKENS = (1, 2, 4, 8, 16, 64, 96, 128, 200, 256, 384, 512, 1000, 1024, 2048
 CPU_TOKENS = (1, 128)
 QUICK_TOKENS = (1, 16, 128, 1024, 4096)
 FEW_TOKENS = 64  # up to here reading the weights is what takes the time, and the read floor is shown
+HEADS = "decode_heads_sm90a"  # the kernel for few tokens by whole heads, which dispatch never takes by itself
 OPTIONS = {"": {}, " fp32": {"rounding": "fp32"}, " invariant": {"batch_invariant": True}}
 
 METHOD = {
@@ -125,9 +127,27 @@ class Chain:
         return lambda i: peers.numpy_rms_norm_qkv(fixed, *layers[i % len(layers)])
 
 
+def by_heads(chain: Chain, dtype: str) -> dict:
+    """The variant that splits the outputs by whole heads, where the GPU has that kernel and it takes the call."""
+    name = f"{dtype}_{HEADS}"
+    if name not in rows("rms_norm_qkv", dtype, "cuda", ["all"]):
+        return {}
+
+    def call(i: int) -> None:
+        chain.fused(i, kernel=name)
+
+    try:
+        call(0)
+    except ValueError:  # too many tokens, or outputs that are no multiple of 128
+        return {}
+    return {f"{OURS} heads": call}
+
+
 def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment: dict) -> dict:
     tokens, cuda = chain.tokens, args.device == "cuda"
     found = ours(chain.fused, rows("rms_norm_qkv", dtype, args.device, args.kernel), OPTIONS)
+    if cuda:
+        found |= by_heads(chain, dtype)
     found["torch"] = chain.torch_pair(peers.rms_norm_qkv)
     found["gemm alone"] = chain.gemm
     if args.compile:
