@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import KINDS, normal
 from conftest import device_of, short_dtype
-from frameworks import TORCH_CPU, TORCH_CUDA, native
+from frameworks import TORCH_CPU, TORCH_CUDA, hopper_dtype, native
 
 import minivllm
 from minivllm.testing import reference, shapes
@@ -61,20 +61,20 @@ def data(framework, kind, dtype, hidden, draw, rows=ROWS):
 class Gate:
     """Collects the errors of some draws and judges them."""
 
-    def __init__(self):
-        self.ours, self.theirs = [], []
+    def __init__(self, peer="torch's pair"):
+        self.peer, self.ours, self.theirs = peer, [], []
 
     def add(self, truth, ours, theirs, what):
         self.ours.append(rms_error(wide(ours), truth))
         self.theirs.append(rms_error(wide(theirs), truth))
         assert self.ours[-1] <= SINGLE * self.theirs[-1], (
-            f"{what}: RMS error {self.ours[-1]:.3e} against torch's {self.theirs[-1]:.3e}"
+            f"{what}: RMS error {self.ours[-1]:.3e}, {self.peer} {self.theirs[-1]:.3e}"
         )
 
     def judge(self, what, most=POOLED):
         ours, theirs = (np.sqrt(np.mean(np.square(side))) for side in (self.ours, self.theirs))
         assert ours > 0, "an error of zero measures nothing"
-        assert ours <= most * theirs, f"{what}: RMS error {ours:.4e}, torch's pair {theirs:.4e}: {ours / theirs:.3f} x"
+        assert ours <= most * theirs, f"{what}: RMS error {ours:.4e}, {self.peer} {theirs:.4e}: {ours / theirs:.3f} x"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,6 +162,53 @@ def test_projection_gate(device, framework, dtype, kind):
                 gate.add(truth, torch.cat(parts), pair, f"draw {draw} of {kind} at {shape.name}")
             most = SPLIT_SUMS if (device, dtype, kind) == ("cuda", "f32", "outlier_weight") else POOLED
             gate.judge(f"rms_norm_qkv {dtype} {rounding} {kind} at {shape.name} in parts of {split} tokens", most)
+
+
+def judge_last_rounding(framework, kind, hidden, project):
+    """Holds project(x, weight, matrix), of bfloat16, against the exact result rounded once: no y may have been rounded."""
+    gate = Gate("the exact result rounded once")
+    matrix = framework.tensor(normal((512, hidden), "bf16", "gate matrix", hidden, scale=0.02), "bf16")
+    for draw in range(DRAWS):
+        x, weight = data(framework, kind, "bf16", hidden, draw)
+        truth, _, _ = reference.rms_norm_qkv(wide(x), wide(weight), wide(matrix), EPS)
+        gate.add(truth, project(x, weight, matrix), truth.to(x.dtype), f"draw {draw} of {kind} at {hidden}")
+    gate.judge(f"{kind} at {hidden}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["decode_sm90a", "decode_heads_sm90a"])
+def test_two_parts_hold_the_product_with_the_norm_weight(name, kind, tokens):
+    """ "fp32" of few tokens on Hopper: the row factor joins the sums, and what they add is x times the norm weight, in a high and a
+    low part. The projection gate would not miss the low one, since torch's pair rounds y twice."""
+    hopper_dtype("bf16", name)
+
+    def project(x, weight, matrix):
+        parts = [
+            minivllm.rms_norm_qkv(rows, weight, matrix, 2, 1, EPS, rounding="fp32", kernel=f"bf16_{name}")
+            for rows in x.split(tokens)
+        ]
+        return TORCH_CUDA.torch.cat([TORCH_CUDA.torch.cat([part.flatten(1) for part in each], 1) for each in parts])
+
+    for hidden in (896, 1024, 2560):
+        judge_last_rounding(TORCH_CUDA, kind, hidden, project)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_notices_a_lost_low_part(torch, kind):
+    """The same without a GPU: with both parts one rounding is left, with the high one alone the error is 1.37 times that or more."""
+
+    def project(x, weight, matrix, low=1):
+        r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+        product = x.float() * weight.float()
+        high = product.bfloat16().float()
+        return (((high + low * (product - high).bfloat16().float()) @ matrix.float().T) * r).bfloat16()
+
+    for hidden in (896, 1024, 2560):
+        judge_last_rounding(TORCH_CPU, kind, hidden, project)
+        with pytest.raises(AssertionError, match="the exact result rounded once"):
+            judge_last_rounding(TORCH_CPU, kind, hidden, lambda *given: project(*given, low=0))
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
