@@ -1,0 +1,162 @@
+/* decode_split.cuh: who takes what in the decode kernel of Hopper (rms_norm_qkv_decode_sm90a.cu): a call is cut into
+ * launches, groups of tokens and blocks, and the shared memory of a block into its parts. */
+#pragma once
+
+#include "decode_tokens.cuh"
+
+namespace {
+
+constexpr int kMaxRowTiles = 5; /* of a block */
+constexpr int kMaxTokens = 16, kMaxTokensFloat32 = 4;
+constexpr int kMaxLogGroups = 2, kGroupTokens = 2; /* at most so many groups of tokens, of at least so many each */
+constexpr int kHalfBytes = 113 << 10; /* two blocks, and 1 KB of each for the system, fill the 228 KB of an SM */
+constexpr int kWholeBytes = 227 << 10;
+
+/* ---- shared memory ---------------------------------------------------------------------------------------------- */
+
+template <int kTokens> struct alignas(16) Fixed {
+    const void *row[kMaxRowTiles * kPieceRows];
+    float bias[kMaxRowTiles * kPieceRows];
+    float squares[kTokens][kWarps]; /* parts of the tokens' sums of squares; zeros where a token has fewer */
+};
+/* Then the ring, the norm weights, y. */
+template <int kTokens> constexpr int kRing = (sizeof(Fixed<kTokens>) + 127) / 128 * 128;
+constexpr int kMinSlots = 3, kMaxSlots = 12;
+
+int norm_weight_bytes(const mv_task *task) {
+    return static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm_weight_dtype));
+}
+
+int y_bytes(const mv_task *task, int rows) {
+    return rows * static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->dtype));
+}
+
+/* Where the ring begins. */
+int ring_of(int y_rows) { return y_rows <= 8 ? kRing<8> : kRing<16>; }
+
+/* As many slots per warp as a block of this size has room for beside so many rows of y. */
+int slots_of(const mv_task *task, int y_rows, int block_bytes) {
+    const int room = block_bytes - ring_of(y_rows) - norm_weight_bytes(task) - y_bytes(task, y_rows),
+              slots = room / (kWarps * kPieceBytes);
+    return slots < kMinSlots ? 0 : min(slots, block_bytes == kHalfBytes ? 6 : kMaxSlots);
+}
+
+/* ---- tokens and outputs ------------------------------------------------------------------------------------------ */
+
+/* Who takes what: each group of tokens has so many blocks, which share the outputs; or each head has blocks of its own,
+ * with so many rows of it. */
+struct Groups {
+    int log_groups, tokens, blocks, y_rows;
+    bool late;
+    int head_rows = 0; /* 0: the split is even */
+};
+
+/* "fp32" of bfloat16 (float16 could overflow without the row factor): late where the tokens are few, and short enough
+ * not to miss the room of their second part. */
+bool is_late(const mv_task *task, int64_t tokens) {
+    constexpr int kLateTokens = 2, kLateHidden = 3072;
+    return task->rounding == MV_ROUNDING_FP32 && task->dtype == MV_BF16 && tokens <= kLateTokens &&
+           task->hidden <= kLateHidden;
+}
+
+Groups groups_of(const mv_task *task, int log_groups) {
+    const int64_t tokens = (task->tokens + (1 << log_groups) - 1) >> log_groups;
+    const int64_t blocks = min(task->outputs, int64_t{max(task->sm_count >> log_groups, 1)});
+    const bool late = is_late(task, tokens);
+    return {log_groups, static_cast<int>(tokens), static_cast<int>(blocks),
+            static_cast<int>(late ? 2 * tokens : tokens), late};
+}
+
+/* Of a warp. */
+int64_t pieces_of(const mv_task *task, const Groups &groups) {
+    const int step = kWarps * 128 / static_cast<int>(mv_dtype_bytes(task->dtype));
+    const int64_t rows = (task->outputs + groups.blocks - 1) / groups.blocks;
+    return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
+}
+
+int most_tokens(const mv_task *task) { return task->dtype == MV_F32 ? kMaxTokensFloat32 : kMaxTokens; }
+
+/* Each group reads all weights, but no block waits for all tokens: that pays where a block's weights have slots in half
+ * of an SM. No tokens: there are too many. */
+Groups choose_groups(const mv_task *task) {
+    const bool narrow = task->dtype != MV_F32;
+    const int most = most_tokens(task);
+    if (task->tokens > most << (narrow ? kMaxLogGroups : 0)) return {};
+    for (int log_groups = narrow ? kMaxLogGroups : 0; log_groups > 0; log_groups--) {
+        const Groups groups = groups_of(task, log_groups);
+        if (groups.tokens <= most && task->tokens >= kGroupTokens << log_groups &&
+            pieces_of(task, groups) <= slots_of(task, groups.y_rows, kHalfBytes))
+            return groups;
+    }
+    return task->tokens <= most ? groups_of(task, 0) : Groups{};
+}
+
+/* Whole heads: each has a cluster. Two blocks are the fewest that have room for a head; a block has a tile or more. */
+constexpr int kHeadOutputs = 128, kMinCluster = 2, kMaxCluster = kHeadOutputs / kPieceRows;
+static_assert(kHeadOutputs / kMinCluster <= kMaxRowTiles * kPieceRows, "a block has room for its part of a head");
+
+/* As few as give each head two SMs. */
+int64_t launches_of_heads(const mv_task *task) {
+    const int64_t heads = (task->outputs + kHeadOutputs - 1) / kHeadOutputs,
+                  most = max(task->sm_count / kMinCluster, 1);
+    return (heads + most - 1) / most;
+}
+
+/* Blocks of a head, in a launch of so many: the more the better, as long as each has an SM. */
+int cluster_of(const mv_task *task, int64_t heads) {
+    int cluster = kMaxCluster;
+    while (cluster > kMinCluster && heads * cluster > task->sm_count) cluster /= 2;
+    return cluster;
+}
+
+/* Of a block, in the launch that has the most heads. */
+int head_rows_of(const mv_task *task, int64_t launches) {
+    const int64_t outputs = kHeadOutputs * launches;
+    return kHeadOutputs / cluster_of(task, (task->outputs + outputs - 1) / outputs);
+}
+
+Groups choose_heads(const mv_task *task) {
+    if (task->tokens > most_tokens(task)) return {};
+    Groups groups = groups_of(task, 0);
+    groups.head_rows = head_rows_of(task, launches_of_heads(task));
+    return groups;
+}
+
+/* Two blocks share an SM, where there is room for both, up to so many weights of each. */
+int block_bytes_of(const mv_task *task, const Groups &groups) {
+    const int64_t few_bytes = task->tokens <= 2 ? 80 << 10 : 150 << 10; /* 95 KB are between */
+    const int64_t rows = groups.head_rows ? int64_t{groups.head_rows} * task->sm_count : task->outputs;
+    const int64_t weight_bytes = rows * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
+    const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
+    return few && slots_of(task, groups.y_rows, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
+}
+
+/* The more tokens, the later they come, and the fewer weights may be asked for before them. */
+int early_slots(const mv_task *task, int y_rows, int slots) {
+    constexpr int kEarlyBytes = 144 << 10;
+    const int early = (kEarlyBytes - y_bytes(task, y_rows) * 5 / 4) / (kWarps * kPieceBytes);
+    return min(max(early, 1), slots - 1);
+}
+
+/* What a launch takes, and its blocks. */
+struct Part {
+    int first_output, outputs, blocks;
+    unsigned cluster;
+};
+
+/* More rows than the blocks can take at once are several launches. */
+int64_t parts_of(const mv_task *task, const Groups &groups) {
+    if (groups.head_rows) return launches_of_heads(task);
+    const int64_t most = static_cast<int64_t>(groups.blocks) * kMaxRowTiles * kPieceRows;
+    return (task->outputs + most - 1) / most;
+}
+
+Part part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
+    const int64_t all = groups.head_rows ? task->outputs / kHeadOutputs : task->outputs;
+    const int first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
+    if (!groups.head_rows) return {first, count, groups.blocks, 0};
+    const int cluster = cluster_of(task, count);
+    return {first * kHeadOutputs, count * kHeadOutputs, count * cluster, static_cast<unsigned>(cluster)};
+}
+
+} // namespace
