@@ -36,10 +36,10 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
 
     /* Once more, since uniform registers do not outlive branches that lanes take apart. */
     const Ring<Tile> ring(p, uniform(shared_address(smem)));
-    if (!consumes) {
+    if (Tile::spare_warps ? !consumes : produces) {
         if constexpr (Tile::whole) fewer_registers<Tile::other_registers>();
-        if (!produces) {
-            if constexpr (Tile::spare_warps) normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
+        if (Tile::spare_warps && !produces) {
+            normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
         } else if (elect_lane()) {
             if (p.cluster > 1)
                 Producer<Tile, true>{p, ring, rank}.run(first_place, own, first, items, apart);
@@ -56,7 +56,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         float sum[Tile::own_parts][Tile::N / 2];
         Slot slot;
         const unsigned turn = Tile::whole ? half : 0;
-        slot.skip(ring.stages, turn * p.steps);
+        if (Tile::whole) slot.skip(ring.stages, turn * p.steps);
         for (unsigned item = first + turn * apart; item < items; item += Tile::tile_turns * apart) {
             Place place = find_place<Tile>(p, item, rank);
             if (Tile::shared_tokens) place.token += half * 64;
@@ -71,7 +71,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 for (int n = thread; n < Tile::own_outputs; n += 128) bias[n] = bias_of(n);
                 if (Tile::whole && item != first) await_turn(half);
                 multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
-                slot.skip(ring.stages, (Tile::tile_turns - 1) * p.steps);
+                if (Tile::whole) slot.skip(ring.stages, p.steps);
 #pragma unroll
                 for (int part = 0; part < Tile::own_parts; part++, place.token += 64)
                     store_tile<T, Tile>(sum[part], p, place, out, bias);
