@@ -254,13 +254,25 @@ template <typename T, bool kLate, int kHeld> struct Held {
         });
     }
 
-    __device__ __forceinline__ void normalise(Squares sums, const char *norm_weight) {
+    /* Several packets at a time where there are many. in_pairs is a constant, so that their norm weights can be asked
+     * for together. */
+    __device__ __forceinline__ void normalise(Squares sums, const char *norm_weight, bool in_pairs) {
         if (columns <= 0) return;
+        constexpr int kAtOnce = few ? 1 : kHeld / 2;
         const float r = token_factor<T>(task, split, sums[share.token]);
-        each([&](int b, int k) {
-            if (k < columns)
-                share.packet(k) = normalised<T>(task, split.in_pairs, s[b], r, norm_weight, share.column + k);
-        });
+#pragma unroll
+        for (int first = 0; first < kHeld; first += kAtOnce) {
+            if (first * step >= hidden) break; /* all threads */
+            Packet<T> y[kAtOnce];
+#pragma unroll
+            for (int b = 0; b < kAtOnce; b++) {
+                const int k = (first + b) * step, inside = k < columns ? k : 0;
+                y[b] = normalised<T>(task, in_pairs, s[first + b], r, norm_weight, share.column + inside);
+            }
+#pragma unroll
+            for (int b = 0; b < kAtOnce; b++)
+                if ((first + b) * step < columns) share.packet((first + b) * step) = y[b];
+        }
     }
 };
 

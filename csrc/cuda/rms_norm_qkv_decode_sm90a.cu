@@ -128,8 +128,10 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
         await_weights();
         if (kLate)
             keep_squares<T, kLanes>(fixed->squares, share, hidden, held.squares);
+        else if (split.in_pairs)
+            held.normalise(fixed->squares, norm_weight, true);
         else
-            held.normalise(fixed->squares, norm_weight);
+            held.normalise(fixed->squares, norm_weight, false);
     };
     if constexpr (kLate) {
         hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
