@@ -318,8 +318,9 @@ extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
     return cost(task, 1, task->outputs, groups.tokens, block_bytes_of(task, groups) == kHalfBytes);
 }
 
-/* Not measured: as if every SM read as much as the one that reads most. Always more than the price of the even split,
- * whatever memory and groups that takes, so this one is never chosen. */
+/* An upper bound, as if every SM read as much as the one that reads most (one token takes 1.00 to 1.18 times as long as
+ * with the even split: SPEED.md). Always more than that one's price, whatever memory and groups it takes, so this one
+ * is never chosen. */
 extern "C" double mv_decode_heads_sm90a_cost(const mv_task *task) {
     const int64_t launches = launches_of_heads(task), rows = launches * head_rows_of(task, launches) * task->sm_count;
     return 0.1 + cost(task, launches, rows, static_cast<int>(min(task->tokens, int64_t{most_tokens(task)})), true);
