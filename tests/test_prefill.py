@@ -53,6 +53,13 @@ def test_rows_normalised_meanwhile(dtype, shape):
         check_qkv(TORCH_CUDA, case_of(*shape, dtype, **options))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", [(260, 192, 25344), (4700, 1536, 2304)], ids=str)
+def test_whole_tiles_under_the_sanitizer(dtype, shape):
+    """Tiles that a warpgroup has for itself: three waves, three steps; and with rows normalised meanwhile, in clusters."""
+    check_qkv(TORCH_CUDA, case_of(*shape, dtype, bias=True))
+
+
 @pytest.mark.parametrize("weights", ["tuple", "packed_t", "in_out"])
 def test_every_layout_of_many_tokens(dtype, weights):
     for tokens, outputs in ((21, 3840), (700, 3840), (4300, 5632)):
