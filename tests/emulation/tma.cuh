@@ -58,6 +58,12 @@ inline void warps_barrier(int number, int threads) {
     meeting.arrive_and_wait();
 }
 
+inline void warps_arrive(int number, int threads) {
+    cpu::Meeting &meeting = cpu::own_block().named[number];
+    meeting.expected = static_cast<unsigned>(threads);
+    meeting.arrive();
+}
+
 inline uint32_t cluster_rank() { return cpu::current->rank; }
 inline void cluster_barrier() { cpu::cluster_meets.arrive_and_wait(); }
 inline uint32_t cluster_address(uint32_t address, uint32_t rank) { return address | rank << 24; }

@@ -13,6 +13,8 @@ inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 template <int kPending> void wgmma_wait() {}
 template <int kCount> void wgmma_results(float (&)[kCount]) {}
+template <int kCount> void more_registers() {}
+template <int kCount> void fewer_registers() {}
 
 namespace cpu {
 template <typename T> float swizzled_value(uint32_t address) {
