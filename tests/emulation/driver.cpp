@@ -46,8 +46,8 @@ constexpr Case kProjections[] = {
     {3, 128, 512, kHf, true, true, true, false, true, 0, 8},
     {1, 64, 2304, kHf, false, true, false, false, false, 0, 0},
 };
-/* Where each warpgroup of the kernel for Hopper's tensor cores has tiles of its own, of one step and of several; then in
- * clusters, with rows normalised meanwhile: too slow for the others. */
+/* Where each warpgroup of the kernel for Hopper's tensor cores has tiles of its own, of one step and of several; then
+ * in clusters, with rows normalised meanwhile: too slow for the others. */
 constexpr Case kLargeProjections[] = {
     {390, 64, 192, kHf, true, true, false, false, false, 0, 0},
     {258, 328, 400, kFp32, false, true, false, false, true, 0, 8},

@@ -4,6 +4,8 @@
 #include "mma.cuh"
 #include "tma.cuh"
 
+#include <vector>
+
 inline uint64_t operand_descriptor(uint32_t address, uint32_t chunk_bytes = 16) {
     return static_cast<uint64_t>(chunk_bytes) << 32 | address;
 }
@@ -17,10 +19,30 @@ template <int kCount> void more_registers() {}
 template <int kCount> void fewer_registers() {}
 
 namespace cpu {
-template <typename T> float swizzled_value(uint32_t address) {
-    T value;
-    memcpy(&value, shared() + swizzle(address, 128), 2);
-    return static_cast<float>(value);
+/* Every 16-bit value as a float. */
+template <typename T> const float *widened() {
+    static const std::vector<float> values = [] {
+        std::vector<float> all(1 << 16);
+        for (unsigned bits = 0; bits < all.size(); bits++) {
+            const uint16_t narrow = static_cast<uint16_t>(bits);
+            T value;
+            memcpy(&value, &narrow, 2);
+            all[bits] = static_cast<float>(value);
+        }
+        return all;
+    }();
+    return values.data();
+}
+/* 16 values from an operand, `apart` bytes apart; where that is 2, 8 of them are one piece of the swizzle. */
+template <typename T> void read_operand(float (&to)[16], uint32_t address, uint32_t apart) {
+    const float *const wide = widened<T>();
+    const char *piece = nullptr;
+    for (uint32_t k = 0; k < 16; k++) {
+        if (apart != 2 || k % 8 == 0) piece = shared() + swizzle(address + k * apart, 128);
+        uint16_t bits;
+        memcpy(&bits, apart == 2 ? piece + k % 8 * 2 : piece, 2);
+        to[k] = wide[bits];
+    }
 }
 } // namespace cpu
 
@@ -28,23 +50,18 @@ template <typename T, int N, bool kInOut> void wgmma(float (&sum)[N / 2], uint64
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
     const uint32_t a_at = static_cast<uint32_t>(a), b_at = static_cast<uint32_t>(b),
                    chunk = static_cast<uint32_t>(b >> 32);
-    float rows[2][16];
+    float rows[2][16], w[16];
     for (int r = 0; r < 2; r++)
-        for (int k = 0; k < 16; k++)
-            rows[r][k] =
-                cpu::swizzled_value<T>(a_at + static_cast<uint32_t>((warp * 16 + lane / 4 + r * 8) * 128 + k * 2));
+        cpu::read_operand<T>(rows[r], a_at + static_cast<uint32_t>((warp * 16 + lane / 4 + r * 8) * 128), 2);
     for (int j = 0; j < N / 8; j++)
         for (int odd = 0; odd < 2; odd++) {
             const uint32_t n = static_cast<uint32_t>(j * 8 + lane % 4 * 2 + odd);
-            float dot[2] = {};
-            for (uint32_t k = 0; k < 16; k++) {
-                const float w = cpu::swizzled_value<T>(kInOut ? b_at + n / 64 * chunk + k * 128 + n % 64 * 2
-                                                              : b_at + n * 128 + k * 2);
-                for (int r = 0; r < 2; r++) dot[r] += rows[r][k] * w;
-            }
+            cpu::read_operand<T>(w, kInOut ? b_at + n / 64 * chunk + n % 64 * 2 : b_at + n * 128, kInOut ? 128 : 2);
             for (int r = 0; r < 2; r++) {
+                float dot = 0;
+                for (int k = 0; k < 16; k++) dot += rows[r][k] * w[k];
                 float &to = sum[4 * j + 2 * r + odd];
-                to = add ? to + dot[r] : dot[r];
+                to = add ? to + dot : dot;
             }
         }
 }
