@@ -25,7 +25,6 @@ const char *mv_decode_fits(const mv_task *task);
 const char *mv_decode_sm90a_fits(const mv_task *task);
 double mv_decode_sm90a_cost(const mv_task *task);
 const char *mv_decode_heads_sm90a_fits(const mv_task *task);
-double mv_decode_heads_sm90a_cost(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
 const char *mv_norm_wgmma_fits(const mv_task *task);
 const char *mv_norm_few_fits(const mv_task *task);

@@ -109,16 +109,11 @@ int cluster_of(const mv_task *task, int64_t heads) {
     return cluster;
 }
 
-/* Of a block, in the launch that has the most heads. */
-int head_rows_of(const mv_task *task, int64_t launches) {
-    const int64_t outputs = kHeadOutputs * launches;
-    return kHeadOutputs / cluster_of(task, (task->outputs + outputs - 1) / outputs);
-}
-
 Groups choose_heads(const mv_task *task) {
     if (task->tokens > most_tokens(task)) return {};
+    const int64_t outputs = kHeadOutputs * launches_of_heads(task);
     Groups groups = groups_of(task, 0);
-    groups.head_rows = head_rows_of(task, launches_of_heads(task));
+    groups.head_rows = kHeadOutputs / cluster_of(task, (task->outputs + outputs - 1) / outputs); /* at most */
     return groups;
 }
 

@@ -290,15 +290,6 @@ const char *fits(const mv_task *task, Groups (*choose)(const mv_task *), const c
     return nullptr;
 }
 
-/* Microseconds of an H100 (SPEED.md): launches, the weights at the speed of memory, and what the tokens of a block take
- * of its shared memory, which is missed where weights should be on their way. */
-double cost(const mv_task *task, int64_t launches, int64_t rows, int tokens, bool half) {
-    const double weight_bytes = static_cast<double>(rows) * static_cast<double>(task->hidden) *
-                                static_cast<double>(mv_dtype_bytes(task->dtype));
-    const double missed = half ? (y_bytes(task, tokens) - 25e3) / 9e3 : (y_bytes(task, tokens) - 35e3) / 18e3;
-    return 0.6 * static_cast<double>(launches) + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
-}
-
 } // namespace
 
 extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
@@ -313,17 +304,16 @@ extern "C" const char *mv_decode_heads_sm90a_fits(const mv_task *task) {
     return nullptr;
 }
 
+/* Microseconds of an H100 (SPEED.md): a launch, the weights at the speed of memory, and what the tokens of a block take
+ * of its shared memory, which is missed where weights should be on their way. */
 extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
     const Groups groups = choose_groups(task);
-    return cost(task, 1, task->outputs, groups.tokens, block_bytes_of(task, groups) == kHalfBytes);
-}
-
-/* An upper bound, as if every SM read as much as the one that reads most (one token takes 1.00 to 1.18 times as long as
- * with the even split: SPEED.md). Always more than that one's price, whatever memory and groups it takes, so this one
- * is never chosen. */
-extern "C" double mv_decode_heads_sm90a_cost(const mv_task *task) {
-    const int64_t launches = launches_of_heads(task), rows = launches * head_rows_of(task, launches) * task->sm_count;
-    return 0.1 + cost(task, launches, rows, static_cast<int>(min(task->tokens, int64_t{most_tokens(task)})), true);
+    const double weight_bytes = static_cast<double>(task->outputs) * static_cast<double>(task->hidden) *
+                                static_cast<double>(mv_dtype_bytes(task->dtype));
+    const bool half = block_bytes_of(task, groups) == kHalfBytes;
+    const double missed =
+        half ? (y_bytes(task, groups.tokens) - 25e3) / 9e3 : (y_bytes(task, groups.tokens) - 35e3) / 18e3;
+    return 0.6 + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
 }
 
 extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm90a(const mv_task *task, mv_error *error) {

@@ -25,6 +25,7 @@ typedef struct {
 
 /* What most rows answer. */
 const char *mv_fits_any(const mv_task *task);
+double mv_only_by_name(const mv_task *task); /* the price of what nobody gets unasked */
 size_t mv_no_workspace(const mv_task *task);
 
 /* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) each. These

@@ -66,7 +66,7 @@ static double cost_norm_ffma(const mv_task *t) {
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_fits,                   \
                          mv_decode_sm90a_cost, mv_no_workspace))                                                       \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_heads_sm90a, sm90a, MV_CUDA, false, mv_decode_heads_sm90a_fits,       \
-                         mv_decode_heads_sm90a_cost, mv_no_workspace))                                                 \
+                         mv_only_by_name, mv_no_workspace))                                                            \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
                            mv_norm_plan_workspace))                                                                    \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
