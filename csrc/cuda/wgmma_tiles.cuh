@@ -61,8 +61,8 @@ static inline double norm_us(const mv_task *task, int64_t tokens) {
 
 /* Clusters where L2 does not hold what is multiplied: they save more by reading less than their CTAs lose by waiting
  * for each other. Rows are normalised meanwhile where a tile takes long enough for those of the next ones to be there
- * in time, and where that saves more than the first ones are late; whole tiles need clusters for it, since their groups
- * are less high then. */
+ * in time, and where that saves more than the first ones are late. Whole tiles need clusters for it: groups of few rows
+ * of tiles read the weights from L2 more often. */
 static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, double tile_us) {
     constexpr int64_t kClusterWaves = 4;
     constexpr double kMeanwhile = 9.5, kLate = 7; /* us */

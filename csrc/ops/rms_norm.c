@@ -11,7 +11,7 @@ static double cost_scalar(const mv_task *task) { return 10 * cost_wide(task); }
 /*                      name        isa       backend  invariant  fits         cost         workspace */
 #define RMS_NORM_KERNELS(K)                                                                                            \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, mv_fits_any, cost_wide, mv_no_workspace))             \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_scalar, mv_no_workspace))     \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, mv_fits_any, mv_only_by_name, mv_no_workspace)) \
     MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, mv_fits_any, cost_wide, mv_no_workspace))          \
     MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, mv_fits_any, cost_half, mv_no_workspace))              \
     MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, mv_fits_any, cost_scalar, mv_no_workspace)
