@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.peers import COMPILE_MODES
+
 OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
 RESULTS = Path(__file__).parent / "results"
@@ -30,9 +32,11 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile too (slow: name the shapes; for chains of a norm, the --tokens)",
+        nargs="*",
+        choices=tuple(COMPILE_MODES.values()),
+        metavar="MODE",
+        help=f"torch.compile too, in these modes or in all: {', '.join(COMPILE_MODES.values())} (slow: name the "
+        "shapes; for chains of a norm, the --tokens)",
     )
     commands.add_argument("--layers", type=int, metavar="N", help="of model: only so many layers, and no accuracy")
     commands.add_argument(

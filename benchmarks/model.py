@@ -153,7 +153,7 @@ def time_mode(mode: str, sequences: dict[str, Sequences], ids: dict, length: int
 def works(args: argparse.Namespace):
     """(decode or prefill, batch, mode), the dearest last. Quick: one batch of the dear."""
     batches = args.tokens or BATCHES
-    modes = args.modes or ["eager", "graph"] + ["compile"] * args.compile
+    modes = args.modes or ["eager", "graph"] + ["compile"] * (args.compile is not None)
     for mode in modes:
         if mode == "graph" and args.device == "cpu":
             continue

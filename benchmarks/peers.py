@@ -57,12 +57,21 @@ def hf_add_rms_norm(x, residual, weight):
     return hf_rms_norm(added, weight), added
 
 
-def compiled(function) -> dict:
-    """The function under torch.compile for one shape, by variant name. What was compiled before is dropped."""
+def compiled(function, modes: list[str] | None) -> dict:
+    """The function under torch.compile for one shape, by variant name; modes: some, [] for all, None for no variant.
+
+    What was compiled before is dropped.
+    """
     import torch
 
+    if modes is None:
+        return {}
     torch.compiler.reset()
-    return {name: torch.compile(function, mode=mode, dynamic=False) for name, mode in COMPILE_MODES.items()}
+    return {
+        name: torch.compile(function, mode=mode, dynamic=False)
+        for name, mode in COMPILE_MODES.items()
+        if not modes or mode in modes
+    }
 
 
 def numpy_rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

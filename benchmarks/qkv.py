@@ -150,9 +150,8 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
         found |= by_heads(chain, dtype)
     found["torch"] = chain.torch_pair(peers.rms_norm_qkv)
     found["gemm alone"] = chain.gemm
-    if args.compile:
-        for name, function in peers.compiled(peers.rms_norm_qkv).items():
-            found[name] = chain.torch_pair(function)
+    for name, function in peers.compiled(peers.rms_norm_qkv, args.compile).items():
+        found[name] = chain.torch_pair(function)
     if cuda and tokens == 1 and "triton" in environment["packages"]:
         found["triton per output"] = chain.triton
     if cuda and tokens <= FEW_TOKENS:
