@@ -195,6 +195,24 @@ def test_two_parts_hold_the_product_with_the_norm_weight(name, kind, tokens):
         judge_last_rounding(TORCH_CUDA, kind, hidden, project)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_late_row_factor_gate(kind):
+    """ "fp32" of many tokens on Hopper: x times the norm weight is rounded, and the row factor joins the sums."""
+    hopper_dtype("bf16", "wgmma_sm90a")
+    for shape in shapes.MODELS:
+        matrix = TORCH_CUDA.tensor(normal((512, shape.hidden), "bf16", "gate matrix", shape.hidden, scale=0.02), "bf16")
+        gate = Gate()
+        for draw in range(DRAWS):
+            x, weight = data(TORCH_CUDA, kind, "bf16", shape.hidden, draw, rows=256)
+            truth, _, _ = reference.rms_norm_qkv(wide(x), wide(weight), wide(matrix), EPS)
+            pair = TORCH_CUDA.torch.nn.functional.linear(hf_norm(TORCH_CUDA.torch, x, weight), matrix)
+            parts = minivllm.rms_norm_qkv(x, weight, matrix, 2, 1, EPS, rounding="fp32", kernel="bf16_wgmma_sm90a")
+            ours = TORCH_CUDA.torch.cat([part.flatten(1) for part in parts], 1)
+            gate.add(truth, ours, pair, f"draw {draw} of {kind} at {shape.name}")
+        gate.judge(f"{kind} at {shape.name}")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gate_notices_a_lost_low_part(torch, kind):
     """The same without a GPU: with both parts one rounding is left, with the high one alone the error is 1.37 times that or more."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, SANITIZED
+from test_prefill import LATE, MEANWHILE, SHAPES
 
 EMULATION = ROOT / "tests" / "emulation"
 
@@ -29,8 +30,8 @@ def compiled(command):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What the driver prints."""
+def tree(tmp_path_factory):
+    """(a copy of csrc whose instructions are those of the emulation, the command that compiles C++ there)."""
     headers = cuda_headers()
     if headers is None or not shutil.which("g++"):
         pytest.skip("needs g++ and the headers of CUDA")
@@ -49,12 +50,21 @@ def report(tmp_path_factory):
             path.read_text(),
         )
         path.write_text(text.replace("__shared__ ", "static "))
-    common = ["-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
     cpp = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-I", headers, "-I", EMULATION, "-include", "cuda_on_cpu.h"]
-    jobs = [[*cpp, *common, "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
-    jobs += [[*cpp, *common, EMULATION / "driver.cpp", "-o", cuda / "driver.o"]]
+    return build, [*cpp, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
+
+
+@pytest.fixture(scope="module")
+def report(tree):
+    """What the driver prints."""
+    build, cpp = tree
+    cuda = build / "csrc" / "cuda"
+    sources = [path for path in cuda.glob("*.cu") if path.name != "device.cu"]
+    jobs = [[*cpp, "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
+    jobs += [[*cpp, "-c", EMULATION / "driver.cpp", "-o", cuda / "driver.o"]]
+    c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
     for name in ("rms_norm", "rms_norm_qkv", "dispatch", "checks"):  # the lists, and what they and the kernels call
-        jobs += [["gcc", "-std=c11", *common, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
+        jobs += [[*c, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, jobs))
     # The lists name the kernels of the CPU too: those are not linked.
@@ -65,6 +75,35 @@ def report(tmp_path_factory):
 
 def test_every_case_of_every_kernel(report):
     assert report.returncode == 0, report.stdout + report.stderr
+
+
+def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
+    """Every tile for Hopper's tensor cores that there is code for, and every way to run one."""
+    build, cpp = tree
+    compiled([*cpp, EMULATION / "tiles.cpp", "-no-pie", "-o", build / "tiles"])
+
+    def choices(shapes, what):
+        text = "".join(f"{tokens} {hidden} {outputs} {what}\n" for tokens, hidden, outputs in shapes)
+        done = subprocess.run([build / "tiles"], input=text, capture_output=True, text=True, check=True)
+        return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+    tokens, steps, tiles, late = range(4)
+    plain, meanwhile = choices(SHAPES, "out_in"), choices(MEANWHILE, "out_in")
+    taken = {choice[:2] for choice in plain}
+    assert taken >= {(tokens, outputs) for outputs in range(64, 257, 16)}
+    assert taken >= {(steps, outputs) for outputs in range(32, 97, 16)} | {(tiles, 192)}
+    for sharing in (tokens, tiles):
+        assert {choice[2] for choice in plain if choice[0] == sharing} == {1, 2}, "with clusters and without"
+    for sharing in (tokens, steps, tiles):
+        assert max(choice[4] for choice in plain if choice[0] == sharing) > 1, "several waves"
+    assert all(choice[3] for choice in meanwhile), "rows are normalised meanwhile"
+    assert {choice[:2] for choice in meanwhile} == {(tiles, 192), *((tokens, outputs) for outputs in (224, 240, 256))}
+    assert {choice[2] for choice in meanwhile} == {1, 2}
+    turned = choices([(tokens, hidden, outputs) for tokens, hidden, outputs in SHAPES if tokens > 64], "in_out")
+    assert {choice[:2] for choice in turned} == {(tokens, 128), (tokens, 256)}
+    when_late = choices(LATE, "late")
+    assert {choice[:2] for choice in when_late} == {(late, outputs) for outputs in range(64, 257, 32)}
+    assert {choice[4] for choice in when_late} >= {1, 2}
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rms_norm_qkv"])

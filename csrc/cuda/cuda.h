@@ -27,6 +27,8 @@ double mv_decode_sm90a_cost(const mv_task *task);
 const char *mv_decode_heads_sm90a_fits(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
 const char *mv_norm_wgmma_fits(const mv_task *task);
+const char *mv_wgmma_fits(const mv_task *task);
+double mv_wgmma_late_us(const mv_task *task); /* more than the plan of two launches takes */
 const char *mv_norm_few_fits(const mv_task *task);
 
 /* Workspace of the plans that write the normalised rows before the product. */

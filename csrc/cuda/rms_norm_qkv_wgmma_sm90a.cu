@@ -1,9 +1,11 @@
 /* rms_norm_qkv_wgmma_sm90a.cu: the projection of many tokens on Hopper's tensor cores, for 16-bit x and weights: the
  * second launch of the plan whose first is the norm kernel. That one normalises the rows that the first wave of tiles
- * needs, and spare warps of this one the others, while the tensor cores work (norm_rows.cuh).
+ * needs, and spare warps of this one the others, while the tensor cores work (norm_rows.cuh). For bfloat16 and "fp32"
+ * also the only launch (late_product.cuh).
  *
  * The weights' first steps are on their way before the wait for the norm. */
 #include "cuda.h"
+#include "late_product.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
 #include "norm_rows.cuh"
@@ -36,10 +38,10 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
 
     /* Once more, since uniform registers do not outlive branches that lanes take apart. */
     const Ring<Tile> ring(p, uniform(shared_address(smem)));
-    if (Tile::spare_warps ? !consumes : produces) {
-        if constexpr (Tile::whole) fewer_registers<Tile::other_registers>();
-        if (Tile::spare_warps && !produces) {
-            normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
+    if (Tile::spare_warps || Tile::trades_registers ? !consumes : produces) {
+        if constexpr (Tile::trades_registers) fewer_registers<Tile::other_registers>();
+        if (!produces) {
+            if constexpr (Tile::spare_warps) normalise_rows(p.norm, p.counters, static_cast<T *>(p.norm.workspace));
         } else if (elect_lane()) {
             if (p.cluster > 1)
                 Producer<Tile, true>{p, ring, rank}.run(first_place, own, first, items, apart);
@@ -48,7 +50,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         }
         __syncwarp();
     } else {
-        if constexpr (Tile::whole) more_registers<Tile::own_registers>();
+        if constexpr (Tile::trades_registers) more_registers<Tile::own_registers>();
         const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
@@ -57,6 +59,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         Slot slot;
         const unsigned turn = Tile::whole ? half : 0;
         if (Tile::whole) slot.skip(ring.stages, turn * p.steps);
+        if (Tile::late && half == 1) give_turn(1); /* the first step is the first warpgroup's */
         for (unsigned item = first + turn * apart; item < items; item += Tile::tile_turns * apart) {
             Place place = find_place<Tile>(p, item, rank);
             if (Tile::shared_tokens) place.token += half * 64;
@@ -70,7 +73,10 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
             if constexpr (!Tile::shared_steps) {
                 for (int n = thread; n < Tile::own_outputs; n += 128) bias[n] = bias_of(n);
                 if (Tile::whole && item != first) await_turn(half);
-                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
+                if constexpr (Tile::late)
+                    multiply_late<T, Tile>(sum[0], ring, slot, p);
+                else
+                    multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
                 if (Tile::whole) slot.skip(ring.stages, p.steps);
 #pragma unroll
                 for (int part = 0; part < Tile::own_parts; part++, place.token += 64)
@@ -86,12 +92,21 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 store_pairs<T, Tile>(own, rows, segment.outputs - place.output, bias);
             }
         }
+        if (Tile::late && half == 0) await_turn(0); /* nobody's: the last step was the other one's */
         if (thread == 0) store_wait_read();
     }
     if (p.cluster > 1) cluster_barrier(); /* nobody leaves while others still report to its barriers */
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
+
+/* From row to row, as a tensor map may have it; 0 if there is no such stride. */
+int64_t row_stride(const mv_task *task, mv_rows rows, int64_t columns) {
+    if (task->tokens == 1) return ceil_div(columns, 8) * 8;
+    const bool one = task->inner >= task->tokens || rows.outer_stride == task->inner * rows.inner_stride;
+    const int64_t stride = task->inner == 1 ? rows.outer_stride : rows.inner_stride;
+    return one && stride >= columns ? stride : 0;
+}
 
 /* The second launch: x is y. rest: the norm of those rows that the first launch leaves to this one. */
 struct Rest {
@@ -128,15 +143,17 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
     p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
     p.early = !Tile::shared_steps || task->tokens <= kVeryFew ? p.stages : kEarlyBytes / Tile::w_bytes;
-    const BoxedMatrix x = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
-    mv_status status = encode_map(&p.x, x, error);
+    const BoxedMatrix y = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
+    const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
+    const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
+    const BoxedMatrix norm_weight = {task->norm_weight, task->dtype, 1, hidden, ceil_div(hidden, 8) * 8, 1, kStep};
+    mv_status status = encode_map(&p.x, Tile::late ? x : y, error);
+    if (Tile::late && status == MV_OK) status = encode_map(&p.norm_weight, norm_weight, error);
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
     const mv_rows out = task->out;
-    const bool one_stride = task->inner >= task->tokens || out.outer_stride == task->inner * out.inner_stride;
-    const int64_t out_stride = task->inner == 1 ? out.outer_stride : out.inner_stride;
-    p.out_boxes =
-        !Tile::shared_steps && one_stride && fits_map(out.data, task->tokens == 1 ? 8 : out_stride, task->tokens);
+    const int64_t out_stride = row_stride(task, out, task->outputs);
+    p.out_boxes = !Tile::shared_steps && fits_map(out.data, out_stride, task->tokens);
     int64_t first = 0;
     for (int i = 0; i < 3 && first < task->outputs; i++) {
         const mv_block &block = task->block[i];
@@ -168,7 +185,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
                                 task->dtype,
                                 task->tokens,
                                 segment.outputs,
-                                task->tokens == 1 ? ceil_div(segment.outputs, 8) * 8 : out_stride,
+                                out_stride,
                                 64,
                                 Tile::box_columns};
         if (status == MV_OK) status = encode_map(&segment.out, to, error);
@@ -180,20 +197,21 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
     /* What 128 tokens leave is room for the next call's norm; 64 gain more by what else could be on its way. */
     const int smem_bytes = Tile::shared_steps ? kSmemBytes : Tile::ring_at + Tile::stages * Tile::stage_bytes;
+    const int threads = Tile::trades_registers || choice.meanwhile ? kMostThreads : kFewestThreads;
     Grid grid = {static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster),
-                 Tile::whole || choice.meanwhile ? kMostThreads : kConsumers + 32u, static_cast<size_t>(smem_bytes)};
+                 static_cast<unsigned>(threads), static_cast<size_t>(smem_bytes)};
     grid.cluster = p.cluster;
     return launch<rms_norm_qkv_wgmma_kernel<T, Tile>>(task, grid, error, p);
 }
 
-template <typename T, Sharing kSharing, bool kInOut, int... kOutputs>
+template <typename T, Sharing kSharing, Form kForm, int... kOutputs>
 mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     mv_status status = MV_OK;
     const auto launch = [&](int outputs,
                             mv_status (*tile)(const mv_task *, const TileChoice &, const Rest &, mv_error *)) {
         if (outputs == choice.outputs) status = tile(task, choice, rest, error);
     };
-    (launch(kOutputs, launch_tile<T, Tile<kSharing, kOutputs, kInOut>>), ...);
+    (launch(kOutputs, launch_tile<T, Tile<kSharing, kOutputs, kForm>>), ...);
     return status;
 }
 
@@ -201,15 +219,24 @@ mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Res
 template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     constexpr Sharing kTokens = Sharing::kTokens;
-    if (task->block[0].col_stride != 1) return launch_one_of<T, kTokens, true, 128, 256>(task, choice, rest, error);
+    constexpr Form kPlain = Form::kPlain;
+    if (task->block[0].col_stride != 1)
+        return launch_one_of<T, kTokens, Form::kInOut, 128, 256>(task, choice, rest, error);
     switch (choice.sharing) {
-    case Sharing::kTiles: return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, false>>(task, choice, rest, error);
+    case Sharing::kTiles:
+        return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, kPlain>>(task, choice, rest, error);
     case Sharing::kSteps:
-        return launch_one_of<T, Sharing::kSteps, false, 32, 48, 64, 80, 96>(task, choice, rest, error);
+        return launch_one_of<T, Sharing::kSteps, kPlain, 32, 48, 64, 80, 96>(task, choice, rest, error);
     default:
-        return launch_one_of<T, kTokens, false, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
+        return launch_one_of<T, kTokens, kPlain, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
             task, choice, rest, error);
     }
+}
+
+/* One launch: x is read as it is. */
+mv_status launch_late(const mv_task *task, mv_error *error) {
+    return launch_one_of<__nv_bfloat16, Sharing::kTokens, Form::kLate, 64, 96, 128, 160, 192, 224, 256>(
+        task, choose_late_tile(task), {*task, {nullptr, INT32_MAX}}, error);
 }
 
 size_t y_bytes(const mv_task *task) {
@@ -254,6 +281,25 @@ extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
     return nullptr;
 }
 
+extern "C" const char *mv_wgmma_fits(const mv_task *task) {
+    const char *why_not = mv_norm_wgmma_fits(task);
+    if (why_not) return why_not;
+    if (task->rounding != MV_ROUNDING_FP32)
+        return "the row factor joins after the products, as rounding=\"fp32\" allows";
+    if (task->residual.data) return "there is a residual, which a kernel of its own adds";
+    if (task->weight_offset != 0 || task->norm_weight_dtype != task->dtype || !is_aligned16(task->norm_weight))
+        return "the norm weights are not 16-byte aligned bfloat16 as they are";
+    if (task->block[0].col_stride != 1) return "the weight is in_out";
+    if (!fits_map(task->x.data, row_stride(task, task->x, task->hidden), task->tokens))
+        return "the rows of x are not 16-byte aligned, one stride apart";
+    return nullptr;
+}
+
+extern "C" double mv_wgmma_late_us(const mv_task *task) {
+    constexpr double kHop = 1.5; /* between two launches */
+    return choose_late_tile(task).us - choose_tile(task).us - kHop;
+}
+
 extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {
     return y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
 }
@@ -262,6 +308,8 @@ extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {
 
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
+
+mv_status mv_rms_norm_qkv_bf16_wgmma_sm90a(const mv_task *task, mv_error *error) { return launch_late(task, error); }
 
 mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
     return plan<__half>(task, mv_rms_norm_f16_sm80, error);

@@ -37,6 +37,10 @@ template <int kCount> __device__ __forceinline__ void wgmma_results(float (&sum)
 template <typename T, int N, bool kInOut>
 __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add);
 
+/* The same, b k-contiguous, and a in registers: those of an mma_m16n8k16 (mma.cuh) of each warp's 16 rows. */
+template <typename T, int N>
+__device__ __forceinline__ void wgmma(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add);
+
 /* Per N: the names of the N / 2 sums in the instruction, the sums, and the names of the operands after them. */
 #define MV_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MV_NAMES_16 MV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -75,7 +79,7 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
 #define MV_SUMS_120 MV_SUMS_112, MV_SUMS_FROM_8(112)
 #define MV_SUMS_128 MV_SUMS_120, MV_SUMS_FROM_8(120)
 
-#define MV_WGMMA(T, type, N, half, A, B, ADD, IN_OUT, kInOut)                                                          \
+#define MV_WGMMA(T, type, N, half, A, B, ADD, IN_OUT, E, F, kInOut)                                                    \
     template <>                                                                                                        \
     __device__ __forceinline__ void wgmma<T, N, kInOut>(float(&sum)[half], uint64_t a, uint64_t b, bool add) {         \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
@@ -84,29 +88,39 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
                      : MV_SUMS_##half                                                                                  \
                      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kInOut));                                       \
     }
+#define MV_WGMMA_OF_REGISTERS(T, type, N, half, A, B, C, D, W, ADD)                                                    \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma<T, N>(float(&sum)[half], const uint32_t(&a)[4], uint64_t b, bool add) {      \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" MV_NAMES_##half              \
+                     "}, {" A ", " B ", " C ", " D "}, " W ", add, 1, 1, 0;\n}"                                        \
+                     : MV_SUMS_##half                                                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                \
+    }
 #define MV_WGMMA_ALL(...)                                                                                              \
+    MV_WGMMA_OF_REGISTERS(__nv_bfloat16, "bf16", __VA_ARGS__)                                                          \
     MV_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__, false)                                                                \
     MV_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__, true)                                                                 \
     MV_WGMMA(__half, "f16", __VA_ARGS__, false)                                                                        \
     MV_WGMMA(__half, "f16", __VA_ARGS__, true)
 
-MV_WGMMA_ALL(16, 8, "%8", "%9", "%10", "%11")
-MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19")
-MV_WGMMA_ALL(40, 20, "%20", "%21", "%22", "%23")
-MV_WGMMA_ALL(48, 24, "%24", "%25", "%26", "%27")
-MV_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35")
-MV_WGMMA_ALL(80, 40, "%40", "%41", "%42", "%43")
-MV_WGMMA_ALL(96, 48, "%48", "%49", "%50", "%51")
-MV_WGMMA_ALL(112, 56, "%56", "%57", "%58", "%59")
-MV_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67")
-MV_WGMMA_ALL(144, 72, "%72", "%73", "%74", "%75")
-MV_WGMMA_ALL(160, 80, "%80", "%81", "%82", "%83")
-MV_WGMMA_ALL(176, 88, "%88", "%89", "%90", "%91")
-MV_WGMMA_ALL(192, 96, "%96", "%97", "%98", "%99")
-MV_WGMMA_ALL(208, 104, "%104", "%105", "%106", "%107")
-MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115")
-MV_WGMMA_ALL(240, 120, "%120", "%121", "%122", "%123")
-MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131")
+MV_WGMMA_ALL(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+MV_WGMMA_ALL(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+MV_WGMMA_ALL(40, 20, "%20", "%21", "%22", "%23", "%24", "%25")
+MV_WGMMA_ALL(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
+MV_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+MV_WGMMA_ALL(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
+MV_WGMMA_ALL(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
+MV_WGMMA_ALL(112, 56, "%56", "%57", "%58", "%59", "%60", "%61")
+MV_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+MV_WGMMA_ALL(144, 72, "%72", "%73", "%74", "%75", "%76", "%77")
+MV_WGMMA_ALL(160, 80, "%80", "%81", "%82", "%83", "%84", "%85")
+MV_WGMMA_ALL(176, 88, "%88", "%89", "%90", "%91", "%92", "%93")
+MV_WGMMA_ALL(192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
+MV_WGMMA_ALL(208, 104, "%104", "%105", "%106", "%107", "%108", "%109")
+MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115", "%116", "%117")
+MV_WGMMA_ALL(240, 120, "%120", "%121", "%122", "%123", "%124", "%125")
+MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 
 /* By all warps of a warpgroup: from here on each thread has so many registers. */
 template <int kCount> __device__ __forceinline__ void more_registers() {

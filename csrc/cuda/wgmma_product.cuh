@@ -23,29 +23,36 @@
 namespace {
 
 constexpr int kRowBytes = 2 * kStep;
-constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kMostThreads = kConsumers + 128;
+constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kFewestThreads = kConsumers + 32,
+              kMostThreads = kConsumers + 128;
 constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
-constexpr int kMaxStages = 48;
+constexpr int kMaxStages = 48, kMostLateStages = 16;
 /* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
 constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
+
+/* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
+ * (late_product.cuh). */
+enum class Form { kPlain, kInOut, kLate };
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
  * biases, barriers, then the ring. Of 64 tokens both warpgroups multiply all, every second step each, because waiting
  * for a step takes longer than multiplying it; then each stores half of the outputs, and instead of boxes there are the
  * sums that the other one gives it. */
-template <Sharing kSharing, int kOutputs, bool kInOut> struct Tile {
+template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static constexpr bool shared_tokens = kSharing == Sharing::kTokens, shared_steps = kSharing == Sharing::kSteps,
-                          whole = kSharing == Sharing::kTiles, in_out = kInOut,
-                          spare_warps = has_spare_warps(kSharing, kOutputs);
+                          whole = kSharing == Sharing::kTiles;
+    static constexpr bool in_out = kForm == Form::kInOut, late = kForm == Form::kLate;
+    static constexpr bool spare_warps = has_spare_warps(kSharing, kOutputs) && !late;
     static constexpr int M = tile_tokens(kSharing), N = kOutputs;
     static constexpr int own_parts = whole ? M / 64 : 1;         /* 64 tokens each, that a warpgroup multiplies */
     static constexpr int own_outputs = shared_steps ? N / 2 : N; /* that it stores */
     static constexpr int step_turns = shared_steps ? kWarpgroups : 1, tile_turns = whole ? kWarpgroups : 1;
-    static constexpr int releasing_warps = shared_tokens ? 4 * kWarpgroups : 4;              /* of a slot */
-    static constexpr int own_registers = 224, other_registers = 3 * 168 - 2 * own_registers; /* where tiles are whole */
+    static constexpr int releasing_warps = shared_tokens ? 4 * kWarpgroups : 4; /* of a slot */
+    static constexpr bool trades_registers = whole || (late && kOutputs > 192); /* with a third warpgroup */
+    static constexpr int own_registers = 224, other_registers = 3 * 168 - 2 * own_registers;
     static constexpr int x_bytes = M * kRowBytes;
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
-    static constexpr int w_bytes = kInOut ? chunks * chunk_bytes : N * kRowBytes;
+    static constexpr int w_bytes = in_out ? chunks * chunk_bytes : N * kRowBytes;
     static constexpr int stage_bytes = x_bytes + w_bytes;
     static constexpr int box_columns = own_outputs % 32 == 0 ? 32 : own_outputs % 16 == 0 ? 16 : 8; /* 64 tokens high */
     static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
@@ -55,10 +62,12 @@ template <Sharing kSharing, int kOutputs, bool kInOut> struct Tile {
     static constexpr int out_bytes = kWarpgroups * own_out_bytes;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
     static constexpr int barriers_at = out_bytes + bias_bytes;
-    static constexpr int ring_at = (barriers_at + 16 * kMaxStages + 1023) / 1024 * 1024;
+    static constexpr int norm_weights_at = (barriers_at + 16 * kMaxStages + 1023) / 1024 * 1024;
+    static constexpr int ring_at = norm_weights_at + (late ? kMostLateStages * kRowBytes : 0);
     static constexpr int ring_bytes = kSmemBytes - ring_at; /* at most */
     static constexpr int stages = ring_bytes / stage_bytes;
     static_assert(stages >= 3);
+    static_assert(!late || (shared_tokens && !in_out && stages <= kMostLateStages));
     static_assert(!in_out || shared_tokens);
 };
 
@@ -88,10 +97,12 @@ struct Product {
     bool dynamic_weights;
     mv_task norm; /* what makes the rows from counters.first_row on */
     RowCounters counters;
+    CUtensorMap norm_weight; /* where the row factor joins late */
 };
 
 /* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies
- * that reach past the end of a matrix are slow, and what two tiles both have is the same. */
+ * that reach past the end of a matrix are slow, and what two tiles both have is the same. So do the last ones of a
+ * column where x is the caller's: y has padded_tokens. */
 struct Place {
     int token, segment, output;
 };
@@ -101,19 +112,22 @@ template <typename Tile> __device__ __forceinline__ Place find_place(const Produ
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
-    return {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
-            max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
+    Place place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
+                   max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
+    if (Tile::late) place.token = max(0, min(place.token, static_cast<int>(p.tokens) - Tile::M));
+    return place;
 }
 
 /* The ring. The stages of a tile of 64 tokens have as many rows of x as there are tokens: products read past those, and
  * what comes of that is not stored. */
 template <typename Tile> struct Ring {
     uint32_t at, full, empty; /* the first stage, its barriers */
+    uint32_t norm_weights;
     int x_bytes, stage_bytes, stages;
 
     __device__ __forceinline__ Ring(const Product &p, uint32_t shared)
-        : at(shared + Tile::ring_at), full(shared + Tile::barriers_at), x_bytes(Tile::x_bytes),
-          stage_bytes(Tile::stage_bytes), stages(Tile::stages) {
+        : at(shared + Tile::ring_at), full(shared + Tile::barriers_at), norm_weights(shared + Tile::norm_weights_at),
+          x_bytes(Tile::x_bytes), stage_bytes(Tile::stage_bytes), stages(Tile::stages) {
         if constexpr (Tile::shared_steps) {
             x_bytes = p.high * kRowBytes;
             stage_bytes = x_bytes + Tile::w_bytes;
@@ -169,7 +183,9 @@ template <typename Tile, bool kShared> struct Producer {
     unsigned rank;
 
     /* That copies bring for a step. */
-    __device__ __forceinline__ uint32_t bytes() const { return p.high * kRowBytes + Tile::w_bytes; }
+    __device__ __forceinline__ uint32_t bytes() const {
+        return p.high * kRowBytes + Tile::w_bytes + (Tile::late ? kRowBytes : 0);
+    }
 
     __device__ __forceinline__ void load_x(const Place &place, int slot, int step) const {
         load_box(ring.at + slot * ring.stage_bytes, &p.x, step * kStep, place.token, ring.full + 8 * slot);
@@ -177,6 +193,8 @@ template <typename Tile, bool kShared> struct Producer {
 
     __device__ __forceinline__ void load_w(const CUtensorMap *map, const Place &place, int slot, int step) const {
         const uint32_t to = ring.at + slot * ring.stage_bytes + ring.x_bytes, barrier = ring.full + 8 * slot;
+        if constexpr (Tile::late)
+            load_box(ring.norm_weights + slot * kRowBytes, &p.norm_weight, step * kStep, 0, barrier);
         if constexpr (Tile::in_out) {
 #pragma unroll
             for (int c = 0; c < Tile::chunks; c++)

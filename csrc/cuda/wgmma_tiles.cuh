@@ -25,6 +25,7 @@ struct TileChoice {
     int outputs;      /* of a tile */
     unsigned cluster; /* 1 or kCluster */
     bool meanwhile;   /* spare warps normalise the rows behind the first wave's */
+    double us;        /* that all tiles take on an H100, with the norm that nothing hides */
 };
 
 /* Rows of y in the workspace. */
@@ -93,7 +94,7 @@ static inline TileChoice choose_tile(const mv_task *task) {
     TileChoice best = {};
     double lowest = 1e300, best_us = 0;
     for (int outputs = few ? 96 : 256; outputs >= least; outputs -= apart) {
-        const TileChoice choice = {few ? Sharing::kSteps : Sharing::kTokens, outputs, 1, false};
+        const TileChoice choice = {few ? Sharing::kSteps : Sharing::kTokens, outputs, 1, false, 0};
         const double step_us = few ? 0.05 + 0.0024 * outputs : 0.05 + 0.003 * outputs;
         const double tile_us = steps * step_us + 0.006 * outputs;
         const double cost = static_cast<double>(waves_of(task, choice)) * tile_us;
@@ -103,13 +104,27 @@ static inline TileChoice choose_tile(const mv_task *task) {
         best_us = tile_us;
     }
     best = finish_choice(task, best, best_us);
+    const auto with_norm = [&](TileChoice choice, double us) {
+        choice.us = us + norm_us(task, choice.meanwhile ? first_rows(task, choice) : task->tokens);
+        return choice;
+    };
+    best = with_norm(best, lowest);
     if (few || in_out) return best;
     const double tile_us = kWholeStep * steps;
-    const TileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false}, tile_us);
+    TileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false, 0}, tile_us);
     const int64_t waves = waves_of(task, whole);
-    const double cost = static_cast<double>(waves) * tile_us + 0.006 * whole.outputs;
-    const auto ahead_us = [&](const TileChoice &choice) {
-        return norm_us(task, choice.meanwhile ? first_rows(task, choice) : task->tokens);
-    };
-    return waves > 1 && cost + ahead_us(whole) < 0.99 * (lowest + ahead_us(best)) ? whole : best;
+    whole = with_norm(whole, static_cast<double>(waves) * tile_us + 0.006 * whole.outputs);
+    return waves > 1 && whole.us < 0.99 * best.us ? whole : best;
+}
+
+/* The same where the row factor joins late. */
+static inline TileChoice choose_late_tile(const mv_task *task) {
+    const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
+    TileChoice best = {};
+    for (int outputs = 256; outputs >= 64; outputs -= 32) {
+        TileChoice choice = {Sharing::kTokens, outputs, 1, false, 0};
+        choice.us = static_cast<double>(waves_of(task, choice)) * (steps * (0.27 + 0.0023 * outputs) + 0.94);
+        if (best.outputs == 0 || choice.us < 0.99 * best.us) best = choice;
+    }
+    return best;
 }

@@ -47,6 +47,8 @@ static double cost_norm_wgmma(const mv_task *t) {
     const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
     return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
+/* Not of few tokens, for which that plan has tiles of their own. */
+static double cost_wgmma(const mv_task *t) { return cost_norm_wgmma(t) + (t->tokens > 64 ? mv_wgmma_late_us(t) : 1); }
 static double cost_norm_few(const mv_task *t) {
     const double ends = 1 + 300 / (double)t->hidden; /* of tiles: what short rows do not hide */
     return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7 * ends);
@@ -71,6 +73,8 @@ static double cost_norm_ffma(const mv_task *t) {
                            mv_norm_plan_workspace))                                                                    \
     MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
                            cost_norm_wgmma, mv_norm_wgmma_workspace))                                                  \
+    MV_GPU(K(rms_norm_qkv, bf16, MV_BF16, wgmma_sm90a, sm90a, MV_CUDA, false, mv_wgmma_fits, cost_wgmma,               \
+             mv_no_workspace))                                                                                         \
     MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_fits, cost_norm_few,           \
              mv_norm_plan_workspace))                                                                                  \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \

@@ -181,23 +181,25 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
             y[k] = normalised * (c.weight_offset + wide.at(0, k));
         }
         for (int n = 0; n < width; n++) {
-            double exact = 0, terms = 0;
+            double exact = 0, terms = 0, term_squares = 0;
             if (projects) {
                 for (int k = 0; k < c.hidden; k++) {
                     const double of_y = c.rounding == kHf ? rounded(y[k]) : y[k];
                     const double term = of_y * static_cast<float>(matrix.at(n, k));
                     exact += term;
                     terms += std::fabs(term);
+                    term_squares += term * term;
                 }
                 if (c.bias) exact += static_cast<float>(bias.at(0, n));
             } else {
                 exact = y[n];
             }
             /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the
-             * float32 sum; and the roundings of y, which are random: in "fp32" those of all terms, in "hf" of the few
-             * that go the other way. */
+             * float32 sum; and the roundings of y, which are random: in "fp32" those of all terms, 0.41 units each,
+             * five standard deviations of their sum; in "hf" of the few that go the other way. */
+            const double of_y = c.rounding == kHf ? terms / 8 : 5 * 0.41 * std::sqrt(term_squares);
             const double may = kUnit<T> * std::fabs(exact) * (projects ? 1 : 3) + 0x1p-24 * c.hidden * terms +
-                               kUnit<T> * terms / (c.rounding == kHf ? 8 : 4) + 0x1p-20 * std::fabs(exact) + 1e-30;
+                               kUnit<T> * of_y + 0x1p-20 * std::fabs(exact) + 1e-30;
             const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
             if (std::isnan(far)) return INFINITY;
             worst = std::max(worst, far);

@@ -46,17 +46,14 @@ template <typename T> void read_operand(float (&to)[16], uint32_t address, uint3
 }
 } // namespace cpu
 
-template <typename T, int N, bool kInOut> void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add) {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
-    const uint32_t a_at = static_cast<uint32_t>(a), b_at = static_cast<uint32_t>(b),
-                   chunk = static_cast<uint32_t>(b >> 32);
-    float rows[2][16], w[16];
-    for (int r = 0; r < 2; r++)
-        cpu::read_operand<T>(rows[r], a_at + static_cast<uint32_t>((warp * 16 + lane / 4 + r * 8) * 128), 2);
+namespace cpu {
+/* sum (+)= a lane's two rows of 16 k * the operand w_at(n) bytes into shared memory, its k `apart` bytes apart. */
+template <typename T, int N, typename At>
+void multiply_rows(float (&sum)[N / 2], const float (&rows)[2][16], At w_at, uint32_t apart, bool add) {
+    float w[16];
     for (int j = 0; j < N / 8; j++)
         for (int odd = 0; odd < 2; odd++) {
-            const uint32_t n = static_cast<uint32_t>(j * 8 + lane % 4 * 2 + odd);
-            cpu::read_operand<T>(w, kInOut ? b_at + n / 64 * chunk + n % 64 * 2 : b_at + n * 128, kInOut ? 128 : 2);
+            read_operand<T>(w, w_at(static_cast<uint32_t>(j * 8 + static_cast<int>(threadIdx.x % 4) * 2 + odd)), apart);
             for (int r = 0; r < 2; r++) {
                 float dot = 0;
                 for (int k = 0; k < 16; k++) dot += rows[r][k] * w[k];
@@ -64,6 +61,32 @@ template <typename T, int N, bool kInOut> void wgmma(float (&sum)[N / 2], uint64
                 to = add ? to + dot : dot;
             }
         }
+}
+} // namespace cpu
+
+template <typename T, int N, bool kInOut> void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add) {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
+    const uint32_t a_at = static_cast<uint32_t>(a), b_at = static_cast<uint32_t>(b),
+                   chunk = static_cast<uint32_t>(b >> 32);
+    float rows[2][16];
+    for (int r = 0; r < 2; r++)
+        cpu::read_operand<T>(rows[r], a_at + static_cast<uint32_t>((warp * 16 + lane / 4 + r * 8) * 128), 2);
+    const auto w_at = [&](uint32_t n) { return kInOut ? b_at + n / 64 * chunk + n % 64 * 2 : b_at + n * 128; };
+    cpu::multiply_rows<T, N>(sum, rows, w_at, kInOut ? 128 : 2, add);
+}
+
+template <typename T, int N> void wgmma(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    cpu::Warp &warp = cpu::own_warp();
+    const unsigned lane = threadIdx.x % 32;
+    memcpy(warp.a[lane], a, sizeof a);
+    warp.meet.arrive_and_wait();
+    float rows[2][16];
+    for (unsigned r = 0; r < 2; r++)
+        for (unsigned k = 0; k < 16; k++)
+            rows[r][k] = half_of<T>(warp.a[lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2], static_cast<int>(k % 2));
+    warp.meet.arrive_and_wait();
+    cpu::multiply_rows<T, N>(
+        sum, rows, [&](uint32_t n) { return static_cast<uint32_t>(b) + n * 128; }, 2, add);
 }
 
 template <int kCount> void store_matrices(uint32_t row, const uint32_t (&m)[kCount]) {
