@@ -74,7 +74,7 @@ def test_every_tile_with_a_late_row_factor(shape, weights):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("shape", [(40, 72, 192), (260, 192, 25344), (300, 1352, 7104)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 72, 384), (260, 192, 25344), (300, 1352, 7104)], ids=str)
 def test_late_row_factor_under_the_sanitizer(shape):
     hopper_dtype("bf16", "wgmma_sm90a")
     check_qkv(TORCH_CUDA, case_of(*shape, "bf16", "wgmma_sm90a", rounding="fp32", bias=True))

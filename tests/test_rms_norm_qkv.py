@@ -36,6 +36,11 @@ def check_or_refuse(framework, case):
     return True
 
 
+def roundings_of(kernel):
+    """Where the row factor joins late there is no rounding "hf"."""
+    return ("fp32",) if kernel.name == "bf16_wgmma_sm90a" else ("hf", "fp32")
+
+
 def takes_anything(kernel):
     """All but those that ask for whole tiles or aligned rows."""
     return not any(part in kernel.name for part in ("mma", "sm90a", "norm_few"))
@@ -143,7 +148,8 @@ def test_every_kernel_at_model_shapes(kernel, framework, shape):
                 kernel=kernel.name,
             )
         except ValueError as error:
-            assert "decode" in kernel.name and f"kernel '{kernel.name}' cannot serve this call" in str(error)
+            assert f"kernel '{kernel.name}' cannot serve this call" in str(error)
+            assert "decode" in kernel.name or rounding not in roundings_of(kernel)
             continue
         assert minivllm.last_kernel().name == kernel.name
         got = np.concatenate([to_float64(part).reshape(tokens, -1) for part in (q, k, v)], axis=-1)
@@ -374,7 +380,7 @@ def test_nan_and_infinity_stay_in_their_row(kernel, framework):
     norm_weight, weight, _ = weight_data(case)
     fixed = (framework.tensor(norm_weight, dtype), framework.tensor(weight, dtype), 2, 1)
     x = normal((tokens, 128), dtype, "nan")
-    for rounding in ("hf", "fp32"):
+    for rounding in roundings_of(kernel):
         dirty = x.copy()
         bad = {1: (64, np.nan), 3: (0, np.inf), tokens - 2: (127, -np.inf)}
         for row, (column, value) in bad.items():
