@@ -94,6 +94,11 @@ def head_dim_for(kernel, small: int) -> int:
     return 128 if "heads" in kernel.name else small
 
 
+def roundings_of(kernel) -> tuple[str, ...]:
+    """What a kernel of the projection takes: where the row factor joins late there is no "hf"."""
+    return ("fp32",) if kernel.name == "bf16_wgmma_sm90a" else ("hf", "fp32")
+
+
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="compares with torch, which is not installed")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from cases import UNALIGNED, assert_same_bits, normal
 from checks import QKV, Norm, check_norm, check_qkv
-from conftest import head_dim_for, short_dtype
-from frameworks import TORCH_CUDA
+from conftest import head_dim_for, roundings_of, short_dtype
+from frameworks import TORCH_CUDA, hopper_dtype
 from processes import succeeds
 
 import minivllm
@@ -54,8 +54,9 @@ class Ops:
         }
         for row in minivllm.kernels("rms_norm_qkv"):
             if row.usable and row.isa.startswith("sm") and row.name.startswith(dtype + "_"):
-                self.all[row.name] = lambda x, name=row.name: self.join(
-                    torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, kernel=name)
+                options = {"kernel": row.name, "rounding": roundings_of(row)[0]}
+                self.all[row.name] = lambda x, options=options: self.join(
+                    torch, minivllm.rms_norm_qkv(x, self.weight, self.matrix, 3, 1, **options)
                 )
 
     @staticmethod
@@ -169,7 +170,7 @@ def test_cold_capture(torch, tokens, dtype):
 # ---- programmatic dependent launch: a kernel may start before the one in front of it ends ------------------------
 
 
-def hammer(torch, dtype, tokens, hidden, rounds, versions=4):
+def hammer(torch, dtype, tokens, hidden, rounds, versions=4, **options):
     """Rewrites every weight immediately before each call; gives back the number of wrong results."""
     kind = TORCH_CUDA.dtype(dtype)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -189,7 +190,7 @@ def hammer(torch, dtype, tokens, hidden, rounds, versions=4):
             place.copy_(source[i])
 
     def call():
-        minivllm.rms_norm_qkv(x, norm, matrix, 3, 1, bias=bias, out=out)
+        minivllm.rms_norm_qkv(x, norm, matrix, 3, 1, bias=bias, out=out, **options)
 
     def norm_call():
         minivllm.rms_norm(x, norm, out=normed)
@@ -229,9 +230,19 @@ def test_weights_written_just_before_a_call_are_seen(torch, dtype, tokens, hidde
     assert hammer(torch, dtype, tokens, hidden, rounds=2000) == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_weights_written_by_an_op_of_ours(torch, tokens):
+LATE = {"rounding": "fp32", "kernel": "bf16_wgmma_sm90a"}
+
+
+def test_weights_written_just_before_a_call_with_a_late_row_factor_are_seen(torch):
+    hopper_dtype("bf16", "wgmma_sm90a")
+    assert hammer(torch, "bf16", 130, 1024, rounds=2000, **LATE) == 0
+
+
+@pytest.mark.parametrize("tokens,options", [(1, {}), (40, {}), (130, LATE)])
+def test_weights_written_by_an_op_of_ours(torch, tokens, options):
     """static_weights=False: the kernels before write the weights and may let this one start early."""
+    if options:
+        hopper_dtype("bf16", "wgmma_sm90a")
     hidden = 1024
     source = [torch.randn(320, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     ones = torch.full((hidden,), 0.05, device="cuda", dtype=torch.bfloat16)
@@ -248,13 +259,13 @@ def test_weights_written_by_an_op_of_ours(torch, tokens):
 
     def call(i):
         write(i)
-        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False)
+        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False, **options)
 
     expected = []
     for i in range(2):
         write(i)
         torch.cuda.synchronize()
-        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False)
+        minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, static_weights=False, **options)
         torch.cuda.synchronize()
         expected.append(out.clone())
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -271,10 +282,14 @@ def test_weights_written_by_an_op_of_ours(torch, tokens):
     assert int(wrong) == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_a_chain_of_dependent_calls(torch, dtype, tokens):
+CHAINS = [*((dtype, tokens, {}) for dtype in ("bf16", "f32") for tokens in (1, 3, 40)), ("bf16", 130, LATE)]
+
+
+@pytest.mark.parametrize("dtype,tokens,options", CHAINS)
+def test_a_chain_of_dependent_calls(torch, dtype, tokens, options):
     """Each call reads what the one before wrote, and writes what the one before read."""
+    if options:
+        hopper_dtype("bf16", "wgmma_sm90a")
     hidden = 320
     kind = TORCH_CUDA.dtype(dtype)
     matrix = TORCH_CUDA.tensor(normal((hidden, hidden), dtype, "chain", scale=1 / 18), dtype)
@@ -287,7 +302,7 @@ def test_a_chain_of_dependent_calls(torch, dtype, tokens):
         buffers[0].copy_(first), stream.zero_()
         for i in range(60):
             read, write = buffers[i % 2], buffers[(i + 1) % 2]
-            minivllm.rms_norm_qkv(read, weight, matrix, 3, 1, out=write, weight_layout="out_in")
+            minivllm.rms_norm_qkv(read, weight, matrix, 3, 1, out=write, weight_layout="out_in", **options)
             if synchronize:
                 torch.cuda.synchronize()
             minivllm.fused_add_rms_norm(write, stream, weight)

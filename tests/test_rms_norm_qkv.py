@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import CONTIGUOUS, LAYOUTS, PADDED, RAGGED, TRANSPOSED, UNALIGNED, assert_same_bits, normal, random
 from checks import QKV, WEIGHTS, check_qkv, expect_qkv, weight_data
-from conftest import head_dim_for, short_dtype
+from conftest import head_dim_for, roundings_of, short_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import SANITIZED
@@ -34,11 +34,6 @@ def check_or_refuse(framework, case):
         return False
     assert minivllm.last_kernel().name == case.kernel
     return True
-
-
-def roundings_of(kernel):
-    """Where the row factor joins late there is no rounding "hf"."""
-    return ("fp32",) if kernel.name == "bf16_wgmma_sm90a" else ("hf", "fp32")
 
 
 def takes_anything(kernel):
@@ -89,7 +84,8 @@ def test_every_kernel_with_every_layout_of_x_and_out(kernel, framework):
                 1,
                 head_dim_for(kernel, 8),
                 dtype,
-                residual=True,
+                residual="hf" in roundings_of(kernel),  # where the row factor joins late there is none
+                rounding=roundings_of(kernel)[0],
                 kernel=kernel.name,
                 x_layout=x_layout,
                 out_layout=out_layout,
