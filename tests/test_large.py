@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 from checks import QKV, expect_qkv
+from frameworks import hopper_dtype
 
 import minivllm
 from minivllm.testing.reference import to_float64
@@ -114,5 +115,22 @@ def test_a_projection_of_tokens_far_apart(cuda_torch):
             continue
         near = minivllm.rms_norm_qkv(x.contiguous(), norm_weight, matrix, 3, 1, kernel=row.name)
         assert torch.equal(out.reshape(2, 3, 5, 8)[..., :3, :], near[0]), row.name
+    del x, out
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_rows_far_apart_with_a_late_row_factor(cuda_torch):
+    """Its tensor copies take x where it lies, and write out where that lies."""
+    hopper_dtype("bf16", "wgmma_sm90a")
+    torch = cuda_torch
+    x = torch.empty_strided((2, 128), (FAR, 1), dtype=torch.bfloat16, device="cuda").normal_()
+    out = torch.empty_strided((2, 40), (FAR, 1), dtype=torch.bfloat16, device="cuda")
+    norm_weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
+    matrix = torch.empty(40, 128, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    options = {"rounding": "fp32", "kernel": "bf16_wgmma_sm90a"}
+    minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, **options)
+    near = minivllm.rms_norm_qkv(x.contiguous(), norm_weight, matrix, 3, 1, **options)
+    assert torch.equal(out, torch.cat([part.flatten(1) for part in near], 1))
     del x, out
     torch.cuda.empty_cache()

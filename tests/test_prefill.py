@@ -66,7 +66,7 @@ LATE = ((1, 64, 1024), (40, 72, 4224), (129, 192, 4224), (300, 264, 4224), (200,
 
 
 @pytest.mark.parametrize("shape", LATE, ids=str)
-@pytest.mark.parametrize("weights", ["packed", "tuple", "packed_t"])
+@pytest.mark.parametrize("weights", ["packed", "tuple", "packed_t", "padded", "tuple_of_slices", "tuple_t"])
 def test_every_tile_with_a_late_row_factor(shape, weights):
     hopper_dtype("bf16", "wgmma_sm90a")
     for bias in (False, True):

@@ -63,7 +63,8 @@ def test_every_kernel_with_every_weight_layout(kernel, framework, weights):
     dtype = short_dtype(kernel.dtype)
     ran = 0
     for hidden, tokens in ((128, 1), (128, 20), (72, 5), (37, 4)):
-        for options in ({}, {"weight_dtype": "f32", "bias_dtype": "f32"}, {"norm_dtype": "f32", "rounding": "fp32"}):
+        plain = {"rounding": roundings_of(kernel)[0]}
+        for options in (plain, {"weight_dtype": "f32", "bias_dtype": "f32"}, {"norm_dtype": "f32", "rounding": "fp32"}):
             case = QKV((tokens,), hidden, 3, 2, head_dim_for(kernel, 8), dtype, bias=True, weights=weights,
                        kernel=kernel.name, **options)  # fmt: skip
             ran += check_or_refuse(framework, case)

@@ -28,7 +28,7 @@ const char *mv_decode_heads_sm90a_fits(const mv_task *task);
 const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
 const char *mv_norm_wgmma_fits(const mv_task *task);
 const char *mv_wgmma_fits(const mv_task *task);
-double mv_wgmma_late_us(const mv_task *task); /* more than the plan of two launches takes */
+double mv_wgmma_late_share(const mv_task *task); /* of the time of the plan of two launches */
 const char *mv_norm_few_fits(const mv_task *task);
 
 /* Workspace of the plans that write the normalised rows before the product. */

@@ -295,9 +295,9 @@ extern "C" const char *mv_wgmma_fits(const mv_task *task) {
     return nullptr;
 }
 
-extern "C" double mv_wgmma_late_us(const mv_task *task) {
-    constexpr double kHop = 1.5; /* between two launches */
-    return choose_late_tile(task).us - choose_tile(task).us - kHop;
+extern "C" double mv_wgmma_late_share(const mv_task *task) {
+    constexpr double kHop = 1.5; /* us between two launches */
+    return choose_late_tile(task).us / (choose_tile(task).us + kHop);
 }
 
 extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {

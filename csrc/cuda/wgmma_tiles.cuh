@@ -118,7 +118,7 @@ static inline TileChoice choose_tile(const mv_task *task) {
 }
 
 /* The same where the row factor joins late: a step takes what its copies do, some 64 bytes a ns, and 17 % more than was
- * measured, so that this is not chosen where both are equal. */
+ * measured, so that this is not chosen where both are equal. No clusters: multiply_late gives slots back to one CTA. */
 static inline TileChoice choose_late_tile(const mv_task *task) {
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     TileChoice best = {};

@@ -47,8 +47,11 @@ static double cost_norm_wgmma(const mv_task *t) {
     const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
     return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
 }
-/* Not of few tokens, for which that plan has tiles of their own. */
-static double cost_wgmma(const mv_task *t) { return cost_norm_wgmma(t) + (t->tokens > 64 ? mv_wgmma_late_us(t) : 1); }
+/* As against that plan; not of few tokens, for which it has tiles of their own. */
+static double cost_wgmma(const mv_task *t) {
+    const bool other = t->rounding != MV_ROUNDING_FP32 || t->tokens <= 64;
+    return cost_norm_wgmma(t) * (other ? 2 : mv_wgmma_late_share(t));
+}
 static double cost_norm_few(const mv_task *t) {
     const double ends = 1 + 300 / (double)t->hidden; /* of tiles: what short rows do not hide */
     return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7 * ends);
