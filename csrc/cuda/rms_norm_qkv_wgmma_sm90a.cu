@@ -285,13 +285,14 @@ extern "C" const char *mv_wgmma_fits(const mv_task *task) {
     const char *why_not = mv_norm_wgmma_fits(task);
     if (why_not) return why_not;
     if (task->rounding != MV_ROUNDING_FP32)
-        return "the row factor joins after the products, as rounding=\"fp32\" allows";
-    if (task->residual.data) return "there is a residual, which a kernel of its own adds";
+        return "it takes rounding=\"fp32\" alone, since the row factor joins after the products";
+    if (task->residual.data) return "it takes no residual";
     if (task->weight_offset != 0 || task->norm_weight_dtype != task->dtype || !is_aligned16(task->norm_weight))
-        return "the norm weights are not 16-byte aligned bfloat16 as they are";
-    if (task->block[0].col_stride != 1) return "the weight is in_out";
+        return "it takes norm weights of x's dtype, 16-byte aligned, and no weight_offset";
+    if (task->block[0].col_stride != 1)
+        return "it takes weights as nn.Linear keeps them or their .t(), not a transposed copy";
     if (!fits_map(task->x.data, row_stride(task, task->x, task->hidden), task->tokens))
-        return "the rows of x are not 16-byte aligned, one stride apart";
+        return "it takes rows of x that are 16-byte aligned and one stride apart";
     return nullptr;
 }
 
