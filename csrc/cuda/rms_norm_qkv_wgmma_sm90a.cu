@@ -121,9 +121,14 @@ template <typename Tile> int few_stages(int high, int steps) {
     return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::step_turns));
 }
 
-/* So many bytes of weights are asked for before more than very few tokens, which must not come later: memory answers in
- * order. */
-constexpr int kEarlyBytes = 96 << 10;
+/* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All of
+ * very few tokens, and of weights so small that they are there at once. */
+template <typename Tile> int early_steps(const mv_task *task, int stages) {
+    constexpr int kEarlyBytes = Tile::shared_steps ? 96 << 10 : 44 << 10, kLeast = 3, kSmallBytes = 2 << 20;
+    const int64_t all_bytes = int64_t{stages} * Tile::w_bytes * block_columns(task, Tile::N);
+    const bool all = Tile::shared_steps ? task->tokens <= kVeryFew : all_bytes <= kSmallBytes;
+    return all ? stages : max(kEarlyBytes / Tile::w_bytes, kLeast);
+}
 
 template <typename T, typename Tile>
 mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
@@ -142,7 +147,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
     p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
-    p.early = !Tile::shared_steps || task->tokens <= kVeryFew ? p.stages : kEarlyBytes / Tile::w_bytes;
+    p.early = early_steps<Tile>(task, p.stages);
     const BoxedMatrix y = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
     const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
     const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
@@ -175,11 +180,12 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
                    : BoxedMatrix{block.weight, task->dtype,      segment.outputs,
                                  task->hidden, block.row_stride, Tile::N / static_cast<int>(p.cluster),
                                  kStep};
-        if (status == MV_OK) status = encode_map(&segment.weight, weight, error);
+        if (status == MV_OK) status = encode_map(&p.weight[i], weight, error);
         if (first % 8 != 0 || segment.outputs % 8 != 0) p.out_boxes = false; /* copies store whole 16 bytes */
         first += segment.outputs;
     }
-    for (Segment &segment : p.segment) {
+    for (int i = 0; i < 3; i++) {
+        const Segment &segment = p.segment[i];
         if (!p.out_boxes || segment.outputs == 0) continue;
         const BoxedMatrix to = {static_cast<uint16_t *>(out.data) + segment.first_output,
                                 task->dtype,
@@ -188,7 +194,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
                                 out_stride,
                                 64,
                                 Tile::box_columns};
-        if (status == MV_OK) status = encode_map(&segment.out, to, error);
+        if (status == MV_OK) status = encode_map(&p.box[i], to, error);
     }
     if (status != MV_OK) return status;
 

@@ -16,7 +16,8 @@ struct TileIndex {
 
 __device__ __forceinline__ TileIndex index_tile(unsigned tile, unsigned rows, unsigned columns, unsigned group) {
     const unsigned group_tiles = min(group, rows) * columns;
-    const unsigned first = tile / group_tiles * group, within = tile % group_tiles;
+    unsigned first = 0, within = tile;
+    if (tile >= group_tiles) first = tile / group_tiles * group, within = tile % group_tiles; /* divisions are slow */
     const unsigned height = min(group, rows - first);
     return {first + within % height, within / height};
 }

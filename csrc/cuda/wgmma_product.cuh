@@ -27,8 +27,21 @@ constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kFewestThreads = 
               kMostThreads = kConsumers + 128;
 constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
 constexpr int kMaxStages = 48, kMostLateStages = 16;
+constexpr int whole_kilobytes(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 /* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
 constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
+
+/* Shared memory that a tile leaves to the norm of the next call, whose CTAs (1.1 KB) are there before its own end. */
+constexpr int kLeftBytes = 5 << 10;
+
+/* Boxes of outputs that are in shared memory at once, before the ring: at most so many, and as leave kLeftBytes. */
+constexpr int boxes_that_leave_room(int most, int box_bytes, int other_bytes, int stage_bytes) {
+    const auto left = [=](int boxes) {
+        return (kSmemBytes - whole_kilobytes(kWarpgroups * boxes * box_bytes + other_bytes)) % stage_bytes;
+    };
+    while (most > 1 && left(most) < kLeftBytes) most--;
+    return most;
+}
 
 /* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
  * (late_product.cuh). */
@@ -57,12 +70,15 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static constexpr int box_columns = own_outputs % 32 == 0 ? 32 : own_outputs % 16 == 0 ? 16 : 8; /* 64 tokens high */
     static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
     static constexpr int boxes = own_outputs / box_columns;
-    static constexpr int boxes_at_once = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
+    static constexpr int bias_bytes = kWarpgroups * own_outputs * 4, barrier_bytes = 16 * kMaxStages;
+    static constexpr int most_boxes = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
+    static constexpr int boxes_at_once =
+        shared_tokens && !late ? boxes_that_leave_room(most_boxes, box_bytes, bias_bytes + barrier_bytes, stage_bytes)
+                               : most_boxes;
     static constexpr int own_out_bytes = shared_steps ? 64 * own_outputs * 4 : boxes_at_once * box_bytes;
     static constexpr int out_bytes = kWarpgroups * own_out_bytes;
-    static constexpr int bias_bytes = kWarpgroups * own_outputs * 4;
     static constexpr int barriers_at = out_bytes + bias_bytes;
-    static constexpr int norm_weights_at = (barriers_at + 16 * kMaxStages + 1023) / 1024 * 1024;
+    static constexpr int norm_weights_at = whole_kilobytes(barriers_at + barrier_bytes);
     static constexpr int ring_at = norm_weights_at + (late ? kMostLateStages * kRowBytes : 0);
     static constexpr int ring_bytes = kSmemBytes - ring_at; /* at most */
     static constexpr int stages = ring_bytes / stage_bytes;
@@ -73,16 +89,16 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
 
 /* Consecutive outputs that one matrix of weights makes. */
 struct Segment {
-    CUtensorMap weight, out;
-    const void *bias;
-    mv_dtype bias_dtype;
     int outputs;
     unsigned tiles;
     int64_t first_output;
+    const void *bias;
+    mv_dtype bias_dtype;
 };
 
 struct Product {
-    CUtensorMap x;
+    CUtensorMap x, norm_weight;    /* the latter where the row factor joins late */
+    CUtensorMap weight[3], box[3]; /* of each segment; of its outputs */
     Segment segment[3];
     mv_rows out;
     int64_t inner, tokens;
@@ -97,7 +113,6 @@ struct Product {
     bool dynamic_weights;
     mv_task norm; /* what makes the rows from counters.first_row on */
     RowCounters counters;
-    CUtensorMap norm_weight; /* where the row factor joins late */
 };
 
 /* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies
@@ -224,7 +239,7 @@ template <typename Tile, bool kShared> struct Producer {
 
     __device__ __forceinline__ void load_early(const Place &place, int slot) const {
         mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
-        load_w(&p.segment[place.segment].weight, place, slot, slot);
+        load_w(&p.weight[place.segment], place, slot, slot);
     }
 
     /* The first stages: their weights are on their way while others still initialise barriers. */
@@ -237,7 +252,7 @@ template <typename Tile, bool kShared> struct Producer {
     }
 
     __device__ __forceinline__ void run(Place place, int started, unsigned item, unsigned items, unsigned apart) const {
-        const CUtensorMap *weight = &p.segment[place.segment].weight;
+        const CUtensorMap *weight = &p.weight[place.segment];
 #pragma unroll 1
         for (int slot = started; slot < ahead(); slot++) load_early(place, slot);
         griddepcontrol_wait();
@@ -258,7 +273,7 @@ template <typename Tile, bool kShared> struct Producer {
             item += apart;
             if (item >= items) break;
             place = find_place<Tile>(p, item, rank);
-            weight = &p.segment[place.segment].weight;
+            weight = &p.weight[place.segment];
             step = 0;
             await(place);
         }
@@ -392,7 +407,7 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
         if (p.out_boxes) {
             if (thread == 0) {
                 for (int i = 0; i < kPieces && first + i < kAll; i += Tile::box_pieces)
-                    store_box(&segment.out, place.output + (first + i) * 8, place.token,
+                    store_box(&p.box[place.segment], place.output + (first + i) * 8, place.token,
                               out_address + i / Tile::box_pieces * Tile::box_bytes);
                 store_commit();
             }
