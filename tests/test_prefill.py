@@ -59,6 +59,14 @@ def test_whole_tiles_under_the_sanitizer(dtype, shape):
     check_qkv(TORCH_CUDA, case_of(*shape, dtype, bias=True))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", [(2200, 896, 384), (8999, 264, 192)], ids=str)
+def test_many_short_rows(dtype, shape):
+    """The norm's blocks take rows in turn: 16 blocks an SM, then as many as leave none more than four rows."""
+    for weights in ("packed", "tuple_of_slices"):
+        check_qkv(TORCH_CUDA, case_of(*shape, dtype, weights=weights))
+
+
 # The row factor joins late: every tile, of 64 to 256 outputs, one wave of them and two; one step, an odd number of them, the last
 # one short; fewer tokens than a tile has, and a last tile that begins early.
 LATE = ((1, 64, 1024), (40, 72, 4224), (129, 192, 4224), (300, 264, 4224), (200, 72, 7104), (130, 136, 8512),

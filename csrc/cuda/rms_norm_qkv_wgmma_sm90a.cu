@@ -187,14 +187,16 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     for (int i = 0; i < 3; i++) {
         const Segment &segment = p.segment[i];
         if (!p.out_boxes || segment.outputs == 0) continue;
-        const BoxedMatrix to = {static_cast<uint16_t *>(out.data) + segment.first_output,
-                                task->dtype,
-                                task->tokens,
-                                segment.outputs,
-                                out_stride,
-                                64,
-                                Tile::box_columns};
+        BoxedMatrix to = {static_cast<uint16_t *>(out.data) + segment.first_output,
+                          task->dtype,
+                          task->tokens,
+                          segment.outputs,
+                          out_stride,
+                          64,
+                          kBoxColumns};
         if (status == MV_OK) status = encode_map(&p.box[i], to, error);
+        to.box_columns = kNarrowColumns;
+        if (Tile::wide_boxes < Tile::boxes && status == MV_OK) status = encode_map(&p.narrow_box[i], to, error);
     }
     if (status != MV_OK) return status;
 

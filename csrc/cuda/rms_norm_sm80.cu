@@ -63,7 +63,8 @@ template <> constexpr int kMinBlocks<512, 2, false> = 3;
 template <> constexpr int kMinBlocks<512, 4, false> = 2;
 template <> constexpr int kMinBlocks<32, 4, true> = 8;
 
-template <typename T, int kThreads, int kPackets, bool kAdd, bool kWhole>
+/* kTurns: a block takes a row after the other, as many rows apart as there are blocks. */
+template <typename T, int kThreads, int kPackets, bool kAdd, bool kWhole, bool kTurns>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))
     rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
@@ -71,16 +72,21 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     const int lane = threadIdx.x % kThreads;
     const int64_t place =
         static_cast<int64_t>(blockIdx.x) * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
-    const int64_t row = place < task.tokens ? place : 0;
+    int64_t row = place < task.tokens ? place : 0;
     /* past the last row: nothing to read, to add or to write */
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
     const auto at = [lane](int p) { return (p * kThreads + lane) * size; };
 
     /* All of this before the wait: weights, and where things are, do not depend on the kernel before. */
-    const T *x = row_address<const T>(task.x, task.inner, row);
-    const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
-    T *residual_out = kAdd && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
-    T *out = row_address<T>(task.out, task.inner, row);
+    const T *x, *residual;
+    T *residual_out, *out;
+    const auto find_row = [&] {
+        x = row_address<const T>(task.x, task.inner, row);
+        residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
+        residual_out = kAdd && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
+        out = row_address<T>(task.out, task.inner, row);
+    };
+    find_row();
     if constexpr (kPackets < 4) { /* else registers are short */
         compute_now(x);
         compute_now(residual);
@@ -116,35 +122,42 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     const auto store = [&](T *to, int p, const Packet<T> &packet) {
         if (at(p) < hidden) store_packet(to + at(p), packet, kWhole ? size : hidden - at(p), kWhole || access.rows);
     };
-    Packet<T> s[kPackets], other[kAdd ? kPackets : 1];
+    for (;;) {
+        Packet<T> s[kPackets], other[kAdd ? kPackets : 1];
 #pragma unroll
-    for (int p = 0; p < kPackets; p++) {
-        s[p] = load(x, p);
-        if constexpr (kAdd) other[p] = load(residual, p);
-    }
-    float squares[kPackets];
+        for (int p = 0; p < kPackets; p++) {
+            s[p] = load(x, p);
+            if constexpr (kAdd) other[p] = load(residual, p);
+        }
+        float squares[kPackets];
 #pragma unroll
-    for (int p = 0; p < kPackets; p++) {
-        if constexpr (kAdd) s[p] = add_residual(s[p], other[p]);
-        squares[p] = sum_of_squares(s[p]);
-    }
-    if (kWeightsLast) load_weights();
-    if (kAdd && residual_out) {
+        for (int p = 0; p < kPackets; p++) {
+            if constexpr (kAdd) s[p] = add_residual(s[p], other[p]);
+            squares[p] = sum_of_squares(s[p]);
+        }
+        if (kWeightsLast) load_weights();
+        if (kAdd && residual_out) {
 #pragma unroll
-        for (int p = 0; p < kPackets; p++) store(residual_out, p, s[p]);
-    }
+            for (int p = 0; p < kPackets; p++) store(residual_out, p, s[p]);
+        }
 
-    const float r = row_factor<T>(row_sum<kThreads>(squares), access.mean_scale, task);
-    const auto normalised = [&](int p) {
-        if constexpr (!kWhole) return apply_norm(s[p], r, load_norm_weights<T>(task, at(p), access.weight), hf);
-        if constexpr (sizeof(T) == 2)
-            if (hf && task.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
-        return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
-    };
+        const float r = row_factor<T>(row_sum<kThreads>(squares), access.mean_scale, task);
+        const auto normalised = [&](int p) {
+            if constexpr (!kWhole) return apply_norm(s[p], r, load_norm_weights<T>(task, at(p), access.weight), hf);
+            if constexpr (sizeof(T) == 2)
+                if (hf && task.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
+            return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
+        };
 #pragma unroll
-    for (int p = 0; p < kPackets; p++) {
-        if (at(p) >= hidden) break;
-        store(out, p, normalised(p));
+        for (int p = 0; p < kPackets; p++) {
+            if (at(p) >= hidden) break;
+            store(out, p, normalised(p));
+        }
+        if constexpr (!kTurns) break;
+        row += gridDim.x;
+        if (row >= task.tokens) break;
+        find_row();
+        __syncthreads(); /* all have read the sum of the row before */
     }
 }
 
@@ -190,15 +203,26 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
+/* Many short rows before a product: so many blocks an SM, each with up to so many rows in turn, leave room for the
+ * product's own, which then wait for y and not for a place; and few blocks start sooner than many. */
+constexpr int kTurnBlocks = 16, kMostTurns = 4;
+
 template <typename T, bool kAdd, int kThreads, int kPackets>
 mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     constexpr int threads = kBlockThreads<kThreads>;
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
-    const Grid grid = {static_cast<unsigned>(blocks), threads, 0};
+    Grid grid = {static_cast<unsigned>(blocks), threads, 0};
+    if constexpr (sizeof(T) == 2 && !kAdd && kThreads == 64) {
+        const int64_t fewest = (blocks + kMostTurns - 1) / kMostTurns, most = int64_t{kTurnBlocks} * task->sm_count;
+        if (task->launch_early && access.whole && blocks > most) {
+            grid.blocks = static_cast<unsigned>(fewest > most ? fewest : most);
+            return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true, true>>(task, grid, error, *task, access);
+        }
+    }
     if (access.whole)
-        return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true>>(task, grid, error, *task, access);
-    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, false>>(task, grid, error, *task, access);
+        return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true, false>>(task, grid, error, *task, access);
+    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, false, false>>(task, grid, error, *task, access);
 }
 
 template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {

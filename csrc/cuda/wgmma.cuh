@@ -136,7 +136,3 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]
                  "r"(m[2]), "r"(m[3])
                  : "memory");
 }
-__device__ __forceinline__ void stmatrix_x2(uint32_t row, const uint32_t (&m)[2]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(m[0]), "r"(m[1])
-                 : "memory");
-}

@@ -31,16 +31,19 @@ constexpr int whole_kilobytes(int bytes) { return (bytes + 1023) / 1024 * 1024; 
 /* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
 constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
 
+/* Outputs leave in boxes of 64 tokens and so many columns; the last one of a tile may be narrow. */
+constexpr int kBoxColumns = 32, kNarrowColumns = 16, kBoxPieces = kBoxColumns / 8, kBoxBytes = 64 * kBoxColumns * 2;
 /* Shared memory that a tile leaves to the norm of the next call, whose CTAs (1.1 KB) are there before its own end. */
 constexpr int kLeftBytes = 5 << 10;
 
-/* Boxes of outputs that are in shared memory at once, before the ring: at most so many, and as leave kLeftBytes. */
-constexpr int boxes_that_leave_room(int most, int box_bytes, int other_bytes, int stage_bytes) {
-    const auto left = [=](int boxes) {
-        return (kSmemBytes - whole_kilobytes(kWarpgroups * boxes * box_bytes + other_bytes)) % stage_bytes;
+/* Of a warpgroup's boxes: as many as there is room for at once, at most so many, in rounds of equal size. */
+constexpr int boxes_at_once_of(int boxes, int most, int other_bytes, int stage_bytes) {
+    const auto left = [=](int at_once) {
+        return (kSmemBytes - whole_kilobytes(kWarpgroups * at_once * kBoxBytes + other_bytes)) % stage_bytes;
     };
     while (most > 1 && left(most) < kLeftBytes) most--;
-    return most;
+    const int rounds = (boxes + most - 1) / most;
+    return (boxes + rounds - 1) / rounds;
 }
 
 /* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
@@ -67,15 +70,12 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = in_out ? chunks * chunk_bytes : N * kRowBytes;
     static constexpr int stage_bytes = x_bytes + w_bytes;
-    static constexpr int box_columns = own_outputs % 32 == 0 ? 32 : own_outputs % 16 == 0 ? 16 : 8; /* 64 tokens high */
-    static constexpr int box_pieces = box_columns / 8, box_bytes = 64 * box_columns * 2;
-    static constexpr int boxes = own_outputs / box_columns;
+    static constexpr int wide_boxes = own_outputs / kBoxColumns, boxes = (own_outputs + kBoxColumns - 1) / kBoxColumns;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4, barrier_bytes = 16 * kMaxStages;
     static constexpr int most_boxes = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
     static constexpr int boxes_at_once =
-        shared_tokens && !late ? boxes_that_leave_room(most_boxes, box_bytes, bias_bytes + barrier_bytes, stage_bytes)
-                               : most_boxes;
-    static constexpr int own_out_bytes = shared_steps ? 64 * own_outputs * 4 : boxes_at_once * box_bytes;
+        late ? most_boxes : boxes_at_once_of(boxes, most_boxes, bias_bytes + barrier_bytes, stage_bytes);
+    static constexpr int own_out_bytes = shared_steps ? 64 * own_outputs * 4 : boxes_at_once * kBoxBytes;
     static constexpr int out_bytes = kWarpgroups * own_out_bytes;
     static constexpr int barriers_at = out_bytes + bias_bytes;
     static constexpr int norm_weights_at = whole_kilobytes(barriers_at + barrier_bytes);
@@ -97,8 +97,8 @@ struct Segment {
 };
 
 struct Product {
-    CUtensorMap x, norm_weight;    /* the latter where the row factor joins late */
-    CUtensorMap weight[3], box[3]; /* of each segment; of its outputs */
+    CUtensorMap x, norm_weight;                   /* the latter where the row factor joins late */
+    CUtensorMap weight[3], box[3], narrow_box[3]; /* of each segment; of its outputs */
     Segment segment[3];
     mv_rows out;
     int64_t inner, tokens;
@@ -363,10 +363,10 @@ exchange(float (&own)[Tile::own_outputs / 2], const float (&sum)[Tile::N / 2], c
 }
 
 /* Where a piece of eight outputs of a row lies among the boxes: swizzled as tensor copies want it. */
-template <typename Tile> __device__ __forceinline__ int piece_offset(int row, int piece) {
-    constexpr int kPieces = Tile::box_pieces;
-    const int swizzled = piece % kPieces ^ (row * kPieces / 8) % kPieces;
-    return piece / kPieces * Tile::box_bytes + (row * kPieces + swizzled) * 16;
+__device__ __forceinline__ int piece_offset(int row, int piece, bool narrow) {
+    const int pieces = narrow ? kNarrowColumns / 8 : kBoxPieces;
+    const int swizzled = piece % pieces ^ (row * pieces / 8) % pieces;
+    return piece / kBoxPieces * kBoxBytes + (row * pieces + swizzled) * 16;
 }
 
 /* Eight columns of this thread's two rows, with the bias, rounded: rows l / 4 and l / 4 + 8 of its warp. */
@@ -381,7 +381,8 @@ __device__ __forceinline__ void finish_columns(uint32_t *m, const float *sum, co
 template <typename T, typename Tile>
 __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
                                            const Place &place, char *out, const float *bias) {
-    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * Tile::box_pieces, kAll = Tile::own_outputs / 8;
+    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * kBoxPieces, kAll = Tile::own_outputs / 8;
+    constexpr int kWide = Tile::wide_boxes * kBoxPieces;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
     const uint32_t out_address = shared_address(out);
     const Segment &segment = p.segment[place.segment];
@@ -392,23 +393,19 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
 #pragma unroll
         for (int i = 0; i < kPieces && first + i < kAll; i += 2) {
             const int j = first + i;
-            const uint32_t to = out_address + piece_offset<Tile>(warp * 16 + lane % 16, i + lane / 16);
+            const uint32_t to = out_address + piece_offset(warp * 16 + lane % 16, i + lane / 16, j >= kWide);
             uint32_t m[4];
             finish_columns<T>(m, sum + 4 * j, bias, 8 * j);
-            if (j + 1 < kAll) {
-                finish_columns<T>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
-                stmatrix_x4(to, m);
-            } else {
-                stmatrix_x2(to, {m[0], m[1]});
-            }
+            finish_columns<T>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
+            stmatrix_x4(to, m);
         }
         fence_async_shared();
         warps_barrier(1 + half, 128);
         if (p.out_boxes) {
             if (thread == 0) {
-                for (int i = 0; i < kPieces && first + i < kAll; i += Tile::box_pieces)
-                    store_box(&p.box[place.segment], place.output + (first + i) * 8, place.token,
-                              out_address + i / Tile::box_pieces * Tile::box_bytes);
+                for (int i = 0; i < kPieces && first + i < kAll; i += kBoxPieces)
+                    store_box(first + i < kWide ? &p.box[place.segment] : &p.narrow_box[place.segment],
+                              place.output + (first + i) * 8, place.token, out_address + i / kBoxPieces * kBoxBytes);
                 store_commit();
             }
             continue;
@@ -417,7 +414,8 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
             const int row = i / kPieces, piece = i % kPieces, output = place.output + (first + piece) * 8;
             if (first + piece >= kAll || place.token + row >= p.tokens || output >= segment.outputs) continue;
             T *to = row_address<T>(p.out, p.inner, place.token + row) + segment.first_output + output;
-            store_packet(to, *reinterpret_cast<const Packet<T> *>(out + piece_offset<Tile>(row, piece)),
+            store_packet(to,
+                         *reinterpret_cast<const Packet<T> *>(out + piece_offset(row, piece, first + piece >= kWide)),
                          segment.outputs - output, reinterpret_cast<uintptr_t>(to) % 16 == 0);
         }
         warps_barrier(1 + half, 128);

@@ -89,13 +89,11 @@ template <typename T, int N> void wgmma(float (&sum)[N / 2], const uint32_t (&a)
         sum, rows, [&](uint32_t n) { return static_cast<uint32_t>(b) + n * 128; }, 2, add);
 }
 
-template <int kCount> void store_matrices(uint32_t row, const uint32_t (&m)[kCount]) {
+inline void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
     cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;
     warp.a[lane][0] = row;
     warp.meet.arrive_and_wait();
-    for (int i = 0; i < kCount; i++) memcpy(cpu::shared() + warp.a[8 * i + lane / 4][0] + lane % 4 * 4, &m[i], 4);
+    for (int i = 0; i < 4; i++) memcpy(cpu::shared() + warp.a[8 * i + lane / 4][0] + lane % 4 * 4, &m[i], 4);
     warp.meet.arrive_and_wait();
 }
-inline void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) { store_matrices(row, m); }
-inline void stmatrix_x2(uint32_t row, const uint32_t (&m)[2]) { store_matrices(row, m); }
