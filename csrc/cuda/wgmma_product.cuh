@@ -123,7 +123,7 @@ struct Place {
 };
 
 template <typename Tile> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
-    const TileIndex index = index_tile(item, p.rows, p.columns, p.group);
+    const TileIndex index = index_tile<true>(item, p.rows, p.columns, p.group);
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
