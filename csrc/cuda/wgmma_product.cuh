@@ -33,6 +33,7 @@ constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
 
 /* Outputs leave in boxes of 64 tokens and so many columns; the last one of a tile may be narrow. */
 constexpr int kBoxColumns = 32, kNarrowColumns = 16, kBoxPieces = kBoxColumns / 8, kBoxBytes = 64 * kBoxColumns * 2;
+
 /* Shared memory that a tile leaves to the norm of the next call, whose CTAs (1.1 KB) are there before its own end. */
 constexpr int kLeftBytes = 5 << 10;
 
@@ -85,6 +86,7 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static_assert(stages >= 3);
     static_assert(!late || (shared_tokens && !in_out && stages <= kMostLateStages));
     static_assert(!in_out || shared_tokens);
+    static_assert(shared_steps || own_outputs % kNarrowColumns == 0);
 };
 
 /* Consecutive outputs that one matrix of weights makes. */
