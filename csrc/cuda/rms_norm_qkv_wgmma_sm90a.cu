@@ -10,7 +10,7 @@
 #include "norm_plan.cuh"
 #include "norm_rows.cuh"
 #include "token_tile.cuh"
-#include "wgmma_product.cuh"
+#include "wgmma_store.cuh"
 
 namespace {
 
@@ -123,11 +123,11 @@ template <typename Tile> int few_stages(int high, int steps) {
 
 /* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All of
  * very few tokens, and of weights so small that they are there at once. */
-template <typename Tile> int early_steps(const mv_task *task, int stages) {
+template <typename Tile> int early_steps(const Product &p) {
     constexpr int kEarlyBytes = Tile::shared_steps ? 96 << 10 : 44 << 10, kLeast = 3, kSmallBytes = 2 << 20;
-    const int64_t all_bytes = int64_t{stages} * Tile::w_bytes * block_columns(task, Tile::N);
-    const bool all = Tile::shared_steps ? task->tokens <= kVeryFew : all_bytes <= kSmallBytes;
-    return all ? stages : max(kEarlyBytes / Tile::w_bytes, kLeast);
+    const bool all =
+        Tile::shared_steps ? p.tokens <= kVeryFew : int64_t{p.stages} * Tile::w_bytes * p.columns <= kSmallBytes;
+    return all ? p.stages : max(kEarlyBytes / Tile::w_bytes, kLeast);
 }
 
 template <typename T, typename Tile>
@@ -147,7 +147,6 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
     p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
-    p.early = early_steps<Tile>(task, p.stages);
     const BoxedMatrix y = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
     const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
     const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
@@ -202,6 +201,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
 
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, Tile::M * p.cluster));
     p.columns = static_cast<unsigned>(block_columns(task, Tile::N));
+    p.early = early_steps<Tile>(p);
     const int64_t clusters = int64_t{p.rows} * p.columns, at_once = task->sm_count / p.cluster;
     /* What 128 tokens leave is room for the next call's norm; 64 gain more by what else could be on its way. */
     const int smem_bytes = Tile::shared_steps ? kSmemBytes : Tile::ring_at + Tile::stages * Tile::stage_bytes;

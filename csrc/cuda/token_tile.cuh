@@ -9,17 +9,17 @@
 
 /* The order of tiles: `group` rows of them at a time walk over all columns. Those tokens stay in L2 (2,048 are 32 MB at
  * hidden 8192) and the tiles that run together form a block about as high as wide, so both operands are read from
- * memory few times. 32 bits: a launch has no more than 2^31 tiles. kSoon: a tile of the first group is found by one
- * division, which is slow, not two. */
+ * memory few times. 32 bits: a launch has no more than 2^31 tiles. kSkipsDivision: a tile of the first group
+ * is found by one division, not two. */
 struct TileIndex {
     unsigned row, column;
 };
 
-template <bool kSoon = false>
+template <bool kSkipsDivision = false>
 __device__ __forceinline__ TileIndex index_tile(unsigned tile, unsigned rows, unsigned columns, unsigned group) {
     const unsigned group_tiles = min(group, rows) * columns;
     unsigned first = 0, within = tile;
-    if (!kSoon || tile >= group_tiles) first = tile / group_tiles * group, within = tile % group_tiles;
+    if (!kSkipsDivision || tile >= group_tiles) first = tile / group_tiles * group, within = tile % group_tiles;
     const unsigned height = min(group, rows - first);
     return {first + within % height, within / height};
 }

@@ -14,7 +14,6 @@
 
 #include "norm_rows.cuh"
 #include "ptx.cuh"
-#include "qkv_epilogue.cuh"
 #include "tensor_map.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
@@ -362,109 +361,6 @@ exchange(float (&own)[Tile::own_outputs / 2], const float (&sum)[Tile::N / 2], c
     warps_barrier(kExchangeBarrier, kConsumers);
 #pragma unroll
     for (int i = 0; i < kOwn; i++) own[i] = (half ? sum[i + kOwn] : sum[i]) + place(half)[i * 128];
-}
-
-/* Where a piece of eight outputs of a row lies among the boxes: swizzled as tensor copies want it. */
-__device__ __forceinline__ int piece_offset(int row, int piece, bool narrow) {
-    const int pieces = narrow ? kNarrowColumns / 8 : kBoxPieces;
-    const int swizzled = piece % pieces ^ (row * pieces / 8) % pieces;
-    return piece / kBoxPieces * kBoxBytes + (row * pieces + swizzled) * 16;
-}
-
-/* Eight columns of this thread's two rows, with the bias, rounded: rows l / 4 and l / 4 + 8 of its warp. */
-template <typename T>
-__device__ __forceinline__ void finish_columns(uint32_t *m, const float *sum, const float *bias, int column) {
-    const float2 b = *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
-    m[0] = finish_pair<T>(sum[0], sum[1], b);
-    m[1] = finish_pair<T>(sum[2], sum[3], b);
-}
-
-/* Outputs leave through boxes in shared memory, as many at once as there is room for. */
-template <typename T, typename Tile>
-__device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
-                                           const Place &place, char *out, const float *bias) {
-    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * kBoxPieces, kAll = Tile::own_outputs / 8;
-    constexpr int kWide = Tile::wide_boxes * kBoxPieces;
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
-    const uint32_t out_address = shared_address(out);
-    const Segment &segment = p.segment[place.segment];
-#pragma unroll
-    for (int first = 0; first < kAll; first += kPieces) {
-        if (thread == 0) store_wait_read();
-        warps_barrier(1 + half, 128);
-#pragma unroll
-        for (int i = 0; i < kPieces && first + i < kAll; i += 2) {
-            const int j = first + i;
-            const uint32_t to = out_address + piece_offset(warp * 16 + lane % 16, i + lane / 16, j >= kWide);
-            uint32_t m[4];
-            finish_columns<T>(m, sum + 4 * j, bias, 8 * j);
-            finish_columns<T>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
-            stmatrix_x4(to, m);
-        }
-        fence_async_shared();
-        warps_barrier(1 + half, 128);
-        if (p.out_boxes) {
-            if (thread == 0) {
-                for (int i = 0; i < kPieces && first + i < kAll; i += kBoxPieces)
-                    store_box(first + i < kWide ? &p.box[place.segment] : &p.narrow_box[place.segment],
-                              place.output + (first + i) * 8, place.token, out_address + i / kBoxPieces * kBoxBytes);
-                store_commit();
-            }
-            continue;
-        }
-        for (int i = thread; i < kPieces * 64; i += 128) {
-            const int row = i / kPieces, piece = i % kPieces, output = place.output + (first + piece) * 8;
-            if (first + piece >= kAll || place.token + row >= p.tokens || output >= segment.outputs) continue;
-            T *to = row_address<T>(p.out, p.inner, place.token + row) + segment.first_output + output;
-            store_packet(to,
-                         *reinterpret_cast<const Packet<T> *>(out + piece_offset(row, piece, first + piece >= kWide)),
-                         segment.outputs - output, reinterpret_cast<uintptr_t>(to) % 16 == 0);
-        }
-        warps_barrier(1 + half, 128);
-    }
-}
-
-/* Where the rows of this thread's sums of a tile begin in out; null past the last token. */
-template <typename T> struct PairRows {
-    T *to[2] = {};
-
-    __device__ __forceinline__ PairRows(const Product &p, const Place &place) {
-        const int first = place.token + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (first + 8 * i < p.tokens)
-                to[i] = row_address<T>(p.out, p.inner, first + 8 * i) + p.segment[place.segment].first_output +
-                        place.output;
-    }
-};
-
-/* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
-template <typename T, typename Tile> __device__ __forceinline__ void
-store_pairs(const float (&sum)[Tile::own_outputs / 2], const PairRows<T> &rows, int count, const float *bias) {
-    const int first = threadIdx.x % 4 * 2;
-    const auto pair = [&](int row, int j) {
-        return finish_pair<T>(sum[4 * j + 2 * row], sum[4 * j + 2 * row + 1],
-                              *reinterpret_cast<const float2 *>(bias + 8 * j + first));
-    };
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        T *const to = rows.to[row];
-        if (!to) continue;
-        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && count >= Tile::own_outputs) {
-#pragma unroll
-            for (int j = 0; j < Tile::own_outputs / 8; j++)
-                *reinterpret_cast<uint32_t *>(to + 8 * j + first) = pair(row, j);
-            continue;
-        }
-#pragma unroll
-        for (int j = 0; j < Tile::own_outputs / 8; j++) {
-            const uint32_t word = pair(row, j);
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++)
-                if (8 * j + first + odd < count)
-                    reinterpret_cast<uint16_t *>(to)[8 * j + first + odd] = static_cast<uint16_t>(word >> 16 * odd);
-        }
-    }
 }
 
 } // namespace
