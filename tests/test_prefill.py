@@ -12,8 +12,8 @@ pytestmark = pytest.mark.gpu
 # of others, and those in clusters (test_cuda_on_cpu holds the list to that)
 SHAPES = (
     *((9, 3080, outputs) for outputs in (1024, 6144)),
-    *((40, 72, outputs) for outputs in (1024, 8512, 12288, 17024)),
-    (23, 1352, 4096), (64, 64, 1024), (1, 64, 1024),
+    *((40, 72, outputs) for outputs in (1024, 7104, 8512, 12288, 17024)),
+    (23, 1352, 4096), (40, 1352, 4096), (64, 64, 1024), (1, 64, 1024),
     *((130, 72, outputs) for outputs in (1024, 4288, 5312, 6400, 7424, 8512, 9536)),
     *((130, 1352, outputs) for outputs in (1024, 4288)),
     *((300, 72, outputs) for outputs in (7104, 7808, 8512, 9216, 9920, 10624)),

@@ -121,12 +121,13 @@ template <typename Tile> int few_stages(int high, int steps) {
     return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::step_turns));
 }
 
-/* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All of
- * very few tokens, and of weights so small that they are there at once. */
+/* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All for
+ * very few tokens of a long hidden, and of weights so small that they are there at once; few of narrow tiles. */
 template <typename Tile> int early_steps(const Product &p) {
-    constexpr int kEarlyBytes = Tile::shared_steps ? 96 << 10 : 44 << 10, kLeast = 3, kSmallBytes = 2 << 20;
-    const bool all =
-        Tile::shared_steps ? p.tokens <= kVeryFew : int64_t{p.stages} * Tile::w_bytes * p.columns <= kSmallBytes;
+    constexpr int kFew = (Tile::N < 64 ? 2 * Tile::N - 32 : 96) << 10, kMany = 44 << 10;
+    constexpr int kEarlyBytes = Tile::shared_steps ? kFew : kMany, kLeast = 3, kLongSteps = 48, kSmallBytes = 2 << 20;
+    const bool all = Tile::shared_steps ? p.tokens <= kVeryFew && p.steps >= kLongSteps
+                                        : int64_t{p.stages} * Tile::w_bytes * p.columns <= kSmallBytes;
     return all ? p.stages : max(kEarlyBytes / Tile::w_bytes, kLeast);
 }
 

@@ -6,7 +6,7 @@
 
 constexpr int kStep = 64;          /* along hidden */
 constexpr unsigned kCluster = 2;   /* CTAs, where there are clusters */
-constexpr int kVeryFew = 16;       /* tokens */
+constexpr int kVeryFew = 24;       /* tokens */
 constexpr int kWholeOutputs = 192; /* of a tile that one warpgroup has for itself */
 
 /* What the two warpgroups of a CTA share: a tile's tokens, the steps along hidden of a tile of 64 tokens, or the tiles:
@@ -83,14 +83,17 @@ static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, d
  * takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of
  * tiles would read the weights twice; and not for batch_invariant, because they add in another order. Very few tokens
  * ask so little of L2 that more, narrower tiles pay where hidden is long, and so they do where it is short and most SMs
- * had no tile. From two waves on, whole tiles: while one is stored, the next one is multiplied. */
+ * had no tile; somewhat narrower ones where a third had none. From two waves on, whole tiles: while one is stored, the
+ * next one is multiplied. */
 static inline TileChoice choose_tile(const mv_task *task) {
-    constexpr double kFewSteps = 16, kManySteps = 48, kWholeStep = 0.62;
+    constexpr double kFewSteps = 16, kManySteps = 40, kWholeStep = 0.62;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->block[0].col_stride != 1, few = task->tokens <= 64 && !in_out && !task->batch_invariant;
     const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
-    const bool idle = steps <= kFewSteps && 3 * block_columns(task, 64) <= task->sm_count;
-    const int least = in_out ? 128 : few && (idle || (task->tokens <= kVeryFew && steps >= kManySteps)) ? 32 : 64;
+    const int64_t busy = block_columns(task, 64);
+    const bool idle = steps <= kFewSteps && 3 * busy <= task->sm_count;
+    const bool narrow = few && (idle || (task->tokens <= kVeryFew && steps >= kManySteps));
+    const int least = in_out ? 128 : narrow ? 32 : few && 3 * busy <= 2 * task->sm_count ? 48 : 64;
     TileChoice best = {};
     double lowest = 1e300, best_us = 0;
     for (int outputs = few ? 96 : 256; outputs >= least; outputs -= apart) {
