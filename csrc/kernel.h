@@ -39,6 +39,7 @@ typedef struct {
     bool launch_early;        /* the next kernel of the stream has work to do before it waits for this one */
     uint32_t *counters;       /* the norm zeroes these for the next kernel of the stream */
     int64_t counter_count;
+    int64_t low_plane; /* the norm writes float32 as a TF32 and, so many elements behind it, what that leaves; or 0 */
 
     /* The norm, which every op begins with. */
     mv_dtype dtype; /* of x, residual, out, residual_out */
@@ -56,7 +57,7 @@ typedef struct {
     int64_t outputs; /* of all blocks */
     mv_dtype weight_dtype;
     bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
-    bool batch_invariant, dynamic_weights;
+    bool batch_invariant, allow_tf32, dynamic_weights;
 } mv_task;
 
 typedef mv_status mv_kernel(const mv_task *task, mv_error *error);

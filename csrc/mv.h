@@ -136,7 +136,7 @@ typedef struct {
     mv_rounding rounding;
     mv_weight_layout weight_layout;
     bool batch_invariant; /* a row's bits do not depend on how many other rows there are          */
-    bool allow_tf32;      /* float32 products may be rounded to TF32; no kernel does so yet         */
+    bool allow_tf32;      /* float32 products may be rounded to TF32                               */
     bool dynamic_weights; /* the previous kernel in the stream may write weights and trigger early */
 } mv_rms_norm_qkv_args;
 

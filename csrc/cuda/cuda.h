@@ -30,10 +30,13 @@ const char *mv_norm_wgmma_fits(const mv_task *task);
 const char *mv_wgmma_fits(const mv_task *task);
 double mv_wgmma_late_share(const mv_task *task); /* of the time of the plan of two launches */
 const char *mv_norm_few_fits(const mv_task *task);
+const char *mv_norm_3xtf32_fits(const mv_task *task);
+double mv_norm_3xtf32_cost(const mv_task *task);
 
 /* Workspace of the plans that write the normalised rows before the product. */
 size_t mv_norm_plan_workspace(const mv_task *task);
 size_t mv_norm_wgmma_workspace(const mv_task *task);
+size_t mv_norm_3xtf32_workspace(const mv_task *task);
 
 #ifdef __cplusplus
 }

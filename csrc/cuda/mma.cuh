@@ -91,3 +91,10 @@ template <> __device__ __forceinline__ void mma_m16n8k16<__half>(float (&sum)[4]
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+/* The nearest TF32, ties away from zero: 11 of the 24 bits, where a float has them. */
+__device__ __forceinline__ uint32_t round_tf32(float v) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return bits;
+}

@@ -73,6 +73,12 @@ __device__ __forceinline__ uint4 load_by_policy(const void *p, bool wanted, uint
 __device__ __forceinline__ void add_release(uint32_t *counter, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
+/* The same, by one who sees what those before have written; gives what the counter was. */
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t *counter, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+    return before;
+}
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t *counter) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");

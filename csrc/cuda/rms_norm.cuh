@@ -1,6 +1,7 @@
 /* rms_norm.cuh: what every kernel that begins with the norm shares: rows, norm weights, the formula, its roundings. */
 #pragma once
 
+#include "mma.cuh"
 #include "vec.cuh"
 
 /* The address of row r of a matrix. Most matrices have one stride: then inner is the number of rows, and no division
@@ -88,6 +89,27 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) y[i] *= weights.v[i];
     return pack<T>(y);
+}
+
+/* Stores y: `store` gets a packet and how far behind its place it goes. Of float32 there may be two, the nearest TF32
+ * and what that leaves, of which infinity has nothing. The largest values have no TF32 above them: the one below. */
+template <typename T, typename Store>
+__device__ __forceinline__ void store_normalised(const mv_task &task, const Packet<T> &y, Store store) {
+    if constexpr (sizeof(T) == 4) {
+        if (task.low_plane) {
+            Packet<T> high, low;
+#pragma unroll
+            for (int i = 0; i < Packet<T>::size; i++) {
+                high.word[i] = round_tf32(y.get(i));
+                if (isinf(high.get(i))) high.word[i] = y.word[i] & 0xffffe000u;
+                low.word[i] = isinf(high.get(i)) ? 0 : round_tf32(y.get(i) - high.get(i));
+            }
+            store(high, int64_t{0});
+            store(low, task.low_plane);
+            return;
+        }
+    }
+    store(y, int64_t{0});
 }
 
 /* By one of the CTAs, after the wait: zeroes what the next kernel of a plan counts with. */

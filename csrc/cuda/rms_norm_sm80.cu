@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 #pragma unroll
         for (int p = 0; p < kPackets; p++) {
             if (at(p) >= hidden) break;
-            store(out, p, normalised(p));
+            store_normalised(task, normalised(p),
+                             [&](const Packet<T> &y, int64_t behind) { store(out + behind, p, y); });
         }
         if constexpr (!kTurns) break;
         row += gridDim.x;
@@ -197,7 +198,9 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
         Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, access.rows);
         if constexpr (kAdd)
             if (!residual_out) s = add_residual(s, load_packet(residual + at, left, access.rows));
-        store_packet(out + at, apply_norm(s, r, load_norm_weights<T>(task, at, access.weight), hf), left, access.rows);
+        store_normalised(
+            task, apply_norm(s, r, load_norm_weights<T>(task, at, access.weight), hf),
+            [&](const Packet<T> &y, int64_t behind) { store_packet(out + behind + at, y, left, access.rows); });
     }
 }
 

@@ -41,8 +41,14 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t 
 template <typename T, int N>
 __device__ __forceinline__ void wgmma(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add);
 
+/* The same of TF32: a[64][8] in registers, lane l: rows l / 4 and l / 4 + 8 of its warp's 16, column l % 4, then those
+ * of column l % 4 + 4; b[8][N]. */
+template <int N>
+__device__ __forceinline__ void wgmma_tf32(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add);
+
 /* Per N: the names of the N / 2 sums in the instruction, the sums, and the names of the operands after them. */
-#define MV_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MV_NAMES_4 "%0, %1, %2, %3"
+#define MV_NAMES_8 MV_NAMES_4 ", %4, %5, %6, %7"
 #define MV_NAMES_16 MV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MV_NAMES_20 MV_NAMES_16 ", %16, %17, %18, %19"
 #define MV_NAMES_24 MV_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -61,6 +67,7 @@ __device__ __forceinline__ void wgmma(float (&sum)[N / 2], const uint32_t (&a)[4
 #define MV_NAMES_128 MV_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define MV_SUMS_FROM_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define MV_SUMS_FROM_8(i) MV_SUMS_FROM_4(i), MV_SUMS_FROM_4(i + 4)
+#define MV_SUMS_4 MV_SUMS_FROM_4(0)
 #define MV_SUMS_8 MV_SUMS_FROM_8(0)
 #define MV_SUMS_16 MV_SUMS_8, MV_SUMS_FROM_8(8)
 #define MV_SUMS_20 MV_SUMS_16, MV_SUMS_FROM_4(16)
@@ -121,6 +128,23 @@ MV_WGMMA_ALL(208, 104, "%104", "%105", "%106", "%107", "%108", "%109")
 MV_WGMMA_ALL(224, 112, "%112", "%113", "%114", "%115", "%116", "%117")
 MV_WGMMA_ALL(240, 120, "%120", "%121", "%122", "%123", "%124", "%125")
 MV_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+
+#define MV_WGMMA_TF32(N, half, A, B, C, D, W, ADD)                                                                     \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma_tf32<N>(float(&sum)[half], const uint32_t(&a)[4], uint64_t b, bool add) {    \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 {" MV_NAMES_##half                       \
+                     "}, {" A ", " B ", " C ", " D "}, " W ", add, 1, 1;\n}"                                           \
+                     : MV_SUMS_##half                                                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                \
+    }
+
+MV_WGMMA_TF32(8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
+MV_WGMMA_TF32(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+MV_WGMMA_TF32(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+MV_WGMMA_TF32(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+MV_WGMMA_TF32(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
+MV_WGMMA_TF32(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 /* By all warps of a warpgroup: from here on each thread has so many registers. */
 template <int kCount> __device__ __forceinline__ void more_registers() {

@@ -14,6 +14,7 @@
 
 #include "norm_rows.cuh"
 #include "ptx.cuh"
+#include "slot.cuh"
 #include "tensor_map.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
@@ -166,29 +167,6 @@ template <typename Tile> struct Ring {
 /* Stages whose barriers the producer initialises itself: one takes some 50 cycles, and the first weights shall not wait
  * for those of many stages. In a cluster, all copies wait until both CTAs are ready. */
 __device__ __forceinline__ int own_stages(const Product &p, int stages) { return p.cluster > 1 ? 0 : min(4, stages); }
-
-/* A place in the ring, and the parity of the round. */
-struct Slot {
-    int index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int stages, int by = 1) {
-        index += by;
-        if (index < stages) return;
-        index -= stages;
-        parity ^= 1;
-    }
-    /* Over any number of steps. */
-    __device__ __forceinline__ void skip(int stages, int steps) {
-        parity ^= steps / stages & 1;
-        advance(stages, steps % stages);
-    }
-    __device__ __forceinline__ void retreat(int stages, int by) {
-        index -= by;
-        if (index >= 0) return;
-        index += stages;
-        parity ^= 1;
-    }
-};
 
 /* ---- the producer ---------------------------------------------------------------------------------------------- */
 

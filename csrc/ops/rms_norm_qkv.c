@@ -80,6 +80,8 @@ static double cost_norm_ffma(const mv_task *t) {
              mv_no_workspace))                                                                                         \
     MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_fits, cost_norm_few,           \
              mv_norm_plan_workspace))                                                                                  \
+    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_3xtf32_sm90a, sm90a, MV_CUDA, true, mv_norm_3xtf32_fits,                  \
+             mv_norm_3xtf32_cost, mv_norm_3xtf32_workspace))                                                           \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,            \
                          mv_norm_plan_workspace))                                                                      \
@@ -342,6 +344,7 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error
     task->weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;
     task->batch_invariant = a->batch_invariant;
+    task->allow_tf32 = a->allow_tf32;
     task->dynamic_weights = a->dynamic_weights;
     if (mv_state(plan)->parts > 0) add_blocks(plan, &projection);
     return mv_finish_plan(plan, error);

@@ -24,6 +24,7 @@
 #include <vector>
 
 #define __launch_bounds__(...)
+#define __noinline__
 #define threadIdx cpu::current->thread
 #define blockIdx cpu::current->block
 #define gridDim cpu::grid_dim
@@ -186,6 +187,7 @@ template <typename T> T __shfl_sync(unsigned, T value, int from) {
     return cpu::exchange(value, [=](int) { return from; });
 }
 
+using std::isinf;
 using std::max;
 using std::min;
 template <typename T> T __ldcg(const T *p) { return *p; }

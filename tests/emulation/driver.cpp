@@ -18,6 +18,7 @@ struct Case {
     bool residual, bias, wide_norm_weight, in_out, tuple;
     float weight_offset;
     int pad; /* elements between rows of x, residual and outputs */
+    bool allow_tf32 = false;
 };
 
 constexpr mv_rounding kHf = MV_ROUNDING_HF, kFp32 = MV_ROUNDING_FP32;
@@ -39,6 +40,8 @@ constexpr Case kProjections[] = {
     {64, 64, 104, kHf, false, true, false, false, false, 0, 8},
     {70, 40, 24, kHf, false, true, false, false, false, 0, 1},
     {130, 320, 200, kHf, true, false, false, false, true, 0, 0},
+    {45, 456, 300, kHf, false, true, false, false, true, 0, 8, true},
+    {150, 96, 130, kFp32, true, false, false, false, false, 0, 0, true},
     {129, 2056, 40, kFp32, false, false, true, false, false, 0, 0},
     {250, 96, 250, kHf, false, true, false, false, false, 0, 4},
     /* whole heads of 128 outputs: a launch for each of them, and clusters of 8 and of 4 blocks */
@@ -133,6 +136,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
     task.eps = 1e-6f;
     task.rounding = c.rounding;
     task.weight_offset = c.weight_offset;
+    task.allow_tf32 = c.allow_tf32;
     task.x = x.view();
     task.out = out.view();
     if (c.residual) task.residual = residual.view(), task.residual_out = sum.view();
@@ -196,10 +200,12 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
             }
             /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the
              * float32 sum; and the roundings of y, which are random: in "fp32" those of all terms, 0.41 units each,
-             * five standard deviations of their sum; in "hf" of the few that go the other way. */
+             * five standard deviations of their sum; in "hf" of the few that go the other way; and of TF32, both
+             * factors' of every term. */
             const double of_y = c.rounding == kHf ? terms / 8 : 5 * 0.41 * std::sqrt(term_squares);
+            const double of_tf32 = c.allow_tf32 && row.dtype == MV_F32 ? 5 * 0.58 * std::sqrt(term_squares) : 0;
             const double may = kUnit<T> * std::fabs(exact) * (projects ? 1 : 3) + 0x1p-24 * c.hidden * terms +
-                               kUnit<T> * of_y + 0x1p-20 * std::fabs(exact) + 1e-30;
+                               kUnit<T> * of_y + 0x1p-11 * of_tf32 + 0x1p-20 * std::fabs(exact) + 1e-30;
             const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
             if (std::isnan(far)) return INFINITY;
             worst = std::max(worst, far);

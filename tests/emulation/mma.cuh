@@ -65,3 +65,9 @@ template <typename T> void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4],
     }
     warp.meet.arrive_and_wait();
 }
+
+inline uint32_t round_tf32(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return v == v ? (bits + 0x1000u) & 0xffffe000u : 0x7fffe000u;
+}

@@ -17,6 +17,10 @@ inline uint4 load_by_policy(const void *p, bool wanted, uint64_t) { return load_
 template <typename T> void compute_now(T &) {}
 
 inline void add_release(uint32_t *counter, uint32_t value) { *counter += value; }
+inline uint32_t add_acquire_release(uint32_t *counter, uint32_t value) {
+    *counter += value;
+    return *counter - value;
+}
 inline uint32_t load_acquire(const uint32_t *counter) { /* of who waits for others */
     cpu::yield();
     return *counter;

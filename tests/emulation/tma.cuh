@@ -6,27 +6,28 @@
 
 namespace cpu {
 
-/* Calls copy(in shared memory, in global memory or NULL outside of the matrix) for each 16-bit value of a box. */
+/* Calls copy(in shared memory, in global memory or NULL outside of the matrix, bytes) for each value of a box. */
 template <typename Copy> void walk_box(const CUtensorMap *of, int column, int row, uint32_t shared_at, Copy copy) {
     TensorMap map;
     memcpy(&map, of, sizeof map);
     for (int r = 0; r < map.box_rows; r++)
         for (int c = 0; c < map.box_columns; c++) {
-            const uint32_t at = shared_at + static_cast<uint32_t>((r * map.box_columns + c) * 2);
+            const uint32_t at = shared_at + static_cast<uint32_t>((r * map.box_columns + c) * map.value_bytes);
             const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 && column + c < map.columns;
             copy(swizzle(at, map.swizzled_bytes),
-                 inside ? map.data + (row + r) * map.row_bytes + (column + c) * int64_t{2} : nullptr);
+                 inside ? map.data + (row + r) * map.row_bytes + int64_t{column + c} * map.value_bytes : nullptr,
+                 map.value_bytes);
         }
 }
 
 inline void load_box_to(uint32_t to, const CUtensorMap *map, int column, int row, uint32_t barrier, unsigned rank) {
     int bytes = 0;
-    walk_box(map, column, row, to, [&](uint32_t at, const char *from) {
+    walk_box(map, column, row, to, [&](uint32_t at, const char *from, int value_bytes) {
         if (from)
-            memcpy(shared_of(at, rank), from, 2);
+            memcpy(shared_of(at, rank), from, value_bytes);
         else
-            memset(shared_of(at, rank), 0, 2);
-        bytes += 2;
+            memset(shared_of(at, rank), 0, value_bytes);
+        bytes += value_bytes;
     });
     mbarrier(barrier, rank).bytes -= bytes;
     mbarrier(barrier, rank).step();
@@ -43,8 +44,8 @@ inline void load_box_multicast(uint32_t to, const CUtensorMap *map, int column, 
         if (ctas >> rank & 1) cpu::load_box_to(to, map, column, row, barrier, rank);
 }
 inline void store_box(const CUtensorMap *map, int column, int row, uint32_t from) {
-    cpu::walk_box(map, column, row, from, [](uint32_t at, char *to) {
-        if (to) memcpy(to, cpu::shared() + at, 2);
+    cpu::walk_box(map, column, row, from, [](uint32_t at, char *to, int value_bytes) {
+        if (to) memcpy(to, cpu::shared() + at, value_bytes);
     });
 }
 inline void store_commit() {}

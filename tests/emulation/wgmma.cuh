@@ -89,6 +89,29 @@ template <typename T, int N> void wgmma(float (&sum)[N / 2], const uint32_t (&a)
         sum, rows, [&](uint32_t n) { return static_cast<uint32_t>(b) + n * 128; }, 2, add);
 }
 
+template <int N> void wgmma_tf32(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    constexpr uint32_t kSeen = 0xffffe000u; /* of the bits of a float */
+    cpu::Warp &warp = cpu::own_warp();
+    const unsigned lane = threadIdx.x % 32;
+    memcpy(warp.a[lane], a, sizeof a);
+    warp.meet.arrive_and_wait();
+    float rows[2][8];
+    for (unsigned r = 0; r < 2; r++)
+        for (unsigned k = 0; k < 8; k++)
+            rows[r][k] = __uint_as_float(warp.a[lane / 4 * 4 + k % 4][r + k / 4 * 2] & kSeen);
+    warp.meet.arrive_and_wait();
+    for (int i = 0; i < N / 2; i++) {
+        const uint32_t n = static_cast<uint32_t>(i) / 4 * 8 + lane % 4 * 2 + static_cast<uint32_t>(i) % 2;
+        float dot = 0;
+        for (uint32_t k = 0; k < 8; k++) {
+            uint32_t bits;
+            memcpy(&bits, cpu::shared() + cpu::swizzle(static_cast<uint32_t>(b) + n * 128 + k * 4, 128), 4);
+            dot += rows[i % 4 / 2][k] * __uint_as_float(bits & kSeen);
+        }
+        sum[i] = add ? sum[i] + dot : dot;
+    }
+}
+
 inline void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
     cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;

@@ -1,0 +1,461 @@
+/* rms_norm_qkv_3xtf32_sm90a.cu: the projection of float32 on Hopper's tensor cores, at float32's accuracy: the second
+ * launch of a plan whose first is the norm kernel.
+ *
+ * The tensor cores multiply TF32, which has 11 of float32's 24 bits. So a value becomes two, v = high + low, and a
+ * product three: high high + high low + low high; what is left out is 2^-24 of it at most. The norm kernel writes y as
+ * two planes; weights are taken apart in registers, on their way from shared memory. With allow_tf32 high high is all.
+ *
+ * The tensor cores cut off what does not fit a sum, and always towards zero. So a sum there is of one step, small
+ * products first, and joins float32 totals in registers, which round to the nearest.
+ *
+ * A CTA has tiles of 128 outputs and 8 to 128 tokens. Two warpgroups have 64 outputs each, as the rows of the product,
+ * and take turns: one multiplies while the other takes its next weights apart. One thread brings the steps along hidden
+ * to a ring in shared memory. Tiles come in waves, one for each CTA. Those that are left are split along hidden, so
+ * that each of some CTAs has as many steps; who comes last to a tile adds its parts, in the order of hidden. */
+#include "cuda.h"
+#include "launch.cuh"
+#include "norm_plan.cuh"
+#include "qkv_epilogue.cuh"
+#include "slot.cuh"
+#include "tensor_map.cuh"
+#include "tf32_tiles.cuh"
+#include "tma.cuh"
+#include "token_tile.cuh"
+#include "wgmma.cuh"
+
+using namespace tf32;
+
+namespace {
+
+constexpr int kRowBytes = 4 * kStep, kWeightBytes = kOutputs * kRowBytes;
+constexpr int kConsumers = 256;
+constexpr int kConsumersBarrier = 1, kTurnBarrier = 2; /* and 3 */
+/* The ring leaves shared memory to the blocks of the next call's norm. */
+constexpr int kRingBytes = 220 << 10, kMaxStages = 12, kBarrierBytes = 16 * kMaxStages + 16;
+constexpr int kOwnRegisters = 224, kOtherRegisters = 3 * 168 - 2 * kOwnRegisters;
+
+/* kOnce: of products of the high parts alone, whose error is that of TF32. */
+template <int kTokens, bool kOnce> struct Tile {
+    static constexpr int tokens = kTokens;
+    static constexpr bool once = kOnce;
+    static constexpr int plane_bytes = tokens * kRowBytes;
+    static constexpr int stage_bytes = kWeightBytes + (once ? 1 : 2) * plane_bytes;
+    static constexpr int fit = kRingBytes / stage_bytes, stages = fit < kMaxStages ? fit : kMaxStages;
+    static constexpr int ring_bytes = stages * stage_bytes;
+    static constexpr int sums = tokens / 2; /* of a thread */
+    static constexpr int part_floats = kConsumers * sums;
+    static constexpr bool trades_registers = tokens > 96; /* with a third warpgroup */
+    static constexpr int threads = kConsumers + (trades_registers ? 128 : 32);
+    static_assert(stages >= 3);
+};
+
+struct Product {
+    CUtensorMap y, weight[3]; /* y: the plane of high parts, then the one of low parts */
+    mv_task task;
+    int64_t low_plane;             /* elements from a high part to its low one */
+    int low_row;                   /* rows */
+    int steps;                     /* along hidden */
+    unsigned rows, columns, group; /* of tiles; rows that walk over all columns together */
+    unsigned whole_tiles;          /* of them, in waves */
+    unsigned split_tiles, sharers; /* the others, and the CTAs that share their steps */
+    float *parts;                  /* sums: two of each of these CTAs */
+    uint32_t *counters;            /* of each split tile: steps that are done */
+};
+
+/* Some steps of a tile. */
+struct Work {
+    unsigned tile, from, to;
+};
+
+/* The split tiles' steps, counted through: the first of a CTA, and the CTA that has one. */
+__device__ __forceinline__ unsigned first_step(const Product &p, unsigned cta) {
+    return p.split_tiles * p.steps * cta / p.sharers;
+}
+__device__ __forceinline__ unsigned cta_of(const Product &p, unsigned step) {
+    return ((step + 1) * p.sharers - 1) / (p.split_tiles * p.steps);
+}
+
+/* What a CTA does: a tile of each wave, then its share of the others. */
+struct Works {
+    const Product &p;
+    unsigned tile, at, end;
+
+    __device__ __forceinline__ explicit Works(const Product &p) : p(p), tile(blockIdx.x), at(0), end(0) {
+        if (blockIdx.x >= p.sharers) return;
+        at = first_step(p, blockIdx.x);
+        end = first_step(p, blockIdx.x + 1);
+    }
+
+    __device__ __forceinline__ bool next(Work &work) {
+        const unsigned steps = static_cast<unsigned>(p.steps);
+        if (tile < p.whole_tiles) {
+            work = {tile, 0, steps};
+            tile += gridDim.x;
+            return true;
+        }
+        if (at >= end) return false;
+        const unsigned from = at % steps;
+        work = {p.whole_tiles + at / steps, from, min(from + (end - at), steps)};
+        at += work.to - from;
+        return true;
+    }
+};
+
+/* Where a tile lies: its first token, and its first output: of one block of the task, and of all. */
+struct Place {
+    int64_t token;
+    int block;
+    int64_t row, output;
+};
+
+__device__ __forceinline__ int64_t outputs_of(const mv_task &task, int block) {
+    return task.packed ? task.outputs : task.block[block].outputs;
+}
+
+template <typename T> __device__ __forceinline__ Place find_place(const Product &p, unsigned tile) {
+    const TileIndex index = index_tile<true>(tile, p.rows, p.columns, p.group);
+    Place place = {int64_t{index.row} * T::tokens, 0, int64_t{index.column} * kOutputs, 0};
+    for (;; place.block++) {
+        const int64_t outputs = outputs_of(p.task, place.block), tiles = (outputs + kOutputs - 1) / kOutputs;
+        if (place.row < tiles * kOutputs) break;
+        place.row -= tiles * kOutputs;
+        place.output += outputs;
+    }
+    place.output += place.row;
+    return place;
+}
+
+/* The ring, and the barriers of its stages: all copies have come, all have been read. */
+template <typename T> struct Ring {
+    static constexpr int kBytes = T::ring_bytes, kStages = T::stages;
+    uint32_t at, full, empty;
+    __device__ __forceinline__ explicit Ring(uint32_t shared)
+        : at(shared), full(shared + kBytes), empty(full + 8 * kStages) {}
+    __device__ __forceinline__ uint32_t stage(int slot) const { return at + slot * T::stage_bytes; }
+};
+
+/* By one thread: brings all steps of the CTA's works. The first weights come before the wait for y. */
+template <typename T> __device__ __forceinline__ void produce(const Product &p, const Ring<T> &ring) {
+    const auto load_weights = [&](const Place &place, int slot, unsigned step) {
+        mbarrier_arrive_expect(ring.full + 8 * slot, T::stage_bytes);
+        load_box(ring.stage(slot), &p.weight[place.block], static_cast<int>(step) * kStep, static_cast<int>(place.row),
+                 ring.full + 8 * slot);
+    };
+    const auto load_y = [&](const Place &place, int slot, unsigned step) {
+        const int column = static_cast<int>(step) * kStep, row = static_cast<int>(place.token);
+        const uint32_t to = ring.stage(slot) + kWeightBytes, barrier = ring.full + 8 * slot;
+        load_box(to, &p.y, column, row, barrier);
+        if constexpr (!T::once) load_box(to + T::plane_bytes, &p.y, column, row + p.low_row, barrier);
+    };
+    Slot slot;
+    Works works(p);
+    bool first = true;
+    for (Work work; works.next(work);) {
+        const Place place = find_place<T>(p, work.tile);
+        if (first) {
+            const unsigned ahead = min(work.to - work.from, static_cast<unsigned>(T::stages));
+            for (unsigned i = 0; i < ahead; i++) load_weights(place, static_cast<int>(i), work.from + i);
+            griddepcontrol_wait();
+            griddepcontrol_launch();
+            fence_async_global();
+            for (unsigned i = 0; i < ahead; i++, slot.advance(T::stages)) load_y(place, slot.index, work.from + i);
+            work.from += ahead;
+            first = false;
+        }
+        for (; work.from < work.to; work.from++, slot.advance(T::stages)) {
+            mbarrier_wait(ring.empty + 8 * slot.index, slot.parity ^ 1);
+            load_weights(place, slot.index, work.from);
+            load_y(place, slot.index, work.from);
+        }
+    }
+}
+
+/* A lane's weights of a step, and the operands of the products that come of them: rows l / 4 and l / 4 + 8 of its warp,
+ * columns l % 4 and l % 4 + 4 of each 8 k. */
+struct WeightStep {
+    float value[kStep / 8][4];
+    uint32_t high[kStep / 8][4], low[kStep / 8][4];
+
+    /* own: this lane's upper row in the stage. */
+    __device__ __forceinline__ void load(const char *own) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int k = 0; k < kStep / 8; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) /* 16-byte pieces are swizzled with the row */
+                value[k][i] = *reinterpret_cast<const float *>(own + i % 2 * 8 * kRowBytes +
+                                                               ((2 * k + i / 2) ^ lane / 4) * 16 + lane % 4 * 4);
+    }
+    __device__ __forceinline__ void split() {
+#pragma unroll
+        for (int k = 0; k < kStep / 8; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                high[k][i] = round_tf32(value[k][i]);
+                low[k][i] = round_tf32(value[k][i] - __uint_as_float(high[k][i]));
+            }
+    }
+};
+
+/* The turns of the two warpgroups. */
+__device__ __forceinline__ void await_turn(int half) { warps_barrier(kTurnBarrier + half, kConsumers); }
+__device__ __forceinline__ void give_turn(int half) { warps_arrive(kTurnBarrier + 1 - half, kConsumers); }
+
+/* Adds so many steps to the totals of the warpgroup. */
+template <typename T> __device__ __forceinline__ void multiply(float (&total)[T::sums], const char *smem,
+                                                               const Ring<T> &ring, Slot &slot, unsigned steps) {
+    const int warp = static_cast<int>(uniform(threadIdx.x / 32)), lane = threadIdx.x % 32;
+    const char *const own = smem + (warp * 16 + lane / 4) * kRowBytes;
+    WeightStep w;
+    const auto load = [&] {
+        mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
+        w.load(own + slot.index * T::stage_bytes);
+    };
+    load();
+#pragma unroll 1
+    for (bool more = true; more;) {
+        w.split();
+        const int used = slot.index;
+        const uint64_t high = operand_descriptor(ring.stage(used) + kWeightBytes);
+        const uint64_t low = advance_descriptor(high, T::plane_bytes);
+        float sum[T::sums];
+        await_turn(warp / 4);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; !T::once && k < kStep / 8; k++) {
+            wgmma_tf32<T::tokens>(sum, w.low[k], advance_descriptor(high, k * 32), k > 0);
+            wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(low, k * 32), true);
+        }
+#pragma unroll
+        for (int k = 0; k < kStep / 8; k++)
+            wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(high, k * 32), !T::once || k > 0);
+        wgmma_commit();
+        give_turn(warp / 4);
+        slot.advance(T::stages);
+        more = --steps > 0;
+        if (more) load(); /* meanwhile */
+        wgmma_wait<0>();
+        if (lane == 0) mbarrier_arrive(ring.empty + 8 * used);
+        wgmma_results(sum);
+#pragma unroll
+        for (int i = 0; i < T::sums; i++) total[i] += sum[i];
+    }
+}
+
+/* Leaves this CTA's part of a tile to who comes last. If that is this one, it has the sums of all parts. */
+template <typename T> __device__ __forceinline__ bool join_parts(const Product &p, const Work &work,
+                                                                 float (&total)[T::sums], unsigned *before) {
+    const unsigned steps = static_cast<unsigned>(p.steps), done = work.to - work.from;
+    const unsigned tile = work.tile - p.whole_tiles, last = cta_of(p, (tile + 1) * steps - 1);
+    /* A CTA may have a part of its first tile, and another of its last one. */
+    const auto part_of = [&](unsigned cta) {
+        const bool later = first_step(p, cta) / steps != tile;
+        return p.parts + (2 * int64_t{cta} + later) * T::part_floats + threadIdx.x;
+    };
+    float *const own = part_of(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < T::sums; i++) __stcg(own + i * kConsumers, total[i]);
+    warps_barrier(kConsumersBarrier, kConsumers);
+    if (threadIdx.x == 0) *before = add_acquire_release(p.counters + tile, done);
+    warps_barrier(kConsumersBarrier, kConsumers);
+    if (*before + done < steps) return false;
+
+    constexpr unsigned kAtOnce = T::sums <= 16 ? 4 : T::sums <= 32 ? 2 : 1; /* parts that are loaded together */
+#pragma unroll
+    for (int i = 0; i < T::sums; i++) total[i] = 0;
+#pragma unroll 1
+    for (unsigned cta = cta_of(p, tile * steps); cta <= last; cta += kAtOnce) {
+        float part[kAtOnce][T::sums];
+#pragma unroll
+        for (unsigned a = 0; a < kAtOnce; a++) {
+            const float *const from = part_of(min(cta + a, last));
+#pragma unroll
+            for (int i = 0; i < T::sums; i++) part[a][i] = __ldcg(from + i * kConsumers);
+        }
+#pragma unroll
+        for (unsigned a = 0; a < kAtOnce; a++)
+#pragma unroll
+            for (int i = 0; i < T::sums; i++) total[i] += cta + a <= last ? part[a][i] : 0.0f;
+    }
+    return true;
+}
+
+/* One output, term after term: for sums that are not finite. Infinity is more than two parts can say. */
+__device__ __noinline__ float plain_dot(const Product &p, int64_t token, int block, int64_t row) {
+    const mv_block &weights = p.task.block[block];
+    const float *w = static_cast<const float *>(weights.weight) + row * weights.row_stride;
+    const float *high = static_cast<const float *>(p.task.x.data) + token * p.task.hidden, *low = high + p.low_plane;
+    float sum = 0;
+    for (int64_t k = 0; k < p.task.hidden && sum == sum; k++) sum = fmaf(high[k] + low[k], w[k], sum);
+    return sum;
+}
+
+/* Lane l of sums 4 j + {0, 1}: output l / 4 of its warp's 16, tokens 8 j + 2 (l % 4) + {0, 1}; of 4 j + {2, 3}: output
+ * l / 4 + 8. */
+template <typename T>
+__device__ __forceinline__ void store_outputs(const Product &p, const Place &place, const float (&total)[T::sums]) {
+    const int lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x / 32) * 16 + lane / 4;
+    const int64_t outputs = outputs_of(p.task, place.block);
+    const mv_block &block = p.task.block[place.block];
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+        const int64_t row = place.row + first + 8 * lower;
+        if (row >= outputs) continue;
+        const float bias = block.bias ? load_as<float>(block.bias, block.bias_dtype, row) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < T::sums / 2; i++) {
+            const int64_t token = place.token + i / 2 * 8 + lane % 4 * 2 + i % 2;
+            if (token >= p.task.tokens) continue;
+            float sum = total[i / 2 * 4 + lower * 2 + i % 2];
+            if (!(fabsf(sum) < INFINITY)) sum = plain_dot(p, token, place.block, row);
+            row_address<float>(p.task.out, p.task.inner, token)[place.output + first + 8 * lower] =
+                finish_output<float>(sum, bias);
+        }
+    }
+}
+
+template <typename T> __global__ void __launch_bounds__(T::threads, 1)
+    rms_norm_qkv_3xtf32_kernel(const __grid_constant__ Product p) {
+    extern __shared__ __align__(1024) char smem[];
+    const Ring<T> ring(uniform(shared_address(smem)));
+    const int warp = static_cast<int>(uniform(threadIdx.x / 32));
+    if (threadIdx.x < T::stages) {
+        mbarrier_init(ring.full + 8 * threadIdx.x, 1);
+        mbarrier_init(ring.empty + 8 * threadIdx.x, kConsumers / 32);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (p.task.dynamic_weights) griddepcontrol_wait();
+    if (warp >= kConsumers / 32) {
+        if constexpr (T::trades_registers) fewer_registers<kOtherRegisters>();
+        if (warp == kConsumers / 32 && elect_lane()) produce<T>(p, ring);
+        __syncwarp();
+        return;
+    }
+    if constexpr (T::trades_registers) more_registers<kOwnRegisters>();
+    unsigned *const before = reinterpret_cast<unsigned *>(smem + T::ring_bytes + 16 * T::stages);
+    const int half = warp / 4;
+    if (half == 1) give_turn(half); /* the first step is the first warpgroup's */
+    Slot slot;
+    Works works(p);
+    for (Work work; works.next(work);) {
+        float total[T::sums] = {};
+        multiply<T>(total, smem, ring, slot, work.to - work.from);
+        const bool whole = work.to - work.from == static_cast<unsigned>(p.steps);
+        if (whole || join_parts<T>(p, work, total, before)) store_outputs<T>(p, find_place<T>(p, work.tile), total);
+    }
+    if (half == 0) await_turn(half); /* nobody's: the last step was the other one's */
+}
+
+/* ---- launch ---------------------------------------------------------------------------------------------------- */
+
+/* What the plan keeps in the workspace, one after the other. */
+struct Workspace {
+    TileChoice choice;
+    int64_t padded_tokens; /* rows of y's planes: all that copies read */
+    size_t plane_bytes, parts_bytes, counter_bytes;
+
+    explicit Workspace(const mv_task *task) : choice(choose_tile(task)) {
+        padded_tokens = ceil_div(task->tokens, choice.tokens) * choice.tokens;
+        plane_bytes = static_cast<size_t>(padded_tokens * task->hidden) * 4;
+        parts_bytes = static_cast<size_t>(2 * choice.sharers * kOutputs * choice.tokens) * 4;
+        counter_bytes = static_cast<size_t>(choice.split_tiles) * 4;
+    }
+    size_t bytes() const { return 2 * plane_bytes + parts_bytes + counter_bytes; }
+    float *parts(const mv_task *task) const {
+        return reinterpret_cast<float *>(static_cast<char *>(task->workspace) + 2 * plane_bytes);
+    }
+    uint32_t *counters(const mv_task *task) const {
+        return reinterpret_cast<uint32_t *>(parts(task) + parts_bytes / 4);
+    }
+};
+
+template <typename T> mv_status launch_tile(const mv_task *task, const Workspace &workspace, mv_error *error) {
+    const TileChoice &choice = workspace.choice;
+    Product p = {};
+    p.task = *task;
+    p.low_row = static_cast<int>(workspace.padded_tokens);
+    p.low_plane = workspace.padded_tokens * task->hidden;
+    p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
+    p.rows = static_cast<unsigned>(ceil_div(task->tokens, T::tokens));
+    p.columns = static_cast<unsigned>(block_columns(task, kOutputs));
+    p.group = max(1024 / T::tokens, 1);
+    p.whole_tiles = static_cast<unsigned>(choice.whole_tiles);
+    p.split_tiles = static_cast<unsigned>(choice.split_tiles);
+    p.sharers = static_cast<unsigned>(choice.sharers);
+    p.parts = workspace.parts(task);
+    p.counters = workspace.counters(task);
+
+    const int64_t hidden = task->hidden;
+    mv_status status =
+        encode_map(&p.y, {task->x.data, MV_F32, 2 * int64_t{p.low_row}, hidden, hidden, T::tokens, kStep}, error);
+    for (int i = 0; i < 3 && status == MV_OK; i++) {
+        const mv_block &block = task->block[i];
+        const int64_t outputs = task->packed ? task->outputs : block.outputs;
+        if (outputs > 0)
+            status = encode_map(&p.weight[i],
+                                {block.weight, MV_F32, outputs, hidden, block.row_stride, kOutputs, kStep}, error);
+        if (task->packed) break;
+    }
+    if (status != MV_OK) return status;
+
+    const unsigned ctas = p.whole_tiles > 0 ? static_cast<unsigned>(task->sm_count) : p.sharers;
+    const Grid grid = {ctas, T::threads, T::ring_bytes + kBarrierBytes};
+    return launch<rms_norm_qkv_3xtf32_kernel<T>>(task, grid, error, p);
+}
+
+template <bool kOnce, int... kTokens>
+mv_status launch_one_of(const mv_task *task, const Workspace &workspace, mv_error *error) {
+    mv_status status = MV_OK;
+    ((workspace.choice.tokens == kTokens ? void(status = launch_tile<Tile<kTokens, kOnce>>(task, workspace, error))
+                                         : void()),
+     ...);
+    return status;
+}
+
+} // namespace
+
+extern "C" const char *mv_norm_3xtf32_fits(const mv_task *task) {
+    if (task->compute_capability != 90) return "wgmma needs compute capability 9.0";
+    if (task->smem_bytes < kRingBytes + kBarrierBytes) return "there is too little shared memory";
+    if (task->weight_dtype != MV_F32) return "it takes float32 weights";
+    if (task->block[0].col_stride != 1)
+        return "it takes weights as nn.Linear keeps them or their .t(), not a transposed copy";
+    if (task->hidden % 4 != 0) return "hidden is no multiple of 4";
+    if (task->hidden > 1 << 20 || task->outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
+        return "a tensor map has coordinates of 32 bits";
+    if (ceil_div(task->tokens, 8) * block_columns(task, kOutputs) > INT32_MAX)
+        return "there are more tiles than one launch can take";
+    for (const mv_block &block : task->block) {
+        if (block.outputs > 0 && (!is_aligned16(block.weight) || block.row_stride % 4 != 0 || block.row_stride <= 0 ||
+                                  block.row_stride >= int64_t{1} << 37))
+            return "the rows of the weight are not 16-byte aligned, or too far apart";
+        if (task->packed) break;
+    }
+    return nullptr;
+}
+
+extern "C" double mv_norm_3xtf32_cost(const mv_task *task) {
+    const double norm_us = static_cast<double>(task->tokens * task->hidden) * 12 / 2.7e6; /* y is twice as large as x */
+    return 4.5 + norm_us + choose_tile(task).us;
+}
+
+extern "C" size_t mv_norm_3xtf32_workspace(const mv_task *task) { return Workspace(task).bytes(); }
+
+/* ---- the row --------------------------------------------------------------------------------------------------- */
+
+extern "C" {
+mv_kernel mv_rms_norm_f32_sm80;
+
+mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, mv_error *error) {
+    PlanTasks tasks = plan_tasks(task);
+    const Workspace workspace(task);
+    tasks.norm.low_plane = static_cast<int64_t>(workspace.plane_bytes / 4);
+    tasks.norm.counters = workspace.counters(task);
+    tasks.norm.counter_count = static_cast<int64_t>(workspace.counter_bytes / 4);
+    const mv_status status = mv_rms_norm_f32_sm80(&tasks.norm, error);
+    if (status != MV_OK) return status;
+    return task->allow_tf32 ? launch_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
+                            : launch_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);
+}
+}
