@@ -2,7 +2,7 @@
  * launch of a plan whose first is the norm kernel.
  *
  * The tensor cores multiply TF32, which has 11 of float32's 24 bits. So a value becomes two, v = high + low, and a
- * product three: high high + high low + low high; what is left out is 2^-24 of it at most. The norm kernel writes y as
+ * product three: high high + high low + low high; what is left out is 2^-22 of it at most. The norm kernel writes y as
  * two planes; weights are taken apart in registers, on their way from shared memory. With allow_tf32 high high is all.
  *
  * The tensor cores cut off what does not fit a sum, and always towards zero. So a sum there is of one step, small
@@ -343,6 +343,7 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
         multiply<T>(total, smem, ring, slot, work.to - work.from);
         const bool whole = work.to - work.from == static_cast<unsigned>(p.steps);
         if (whole || join_parts<T>(p, work, total, before)) store_outputs<T>(p, find_place<T>(p, work.tile), total);
+        __syncwarp(); /* what follows is for whole warps */
     }
     if (half == 0) await_turn(half); /* nobody's: the last step was the other one's */
 }

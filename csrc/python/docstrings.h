@@ -50,9 +50,9 @@
     "buffer [..., qkv], which out= may give. With a residual the norm sees x + residual, and the sum comes back as\n"  \
     "well: (q, k, v, residual_out).\n"                                                                                 \
     "weight_layout: 'auto' decides by shape, for a square weight by strides where they can tell, else 'out_in' or\n"   \
-    "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: for float32 "   \
-    "on\n"                                                                                                             \
-    "a GPU. static_weights=False: the kernel before this one in the stream writes weights.\n"                          \
+    "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: float32 "       \
+    "products may be rounded to TF32. static_weights=False: the kernel before this one in the stream writes "          \
+    "weights.\n"                                                                                                       \
     "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
     "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
