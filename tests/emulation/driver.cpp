@@ -40,8 +40,6 @@ constexpr Case kProjections[] = {
     {64, 64, 104, kHf, false, true, false, false, false, 0, 8},
     {70, 40, 24, kHf, false, true, false, false, false, 0, 1},
     {130, 320, 200, kHf, true, false, false, false, true, 0, 0},
-    {45, 456, 300, kHf, false, true, false, false, true, 0, 8, true},
-    {150, 96, 130, kFp32, true, false, false, false, false, 0, 0, true},
     {129, 2056, 40, kFp32, false, false, true, false, false, 0, 0},
     {250, 96, 250, kHf, false, true, false, false, false, 0, 4},
     /* whole heads of 128 outputs: a launch for each of them, and clusters of 8 and of 4 blocks */
@@ -55,6 +53,11 @@ constexpr Case kLargeProjections[] = {
     {390, 64, 192, kHf, true, true, false, false, false, 0, 0},
     {258, 328, 400, kFp32, false, true, false, false, true, 0, 8},
     {5130, 1024, 192, kHf, true, true, false, false, false, 0, 8},
+};
+/* Where float32 may become TF32. */
+constexpr Case kTf32Projections[] = {
+    {45, 456, 300, kHf, false, true, false, false, true, 0, 8, true},
+    {150, 96, 130, kFp32, true, false, false, false, false, 0, 0, true},
 };
 constexpr Case kNorms[] = {
     {1, 1, 0, kHf, false, false, false, false, false, 0, 0},
@@ -249,6 +252,7 @@ template <size_t kCount> int run_all(const mv_list &list, const Case (&cases)[kC
 
 int main() {
     const int wrong = run_all(mv_rms_norm_list, kNorms) + run_all(mv_rms_norm_qkv_list, kProjections) +
-                      run_all(mv_rms_norm_qkv_list, kLargeProjections, "wgmma");
+                      run_all(mv_rms_norm_qkv_list, kLargeProjections, "wgmma") +
+                      run_all(mv_rms_norm_qkv_list, kTf32Projections, "3xtf32");
     return wrong != 0;
 }
