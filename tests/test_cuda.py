@@ -394,7 +394,7 @@ def test_the_choice_of_kernels(torch):
         ran = minivllm.last_kernel()
         assert part in ran.name and f"tokens={tokens} hidden=1024 outputs=4096" in ran.why
     minivllm.rms_norm_qkv(x.float(), weight.float(), matrix.float(), 16, 8)
-    assert minivllm.last_kernel().name.startswith("f32_")
+    assert minivllm.last_kernel().name.startswith("f32_norm_")
 
 
 def test_jax_arrays_that_are_still_being_computed(torch):

@@ -423,7 +423,8 @@ extern "C" const char *mv_norm_3xtf32_fits(const mv_task *task) {
     if (task->block[0].col_stride != 1)
         return "it takes weights as nn.Linear keeps them or their .t(), not a transposed copy";
     if (task->hidden % 4 != 0) return "hidden is no multiple of 4";
-    if (task->hidden > 1 << 20 || task->outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
+    if (task->hidden > 1 << 20) return "hidden is more than 1,048,576";
+    if (task->outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
         return "a tensor map has coordinates of 32 bits";
     if (ceil_div(task->tokens, 8) * block_columns(task, kOutputs) > INT32_MAX)
         return "there are more tiles than one launch can take";
