@@ -38,12 +38,26 @@ struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
 
+/* Where so many fibers wait for each other. */
+struct Meeting {
+    unsigned expected = 0, arrived = 0, times = 0;
+    void arrive() {
+        if (++arrived < expected) return;
+        arrived = 0;
+        times++;
+    }
+    inline void arrive_and_wait();
+};
+
 struct Fiber {
     jmp_buf state;
     std::unique_ptr<char[]> stack;
     Index thread, block;
     unsigned rank; /* of its block in the cluster */
     bool done = false;
+    const Meeting *meeting = nullptr; /* that it waits for, since it has been held so many times */
+    unsigned times = 0;
+    bool can_run() const { return !done && !(meeting && meeting->times == times); }
 };
 inline std::vector<Fiber> fibers;
 inline Fiber *current;
@@ -54,7 +68,7 @@ inline Index grid_dim, block_dim;
 [[noreturn]] inline void switch_to_next() {
     for (size_t i = 0; i < fibers.size(); i++) {
         current = current + 1 == fibers.data() + fibers.size() ? fibers.data() : current + 1;
-        if (!current->done) _longjmp(current->state, 1);
+        if (current->can_run()) _longjmp(current->state, 1);
     }
     _longjmp(caller, 1);
 }
@@ -63,25 +77,18 @@ inline void yield() {
     if (_setjmp(current->state) == 0) switch_to_next();
 }
 
-/* Where so many fibers wait for each other. */
-struct Meeting {
-    unsigned expected = 0, arrived = 0, times = 0;
-    void arrive() {
-        if (++arrived < expected) return;
-        arrived = 0;
-        times++;
-    }
-    void arrive_and_wait() {
-        const unsigned now = times;
-        arrive();
-        while (times == now) yield();
-    }
-};
+void Meeting::arrive_and_wait() {
+    current->meeting = this;
+    current->times = times;
+    arrive();
+    if (!current->can_run()) yield();
+}
 
-/* What the lanes of a warp show each other between two meetings. */
+/* What the lanes of a warp show each other at a meeting; it stays until the one after the next. */
+constexpr int kShown = 6;
 struct Warp {
     Meeting meet{32};
-    uint32_t a[32][4], b[32][2];
+    uint32_t shown[2][32][kShown];
 };
 
 constexpr size_t kStackBytes = 128 << 10;
@@ -157,22 +164,29 @@ template <typename What> void run(unsigned blocks, unsigned threads, unsigned ct
         ucontext_t context;
         getcontext(&context);
         context.uc_stack.ss_sp = current->stack.get();
-        context.uc_stack.ss_size = kStackBytes;
+        context.uc_stack.ss_size = kStackBytes - i * 320 % (kStackBytes / 4); /* tops of stacks share no cache lines */
         makecontext(&context, begin, 0);
         if (_setjmp(caller) == 0) setcontext(&context);
     }
     if (_setjmp(caller) == 0) switch_to_next();
+    for (const Fiber &fiber : fibers)
+        if (!fiber.done) printf("all threads wait for each other\n"), abort();
 }
 
-/* All lanes of a warp call this together; each gets what `show` makes of the others' values. */
-template <typename T, typename Show> T exchange(T value, Show show) {
+/* All lanes of a warp call this together; each gets the words of all. */
+template <typename... Word> auto show(Word... word) -> const uint32_t (&)[32][kShown] {
+    static_assert(((sizeof(Word) == 4) && ...) && sizeof...(Word) <= kShown);
     Warp &warp = own_warp();
-    static_assert(sizeof(T) == 4);
-    memcpy(warp.a[current->thread.x % 32], &value, 4);
+    auto &shown = warp.shown[warp.meet.times % 2];
+    int i = 0;
+    (memcpy(&shown[current->thread.x % 32][i++], &word, 4), ...);
     warp.meet.arrive_and_wait();
+    return shown;
+}
+
+template <typename T> T show_one(T own, unsigned lane) {
     T other;
-    memcpy(&other, warp.a[show(current->thread.x % 32)], 4);
-    warp.meet.arrive_and_wait();
+    memcpy(&other, show(own)[lane], 4);
     return other;
 }
 
@@ -181,10 +195,10 @@ template <typename T, typename Show> T exchange(T value, Show show) {
 inline void __syncthreads() { cpu::own_block().meet.arrive_and_wait(); }
 inline void __syncwarp() { cpu::own_warp().meet.arrive_and_wait(); }
 template <typename T> T __shfl_xor_sync(unsigned, T value, int lanes) {
-    return cpu::exchange(value, [=](int lane) { return lane ^ lanes; });
+    return cpu::show_one(value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes));
 }
 template <typename T> T __shfl_sync(unsigned, T value, int from) {
-    return cpu::exchange(value, [=](int) { return from; });
+    return cpu::show_one(value, static_cast<unsigned>(from) % 32);
 }
 
 using std::isinf;

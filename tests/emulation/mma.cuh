@@ -23,20 +23,16 @@ inline void cp_async_wait_all_but(int) {}
 
 /* Matrix m of four: row i at the address of lane 8 m + i. */
 template <bool kTransposed> void load_matrices(uint32_t (&m)[4], uint32_t row) {
-    cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;
-    warp.a[lane][0] = row;
-    warp.meet.arrive_and_wait();
+    const auto &rows = cpu::show(row);
     for (int i = 0; i < 4; i++)
         for (unsigned half = 0; half < 2; half++) {
             const unsigned major = lane / 4, minor = lane % 4 * 2 + half;
-            const uint32_t at =
-                kTransposed ? warp.a[8 * i + minor][0] + major * 2 : warp.a[8 * i + major][0] + minor * 2;
+            const uint32_t at = kTransposed ? rows[8 * i + minor][0] + major * 2 : rows[8 * i + major][0] + minor * 2;
             uint16_t value;
             memcpy(&value, cpu::shared() + at, 2);
             m[i] = half == 0 ? value : m[i] | static_cast<uint32_t>(value) << 16;
         }
-    warp.meet.arrive_and_wait();
 }
 inline void ldmatrix_x4(uint32_t (&m)[4], uint32_t row) { load_matrices<false>(m, row); }
 inline void ldmatrix_x4_trans(uint32_t (&m)[4], uint32_t row) { load_matrices<true>(m, row); }
@@ -49,21 +45,16 @@ template <typename T> float half_of(uint32_t word, int half) {
 }
 
 template <typename T> void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    cpu::Warp &warp = cpu::own_warp();
     const int lane = static_cast<int>(threadIdx.x % 32);
-    memcpy(warp.a[lane], a, sizeof a);
-    warp.b[lane][0] = b0;
-    warp.b[lane][1] = b1;
-    warp.meet.arrive_and_wait();
+    const auto &of = cpu::show(a[0], a[1], a[2], a[3], b0, b1);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float dot = 0;
         for (int k = 0; k < 16; k++)
-            dot += half_of<T>(warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
-                   half_of<T>(warp.b[column * 4 + k % 8 / 2][k / 8], k % 2);
+            dot += half_of<T>(of[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
+                   half_of<T>(of[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
         sum[i] += dot;
     }
-    warp.meet.arrive_and_wait();
 }
 
 inline uint32_t round_tf32(float v) {

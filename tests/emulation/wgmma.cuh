@@ -76,30 +76,23 @@ template <typename T, int N, bool kInOut> void wgmma(float (&sum)[N / 2], uint64
 }
 
 template <typename T, int N> void wgmma(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-    cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;
-    memcpy(warp.a[lane], a, sizeof a);
-    warp.meet.arrive_and_wait();
+    const auto &of = cpu::show(a[0], a[1], a[2], a[3]);
     float rows[2][16];
     for (unsigned r = 0; r < 2; r++)
         for (unsigned k = 0; k < 16; k++)
-            rows[r][k] = half_of<T>(warp.a[lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2], static_cast<int>(k % 2));
-    warp.meet.arrive_and_wait();
+            rows[r][k] = half_of<T>(of[lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2], static_cast<int>(k % 2));
     cpu::multiply_rows<T, N>(
         sum, rows, [&](uint32_t n) { return static_cast<uint32_t>(b) + n * 128; }, 2, add);
 }
 
 template <int N> void wgmma_tf32(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
     constexpr uint32_t kSeen = 0xffffe000u; /* of the bits of a float */
-    cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;
-    memcpy(warp.a[lane], a, sizeof a);
-    warp.meet.arrive_and_wait();
+    const auto &of = cpu::show(a[0], a[1], a[2], a[3]);
     float rows[2][8];
     for (unsigned r = 0; r < 2; r++)
-        for (unsigned k = 0; k < 8; k++)
-            rows[r][k] = __uint_as_float(warp.a[lane / 4 * 4 + k % 4][r + k / 4 * 2] & kSeen);
-    warp.meet.arrive_and_wait();
+        for (unsigned k = 0; k < 8; k++) rows[r][k] = __uint_as_float(of[lane / 4 * 4 + k % 4][r + k / 4 * 2] & kSeen);
     for (int i = 0; i < N / 2; i++) {
         const uint32_t n = static_cast<uint32_t>(i) / 4 * 8 + lane % 4 * 2 + static_cast<uint32_t>(i) % 2;
         float dot = 0;
@@ -113,10 +106,7 @@ template <int N> void wgmma_tf32(float (&sum)[N / 2], const uint32_t (&a)[4], ui
 }
 
 inline void stmatrix_x4(uint32_t row, const uint32_t (&m)[4]) {
-    cpu::Warp &warp = cpu::own_warp();
     const unsigned lane = threadIdx.x % 32;
-    warp.a[lane][0] = row;
-    warp.meet.arrive_and_wait();
-    for (int i = 0; i < 4; i++) memcpy(cpu::shared() + warp.a[8 * i + lane / 4][0] + lane % 4 * 4, &m[i], 4);
-    warp.meet.arrive_and_wait();
+    const auto &rows = cpu::show(row);
+    for (int i = 0; i < 4; i++) memcpy(cpu::shared() + rows[8 * i + lane / 4][0] + lane % 4 * 4, &m[i], 4);
 }
