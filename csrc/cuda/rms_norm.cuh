@@ -91,8 +91,8 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
     return pack<T>(y);
 }
 
-/* Stores y: `store` gets a packet and how far behind its place it goes. Of float32 there may be two, the nearest TF32
- * and what that leaves, of which infinity has nothing. The largest values have no TF32 above them: the one below. */
+/* Stores y: `store` gets a packet and how far behind its place it goes. Of float32 it may be the nearest TF32,
+ * and what that leaves beside it: nothing of infinity. The largest values have no TF32 above them: the one below. */
 template <typename T, typename Store>
 __device__ __forceinline__ void store_normalised(const mv_task &task, const Packet<T> &y, Store store) {
     if constexpr (sizeof(T) == 4) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void store_normalised(const mv_task &task, const Pack
                 low.word[i] = isinf(high.get(i)) ? 0 : round_tf32(y.get(i) - high.get(i));
             }
             store(high, int64_t{0});
-            store(low, task.low_plane);
+            if (!task.allow_tf32) store(low, task.low_plane);
             return;
         }
     }

@@ -21,6 +21,7 @@
 #include "tf32_tiles.cuh"
 #include "tma.cuh"
 #include "token_tile.cuh"
+#include "turns.cuh"
 #include "wgmma.cuh"
 
 using namespace tf32;
@@ -28,8 +29,7 @@ using namespace tf32;
 namespace {
 
 constexpr int kRowBytes = 4 * kStep, kWeightBytes = kOutputs * kRowBytes;
-constexpr int kConsumers = 256;
-constexpr int kConsumersBarrier = 1, kTurnBarrier = 2; /* and 3 */
+constexpr int kConsumersBarrier = 1;
 /* The ring leaves shared memory to the blocks of the next call's norm. */
 constexpr int kRingBytes = 220 << 10, kMaxStages = 12, kBarrierBytes = 16 * kMaxStages + 16;
 constexpr int kOwnRegisters = 224, kOtherRegisters = 3 * 168 - 2 * kOwnRegisters;
@@ -50,9 +50,9 @@ template <int kTokens, bool kOnce> struct Tile {
 };
 
 struct Product {
-    CUtensorMap y, weight[3]; /* y: the plane of high parts, then the one of low parts */
+    CUtensorMap y, weight[3]; /* y: the plane of high parts, then the one of low parts, where there is one */
     mv_task task;
-    int64_t low_plane;             /* elements from a high part to its low one */
+    int64_t low_plane;             /* elements from a high part to its low one, or 0 */
     int low_row;                   /* rows */
     int steps;                     /* along hidden */
     unsigned rows, columns, group; /* of tiles; rows that walk over all columns together */
@@ -132,6 +132,16 @@ template <typename T> struct Ring {
     __device__ __forceinline__ explicit Ring(uint32_t shared)
         : at(shared), full(shared + kBytes), empty(full + 8 * kStages) {}
     __device__ __forceinline__ uint32_t stage(int slot) const { return at + slot * T::stage_bytes; }
+
+    /* By one thread of each warp. */
+    __device__ __forceinline__ void init_barriers(int warp) const {
+#pragma unroll 1
+        for (int slot = warp; slot < kStages; slot += T::threads / 32) {
+            mbarrier_init(full + 8 * slot, 1);
+            mbarrier_init(empty + 8 * slot, kConsumers / 32);
+        }
+        mbarrier_init_fence();
+    }
 };
 
 /* By one thread: brings all steps of the CTA's works. The first weights come before the wait for y. */
@@ -196,10 +206,6 @@ struct WeightStep {
             }
     }
 };
-
-/* The turns of the two warpgroups. */
-__device__ __forceinline__ void await_turn(int half) { warps_barrier(kTurnBarrier + half, kConsumers); }
-__device__ __forceinline__ void give_turn(int half) { warps_arrive(kTurnBarrier + 1 - half, kConsumers); }
 
 /* Adds so many steps to the totals of the warpgroup. */
 template <typename T> __device__ __forceinline__ void multiply(float (&total)[T::sums], const char *smem,
@@ -281,12 +287,12 @@ template <typename T> __device__ __forceinline__ bool join_parts(const Product &
 }
 
 /* One output, term after term: for sums that are not finite. Infinity is more than two parts can say. */
-__device__ __noinline__ float plain_dot(const Product &p, int64_t token, int block, int64_t row) {
-    const mv_block &weights = p.task.block[block];
-    const float *w = static_cast<const float *>(weights.weight) + row * weights.row_stride;
-    const float *high = static_cast<const float *>(p.task.x.data) + token * p.task.hidden, *low = high + p.low_plane;
+__device__ __noinline__ float plain_dot(const Product &p, int64_t token, const mv_block &block, int64_t row) {
+    const float *w = static_cast<const float *>(block.weight) + row * block.row_stride;
+    const float *high = static_cast<const float *>(p.task.x.data) + token * p.task.hidden;
     float sum = 0;
-    for (int64_t k = 0; k < p.task.hidden && sum == sum; k++) sum = fmaf(high[k] + low[k], w[k], sum);
+    for (int64_t k = 0; k < p.task.hidden && sum == sum; k++)
+        sum = fmaf(p.low_plane ? high[k] + high[k + p.low_plane] : high[k], w[k], sum);
     return sum;
 }
 
@@ -295,22 +301,40 @@ __device__ __noinline__ float plain_dot(const Product &p, int64_t token, int blo
 template <typename T>
 __device__ __forceinline__ void store_outputs(const Product &p, const Place &place, const float (&total)[T::sums]) {
     const int lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x / 32) * 16 + lane / 4;
-    const int64_t outputs = outputs_of(p.task, place.block);
     const mv_block &block = p.task.block[place.block];
+    const int64_t row = place.row + first, outputs = outputs_of(p.task, place.block);
+    const bool exists[2] = {row < outputs, row + 8 < outputs};
+    float bias[2] = {};
+    if (block.bias) {
 #pragma unroll
-    for (int lower = 0; lower < 2; lower++) {
-        const int64_t row = place.row + first + 8 * lower;
-        if (row >= outputs) continue;
-        const float bias = block.bias ? load_as<float>(block.bias, block.bias_dtype, row) : 0.0f;
+        for (int i = 0; i < 2; i++)
+            if (exists[i]) bias[i] = load_as<float>(block.bias, block.bias_dtype, row + 8 * i);
+    }
+    const auto token_of = [&](int i) { return place.token + i / 2 * 8 + lane % 4 * 2 + i % 2; };
+    const auto outputs_at = [&](int64_t token) {
+        return row_address<float>(p.task.out, p.task.inner, token) + place.output + first;
+    };
+    float none = 0; /* times a sum: NaN, if that is not finite */
 #pragma unroll
-        for (int i = 0; i < T::sums / 2; i++) {
-            const int64_t token = place.token + i / 2 * 8 + lane % 4 * 2 + i % 2;
-            if (token >= p.task.tokens) continue;
-            float sum = total[i / 2 * 4 + lower * 2 + i % 2];
-            if (!(fabsf(sum) < INFINITY)) sum = plain_dot(p, token, place.block, row);
-            row_address<float>(p.task.out, p.task.inner, token)[place.output + first + 8 * lower] =
-                finish_output<float>(sum, bias);
+    for (int i = 0; i < T::sums / 2; i++) {
+        if (token_of(i) >= p.task.tokens) continue;
+        float *const to = outputs_at(token_of(i));
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            const float sum = total[i / 2 * 4 + lower * 2 + i % 2];
+            none = fmaf(none, sum, 0.0f);
+            if (exists[lower]) to[8 * lower] = finish_output<float>(sum, bias[lower]);
         }
+    }
+    if (none == 0) return;
+#pragma unroll 1
+    for (int i = 0; i < T::sums / 2; i++) {
+        if (token_of(i) >= p.task.tokens) continue;
+        float *const to = outputs_at(token_of(i));
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++)
+            if (exists[lower] && !(fabsf(to[8 * lower]) < INFINITY))
+                to[8 * lower] = finish_output<float>(plain_dot(p, token_of(i), block, row + 8 * lower), bias[lower]);
     }
 }
 
@@ -319,11 +343,7 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
     extern __shared__ __align__(1024) char smem[];
     const Ring<T> ring(uniform(shared_address(smem)));
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
-    if (threadIdx.x < T::stages) {
-        mbarrier_init(ring.full + 8 * threadIdx.x, 1);
-        mbarrier_init(ring.empty + 8 * threadIdx.x, kConsumers / 32);
-        mbarrier_init_fence();
-    }
+    if (threadIdx.x % 32 == 0) ring.init_barriers(warp);
     __syncthreads();
     if (p.task.dynamic_weights) griddepcontrol_wait();
     if (warp >= kConsumers / 32) {
@@ -354,17 +374,18 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
 struct Workspace {
     TileChoice choice;
     int64_t padded_tokens; /* rows of y's planes: all that copies read */
-    size_t plane_bytes, parts_bytes, counter_bytes;
+    size_t plane_bytes, y_bytes, parts_bytes, counter_bytes;
 
     explicit Workspace(const mv_task *task) : choice(choose_tile(task)) {
         padded_tokens = ceil_div(task->tokens, choice.tokens) * choice.tokens;
         plane_bytes = static_cast<size_t>(padded_tokens * task->hidden) * 4;
+        y_bytes = (task->allow_tf32 ? 1 : 2) * plane_bytes;
         parts_bytes = static_cast<size_t>(2 * choice.sharers * kOutputs * choice.tokens) * 4;
         counter_bytes = static_cast<size_t>(choice.split_tiles) * 4;
     }
-    size_t bytes() const { return 2 * plane_bytes + parts_bytes + counter_bytes; }
+    size_t bytes() const { return y_bytes + parts_bytes + counter_bytes; }
     float *parts(const mv_task *task) const {
-        return reinterpret_cast<float *>(static_cast<char *>(task->workspace) + 2 * plane_bytes);
+        return reinterpret_cast<float *>(static_cast<char *>(task->workspace) + y_bytes);
     }
     uint32_t *counters(const mv_task *task) const {
         return reinterpret_cast<uint32_t *>(parts(task) + parts_bytes / 4);
@@ -376,7 +397,7 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
     Product p = {};
     p.task = *task;
     p.low_row = static_cast<int>(workspace.padded_tokens);
-    p.low_plane = workspace.padded_tokens * task->hidden;
+    p.low_plane = T::once ? 0 : workspace.padded_tokens * task->hidden;
     p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, T::tokens));
     p.columns = static_cast<unsigned>(block_columns(task, kOutputs));
@@ -388,8 +409,9 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
     p.counters = workspace.counters(task);
 
     const int64_t hidden = task->hidden;
-    mv_status status =
-        encode_map(&p.y, {task->x.data, MV_F32, 2 * int64_t{p.low_row}, hidden, hidden, T::tokens, kStep}, error);
+    mv_status status = encode_map(
+        &p.y, {task->x.data, MV_F32, (T::once ? 1 : 2) * workspace.padded_tokens, hidden, hidden, T::tokens, kStep},
+        error);
     for (int i = 0; i < 3 && status == MV_OK; i++) {
         const mv_block &block = task->block[i];
         const int64_t outputs = task->packed ? task->outputs : block.outputs;

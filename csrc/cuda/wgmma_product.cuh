@@ -17,19 +17,19 @@
 #include "slot.cuh"
 #include "tensor_map.cuh"
 #include "tma.cuh"
+#include "turns.cuh"
 #include "wgmma.cuh"
 #include "wgmma_tiles.cuh"
 
 namespace {
 
 constexpr int kRowBytes = 2 * kStep;
-constexpr int kWarpgroups = 2, kConsumers = 128 * kWarpgroups, kFewestThreads = kConsumers + 32,
-              kMostThreads = kConsumers + 128;
+constexpr int kWarpgroups = 2, kFewestThreads = kConsumers + 32, kMostThreads = kConsumers + 128;
 constexpr int kSmemBytes = 227 << 10; /* of a Hopper CTA */
 constexpr int kMaxStages = 48, kMostLateStages = 16;
 constexpr int whole_kilobytes(int bytes) { return (bytes + 1023) / 1024 * 1024; }
-/* Barriers of some of the warps: 1 and 2 are those of one warpgroup. */
-constexpr int kExchangeBarrier = 3, kTurnBarrier = 4; /* and 5 */
+/* Barriers of some of the warps: 1 and 2 are those of one warpgroup; turns.cuh has others. */
+constexpr int kExchangeBarrier = 3;
 
 /* Outputs leave in boxes of 64 tokens and so many columns; the last one of a tile may be narrow. */
 constexpr int kBoxColumns = 32, kNarrowColumns = 16, kBoxPieces = kBoxColumns / 8, kBoxBytes = 64 * kBoxColumns * 2;
@@ -270,11 +270,6 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
         cluster_arrive(cluster_address(empty + 8 * slot, lane));
     }
 }
-
-/* Whole tiles: a warpgroup begins with its tile when the last step of the other one's is there. Then it waits for no
- * more than a round of the ring, and a round's parity says which one it is. */
-__device__ __forceinline__ void await_turn(int half) { warps_barrier(kTurnBarrier + half, kConsumers); }
-__device__ __forceinline__ void give_turn(int half) { warps_arrive(kTurnBarrier + 1 - half, kConsumers); }
 
 /* A warpgroup's sums of a tile, of all steps or of every second. Nothing hides what lies between two steps:
  * 25 ns more of it were 0.4 us of a short row (SPEED.md). So all of it is in uniform registers, and no more than must
