@@ -461,7 +461,7 @@ extern "C" const char *mv_norm_3xtf32_fits(const mv_task *task) {
 
 extern "C" double mv_norm_3xtf32_cost(const mv_task *task) {
     const double norm_us = static_cast<double>(task->tokens * task->hidden) * 12 / 2.7e6; /* y is twice as large as x */
-    return 4.5 + norm_us + choose_tile(task).us;
+    return 3.2 + norm_us + choose_tile(task).us;
 }
 
 extern "C" size_t mv_norm_3xtf32_workspace(const mv_task *task) { return Workspace(task).bytes(); }

@@ -23,8 +23,8 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
     const int64_t tiles = ceil_div(task->tokens, tokens) * block_columns(task, kOutputs), sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
     /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums (SPEED.md). */
-    const double step_us = 0.42 + (task->allow_tf32 ? 0.0018 : 0.0053) * tokens, part_us = 0.6 + 0.02 * tokens;
-    const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.9e6;
+    const double step_us = 0.47 + (task->allow_tf32 ? 0.0018 : 0.0039) * tokens, part_us = 0.15 + 0.024 * tokens;
+    const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.7e6;
     const auto products_us = [&](int64_t in_a_row) {
         const double us = static_cast<double>(in_a_row) * step_us;
         return us > weights_us ? us : weights_us;
@@ -44,7 +44,7 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
     consider(split * parts, static_cast<double>(parts));
     if (tiles > sms) return best; /* CTAs at different places along hidden read more from memory */
     const int64_t most = min(sms, ceil_div(split * steps, kFewestSteps));
-    consider(most, static_cast<double>(most) / static_cast<double>(split) + 3); /* they do not end together */
+    consider(most, static_cast<double>(most) / static_cast<double>(split) + 2); /* they do not end together */
     return best;
 }
 

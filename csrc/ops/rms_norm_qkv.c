@@ -54,7 +54,9 @@ static double cost_wgmma(const mv_task *t) {
 }
 static double cost_norm_few(const mv_task *t) {
     const double ends = 1 + 300 / (double)t->hidden; /* of tiles: what short rows do not hide */
-    return 4 + larger(weight_bytes(t) / 2.95e6, tile_flops(t, 8) / 3.6e7 * ends);
+    const double weights = weight_bytes(t) / 2.95e6, products = tile_flops(t, 8) / 3.6e7 * ends;
+    const double most = larger(weights, products), least = weights + products - most;
+    return 4 + most + 0.15 * least * least / most; /* they get in each other's way */
 }
 static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
 static double cost_norm_ffma(const mv_task *t) {
