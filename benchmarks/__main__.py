@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="rms_norm_qkv on CUDA: also warm and transposed weights, a neighbour of torch's, a second stream",
     )
+    commands.add_argument("--tf32", action="store_true", help="rms_norm_qkv of f32 on CUDA: also where TF32 is allowed")
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")

@@ -143,6 +143,28 @@ def by_heads(chain: Chain, dtype: str) -> dict:
     return {f"{OURS} heads": call}
 
 
+def with_tf32(chain: Chain) -> dict:
+    """float32 whose products may be of TF32: ours, and torch's with its switch on."""
+    import torch
+
+    def allowed(function):
+        def call(i: int) -> None:
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            try:
+                function(i)
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = before
+
+        return call
+
+    return {
+        f"{OURS} tf32": lambda i: chain.fused(i, allow_tf32=True),
+        "torch tf32": allowed(chain.torch_pair(peers.rms_norm_qkv)),
+        "gemm alone tf32": allowed(chain.gemm),
+    }
+
+
 def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment: dict) -> dict:
     tokens, cuda = chain.tokens, args.device == "cuda"
     found = ours(chain.fused, rows("rms_norm_qkv", dtype, args.device, args.kernel), OPTIONS)
@@ -150,6 +172,8 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
         found |= by_heads(chain, dtype)
     found["torch"] = chain.torch_pair(peers.rms_norm_qkv)
     found["gemm alone"] = chain.gemm
+    if cuda and args.tf32 and dtype == "f32":
+        found |= with_tf32(chain)
     for name, function in peers.compiled(peers.rms_norm_qkv, args.compile).items():
         found[name] = chain.torch_pair(function)
     if cuda and tokens == 1 and "triton" in environment["packages"]:

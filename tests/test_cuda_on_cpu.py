@@ -105,15 +105,15 @@ def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
     when_late = choices(LATE, "late")
     assert {choice[:2] for choice in when_late} == {(late, outputs) for outputs in range(64, 257, 32)}
     assert {choice[4] for choice in when_late} >= {1, 2}
-    tf32 = choices(TF32, "tf32")  # tokens, whole tiles, split ones, CTAs that share these
-    assert {choice[0] for choice in tf32} == {8, 16, 32, 64, 96, 128}
-    assert any(whole and split for _, whole, split, _ in tf32) and any(
-        whole and not split for _, whole, split, _ in tf32
-    )
-    shared = [(split, sharers) for _, _, split, sharers in tf32 if split]
-    assert any(sharers == split for split, sharers in shared), "a CTA for each tile"
-    assert any(sharers % split == 0 and sharers > split for split, sharers in shared), "whole parts"
-    assert any(sharers % split for split, sharers in shared), "parts of two tiles"
+    for what in ("tf32", "tf32_allowed"):
+        tf32 = choices(TF32, what)  # tokens, whole tiles, split ones, CTAs that share these
+        assert {choice[0] for choice in tf32} == {8, 16, 32, 64, 96, 128}, (what, tf32)
+        assert any(whole and split for _, whole, split, _ in tf32), what
+        assert any(whole and not split for _, whole, split, _ in tf32), what
+        shared = [(split, sharers) for _, _, split, sharers in tf32 if split]
+        assert any(sharers == split for split, sharers in shared), f"{what}: a CTA for each tile"
+        assert any(sharers % split == 0 and sharers > split for split, sharers in shared), f"{what}: whole parts"
+        assert any(sharers % split for split, sharers in shared), f"{what}: parts of two tiles"
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rms_norm_qkv"])

@@ -3,7 +3,7 @@
  *
  * The tensor cores multiply TF32, which has 11 of float32's 24 bits. So a value becomes two, v = high + low, and a
  * product three: high high + high low + low high; what is left out is 2^-22 of it at most. The norm kernel writes y as
- * two planes; weights are taken apart in registers, on their way from shared memory. With allow_tf32 high high is all.
+ * two planes; weights are taken apart in registers, on their way from shared memory.
  *
  * The tensor cores cut off what does not fit a sum, and always towards zero. So a sum there is of one step, small
  * products first, and joins float32 totals in registers, which round to the nearest.
@@ -11,7 +11,9 @@
  * A CTA has tiles of 128 outputs and 8 to 128 tokens. Two warpgroups have 64 outputs each, as the rows of the product,
  * and take turns: one multiplies while the other takes its next weights apart. One thread brings the steps along hidden
  * to a ring in shared memory. Tiles come in waves, one for each CTA. Those that are left are split along hidden, so
- * that each of some CTAs has as many steps; who comes last to a tile adds its parts, in the order of hidden. */
+ * that each of some CTAs has as many steps; who comes last to a tile adds its parts, in the order of hidden.
+ *
+ * With allow_tf32 high high is all, and all steps of a sum stay in the tensor cores. Then tiles have 256 outputs. */
 #include "cuda.h"
 #include "launch.cuh"
 #include "norm_plan.cuh"
@@ -28,7 +30,7 @@ using namespace tf32;
 
 namespace {
 
-constexpr int kRowBytes = 4 * kStep, kWeightBytes = kOutputs * kRowBytes;
+constexpr int kRowBytes = 4 * kStep;
 constexpr int kConsumersBarrier = 1;
 /* The ring leaves shared memory to the blocks of the next call's norm. */
 constexpr int kRingBytes = 220 << 10, kMaxStages = 12, kBarrierBytes = 16 * kMaxStages + 16;
@@ -38,16 +40,30 @@ constexpr int kOwnRegisters = 224, kOtherRegisters = 3 * 168 - 2 * kOwnRegisters
 template <int kTokens, bool kOnce> struct Tile {
     static constexpr int tokens = kTokens;
     static constexpr bool once = kOnce;
-    static constexpr int plane_bytes = tokens * kRowBytes;
-    static constexpr int stage_bytes = kWeightBytes + (once ? 1 : 2) * plane_bytes;
+    static constexpr int outputs = tile_outputs(once), blocks = outputs / 128; /* of 64 outputs, of a warpgroup */
+    static constexpr int plane_bytes = tokens * kRowBytes, weight_bytes = outputs * kRowBytes;
+    static constexpr int stage_bytes = weight_bytes + (once ? 1 : 2) * plane_bytes;
     static constexpr int fit = kRingBytes / stage_bytes, stages = fit < kMaxStages ? fit : kMaxStages;
     static constexpr int ring_bytes = stages * stage_bytes;
-    static constexpr int sums = tokens / 2; /* of a thread */
+    static constexpr int block_sums = tokens / 2, sums = blocks * block_sums; /* of a thread */
     static constexpr int part_floats = kConsumers * sums;
-    static constexpr bool trades_registers = tokens > 96; /* with a third warpgroup */
+    static constexpr bool trades_registers = blocks * tokens > 96; /* with a third warpgroup */
     static constexpr int threads = kConsumers + (trades_registers ? 128 : 32);
     static_assert(stages >= 3);
+
+    /* Where a thread's outputs of a block begin in the tile; others follow 8 rows behind. */
+    static __device__ __forceinline__ int first_row(int block) {
+        const int warp = threadIdx.x / 32;
+        return (warp / 4 * blocks + block) * 64 + warp % 4 * 16 + static_cast<int>(threadIdx.x % 32) / 4;
+    }
 };
+
+template <typename T> using Sums = float[T::sums];
+
+/* Those of a block. */
+template <typename T> __device__ __forceinline__ auto block_of(Sums<T> &sums, int block) -> float (&)[T::block_sums] {
+    return reinterpret_cast<float(&)[T::block_sums]>(sums[block * T::block_sums]);
+}
 
 struct Product {
     CUtensorMap y, weight[3]; /* y: the plane of high parts, then the one of low parts, where there is one */
@@ -114,11 +130,11 @@ __device__ __forceinline__ int64_t outputs_of(const mv_task &task, int block) {
 
 template <typename T> __device__ __forceinline__ Place find_place(const Product &p, unsigned tile) {
     const TileIndex index = index_tile<true>(tile, p.rows, p.columns, p.group);
-    Place place = {int64_t{index.row} * T::tokens, 0, int64_t{index.column} * kOutputs, 0};
+    Place place = {int64_t{index.row} * T::tokens, 0, int64_t{index.column} * T::outputs, 0};
     for (;; place.block++) {
-        const int64_t outputs = outputs_of(p.task, place.block), tiles = (outputs + kOutputs - 1) / kOutputs;
-        if (place.row < tiles * kOutputs) break;
-        place.row -= tiles * kOutputs;
+        const int64_t outputs = outputs_of(p.task, place.block), tiles = (outputs + T::outputs - 1) / T::outputs;
+        if (place.row < tiles * T::outputs) break;
+        place.row -= tiles * T::outputs;
         place.output += outputs;
     }
     place.output += place.row;
@@ -132,6 +148,7 @@ template <typename T> struct Ring {
     __device__ __forceinline__ explicit Ring(uint32_t shared)
         : at(shared), full(shared + kBytes), empty(full + 8 * kStages) {}
     __device__ __forceinline__ uint32_t stage(int slot) const { return at + slot * T::stage_bytes; }
+    __device__ __forceinline__ uint32_t y(int slot) const { return stage(slot) + T::weight_bytes; }
 
     /* By one thread of each warp. */
     __device__ __forceinline__ void init_barriers(int warp) const {
@@ -153,7 +170,7 @@ template <typename T> __device__ __forceinline__ void produce(const Product &p, 
     };
     const auto load_y = [&](const Place &place, int slot, unsigned step) {
         const int column = static_cast<int>(step) * kStep, row = static_cast<int>(place.token);
-        const uint32_t to = ring.stage(slot) + kWeightBytes, barrier = ring.full + 8 * slot;
+        const uint32_t to = ring.y(slot), barrier = ring.full + 8 * slot;
         load_box(to, &p.y, column, row, barrier);
         if constexpr (!T::once) load_box(to + T::plane_bytes, &p.y, column, row + p.low_row, barrier);
     };
@@ -208,10 +225,11 @@ struct WeightStep {
 };
 
 /* Adds so many steps to the totals of the warpgroup. */
-template <typename T> __device__ __forceinline__ void multiply(float (&total)[T::sums], const char *smem,
-                                                               const Ring<T> &ring, Slot &slot, unsigned steps) {
-    const int warp = static_cast<int>(uniform(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    const char *const own = smem + (warp * 16 + lane / 4) * kRowBytes;
+template <typename T> __device__ __forceinline__ void multiply(Sums<T> &total, const char *smem, const Ring<T> &ring,
+                                                               Slot &slot, unsigned steps) {
+    static_assert(!T::once && T::blocks == 1);
+    const int half = static_cast<int>(uniform(threadIdx.x / 128)), lane = threadIdx.x % 32;
+    const char *const own = smem + T::first_row(0) * kRowBytes;
     WeightStep w;
     const auto load = [&] {
         mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
@@ -222,21 +240,21 @@ template <typename T> __device__ __forceinline__ void multiply(float (&total)[T:
     for (bool more = true; more;) {
         w.split();
         const int used = slot.index;
-        const uint64_t high = operand_descriptor(ring.stage(used) + kWeightBytes);
+        const uint64_t high = operand_descriptor(ring.y(used));
         const uint64_t low = advance_descriptor(high, T::plane_bytes);
-        float sum[T::sums];
-        await_turn(warp / 4);
+        Sums<T> sum;
+        await_turn(half);
         wgmma_begin();
 #pragma unroll
-        for (int k = 0; !T::once && k < kStep / 8; k++) {
+        for (int k = 0; k < kStep / 8; k++) {
             wgmma_tf32<T::tokens>(sum, w.low[k], advance_descriptor(high, k * 32), k > 0);
             wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(low, k * 32), true);
         }
 #pragma unroll
         for (int k = 0; k < kStep / 8; k++)
-            wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(high, k * 32), !T::once || k > 0);
+            wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(high, k * 32), true);
         wgmma_commit();
-        give_turn(warp / 4);
+        give_turn(half);
         slot.advance(T::stages);
         more = --steps > 0;
         if (more) load(); /* meanwhile */
@@ -248,9 +266,56 @@ template <typename T> __device__ __forceinline__ void multiply(float (&total)[T:
     }
 }
 
+/* The same of the high parts alone. A step's weights come from shared memory while the step before is multiplied. */
+template <typename T> __device__ __forceinline__ void multiply_once(Sums<T> &total, const char *smem,
+                                                                    const Ring<T> &ring, Slot &slot, unsigned steps) {
+    const int lane = threadIdx.x % 32;
+    const char *const own = smem + T::first_row(0) * kRowBytes;
+    const auto take = [&](WeightStep(&w)[T::blocks]) {
+        mbarrier_wait(ring.full + 8 * slot.index, slot.parity);
+#pragma unroll
+        for (int b = 0; b < T::blocks; b++) {
+            w[b].load(own + slot.index * T::stage_bytes + b * 64 * kRowBytes);
+            w[b].split();
+        }
+    };
+    int previous = 0; /* its slot is not released yet */
+    const auto release = [&] {
+        if (lane == 0) mbarrier_arrive(ring.empty + 8 * previous);
+    };
+    const auto multiply_step = [&](const WeightStep(&w)[T::blocks], bool first) {
+        const uint64_t y = operand_descriptor(ring.y(slot.index));
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < kStep / 8; k++)
+#pragma unroll
+            for (int b = 0; b < T::blocks; b++)
+                wgmma_tf32<T::tokens>(block_of<T>(total, b), w[b].high[k], advance_descriptor(y, k * 32), true);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (!first) release();
+        previous = slot.index;
+        slot.advance(T::stages);
+    };
+    WeightStep even[T::blocks], odd[T::blocks];
+    take(even);
+#pragma unroll 1
+    for (unsigned step = 0;; step += 2) {
+        multiply_step(even, step == 0);
+        if (step + 1 == steps) break;
+        take(odd);
+        multiply_step(odd, false);
+        if (step + 2 == steps) break;
+        take(even);
+    }
+    wgmma_wait<0>();
+    release();
+    wgmma_results(total);
+}
+
 /* Leaves this CTA's part of a tile to who comes last. If that is this one, it has the sums of all parts. */
-template <typename T> __device__ __forceinline__ bool join_parts(const Product &p, const Work &work,
-                                                                 float (&total)[T::sums], unsigned *before) {
+template <typename T>
+__device__ __forceinline__ bool join_parts(const Product &p, const Work &work, Sums<T> &total, unsigned *before) {
     const unsigned steps = static_cast<unsigned>(p.steps), done = work.to - work.from;
     const unsigned tile = work.tile - p.whole_tiles, last = cta_of(p, (tile + 1) * steps - 1);
     /* A CTA may have a part of its first tile, and another of its last one. */
@@ -271,7 +336,7 @@ template <typename T> __device__ __forceinline__ bool join_parts(const Product &
     for (int i = 0; i < T::sums; i++) total[i] = 0;
 #pragma unroll 1
     for (unsigned cta = cta_of(p, tile * steps); cta <= last; cta += kAtOnce) {
-        float part[kAtOnce][T::sums];
+        Sums<T> part[kAtOnce];
 #pragma unroll
         for (unsigned a = 0; a < kAtOnce; a++) {
             const float *const from = part_of(min(cta + a, last));
@@ -296,11 +361,11 @@ __device__ __noinline__ float plain_dot(const Product &p, int64_t token, const m
     return sum;
 }
 
-/* Lane l of sums 4 j + {0, 1}: output l / 4 of its warp's 16, tokens 8 j + 2 (l % 4) + {0, 1}; of 4 j + {2, 3}: output
- * l / 4 + 8. */
-template <typename T>
-__device__ __forceinline__ void store_outputs(const Product &p, const Place &place, const float (&total)[T::sums]) {
-    const int lane = threadIdx.x % 32, first = static_cast<int>(threadIdx.x / 32) * 16 + lane / 4;
+/* Lane l of sums 4 j + {0, 1} of a block: output l / 4 of its warp's 16, tokens 8 j + 2 (l % 4) + {0, 1}; of
+ * 4 j + {2, 3}: output l / 4 + 8. */
+template <typename T> __device__ __forceinline__ void store_outputs(const Product &p, const Place &place, int first,
+                                                                    const float (&total)[T::block_sums]) {
+    const int lane = threadIdx.x % 32;
     const mv_block &block = p.task.block[place.block];
     const int64_t row = place.row + first, outputs = outputs_of(p.task, place.block);
     const bool exists[2] = {row < outputs, row + 8 < outputs};
@@ -316,7 +381,7 @@ __device__ __forceinline__ void store_outputs(const Product &p, const Place &pla
     };
     float none = 0; /* times a sum: NaN, if that is not finite */
 #pragma unroll
-    for (int i = 0; i < T::sums / 2; i++) {
+    for (int i = 0; i < T::block_sums / 2; i++) {
         if (token_of(i) >= p.task.tokens) continue;
         float *const to = outputs_at(token_of(i));
 #pragma unroll
@@ -328,7 +393,7 @@ __device__ __forceinline__ void store_outputs(const Product &p, const Place &pla
     }
     if (none == 0) return;
 #pragma unroll 1
-    for (int i = 0; i < T::sums / 2; i++) {
+    for (int i = 0; i < T::block_sums / 2; i++) {
         if (token_of(i) >= p.task.tokens) continue;
         float *const to = outputs_at(token_of(i));
 #pragma unroll
@@ -355,17 +420,24 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
     if constexpr (T::trades_registers) more_registers<kOwnRegisters>();
     unsigned *const before = reinterpret_cast<unsigned *>(smem + T::ring_bytes + 16 * T::stages);
     const int half = warp / 4;
-    if (half == 1) give_turn(half); /* the first step is the first warpgroup's */
+    if (!T::once && half == 1) give_turn(half); /* the first step is the first warpgroup's */
     Slot slot;
     Works works(p);
     for (Work work; works.next(work);) {
-        float total[T::sums] = {};
-        multiply<T>(total, smem, ring, slot, work.to - work.from);
+        Sums<T> total = {};
+        if constexpr (T::once)
+            multiply_once<T>(total, smem, ring, slot, work.to - work.from);
+        else
+            multiply<T>(total, smem, ring, slot, work.to - work.from);
         const bool whole = work.to - work.from == static_cast<unsigned>(p.steps);
-        if (whole || join_parts<T>(p, work, total, before)) store_outputs<T>(p, find_place<T>(p, work.tile), total);
+        if (whole || join_parts<T>(p, work, total, before)) {
+            const Place place = find_place<T>(p, work.tile);
+#pragma unroll
+            for (int b = 0; b < T::blocks; b++) store_outputs<T>(p, place, T::first_row(b), block_of<T>(total, b));
+        }
         __syncwarp(); /* what follows is for whole warps */
     }
-    if (half == 0) await_turn(half); /* nobody's: the last step was the other one's */
+    if (!T::once && half == 0) await_turn(half); /* nobody's: the last step was the other one's */
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
@@ -380,7 +452,7 @@ struct Workspace {
         padded_tokens = ceil_div(task->tokens, choice.tokens) * choice.tokens;
         plane_bytes = static_cast<size_t>(padded_tokens * task->hidden) * 4;
         y_bytes = (task->allow_tf32 ? 1 : 2) * plane_bytes;
-        parts_bytes = static_cast<size_t>(2 * choice.sharers * kOutputs * choice.tokens) * 4;
+        parts_bytes = static_cast<size_t>(2 * choice.sharers * choice.outputs * choice.tokens) * 4;
         counter_bytes = static_cast<size_t>(choice.split_tiles) * 4;
     }
     size_t bytes() const { return y_bytes + parts_bytes + counter_bytes; }
@@ -400,7 +472,7 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
     p.low_plane = T::once ? 0 : workspace.padded_tokens * task->hidden;
     p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, T::tokens));
-    p.columns = static_cast<unsigned>(block_columns(task, kOutputs));
+    p.columns = static_cast<unsigned>(block_columns(task, T::outputs));
     p.group = max(1024 / T::tokens, 1);
     p.whole_tiles = static_cast<unsigned>(choice.whole_tiles);
     p.split_tiles = static_cast<unsigned>(choice.split_tiles);
@@ -417,7 +489,7 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
         const int64_t outputs = task->packed ? task->outputs : block.outputs;
         if (outputs > 0)
             status = encode_map(&p.weight[i],
-                                {block.weight, MV_F32, outputs, hidden, block.row_stride, kOutputs, kStep}, error);
+                                {block.weight, MV_F32, outputs, hidden, block.row_stride, T::outputs, kStep}, error);
         if (task->packed) break;
     }
     if (status != MV_OK) return status;
@@ -448,7 +520,7 @@ extern "C" const char *mv_norm_3xtf32_fits(const mv_task *task) {
     if (task->hidden > 1 << 20) return "hidden is more than 1,048,576";
     if (task->outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
         return "a tensor map has coordinates of 32 bits";
-    if (ceil_div(task->tokens, 8) * block_columns(task, kOutputs) > INT32_MAX)
+    if (ceil_div(task->tokens, 8) * block_columns(task, tile_outputs(task->allow_tf32)) > INT32_MAX)
         return "there are more tiles than one launch can take";
     for (const mv_block &block : task->block) {
         if (block.outputs > 0 && (!is_aligned16(block.weight) || block.row_stride % 4 != 0 || block.row_stride <= 0 ||

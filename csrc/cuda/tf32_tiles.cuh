@@ -7,12 +7,14 @@
 namespace tf32 {
 
 constexpr int kStep = 32;       /* along hidden */
-constexpr int kOutputs = 128;   /* of a tile */
 constexpr int kFewestSteps = 4; /* of a CTA, where tiles are split */
+
+/* Of a tile: where its products are single ones of TF32, no totals need registers. */
+constexpr int tile_outputs(bool once) { return once ? 256 : 128; }
 
 /* How the tokens and outputs of a task are cut. */
 struct TileChoice {
-    int tokens; /* of a tile */
+    int tokens, outputs; /* of a tile */
     int64_t whole_tiles, split_tiles, sharers;
     double us; /* on an H100 */
 };
@@ -20,17 +22,19 @@ struct TileChoice {
 /* In tiles of so many tokens: as many waves of whole tiles as there are; the others are split among so many CTAs that
  * each has the same part of a tile, or among all. */
 static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
-    const int64_t tiles = ceil_div(task->tokens, tokens) * block_columns(task, kOutputs), sms = task->sm_count;
+    const int outputs = tile_outputs(task->allow_tf32);
+    const int64_t tiles = ceil_div(task->tokens, tokens) * block_columns(task, outputs), sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
     /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums (SPEED.md). */
-    const double step_us = 0.47 + (task->allow_tf32 ? 0.0018 : 0.0039) * tokens, part_us = 0.15 + 0.024 * tokens;
+    const double step_us = task->allow_tf32 ? 0.3 + 0.0035 * tokens : 0.47 + 0.0039 * tokens;
+    const double part_us = 0.15 + 0.024 * tokens * outputs / 128;
     const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.7e6;
     const auto products_us = [&](int64_t in_a_row) {
         const double us = static_cast<double>(in_a_row) * step_us;
         return us > weights_us ? us : weights_us;
     };
     const int64_t whole = tiles / sms * steps;
-    TileChoice best = {tokens, tiles - split, split, 0, products_us(whole)};
+    TileChoice best = {tokens, outputs, tiles - split, split, 0, products_us(whole)};
     const auto consider = [&](int64_t sharers, double parts) {
         const double us = products_us(whole + ceil_div(split * steps, sharers)) + (parts > 1 ? parts : 0) * part_us;
         if (best.sharers == 0 || us < best.us) best.sharers = sharers, best.us = us;

@@ -1,5 +1,5 @@
 /* tiles.cpp: which tile the kernels for Hopper's tensor cores would take on a GPU of 132 SMs. Reads lines of tokens,
- * hidden, outputs and one of out_in, in_out, late and tf32, and writes a line for each. Of 16 bits: how the
+ * hidden, outputs and one of out_in, in_out, late, tf32 and tf32_allowed, and writes a line for each. Of 16 bits: how the
  * warpgroups share a tile (0: its tokens, 1: its steps, 2: the tiles; 3: its tokens, where the row factor joins late),
  * its outputs, the CTAs of a cluster, whether rows are normalised meanwhile, and the waves. tf32: a tile's tokens, how
  * many tiles are whole, how many are split, and among how many CTAs. */
@@ -25,7 +25,8 @@ int main() {
         task.x.inner_stride = hidden;
         task.outputs = task.block[0].outputs = outputs;
         task.block[0].col_stride = strcmp(what, "in_out") == 0 ? outputs : 1;
-        if (strcmp(what, "tf32") == 0) {
+        if (strncmp(what, "tf32", 4) == 0) {
+            task.allow_tf32 = strcmp(what, "tf32_allowed") == 0;
             const tf32::TileChoice choice = tf32::choose_tile(&task);
             printf("%d %lld %lld %lld\n", choice.tokens, static_cast<long long>(choice.whole_tiles),
                    static_cast<long long>(choice.split_tiles), static_cast<long long>(choice.sharers));
