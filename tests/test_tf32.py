@@ -18,7 +18,7 @@ ROW = "f32_norm_3xtf32_sm90a"
 # it, or so that each has as much, which may begin in one tile and end in the next; waves of whole tiles, with some left and with
 # none; a single step, one that is short, and a tile that no other shares (test_cuda_on_cpu holds the list to that)
 SHAPES = ((5, 72, 384), (8, 1028, 1152), (16, 2052, 6144), (30, 4096, 6144), (61, 4096, 6144), (90, 2564, 6144), (128, 4096, 6144),
-          (128, 100, 16896), (1000, 516, 6144), (1408, 64, 1536), (130, 36, 10240), (2100, 132, 4096), (1, 32, 384))  # fmt: skip
+          (128, 100, 16896), (1000, 516, 6144), (1408, 64, 1536), (130, 36, 10240), (2100, 132, 4096), (1, 32, 384), (200, 2052, 6144))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

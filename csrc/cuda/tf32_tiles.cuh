@@ -23,20 +23,22 @@ struct TileChoice {
  * each has the same part of a tile, or among all. */
 static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
     const int outputs = tile_outputs(task->allow_tf32);
-    const int64_t tiles = ceil_div(task->tokens, tokens) * block_columns(task, outputs), sms = task->sm_count;
+    const int64_t rows = ceil_div(task->tokens, tokens), tiles = rows * block_columns(task, outputs);
+    const int64_t sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
     /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums (SPEED.md). */
-    const double step_us = task->allow_tf32 ? 0.3 + 0.0035 * tokens : 0.47 + 0.0039 * tokens;
-    const double part_us = 0.15 + 0.024 * tokens * outputs / 128;
+    const double step_us = task->allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
+    const double part_us = 0.15 + (task->allow_tf32 ? 0.029 : 0.024) * tokens;
     const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.7e6;
-    const auto products_us = [&](int64_t in_a_row) {
-        const double us = static_cast<double>(in_a_row) * step_us;
-        return us > weights_us ? us : weights_us;
+    const auto products_us = [&](int64_t in_a_row, int64_t readings = 1) {
+        const double us = static_cast<double>(in_a_row) * step_us, least = static_cast<double>(readings) * weights_us;
+        return us > least ? us : least;
     };
     const int64_t whole = tiles / sms * steps;
     TileChoice best = {tokens, outputs, tiles - split, split, 0, products_us(whole)};
-    const auto consider = [&](int64_t sharers, double parts) {
-        const double us = products_us(whole + ceil_div(split * steps, sharers)) + (parts > 1 ? parts : 0) * part_us;
+    const auto consider = [&](int64_t sharers, double parts, int64_t readings = 1) {
+        const double us =
+            products_us(whole + ceil_div(split * steps, sharers), readings) + (parts > 1 ? parts : 0) * part_us;
         if (best.sharers == 0 || us < best.us) best.sharers = sharers, best.us = us;
     };
     if (split == 0) return best;
@@ -46,9 +48,10 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
     }
     const int64_t parts = max(min(sms / split, steps / kFewestSteps), int64_t{1});
     consider(split * parts, static_cast<double>(parts));
-    if (tiles > sms) return best; /* CTAs at different places along hidden read more from memory */
+    /* Then CTAs are at different places along hidden, and each row of tiles reads the weights from memory. */
+    if (tiles > sms) return best;
     const int64_t most = min(sms, ceil_div(split * steps, kFewestSteps));
-    consider(most, static_cast<double>(most) / static_cast<double>(split) + 2); /* they do not end together */
+    consider(most, static_cast<double>(most) / static_cast<double>(split) + 2, rows); /* they do not end together */
     return best;
 }
 
