@@ -1,5 +1,5 @@
-/* turns.cuh: two warpgroups that multiply, and take turns: of steps, or of tiles. So neither waits for more than a round
- * of the ring, and a round's parity says which one it is. */
+/* turns.cuh: two warpgroups that multiply, and take turns: of steps, or of tiles. So neither waits for more than a
+ * round of the ring, and a round's parity says which one it is. */
 #pragma once
 
 #include "tma.cuh"
