@@ -39,7 +39,9 @@ typedef struct {
     bool launch_early;        /* the next kernel of the stream has work to do before it waits for this one */
     uint32_t *counters;       /* the norm zeroes these for the next kernel of the stream */
     int64_t counter_count;
-    int64_t low_plane; /* the norm writes float32 as a TF32 and, so many elements behind it, what that leaves; or 0 */
+    /* Or 0: the norm writes float32 as a TF32 and, so many elements behind it, what that leaves; with allow_tf32 only
+     * the former. */
+    int64_t low_plane;
 
     /* The norm, which every op begins with. */
     mv_dtype dtype; /* of x, residual, out, residual_out */

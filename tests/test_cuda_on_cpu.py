@@ -113,7 +113,7 @@ def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
         shared = [(split, sharers) for _, _, split, sharers in tf32 if split]
         assert any(sharers == split for split, sharers in shared), f"{what}: a CTA for each tile"
         assert any(sharers % split == 0 and sharers > split for split, sharers in shared), f"{what}: whole parts"
-        if what == "tf32":
+        if what == "tf32":  # with wider tiles it is never the cheapest
             assert any(sharers % split for split, sharers in shared), "parts of two tiles"
 
 

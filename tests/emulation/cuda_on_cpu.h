@@ -170,7 +170,7 @@ template <typename What> void run(unsigned blocks, unsigned threads, unsigned ct
     }
     if (_setjmp(caller) == 0) switch_to_next();
     for (const Fiber &fiber : fibers)
-        if (!fiber.done) printf("all threads wait for each other\n"), abort();
+        if (!fiber.done) fputs("all threads wait for each other\n", stderr), abort();
 }
 
 /* All lanes of a warp call this together; each gets the words of all. */
