@@ -23,6 +23,8 @@ QUICK_TOKENS = (1, 16, 128, 1024, 4096)
 FEW_TOKENS = 64  # up to here reading the weights is what takes the time, and the read floor is shown
 HEADS = "decode_heads_sm90a"  # the kernel for few tokens by whole heads, which dispatch never takes by itself
 OPTIONS = {"": {}, " fp32": {"rounding": "fp32"}, " invariant": {"batch_invariant": True}}
+# A chain of calls writes no weights, so it promises that they are static; this variant is the default, which does not.
+CUDA_OPTIONS = OPTIONS | {" not static": {"static_weights": False}}
 
 METHOD = {
     "cuda": "us per op inside a replayed CUDA graph; median and quartiles over replays, variants in turns; a dependent "
@@ -96,7 +98,7 @@ class Chain:
             peers.EPS,
             bias=bias,
             out=out,
-            **options,
+            **{"static_weights": True, **options},
         )
 
     def torch_pair(self, function):
@@ -167,7 +169,8 @@ def with_tf32(chain: Chain) -> dict:
 
 def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment: dict) -> dict:
     tokens, cuda = chain.tokens, args.device == "cuda"
-    found = ours(chain.fused, rows("rms_norm_qkv", dtype, args.device, args.kernel), OPTIONS)
+    options = CUDA_OPTIONS if cuda else OPTIONS
+    found = ours(chain.fused, rows("rms_norm_qkv", dtype, args.device, args.kernel), options)
     if cuda:
         found |= by_heads(chain, dtype)
     found["torch"] = chain.torch_pair(peers.rms_norm_qkv)

@@ -59,7 +59,8 @@ typedef struct {
     int64_t outputs; /* of all blocks */
     mv_dtype weight_dtype;
     bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
-    bool batch_invariant, allow_tf32, dynamic_weights;
+    bool batch_invariant, allow_tf32;
+    bool static_weights; /* weights, norm weights and biases may be read before griddepcontrol.wait */
 } mv_task;
 
 typedef mv_status mv_kernel(const mv_task *task, mv_error *error);

@@ -75,6 +75,7 @@ typedef struct {
     const char *op;     /* the name in messages; NULL: the entry's own                                        */
     const char *kernel; /* a row of mv_kernel_at() by name, to force it; NULL: the cheapest that fits         */
     void *stream;       /* cudaStream_t to launch on; ignored on the CPU                                      */
+    bool plain_launch;  /* begin when all work in front on the stream has finished, and not a little earlier  */
 } mv_call;
 
 /* A call that was checked, and its kernels. The caller owns it and may drop it at any time; it holds no reference, so
@@ -137,7 +138,7 @@ typedef struct {
     mv_weight_layout weight_layout;
     bool batch_invariant; /* a row's bits do not depend on how many other rows there are          */
     bool allow_tf32;      /* float32 products may be rounded to TF32                               */
-    bool dynamic_weights; /* the previous kernel in the stream may write weights and trigger early */
+    bool static_weights; /* the caller vouches: no unfinished work in front of this call on its stream writes weights */
 } mv_rms_norm_qkv_args;
 
 mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *args, mv_plan *plan, mv_error *error);

@@ -66,7 +66,7 @@ class _RMSNormQKV(Protocol):
         weight_offset: SupportsFloat = 0.0,
         batch_invariant: bool = False,
         allow_tf32: bool = False,
-        static_weights: bool = True,
+        static_weights: bool = False,
         kernel: str | None = None,
     ) -> tuple[_T, _T, _T]: ...
     @overload
@@ -89,7 +89,7 @@ class _RMSNormQKV(Protocol):
         weight_offset: SupportsFloat = 0.0,
         batch_invariant: bool = False,
         allow_tf32: bool = False,
-        static_weights: bool = True,
+        static_weights: bool = False,
         kernel: str | None = None,
     ) -> tuple[_T, _T, _T, _T]: ...
 
@@ -117,7 +117,10 @@ def _check_rms_norm_qkv(
     weight_offset: SupportsFloat = 0.0,
     batch_invariant: bool = False,
     allow_tf32: bool = False,
+    static_weights: bool | None = False,
 ) -> tuple[int, int, int, bytes]: ...
+def _layer_forget(layer: Any, /) -> None: ...
+def _layer_vouches(layer: Any, /) -> bool: ...
 def _call_layer(
     layer: Any, x: _T, *, residual: _T | None = None, out: _T | None = None, residual_out: _T | None = None
 ) -> tuple[_T, ...]: ...

@@ -56,7 +56,7 @@ def rms_norm_qkv(
     weight_offset=0.0,
     batch_invariant=False,
     allow_tf32=False,
-    static_weights=True,
+    static_weights=False,
     kernel=None,
 ) -> tuple[jax.Array, ...]:
     """`minivllm.rms_norm_qkv`: x [..., hidden] -> (q, k, v), each [..., heads, head_dim]; with a residual also the sum.

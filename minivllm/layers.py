@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 _READ_ONCE = frozenset(
     ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
-     "allow_tf32")
+     "allow_tf32", "static_weights")
 )  # fmt: skip
+_TENSORS = frozenset(("norm_weight", "qkv_weight", "bias", "_packed"))
 
 
 @_C._callable_layer
@@ -34,6 +35,12 @@ class FusedRMSNormQKV:
     The layer keeps the very tensors it was given and reads their addresses anew at each call, so weights that are
     updated in place, or whose storage is replaced, are seen. With `prepack=True` the projection is instead copied once
     into one contiguous [qkv, hidden] matrix of `prepacked_bytes` bytes; `refresh()` renews that copy.
+
+    static_weights: on a GPU, may a call read the weights while the work in front of it on its stream is still running?
+    True: yes, you vouch that this work does not write them. False: no. None (default): where they are torch tensors,
+    yes as long as torch's counter of writes to each (`tensor._version`) has not moved since the last call; else no.
+    What torch does not count, such as writes through `.data`, DLPack, NCCL or Triton, needs static_weights=False, or
+    a finished stream before the next call.
     """
 
     if not TYPE_CHECKING:
@@ -67,6 +74,7 @@ class FusedRMSNormQKV:
         weight_offset: SupportsFloat = 0.0,
         batch_invariant: bool = False,
         allow_tf32: bool = False,
+        static_weights: bool | None = None,
         prepack: bool = False,
     ) -> None:
         self.norm_weight = norm_weight
@@ -80,6 +88,7 @@ class FusedRMSNormQKV:
         self.weight_offset = weight_offset
         self.batch_invariant = batch_invariant
         self.allow_tf32 = allow_tf32
+        self.static_weights = static_weights
         self.prepack = prepack
         self.prepacked_bytes = 0
         self._packed: Any = None
@@ -90,6 +99,8 @@ class FusedRMSNormQKV:
         if name in _READ_ONCE and name in self.__dict__:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
+        if name in _TENSORS:
+            _C._layer_forget(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all there is, but for the bytes of a C struct that another build may lay out
@@ -110,7 +121,8 @@ class FusedRMSNormQKV:
         return _C._check_rms_norm_qkv(
             self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
             head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
-            batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32)  # fmt: skip
+            batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32,
+            static_weights=self.static_weights)  # fmt: skip
 
     def _projection(self) -> tuple[Any, _WeightLayout]:
         """The weights to compute with and their layout: those of the copy, where there is one."""
@@ -123,7 +135,7 @@ class FusedRMSNormQKV:
             x, self.norm_weight, weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias, residual=residual,
             head_dim=self.head_dim, out=out, residual_out=residual_out, weight_layout=layout, rounding=self.rounding,
             weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
-            allow_tf32=self.allow_tf32)  # fmt: skip
+            allow_tf32=self.allow_tf32, static_weights=self.static_weights is True)  # fmt: skip
 
     def refresh(self) -> None:
         """Renews the copy of the weights that `prepack=True` made, at the same address (as a CUDA graph needs it) for

@@ -267,7 +267,7 @@ def rms_norm_qkv(
     weight_offset=0.0,
     batch_invariant=False,
     allow_tf32=False,
-    static_weights=True,
+    static_weights=False,
     kernel=None,
 ):
     """minivllm.rms_norm_qkv for every torch tensor, with gradients of x, residual, the weights and biases."""

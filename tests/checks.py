@@ -105,7 +105,7 @@ class QKV(NamedTuple):
     eps: float = 1e-6
     batch_invariant: bool = False
     allow_tf32: bool = False
-    static_weights: bool = True
+    static_weights: bool = False
     kernel: str | None = None
     x_layout: Layout = CONTIGUOUS
     out_layout: Layout | None = CONTIGUOUS

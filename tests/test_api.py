@@ -14,7 +14,7 @@ import minivllm
 EMPTY = inspect.Parameter.empty
 QKV_OPTIONS = {
     "bias": None, "residual": None, "head_dim": None, "out": None, "residual_out": None, "weight_layout": "auto", "rounding": "hf",
-    "weight_offset": 0.0, "batch_invariant": False, "allow_tf32": False, "static_weights": True, "kernel": None,
+    "weight_offset": 0.0, "batch_invariant": False, "allow_tf32": False, "static_weights": False, "kernel": None,
 }  # fmt: skip
 NORM_OPTIONS = {"rounding": "hf", "weight_offset": 0.0, "kernel": None}
 QKV_ARGUMENTS = ["x", "norm_weight", "qkv_weight", "num_heads", "num_kv_heads", "eps"]
@@ -53,7 +53,7 @@ def test_signatures_of_the_layer():
         name: QKV_OPTIONS[name]
         for name in ("bias", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant", "allow_tf32")
     }
-    assert keyword_only == required | {"eps": 1e-6} | options | {"prepack": False}
+    assert keyword_only == required | {"eps": 1e-6} | options | {"static_weights": None, "prepack": False}
     assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == (
         {"x": EMPTY},
         {"residual": None, "out": None, "residual_out": None},

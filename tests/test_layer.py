@@ -14,6 +14,7 @@ from checks import IS_IN_OUT, QKV, WEIGHTS, weight_data
 from frameworks import TORCH_CPU
 
 import minivllm
+from minivllm import _C
 from minivllm.testing.reference import to_float64
 
 
@@ -73,6 +74,64 @@ def test_it_sees_weights_that_change(device, framework):
     assert_all_same(layer(x), function(x))
     layer.norm_weight[...] = layer.norm_weight * 2
     assert_same_bits(layer(x)[0], 2 * before)
+
+
+def vouching(torch, **options):
+    """A layer of plain torch tensors, and what a call of it on a GPU would tell the kernels: are the weights static?"""
+    norm, weight, bias = torch.ones(16), torch.randn(24, 16), torch.randn(24)
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=norm, qkv_weight=weight, bias=bias, num_heads=1, num_kv_heads=1, **options
+    )
+    return layer, lambda: _C._layer_vouches(layer)
+
+
+def test_a_layer_vouches_while_the_counters_of_its_weights_stand_still(torch):
+    layer, vouches = vouching(torch)
+    assert [vouches(), vouches(), vouches()] == [False, True, True]
+    for tensor in (layer.norm_weight, layer.qkv_weight, layer.bias):
+        tensor.mul_(2)
+        assert [vouches(), vouches()] == [False, True]
+        minivllm.rms_norm(torch.ones_like(tensor), torch.ones(tensor.shape[-1]), out=tensor)
+        assert [vouches(), vouches()] == [False, True]
+    layer.qkv_weight.data = torch.randn(24, 16)
+    assert [vouches(), vouches()] == [False, True]
+    for name in ("norm_weight", "qkv_weight", "bias"):
+        setattr(layer, name, getattr(layer, name).clone())
+        assert [vouches(), vouches()] == [False, True]
+        setattr(layer, name, getattr(layer, name))  # another tensor may have the address of one that is gone
+        assert [vouches(), vouches()] == [False, True]
+    copied = copy.copy(layer)
+    assert [_C._layer_vouches(copied), _C._layer_vouches(copied)] == [False, True]
+
+
+def test_a_prepacked_layer_vouches_until_it_is_refreshed(torch):
+    layer, vouches = vouching(torch, prepack=True)
+    assert [vouches(), vouches()] == [False, True]
+    layer.refresh()
+    assert [vouches(), vouches()] == [False, True]
+
+
+def test_a_layer_does_not_vouch_where_nothing_counts(torch):
+    with torch.inference_mode():
+        weight = torch.randn(24, 16)
+    layer = minivllm.FusedRMSNormQKV(norm_weight=torch.ones(16), qkv_weight=weight, num_heads=1, num_kv_heads=1)
+    assert [_C._layer_vouches(layer) for _ in range(3)] == [False] * 3
+    arrays = minivllm.FusedRMSNormQKV(
+        norm_weight=np.ones(16, np.float32), qkv_weight=np.ones((24, 16), np.float32), num_heads=1, num_kv_heads=1
+    )
+    assert [_C._layer_vouches(arrays) for _ in range(3)] == [False] * 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_layer_vouches_as_it_is_told(torch, told):
+    layer, vouches = vouching(torch, static_weights=told)
+    assert [vouches(), vouches()] == [told, told]
+    layer.qkv_weight.mul_(2)
+    assert [vouches(), vouches()] == [told, told]
+    with pytest.raises(AttributeError, match="static_weights was read when the layer was made"):
+        layer.static_weights = None
+    with pytest.raises(TypeError, match="static_weights must be True or False"):
+        vouching(torch, static_weights=1)
 
 
 def test_it_reads_the_pointers_at_each_call(torch):

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "ptx.cuh"
 
 constexpr int kStepK = 64;
 constexpr int kPiece = 8;           /* 16-bit values in 16 bytes */
@@ -53,6 +54,14 @@ template <int kRows, int kColumns, int kThreads, bool kSpread> struct Source {
         apart = rows_apart * row_stride * 2;
         rows = static_cast<int>(min(rows_left, int64_t{INT32_MAX})) - own_row();
         columns = static_cast<int>(min(columns_left, int64_t{INT32_MAX})) - own_piece() * kPiece;
+    }
+
+    /* Has L2 bring what the copies of this step read. */
+    __device__ __forceinline__ void prefetch() const {
+        if (own_piece() != 0) return;
+#pragma unroll
+        for (int i = 0; i < count; i++)
+            if (rows > i * rows_apart) prefetch_l2(from + i * apart, min(columns * 2, row_bytes));
     }
 
     /* Starts a part of the copies. Past the end of the matrix: zeros. */

@@ -18,6 +18,17 @@ __device__ __forceinline__ void griddepcontrol_launch() {
 #endif
 }
 
+/* Asks L2 for `bytes` bytes from p on, as far as they are whole multiples of 16: nothing is returned, so nothing that
+ * is still being written can be read too early. GPUs without programmatic launch have nothing to do ahead of time. */
+__device__ __forceinline__ void prefetch_l2(const void *p, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    const uint64_t first = (reinterpret_cast<uint64_t>(p) + 15) / 16 * 16;
+    const int64_t whole = (static_cast<int64_t>(reinterpret_cast<uint64_t>(p) - first) + bytes) / 16 * 16;
+    if (whole > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(static_cast<uint32_t>(whole)));
+#endif
+}
+
 /* 16 bytes by a load instruction, zeros unless `wanted`, without a branch; then what the load clobbers. */
 #define MV_LOAD_IF(value, instruction, p, wanted, ...)                                                                 \
     asm volatile("{\n"                                                                                                 \
@@ -33,10 +44,11 @@ __device__ __forceinline__ void griddepcontrol_launch() {
                  : "l"(p), "r"(static_cast<uint32_t>(wanted))                                                          \
                  : __VA_ARGS__)
 
-/* What is read once, such as weights: it takes no room in L1. */
+/* What is read once, such as weights: it takes no room in L1. (Never by ld.global.nc: a kernel may begin while the one
+ * before it still writes the weights, and they change during its life then.) */
 __device__ __forceinline__ uint4 load_streaming(const void *p, bool wanted) {
     uint4 v;
-    MV_LOAD_IF(v, "ld.global.nc.L1::no_allocate", p, wanted, );
+    MV_LOAD_IF(v, "ld.global.L1::no_allocate", p, wanted, );
     return v;
 }
 __device__ __forceinline__ uint4 load_if(const void *p, bool wanted) {

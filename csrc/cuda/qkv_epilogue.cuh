@@ -28,7 +28,7 @@ template <typename W> __device__ __forceinline__ const W *weight_row(const mv_ta
 
 template <typename T> __device__ __forceinline__ float load_bias(const mv_task &task, OutputPlace place) {
     const mv_block &block = task.block[place.block];
-    return block.bias ? load_as<T>(block.bias, block.bias_dtype, place.row) : 0.0f;
+    return block.bias ? load_as_past_l1<T>(block.bias, block.bias_dtype, place.row) : 0.0f;
 }
 
 /* The epilogue: the bias joins in float32, then the one rounding. */

@@ -23,20 +23,26 @@ __device__ __forceinline__ NormWeights<T> widen_norm_weights(const mv_task &task
     return weights;
 }
 
-template <typename T>
+template <typename T, Through kThrough = Through::kL1>
 __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
     if (task.norm_weight_dtype == Dtype<T>::value)
         return widen_norm_weights<T>(
-            task, load_packet(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned));
+            task, load_packet<T, kThrough>(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned));
     const float *p = static_cast<const float *>(task.norm_weight) + at;
     NormWeights<T> weights;
 #pragma unroll
     for (int part = 0; part < Packet<T>::size; part += 4) {
-        const Packet<float> packet = load_packet(p + part, task.hidden - at - part, aligned);
+        const Packet<float> packet = load_packet<float, kThrough>(p + part, task.hidden - at - part, aligned);
 #pragma unroll
         for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.get(i);
     }
     return weights;
+}
+
+/* By one thread of a launch, before the wait for the previous kernel: the norm weights are in L2 after it. */
+__device__ __forceinline__ void prefetch_norm_weight(const mv_task &task) {
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        prefetch_l2(task.norm_weight, task.hidden * (task.norm_weight_dtype == MV_F32 ? 4 : 2));
 }
 
 /* rn(x + residual): what the norm sees and residual_out gets. */

@@ -85,7 +85,7 @@ template <typename T> __device__ __forceinline__ void store_outputs(const Produc
     if (block.bias) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (exists[i]) bias[i] = load_as<float>(block.bias, block.bias_dtype, row + 8 * i);
+            if (exists[i]) bias[i] = load_as_past_l1<float>(block.bias, block.bias_dtype, row + 8 * i);
     }
     const auto token_of = [&](int i) { return place.token + i / 2 * 8 + lane % 4 * 2 + i % 2; };
     const auto outputs_at = [&](int64_t token) {
@@ -122,7 +122,6 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
     if (threadIdx.x % 32 == 0) ring.init_barriers(warp);
     __syncthreads();
-    if (p.task.dynamic_weights) griddepcontrol_wait();
     if (warp >= kConsumers / 32) {
         if constexpr (T::trades_registers) fewer_registers<kOtherRegisters>();
         if (warp == kConsumers / 32 && elect_lane()) produce<T>(p, ring);
@@ -130,6 +129,7 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
         return;
     }
     if constexpr (T::trades_registers) more_registers<kOwnRegisters>();
+    if (!p.task.static_weights) griddepcontrol_wait(); /* for the biases */
     unsigned *const before = reinterpret_cast<unsigned *>(smem + T::ring_bytes + 16 * T::stages);
     const int half = warp / 4;
     if (!T::once && half == 1) give_turn(half); /* the first step is the first warpgroup's */

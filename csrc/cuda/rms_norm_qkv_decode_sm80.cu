@@ -5,7 +5,7 @@
  * lane, and each warp takes an even share of the steps: no warp idles while others work. A row that a warp begins and
  * another one ends is put together in shared memory. Two steps are always on their way (more are no faster: a warp has
  * six scoreboards, and loads that share one are waited for together); the first two are asked for before the wait for
- * the previous kernel, when the weights allow it (dynamic_weights is off).
+ * the previous kernel where static_weights allows it, else L2 is.
  *
  * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: in "hf" y exactly, after a
  * barrier that makes the row factor known; in "fp32" s * w without a rounding, and the row factor multiplies the
@@ -188,13 +188,18 @@ template <typename W, bool kAligned> struct Stream {
     __device__ __forceinline__ const W *row(Place p) const {
         return p.left > 0 ? weight_row<W>(task, find_output(task, p.n)) : nullptr;
     }
+    /* Has L2 bring what a step at p loads. */
+    __device__ __forceinline__ void prefetch(Place p) const {
+        if (threadIdx.x % 32 == 0 && p.left > 0)
+            prefetch_l2(row(p) + p.k, min(columns, hidden - p.k) * static_cast<int>(sizeof(W)));
+    }
     template <typename T> __device__ __forceinline__ float bias(Place p) const {
         return p.left > 0 ? load_bias<T>(task, find_output(task, p.n)) : 0.0f;
     }
     __device__ __forceinline__ Packet<W> load(const W *row, int k) const {
         const bool wanted = row && k < hidden;
         if constexpr (kAligned) return as_packet<W>(load_streaming(row + k, wanted)); /* hidden is whole packets */
-        return load_packet(row + k, wanted ? hidden - k : 0, false);
+        return load_packet<W, Through::kL2>(row + k, wanted ? hidden - k : 0, false);
     }
 };
 
@@ -300,10 +305,16 @@ template <typename T, typename W, bool kAligned, int kTokens> __global__ void __
     Place now = stream.first(), next = stream.next(now), last = now;
     Row<kTokens> row = {{}, now.k == 0};
     Step<W> even, odd;
-    if (task.dynamic_weights) griddepcontrol_wait();
+    if (!task.static_weights) {
+        stream.prefetch(now);
+        stream.prefetch(next);
+        prefetch_norm_weight(task);
+        griddepcontrol_wait();
+    }
     ask_for<T>(stream, now, even);
     ask_for<T>(stream, next, odd);
-    const NormWeights<T> near = load_norm_weights<T>(task, threadIdx.x * Packet<T>::size, aligned.norm_weight);
+    const NormWeights<T> near =
+        load_norm_weights<T, Through::kL2>(task, threadIdx.x * Packet<T>::size, aligned.norm_weight);
     if (now.left == 0 && threadIdx.x % 32 < kTokens) open[threadIdx.x % 32 * kWarps + threadIdx.x / 32] = 0;
     griddepcontrol_wait();
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */

@@ -3,8 +3,10 @@
  * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the
  * columns: each copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that
  * have arrived by the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA
- * cores. Nothing that the weights need depends on the kernel before, so a block asks for them as soon as it is
- * resident, and lets the next kernel of the stream start at once. Where its share is small, a block takes a little less
+ * cores. With static_weights nothing that the weights need depends on the kernel before, so a block asks for them as
+ * soon as it is resident, and lets the next kernel of the stream start at once. Without, the kernel before may still
+ * write them: the block only has L2 bring them, and all else comes after the wait, also the next kernel: one that is
+ * let in earlier would not know that they are written. Where its share is small, a block takes a little less
  * than half of an SM's shared memory: that of the next call fills its slots while this one still computes, and memory
  * is never idle. (A third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of
  * it: then it matters more how many weights can be on their way while the tokens are normalised.
@@ -87,11 +89,20 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
     const char *const norm_weight = shared + split.norm_weight;
 
     /* What does not depend on the kernel before. */
-    griddepcontrol_launch();
-    if (threadIdx.x < rows) fixed->row[threadIdx.x] = weight_row<T>(task, find_output(task, first_row + threadIdx.x));
+    if (task.static_weights) griddepcontrol_launch();
+    if (threadIdx.x < rows) {
+        const T *const row = weight_row<T>(task, find_output(task, first_row + threadIdx.x));
+        if (!task.static_weights)
+            prefetch_l2(row, min(hidden * static_cast<int>(sizeof(T)), split.early * kWarps * kPieceBytes / rows));
+        fixed->row[threadIdx.x] = row;
+    }
     if (threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
+    if (!task.static_weights) {
+        prefetch_norm_weight(task);
+        griddepcontrol_wait();
+        griddepcontrol_launch();
+    }
     __syncthreads();
-    if (task.dynamic_weights) griddepcontrol_wait();
     const Share<T, kLate> share(task, split, group, shared);
     copy_norm_weight(task, shared_address(norm_weight));
     Walk<T, kRowTiles> asked = {0, warp * kPieceColumns<T>};

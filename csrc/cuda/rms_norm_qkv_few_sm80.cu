@@ -40,26 +40,32 @@ template <int kOwnTokens, int kOwnOutputs> struct Tile {
     static_assert(M * pitch * 4 <= kMinStages * stage_bytes, "a warp's sums take the place of its ring");
 };
 
-/* Rows of the weight, then of x. Those past the end repeat the first one of the tile: what they give is not stored. */
+/* Rows of the weight, then of x. Those past the end repeat the first one of the tile: what they give is not stored.
+ * prefetched: columns of the weight that L2 is asked for where they may not be read yet. */
 template <typename Tile> struct Fixed {
     const float *row[Tile::rows];
     float bias[Tile::N];
 };
 
 template <typename Tile>
-__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed) {
+__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed, int64_t prefetched) {
     const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
     for (int row = threadIdx.x; row < Tile::rows; row += kThreads) {
         const int n = row, m = row - Tile::N;
         if (n < Tile::N) {
-            const OutputPlace place = find_output(task, tile.first_output + (n < outputs ? n : 0));
-            fixed->row[row] = weight_row<float>(task, place);
-            fixed->bias[n] = load_bias<float>(task, place);
+            fixed->row[row] = weight_row<float>(task, find_output(task, tile.first_output + (n < outputs ? n : 0)));
+            if (!task.static_weights) prefetch_l2(fixed->row[row], min(task.hidden, prefetched) * 4);
         } else {
             fixed->row[row] =
                 static_cast<const float *>(task.x.data) + (tile.first_token + (m < tokens ? m : 0)) * task.hidden;
         }
     }
+}
+
+template <typename Tile>
+__device__ __forceinline__ void load_biases(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed) {
+    for (int n = threadIdx.x; n < Tile::N && tile.first_output + n < task.outputs; n += kThreads)
+        fixed->bias[n] = load_bias<float>(task, find_output(task, tile.first_output + n));
 }
 
 /* Starts to copy this warp's k of a step: of the rows from kFirst to kEnd, zeros past hidden. */
@@ -135,9 +141,10 @@ template <typename Tile> __global__ void __launch_bounds__(kThreads, 1)
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int64_t steps = (task.hidden + kStep - 1) / kStep;
 
-    /* Weights do not depend on the kernel before, x does. */
-    if (task.dynamic_weights) griddepcontrol_wait();
-    find_rows(task, tile, fixed);
+    /* Static weights do not depend on the kernel before, x does. */
+    find_rows(task, tile, fixed, int64_t{ahead} * kStep);
+    if (!task.static_weights) griddepcontrol_wait();
+    load_biases(task, tile, fixed);
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < ahead; step++)

@@ -47,6 +47,11 @@ template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct Tile {
 
 template <typename T> struct alignas(kGroup * sizeof(T)) Group { T v[kGroup]; };
 
+/* What one load instruction brings of a group, by the bytes of a value. */
+template <size_t kBytes> struct GroupBits;
+template <> struct GroupBits<2> { using type = uint2; };
+template <> struct GroupBits<4> { using type = uint4; };
+
 /* How groups are loaded: decided by the launcher. */
 struct Access {
     bool x_whole, w_whole; /* in one load                       */
@@ -70,15 +75,20 @@ template <typename Tile, typename T, typename W> struct Shared {
 __device__ __forceinline__ int column(int k, int c) { return c ^ (k / kGroup % 4 * 8); }
 
 /* Up to four values at p, the others zero. */
-template <typename T> __device__ __forceinline__ Group<T> load_group(const T *p, int64_t count, bool whole) {
+template <Through kThrough = Through::kL1, typename T>
+__device__ __forceinline__ Group<T> load_group(const T *p, int64_t count, bool whole) {
     Group<T> group = {};
     if (whole) {
-        if (count > 0) group = *reinterpret_cast<const Group<T> *>(p);
+        if (count > 0) {
+            using Bits = typename GroupBits<sizeof(T)>::type;
+            const Bits bits = load_through<kThrough>(reinterpret_cast<const Bits *>(p));
+            group = *reinterpret_cast<const Group<T> *>(&bits);
+        }
         return group;
     }
 #pragma unroll
     for (int i = 0; i < kGroup; i++)
-        if (i < count) group.v[i] = p[i];
+        if (i < count) group.v[i] = load_through<kThrough>(p + i);
     return group;
 }
 
@@ -149,8 +159,8 @@ template <typename Tile, typename T> struct TokenGroups {
 template <typename Tile, typename W> struct WeightGroups {
     Group<W> group[Tile::w_groups];
 
-    template <typename T> __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared,
-                                                               int64_t k0, Access access) {
+    template <Through kThrough = Through::kL1, typename T> __device__ __forceinline__ void
+    load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0, Access access) {
 #pragma unroll
         for (int i = 0; i < Tile::w_groups; i++) {
             const int index = threadIdx.x + i * Tile::threads;
@@ -160,23 +170,24 @@ template <typename Tile, typename W> struct WeightGroups {
                 const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
                 const int64_t count = task.hidden - k;
                 if (access.w_whole) {
-                    group[i] = load_group(row + k, count, true);
+                    group[i] = load_group<kThrough>(row + k, count, true);
                 } else {
 #pragma unroll
                     for (int j = 0; j < kGroup; j++)
-                        group[i].v[j] = j < count ? row[(k + j) * shared.w_step[n]] : W(0.0f);
+                        group[i].v[j] = j < count ? load_through<kThrough>(row + (k + j) * shared.w_step[n]) : W(0.0f);
                 }
             } else {
                 const int n = index % (Tile::N / kGroup) * kGroup;
                 const int64_t k = k0 + index / (Tile::N / kGroup);
                 if (access.w_whole) {
                     const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
-                    group[i] = load_group(row + k * shared.w_step[n], task.hidden - k, true);
+                    group[i] = load_group<kThrough>(row + k * shared.w_step[n], task.hidden - k, true);
                 } else {
 #pragma unroll
                     for (int j = 0; j < kGroup; j++) {
                         const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n + j]);
-                        group[i].v[j] = k < task.hidden ? row[k * shared.w_step[n + j]] : W(0.0f);
+                        group[i].v[j] =
+                            k < task.hidden ? load_through<kThrough>(row + k * shared.w_step[n + j]) : W(0.0f);
                     }
                 }
             }
@@ -300,12 +311,12 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
     const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.residual.data;
 
-    /* Weights do not depend on the kernel before, x does. */
-    if (task.dynamic_weights) griddepcontrol_wait();
+    /* Static weights do not depend on the kernel before, x does. */
+    if (!task.static_weights) griddepcontrol_wait();
     find_rows(task, tile, shared);
     __syncthreads();
     WeightGroups<Tile, W> w_next;
-    w_next.load(task, shared, 0, access);
+    w_next.template load<Through::kL2>(task, shared, 0, access);
     griddepcontrol_wait();
     griddepcontrol_launch();
     TokenGroups<Tile, T> x_next;

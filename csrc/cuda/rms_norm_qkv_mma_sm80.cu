@@ -111,7 +111,7 @@ __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &ta
 #pragma unroll
             for (int v = 0; v < 2; v++) {
                 const int n = j / 2 * 16 + output_of<kInOut>(j % 2) + v;
-                const float bias = load_as<T>(block.bias, block.bias_dtype, n < left ? output + n : 0);
+                const float bias = load_as_past_l1<T>(block.bias, block.bias_dtype, n < left ? output + n : 0);
 #pragma unroll
                 for (int i = 0; i < Tile::warp_m / 16; i++) {
                     sum[i][j][v] += bias;
@@ -153,11 +153,20 @@ template <typename T, typename Tile, bool kInOut> __global__ void __launch_bound
     constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
     Stream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
 
-    /* Weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies arrive
-     * in order, and the first product should not wait for the last stage. The loops stay loops: code is loaded, too. */
-    if (task.dynamic_weights) griddepcontrol_wait();
+    /* Static weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies
+     * arrive in order, and the first product should not wait for the last stage. The loops stay loops: code is loaded,
+     * too. */
     stream.begin();
     const int steps = stream.steps, early = min(kAhead / 2, steps);
+    if (!task.static_weights) {
+        Stream<T, Tile, kInOut> ahead = stream;
+#pragma unroll 1
+        for (int step = 0; step < early; step++) {
+            ahead.w.prefetch();
+            ahead.advance_w();
+        }
+        griddepcontrol_wait();
+    }
     Stream<T, Tile, kInOut> weights = stream;
 #pragma unroll 1
     for (int step = 0; step < early; step++) {

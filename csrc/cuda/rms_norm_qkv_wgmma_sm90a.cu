@@ -3,7 +3,8 @@
  * needs, and spare warps of this one the others, while the tensor cores work (norm_rows.cuh). For bfloat16 and "fp32"
  * also the only launch (late_product.cuh).
  *
- * The weights' first steps are on their way before the wait for the norm. */
+ * The weights' first steps are on their way before the wait for the norm: to shared memory where static_weights allows
+ * it, else to L2. */
 #include "cuda.h"
 #include "late_product.cuh"
 #include "launch.cuh"
@@ -30,7 +31,6 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         if (elect_lane()) new_ring.init_barriers(own + warp, new_ring.stages, kConsumers / 32, p.cluster);
     } else if (produces) {
         first_place = find_place<Tile>(p, first, rank);
-        if (p.dynamic_weights) griddepcontrol_wait();
         if (elect_lane()) Producer<Tile, false>{p, new_ring, rank}.start(first_place, own);
     }
     __syncwarp();
@@ -54,7 +54,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
-        if (p.dynamic_weights) griddepcontrol_wait();
+        if (!p.static_weights) griddepcontrol_wait(); /* for the biases */
         float sum[Tile::own_parts][Tile::N / 2];
         Slot slot;
         const unsigned turn = Tile::whole ? half : 0;
@@ -67,7 +67,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
             const Segment &segment = p.segment[place.segment];
             const auto bias_of = [&](int n) {
                 return segment.bias && place.output + n < segment.outputs
-                           ? load_as<T>(segment.bias, segment.bias_dtype, place.output + n)
+                           ? load_as_past_l1<T>(segment.bias, segment.bias_dtype, place.output + n)
                            : 0.0f;
             };
             if constexpr (!Tile::shared_steps) {
@@ -143,7 +143,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.norm = rest.norm;
     p.counters = rest.counters;
     p.group = group_height(task, choice);
-    p.dynamic_weights = task->dynamic_weights;
+    p.static_weights = task->static_weights;
     /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;

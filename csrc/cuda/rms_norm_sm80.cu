@@ -5,9 +5,10 @@
  * Rows of more than 4096 packets are read twice. Who adds what in which order depends on the hidden size alone, so a
  * row's bits do not depend on its neighbours, its alignment or its strides.
  *
- * Before the wait for the previous kernel a thread knows where its row is and has its norm weights on their way; but
- * where it holds 4 packets and as many of a residual, the weights take over those registers. Rows of whole packets have
- * kernels of their own, without the code for the others. */
+ * Before the wait for the previous kernel, which may still write the norm weights, a thread finds out where its row is,
+ * and L2 is asked for the weights. They are loaded together with x; but where a thread holds 4 packets and as many of a
+ * residual, the weights take over those registers. Rows of whole packets have kernels of their own, without the code
+ * for the others. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     const int hidden = place < task.tokens ? static_cast<int>(task.hidden) : 0;
     const auto at = [lane](int p) { return (p * kThreads + lane) * size; };
 
-    /* All of this before the wait: weights, and where things are, do not depend on the kernel before. */
+    /* Before the wait: where things are does not depend on the kernel before. */
     const T *x, *residual;
     T *residual_out, *out;
     const auto find_row = [&] {
@@ -93,6 +94,14 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         compute_now(residual_out);
         compute_now(out);
     }
+    prefetch_norm_weight(task);
+    constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
+    const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
+    if (task.launch_early) griddepcontrol_launch();
+    griddepcontrol_wait();
+    clear_counters(task);
+    griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
+
     Packet<T> weights[kPackets];
     const auto load_weights = [&] {
         if constexpr (kWhole) {
@@ -102,15 +111,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         }
     };
     constexpr bool kWeightsLast = kAdd && kPackets == 4;
-    if (task.dynamic_weights) griddepcontrol_wait();
     if (!kWeightsLast) load_weights();
-    constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
-    const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
-    if (task.launch_early) griddepcontrol_launch();
-    griddepcontrol_wait();
-    clear_counters(task);
-    griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
-
     /* A warp for a row of 4 packets a lane: every row is on its way at once. */
     constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
     const auto load = [&](const T *from, int p) {
@@ -171,6 +172,7 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
     const bool hf = task.rounding == MV_ROUNDING_HF;
+    prefetch_norm_weight(task);
     if (task.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);

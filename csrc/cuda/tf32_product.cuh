@@ -144,7 +144,8 @@ template <typename T> struct Ring {
     }
 };
 
-/* By one thread: brings all steps of the CTA's works. The first weights come before the wait for y. */
+/* By one thread: brings all steps of the CTA's works. The first weights come, or L2 is asked for them, before
+ * the wait for y. */
 template <typename T> __device__ __forceinline__ void produce(const Product &p, const Ring<T> &ring) {
     const auto load_weights = [&](const Place &place, int slot, unsigned step) {
         mbarrier_arrive_expect(ring.full + 8 * slot, T::stage_bytes);
@@ -164,9 +165,18 @@ template <typename T> __device__ __forceinline__ void produce(const Product &p, 
         const Place place = find_place<T>(p, work.tile);
         if (first) {
             const unsigned ahead = min(work.to - work.from, static_cast<unsigned>(T::stages));
-            for (unsigned i = 0; i < ahead; i++) load_weights(place, static_cast<int>(i), work.from + i);
+            const auto load_ahead = [&] {
+                for (unsigned i = 0; i < ahead; i++) load_weights(place, static_cast<int>(i), work.from + i);
+            };
+            if (p.task.static_weights)
+                load_ahead();
+            else
+                for (unsigned i = 0; i < ahead; i++)
+                    prefetch_box(&p.weight[place.block], static_cast<int>(work.from + i) * kStep,
+                                 static_cast<int>(place.row));
             griddepcontrol_wait();
             griddepcontrol_launch();
+            if (!p.task.static_weights) load_ahead();
             fence_async_global();
             for (unsigned i = 0; i < ahead; i++, slot.advance(T::stages)) load_y(place, slot.index, work.from + i);
             work.from += ahead;

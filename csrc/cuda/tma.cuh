@@ -14,6 +14,11 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, in
                  : "memory");
 }
 
+/* Has L2 bring a box: nothing is returned, so nothing that is still being written can be read too early. */
+__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row));
+}
+
 /* The same to every CTA of the cluster whose bit is set, at the same places of its shared memory. */
 __device__ __forceinline__ void load_box_multicast(uint32_t to, const CUtensorMap *map, int column, int row,
                                                    uint32_t barrier, uint16_t ctas) {

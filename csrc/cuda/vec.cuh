@@ -33,6 +33,12 @@ template <typename T> __device__ __forceinline__ float load_as(const void *p, mv
     return dtype == MV_F32 ? static_cast<const float *>(p)[i] : to_float(static_cast<const T *>(p)[i]);
 }
 
+/* The same past L1: for what may be read before the wait for the previous kernel. */
+template <typename T> __device__ __forceinline__ float load_as_past_l1(const void *p, mv_dtype dtype, int64_t i) {
+    return dtype == MV_F32 ? __ldcg(static_cast<const float *>(p) + i)
+                           : to_float(__ldcg(static_cast<const T *>(p) + i));
+}
+
 /* 16 bytes of consecutive values, kept as they come from memory: taking a packet apart is left to where a value is
  * used, because it would make the thread wait for the load. */
 template <typename T> struct alignas(16) Packet {
@@ -86,19 +92,29 @@ template <typename T> __device__ __forceinline__ Packet<T> as_packet(uint4 bits)
     return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
+/* Through L1, or past it: for what may be read before the wait for the previous kernel. */
+enum class Through { kL1, kL2 };
+template <Through kThrough, typename T> __device__ __forceinline__ T load_through(const T *p) {
+    if constexpr (kThrough == Through::kL2) return __ldcg(p);
+    return *p;
+}
+
 /* `count` values from p, zeros after them; one 16-byte load when `aligned` (p is, and count is at least a packet). */
-template <typename T> __device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned) {
-    if (aligned && count >= Packet<T>::size) return as_packet<T>(*reinterpret_cast<const uint4 *>(p));
+template <typename T, Through kThrough = Through::kL1>
+__device__ __forceinline__ Packet<T> load_packet(const T *p, int64_t count, bool aligned) {
+    if (aligned && count >= Packet<T>::size)
+        return as_packet<T>(load_through<kThrough>(reinterpret_cast<const uint4 *>(p)));
     Packet<T> packet = {};
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (i < count) packet.word[i] = __float_as_uint(p[i]);
+            if (i < count) packet.word[i] = __float_as_uint(load_through<kThrough>(p + i));
     } else {
         const uint16_t *halves = reinterpret_cast<const uint16_t *>(p);
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (i < count) packet.word[i / 2] |= static_cast<uint32_t>(halves[i]) << (i % 2 * 16);
+            if (i < count)
+                packet.word[i / 2] |= static_cast<uint32_t>(load_through<kThrough>(halves + i)) << (i % 2 * 16);
     }
     return packet;
 }

@@ -112,7 +112,7 @@ struct Product {
     unsigned group;         /* rows that walk over all columns together */
     unsigned cluster;
     bool out_boxes; /* outputs leave by tensor copies */
-    bool dynamic_weights;
+    bool static_weights;
     mv_task norm; /* what makes the rows from counters.first_row on */
     RowCounters counters;
 };
@@ -221,21 +221,43 @@ template <typename Tile, bool kShared> struct Producer {
         load_w(&p.weight[place.segment], place, slot, slot);
     }
 
+    /* The same weights, only to L2: what may still be written is not read. */
+    __device__ __forceinline__ void prefetch_early(const Place &place, int step) const {
+        constexpr int kRows = Tile::in_out ? kStep : Tile::N, kOwn = kShared ? kRows / kCluster : kRows;
+        const CUtensorMap *const map = &p.weight[place.segment];
+        const int own = kShared ? static_cast<int>(rank) * kOwn : 0;
+        if constexpr (Tile::in_out) {
+#pragma unroll
+            for (int c = 0; c < Tile::chunks; c++) prefetch_box(map, place.output + c * kStep, step * kStep + own);
+        } else {
+            prefetch_box(map, step * kStep, place.output + own);
+        }
+    }
+
+    /* What comes before the wait for the kernel in front. */
+    __device__ __forceinline__ void ask_early(const Place &place, int slot) const {
+        p.static_weights ? load_early(place, slot) : prefetch_early(place, slot);
+    }
+
     /* The first stages: their weights are on their way while others still initialise barriers. */
     __device__ __forceinline__ void start(const Place &place, int stages) const {
 #pragma unroll 1
         for (int slot = 0; slot < stages; slot++) {
             ring.init_barriers(slot, slot + 1, 1, 1);
-            if (slot < ahead()) load_early(place, slot);
+            if (slot < ahead()) ask_early(place, slot);
         }
     }
 
     __device__ __forceinline__ void run(Place place, int started, unsigned item, unsigned items, unsigned apart) const {
         const CUtensorMap *weight = &p.weight[place.segment];
 #pragma unroll 1
-        for (int slot = started; slot < ahead(); slot++) load_early(place, slot);
+        for (int slot = started; slot < ahead(); slot++) ask_early(place, slot);
         griddepcontrol_wait();
         griddepcontrol_launch();
+        if (!p.static_weights) {
+#pragma unroll 1
+            for (int slot = 0; slot < ahead(); slot++) load_early(place, slot);
+        }
         await(place);
         Slot slot;
         int step = 0;

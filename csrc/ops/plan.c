@@ -106,7 +106,9 @@ mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, cons
     if (mv_is_empty(rows->x)) return MV_OK;
     state->parts = 1;
     take_rows(state, rows);
-    return mv_bind_device(op, task, error);
+    MV_TRY(mv_bind_device(op, task, error));
+    task->programmatic_launch = task->programmatic_launch && !call->plain_launch;
+    return MV_OK;
 }
 
 mv_task *mv_add_part(mv_plan *plan, int index, int64_t first_output) {

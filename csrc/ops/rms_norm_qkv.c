@@ -347,7 +347,7 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error
     task->rounding = a->rounding;
     task->batch_invariant = a->batch_invariant;
     task->allow_tf32 = a->allow_tf32;
-    task->dynamic_weights = a->dynamic_weights;
+    task->static_weights = a->static_weights;
     if (mv_state(plan)->parts > 0) add_blocks(plan, &projection);
     return mv_finish_plan(plan, error);
 }

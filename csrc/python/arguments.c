@@ -226,13 +226,6 @@ bool to_flag(call *c, const parameter *p, PyObject *value, void *target) {
     return true;
 }
 
-bool to_negated_flag(call *c, const parameter *p, PyObject *value, void *target) {
-    bool flag = false;
-    if (!to_flag(c, p, value, &flag)) return false;
-    *(bool *)target = !flag;
-    return true;
-}
-
 static bool to_choice(call *c, const parameter *p, PyObject *value, const char *const *choices, const char *expected,
                       int *chosen) {
     if (!PyUnicode_Check(value)) return refuse_type(c, p, expected, value);

@@ -38,7 +38,6 @@ bool to_number(call *c, const parameter *p, PyObject *value, void *target);     
 bool to_integer(call *c, const parameter *p, PyObject *value, void *target);          /* int64_t             */
 bool to_optional_integer(call *c, const parameter *p, PyObject *value, void *target); /* int64_t; None: 0    */
 bool to_flag(call *c, const parameter *p, PyObject *value, void *target);             /* bool                */
-bool to_negated_flag(call *c, const parameter *p, PyObject *value, void *target);     /* bool                */
 bool to_rounding(call *c, const parameter *p, PyObject *value, void *target);         /* mv_rounding         */
 bool to_weight_layout(call *c, const parameter *p, PyObject *value, void *target);    /* mv_weight_layout    */
 bool to_optional_text(call *c, const parameter *p, PyObject *value, void *target);    /* const char *; None: NULL */

@@ -72,6 +72,7 @@ typedef enum {
     NAME_RESHAPE,
     NAME_SHAPE,
     NAME_STRIDES,
+    NAME_VERSION,
     NAME_VIEW,
     KNOWN_NAMES
 } known_name;

@@ -40,7 +40,7 @@
 #define DOC_RMS_NORM_QKV                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \
     "residual=None, head_dim=None, out=None, residual_out=None, weight_layout='auto', rounding='hf', "                 \
-    "weight_offset=0.0, batch_invariant=False, allow_tf32=False, static_weights=True, kernel=None)\n--\n\n"            \
+    "weight_offset=0.0, batch_invariant=False, allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"           \
     "q, k, v = split(rms_norm(x, norm_weight) @ qkv_weight.T + bias), in one call\n\n"                                 \
     "x: [..., hidden]. norm_weight: [hidden]. qkv_weight: [qkv, hidden] as nn.Linear keeps it, or [hidden, qkv] "      \
     "(its\n"                                                                                                           \
@@ -51,8 +51,10 @@
     "well: (q, k, v, residual_out).\n"                                                                                 \
     "weight_layout: 'auto' decides by shape, for a square weight by strides where they can tell, else 'out_in' or\n"   \
     "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: float32 "       \
-    "products may be rounded to TF32. static_weights=False: the kernel before this one in the stream writes "          \
-    "weights.\n"                                                                                                       \
+    "products may be rounded to TF32. static_weights=True: you vouch that no unfinished work in front of this call "   \
+    "on\n"                                                                                                             \
+    "its stream writes weights or biases; on a GPU they are then read before that work ends, which saves up to 2 "     \
+    "us.\n"                                                                                                            \
     "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
     "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 

@@ -7,39 +7,55 @@
 
 #include "buffers.h"
 #include "docstrings.h"
+#include "torch_c.h"
 
 /* ---- making one ------------------------------------------------------------------------------------------------- */
+
+/* The arguments of a layer's calls. by_counters: static_weights is None, torch's version counters vouch. */
+typedef struct {
+    mv_rms_norm_qkv_args qkv;
+    bool by_counters;
+} layer_args;
+
+static bool to_vouching(call *c, const parameter *p, PyObject *value, void *target) {
+    layer_args *a = (layer_args *)((char *)target - offsetof(layer_args, qkv.static_weights));
+    a->by_counters = value == Py_None;
+    return a->by_counters || to_flag(c, p, value, target);
+}
 
 static const parameter check_parameters[] = {
     QKV_WEIGHT_PARAMETERS,
     QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
     QKV_OPTION_PARAMETERS,
+    QKV_PARAMETER("static_weights", to_vouching, static_weights),
 };
 const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
 
 /* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
-enum {
-    NUMBERS_AT = offsetof(mv_rms_norm_qkv_args, num_heads),
-    NUMBERS_SIZE = sizeof(mv_rms_norm_qkv_args) - NUMBERS_AT
-};
+enum { NUMBERS_AT = offsetof(layer_args, qkv.num_heads), NUMBERS_SIZE = sizeof(layer_args) - NUMBERS_AT };
 
 /* Everything that can be known before there is an x: (hidden, qkv, head_dim, numbers). Parameters are not read, so
  * gradients do not matter. Any weight that is not float32 tells x's dtype. */
 PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    mv_rms_norm_qkv_args a = {.call.op = "FusedRMSNormQKV", .eps = 1e-6};
+    layer_args a;
+    memset(&a, 0, sizeof a); /* all bytes are handed out */
+    mv_rms_norm_qkv_args *qkv = &a.qkv;
+    qkv->call.op = "FusedRMSNormQKV";
+    qkv->eps = 1e-6;
     mv_plan plan;
     mv_error error;
     PyObject *result = NULL;
     call c;
-    begin_call(&c, module, a.call.op);
+    begin_call(&c, module, qkv->call.op);
     c.may_hand_over = false;
     if (parse(&c, &check_signature, &a, given, count, names)) {
-        const int64_t sizes[2] = {0, hidden_of(&a.norm_weight)};
-        a.x = (mv_view){.shape = sizes, .ndim = 2, .device = a.norm_weight.device, .dtype = a.norm_weight.dtype};
+        const int64_t sizes[2] = {0, hidden_of(&qkv->norm_weight)};
+        qkv->x =
+            (mv_view){.shape = sizes, .ndim = 2, .device = qkv->norm_weight.device, .dtype = qkv->norm_weight.dtype};
         for (int i = 0; i < c.count; i++)
-            if (c.tensors[i].view.dtype != MV_F32) a.x.dtype = c.tensors[i].view.dtype;
-        if (check_status(mv_rms_norm_qkv(&a, &plan, &error), &error)) {
-            a.head_dim = plan.head_dim;
+            if (c.tensors[i].view.dtype != MV_F32) qkv->x.dtype = c.tensors[i].view.dtype;
+        if (check_status(mv_rms_norm_qkv(qkv, &plan, &error), &error)) {
+            qkv->head_dim = plan.head_dim;
             result = Py_BuildValue("(LLLy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
                                    (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
         }
@@ -47,6 +63,35 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
     end_call(&c);
     return result;
 }
+
+/* ---- have the weights changed? ---------------------------------------------------------------------------------- */
+
+/* The weights of a call, and torch's counters of writes to them. The addresses are compared, never used. */
+enum { MOST_WEIGHTS = 7 };
+typedef struct {
+    const void *object[MOST_WEIGHTS], *data[MOST_WEIGHTS];
+    long long version[MOST_WEIGHTS];
+} weight_versions;
+
+static bool is_parameter(const mv_rms_norm_qkv_args *a, const mv_view *slot) {
+    return slot == &a->norm_weight || (slot >= a->qkv_weight && slot < a->qkv_weight + 3) ||
+           (slot >= a->bias && slot < a->bias + 3);
+}
+
+/* False where one of them has no counter: tensors of another framework, and those made in inference mode. */
+static bool read_versions(call *c, const mv_rms_norm_qkv_args *a, weight_versions *versions) {
+    int count = 0;
+    for (int i = 0; i < c->count; i++) {
+        const tensor *t = &c->tensors[i];
+        if (!is_parameter(a, t->slot)) continue;
+        if (t->kind.framework != &torch_framework || !torch_version_of(c, t, &versions->version[count])) return false;
+        versions->object[count] = t->object;
+        versions->data[count++] = t->view.data;
+    }
+    return true;
+}
+
+static bool same_versions(const weight_versions *a, const weight_versions *b) { return memcmp(a, b, sizeof *a) == 0; }
 
 /* ---- calling it ------------------------------------------------------------------------------------------------- */
 
@@ -87,24 +132,79 @@ static bool check_width(call *c, const mv_rms_norm_qkv_args *a) {
                   (long long)got, (long long)expected);
 }
 
-/* Messages about the arguments name the layer; what ran is the op. */
+/* What C keeps in a layer, behind what Python does. vector: NULL before the first call. seen: by the last call that
+ * looked at the counters. Both begin as zeros. */
+typedef PyObject *vector_function(PyObject *callable, PyObject *const *given, size_t count, PyObject *names);
+typedef struct {
+    vector_function *vector;
+    weight_versions seen;
+} layer_tail;
+static Py_ssize_t tail_offset;
+static PyTypeObject *layer_type;
+static layer_tail *tail_of(PyObject *layer) { return (layer_tail *)((char *)layer + tail_offset); }
+
+/* Messages about the arguments name the layer; what ran is the op.
+ *
+ * By its counters a layer vouches for weights that have not changed since its last call. After a change, whose kernel
+ * may not have finished, one call is launched plainly: it begins when everything in front of it has finished, and
+ * whatever comes after it begins later still. */
 static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *given, Py_ssize_t count,
                             PyObject *names) {
-    mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv"};
+    layer_args a = {.qkv.call.op = "rms_norm_qkv"};
     call c;
     begin_call(&c, module, call_signature.op);
     c.torch_function = "_call_layer";
     c.self = layer;
     if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer) &&
-        check_width(&c, &a))
-        c.result = run_qkv(&c, &a, false);
+        check_width(&c, &a.qkv)) {
+        weight_versions now = {0};
+        const bool looks = a.by_counters && a.qkv.x.device.kind == MV_CUDA;
+        if (looks && read_versions(&c, &a.qkv, &now)) {
+            a.qkv.static_weights = same_versions(&now, &tail_of(layer)->seen);
+            a.qkv.call.plain_launch = !a.qkv.static_weights;
+        }
+        if (!PyErr_Occurred()) c.result = run_qkv(&c, &a.qkv, false);
+        if (looks && c.result) tail_of(layer)->seen = now;
+    }
     end_call(&c);
     return c.result;
 }
 
+static bool check_layer(const char *function, PyObject *const *given, Py_ssize_t count) {
+    if (count >= 1 && layer_type && PyObject_TypeCheck(given[0], layer_type)) return true;
+    PyErr_Format(PyExc_TypeError, "%s: argument 1 must be a FusedRMSNormQKV", function);
+    return false;
+}
+
 PyObject *py_call_layer(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    if (count < 1) return PyErr_Format(PyExc_TypeError, "_call_layer: layer is missing (argument 1)");
+    if (!check_layer("_call_layer", given, count)) return NULL;
     return call_layer(module, given[0], given + 1, count - 1, names);
+}
+
+/* Another tensor in place of one that is gone may have its address and its count. */
+PyObject *py_layer_forget(PyObject *module, PyObject *layer) {
+    (void)module;
+    if (!check_layer("_layer_forget", &layer, 1)) return NULL;
+    memset(&tail_of(layer)->seen, 0, sizeof(weight_versions));
+    Py_RETURN_NONE;
+}
+
+/* What the next call on a GPU would do, had this been a call: whether it vouches. */
+PyObject *py_layer_vouches(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    if (!check_layer("_layer_vouches", given, count)) return NULL;
+    layer_args a = {.qkv.call.op = call_signature.op};
+    call c;
+    begin_call(&c, module, call_signature.op);
+    c.may_hand_over = false;
+    (void)names;
+    if (read_attributes(&c, &held_signature, &a, given[0])) {
+        weight_versions now = {0}, *const seen = &tail_of(given[0])->seen;
+        if (a.by_counters) a.qkv.static_weights = read_versions(&c, &a.qkv, &now) && same_versions(&now, seen);
+        *seen = now;
+        if (!PyErr_Occurred()) c.result = PyBool_FromLong(a.qkv.static_weights);
+    }
+    end_call(&c);
+    return c.result;
 }
 
 /* layer.__call__(...), to which calls of subclasses come too. */
@@ -115,10 +215,8 @@ static PyObject *call_layer_method(PyObject *layer, PyTypeObject *type, PyObject
 
 /* layer(...) is a vectorcall: no tuple and no dict is made for it. CPython has had those since 3.9, its limited API
  * since 3.12, hence names of our own. */
-typedef PyObject *vector_function(PyObject *callable, PyObject *const *given, size_t count, PyObject *names);
 enum { HAS_VECTORCALL = 1 << 11 }; /* Py_TPFLAGS_HAVE_VECTORCALL */
 static const size_t mark_of_count = (size_t)1 << (8 * sizeof(size_t) - 1);
-static Py_ssize_t vector_offset; /* of the function in a layer; NULL stands there before the first call */
 
 static PyObject *call_layer_vector(PyObject *layer, PyObject *const *given, size_t count, PyObject *names) {
     return call_layer(PyType_GetModule(Py_TYPE(layer)), layer, given, (Py_ssize_t)(count & ~mark_of_count), names);
@@ -126,8 +224,7 @@ static PyObject *call_layer_vector(PyObject *layer, PyObject *const *given, size
 
 /* The first call of a layer, however it was made: a copy, for one, runs no constructor. */
 static PyObject *call_layer_slot(PyObject *layer, PyObject *arguments, PyObject *keywords) {
-    vector_function **place = (vector_function **)((char *)layer + vector_offset);
-    __atomic_store_n(place, call_layer_vector, __ATOMIC_RELAXED);
+    __atomic_store_n(&tail_of(layer)->vector, call_layer_vector, __ATOMIC_RELAXED);
     PyObject *method = PyObject_GetAttrString(layer, "__call__");
     PyObject *result = method ? PyObject_Call(method, arguments, keywords) : NULL;
     Py_XDECREF(method);
@@ -155,8 +252,8 @@ PyObject *py_callable_layer(PyObject *module, PyObject *class) {
                                .slots = slots};
     PyObject *size = PyObject_GetAttrString(class, "__basicsize__");
     if (!size) return NULL;
-    vector_offset = members[0].offset = PyLong_AsSsize_t(size);
-    spec.basicsize = (int)(vector_offset + (Py_ssize_t)sizeof(vector_function *));
+    tail_offset = members[0].offset = PyLong_AsSsize_t(size);
+    spec.basicsize = (int)(tail_offset + (Py_ssize_t)sizeof(layer_tail));
     Py_DECREF(size);
     PyObject *bases = PyTuple_Pack(1, class);
     PyObject *type = bases ? PyType_FromModuleAndSpec(module, &spec, bases) : NULL;
@@ -164,5 +261,6 @@ PyObject *py_callable_layer(PyObject *module, PyObject *class) {
     if (!text || PyObject_SetAttrString(type, "__doc__", text) < 0) Py_CLEAR(type);
     Py_XDECREF(text);
     Py_XDECREF(bases);
+    layer_type = (PyTypeObject *)type;
     return type;
 }

@@ -139,7 +139,7 @@ static const parameter rms_norm_qkv_parameters[] = {
     QKV_PARAMETER("out", to_optional_tensor, out),
     QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
     QKV_OPTION_PARAMETERS,
-    QKV_PARAMETER("static_weights", to_negated_flag, dynamic_weights),
+    QKV_PARAMETER("static_weights", to_flag, static_weights),
     QKV_PARAMETER("kernel", to_optional_text, call.kernel),
 };
 const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),

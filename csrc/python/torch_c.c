@@ -58,3 +58,12 @@ void *torch_tensor_of(module_state *state, PyObject *object) {
     Py_XDECREF(address);
     return tensor;
 }
+
+bool torch_version_of(const call *c, const tensor *t, long long *version) {
+    PyObject *object = PyObject_GetAttr(t->object, c->state->names[NAME_VERSION]);
+    *version = object ? PyLong_AsLongLong(object) : -1;
+    Py_XDECREF(object);
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear(); /* an inference tensor says that it has none */
+    return false;
+}

@@ -72,4 +72,7 @@ static inline void torch_note_write(const torch_c *torch, const torch_handle *te
  * long as the object lives. NULL with an exception set. */
 void *torch_tensor_of(module_state *state, PyObject *object);
 
+/* How often torch has written to t, a torch.Tensor. False where torch does not count: tensors of inference mode. */
+bool torch_version_of(const call *c, const tensor *t, long long *version);
+
 #endif

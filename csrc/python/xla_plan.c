@@ -27,7 +27,7 @@ static const attribute qkv_attributes[] = {
     {"weight_layout", CHOICE, QKV(weight_layout)},
     {"batch_invariant", FLAG, QKV(batch_invariant)},
     {"allow_tf32", FLAG, QKV(allow_tf32)},
-    {"dynamic_weights", FLAG, QKV(dynamic_weights)},
+    {"static_weights", FLAG, QKV(static_weights)},
 };
 static const size_t qkv_tensors[] = {
     QKV(x),       QKV(residual), QKV(norm_weight), QKV(qkv_weight[0]), QKV(qkv_weight[1]), QKV(qkv_weight[2]),

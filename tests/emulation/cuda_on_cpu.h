@@ -4,7 +4,10 @@
  * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by
  * as much as barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run
  * one after the other, the blocks of a cluster together. Copies to shared memory happen at once: a missing wait for
- * them is not seen. */
+ * them is not seen.
+ *
+ * What the kernel in front may still write is closed to a thread until it, or one that it has met since, has called
+ * griddepcontrol_wait (guard.h). */
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +17,8 @@
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+
+#include "guard.h"
 
 #include <algorithm>
 #include <cmath>
@@ -41,11 +46,8 @@ struct Index {
 /* Where so many fibers wait for each other. */
 struct Meeting {
     unsigned expected = 0, arrived = 0, times = 0;
-    void arrive() {
-        if (++arrived < expected) return;
-        arrived = 0;
-        times++;
-    }
+    unsigned waited_of_arrived = 0, waited = 0; /* Fiber::waited: of those who come next, of those who came last */
+    inline void arrive();
     inline void arrive_and_wait();
 };
 
@@ -57,6 +59,9 @@ struct Fiber {
     bool done = false;
     const Meeting *meeting = nullptr; /* that it waits for, since it has been held so many times */
     unsigned times = 0;
+    unsigned turn = 0, waited = 0; /* blocks it has been part of; the last of them in which it knew of the wait */
+    void learn(unsigned of_other) { waited = std::max(waited, of_other); }
+    bool has_waited() const { return waited == turn; }
     bool can_run() const { return !done && !(meeting && meeting->times == times); }
 };
 inline std::vector<Fiber> fibers;
@@ -68,7 +73,9 @@ inline Index grid_dim, block_dim;
 [[noreturn]] inline void switch_to_next() {
     for (size_t i = 0; i < fibers.size(); i++) {
         current = current + 1 == fibers.data() + fibers.size() ? fibers.data() : current + 1;
-        if (current->can_run()) _longjmp(current->state, 1);
+        if (!current->can_run()) continue;
+        guard::open(current->has_waited());
+        _longjmp(current->state, 1);
     }
     _longjmp(caller, 1);
 }
@@ -77,12 +84,31 @@ inline void yield() {
     if (_setjmp(current->state) == 0) switch_to_next();
 }
 
+void Meeting::arrive() {
+    waited_of_arrived = std::max(waited_of_arrived, current->waited);
+    if (++arrived < expected) return;
+    arrived = 0;
+    times++;
+    waited = waited_of_arrived;
+}
+
 void Meeting::arrive_and_wait() {
     current->meeting = this;
     current->times = times;
     arrive();
     if (!current->can_run()) yield();
+    current->learn(waited);
+    guard::open(current->has_waited());
 }
+
+/* griddepcontrol.wait */
+inline void wait_for_kernel_in_front() {
+    current->waited = current->turn;
+    guard::open(true);
+}
+
+/* Blocks that are watched; of the others all threads count as having waited, which saves time. */
+inline bool is_watched(unsigned block) { return block < 3 || block + 1 == grid_dim.x; }
 
 /* What the lanes of a warp show each other at a meeting; it stays until the one after the next. */
 constexpr int kShown = 6;
@@ -149,6 +175,9 @@ template <typename What> void run(unsigned blocks, unsigned threads, unsigned ct
             if (current->thread.x == 0)
                 memset(own_block().shared, 0xff, own_block().memory.bytes); /* NaN: what nobody has written */
             cluster_meets.arrive_and_wait();
+            current->turn++;
+            if (!is_watched(current->block.x)) current->waited = current->turn;
+            guard::open(current->has_waited());
             what();
             cluster_meets.arrive_and_wait();
         }
@@ -169,6 +198,7 @@ template <typename What> void run(unsigned blocks, unsigned threads, unsigned ct
         if (_setjmp(caller) == 0) setcontext(&context);
     }
     if (_setjmp(caller) == 0) switch_to_next();
+    guard::open(true);
     for (const Fiber &fiber : fibers)
         if (!fiber.done) fputs("all threads wait for each other\n", stderr), abort();
 }

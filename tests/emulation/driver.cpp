@@ -1,6 +1,6 @@
 /* driver.cpp: runs every CUDA kernel of the lists that is linked here on cases with odd sizes, strides and options, and
- * compares with float64. Prints a line for each kernel; the exit status is 1 if a result is wrong or a kernel took none
- * of the cases. */
+ * compares with float64. Every second case promises static weights. Prints a line for each kernel; the exit status is 1
+ * if a result is wrong or a kernel took none of the cases; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
 
 #include <cstring>
@@ -82,13 +82,15 @@ template <> constexpr double kUnit<float> = 0x1p-24;
 template <> constexpr double kUnit<__half> = 0x1p-11;
 template <> constexpr double kUnit<__nv_bfloat16> = 0x1p-8;
 
+using cpu::guard::kParameters, cpu::guard::kWritten;
+
 template <typename T> struct Rows {
     int count, length, stride;
-    std::vector<T> values;
+    std::vector<T, cpu::guard::Allocator<T>> values;
     static constexpr float kUntouched = 7;
-    Rows(int count, int length, int pad)
+    Rows(int count, int length, int pad, cpu::guard::Kind kind)
         : count(count), length(length), stride(length + pad),
-          values(static_cast<size_t>(count) * stride, T(kUntouched)) {}
+          values(static_cast<size_t>(count) * stride, T(kUntouched), cpu::guard::Allocator<T>{kind}) {}
     template <typename Draw> void fill(Draw draw) {
         for (int r = 0; r < count; r++)
             for (int i = 0; i < length; i++) at(r, i) = T(static_cast<float>(draw()));
@@ -105,15 +107,17 @@ template <typename T> struct Rows {
 
 /* How far the results are, in units of what they may be: over 1 is wrong; infinity: an error, or writes where none
  * belong. */
-template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
+template <typename T> double run(const mv_row &row, const Case &c, bool static_weights, bool *took) {
+    cpu::guard::begin(row.name, static_weights);
     std::mt19937 bits(static_cast<unsigned>(c.tokens * 7919 + c.hidden));
     std::normal_distribution<double> normal;
     const auto draw = [&] { return normal(bits); };
     const bool projects = c.outputs > 0;
     const int width = projects ? c.outputs : c.hidden;
-    Rows<T> x(c.tokens, c.hidden, c.pad), residual = x, sum = x, out(c.tokens, width, c.pad);
-    Rows<T> matrix(projects ? c.outputs : 0, c.hidden, 0), narrow(1, c.hidden, 0), bias(1, width, 0);
-    Rows<float> wide(1, c.hidden, 0);
+    Rows<T> x(c.tokens, c.hidden, c.pad, kWritten), residual = x, sum = x, out(c.tokens, width, c.pad, kWritten);
+    Rows<T> matrix(projects ? c.outputs : 0, c.hidden, 0, kParameters), narrow(1, c.hidden, 0, kParameters),
+        bias(1, width, 0, kParameters);
+    Rows<float> wide(1, c.hidden, 0, kParameters);
     x.fill(draw);
     residual.fill(draw);
     matrix.fill([&] { return 0.05 * draw(); });
@@ -123,7 +127,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
         narrow.at(0, k) = T(wide.at(0, k));
         if (!c.wide_norm_weight) wide.at(0, k) = static_cast<float>(narrow.at(0, k));
     }
-    Rows<T> turned(c.hidden, projects ? c.outputs : 0, 0);
+    Rows<T> turned(c.hidden, projects ? c.outputs : 0, 0, kParameters);
     for (int n = 0; n < matrix.count; n++)
         for (int k = 0; k < c.hidden; k++) turned.at(k, n) = matrix.at(n, k);
 
@@ -140,6 +144,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
     task.rounding = c.rounding;
     task.weight_offset = c.weight_offset;
     task.allow_tf32 = c.allow_tf32;
+    task.static_weights = static_weights;
     task.x = x.view();
     task.out = out.view();
     if (c.residual) task.residual = residual.view(), task.residual_out = sum.view();
@@ -161,7 +166,8 @@ template <typename T> double run(const mv_row &row, const Case &c, bool *took) {
     }
     *took = !row.fits(&task);
     if (!*took) return 0;
-    std::vector<uint4> workspace(row.workspace(&task) / 16 + 1);
+    std::vector<uint4, cpu::guard::Allocator<uint4>> workspace(row.workspace(&task) / 16 + 1,
+                                                               cpu::guard::Allocator<uint4>{kWritten});
     task.workspace = workspace.data();
     mv_error error;
     if (row.run(&task, &error) != MV_OK) {
@@ -232,9 +238,10 @@ template <size_t kCount> int run_all(const mv_list &list, const Case (&cases)[kC
         double worst = 0;
         for (const Case &c : cases) {
             bool ran;
-            const double far = row.dtype == MV_F32   ? run<float>(row, c, &ran)
-                               : row.dtype == MV_F16 ? run<__half>(row, c, &ran)
-                                                     : run<__nv_bfloat16>(row, c, &ran);
+            const bool static_weights = took % 2 == 0;
+            const double far = row.dtype == MV_F32   ? run<float>(row, c, static_weights, &ran)
+                               : row.dtype == MV_F16 ? run<__half>(row, c, static_weights, &ran)
+                                                     : run<__nv_bfloat16>(row, c, static_weights, &ran);
             took += ran;
             worst = std::max(worst, far);
             if (!(far <= 1)) {

@@ -4,8 +4,15 @@
 namespace cpu {
 
 struct Mbarrier {
-    uint32_t expected : 15, pending : 15, phase : 1;
-    int32_t bytes; /* announced and not there */
+    uint32_t expected : 15, pending : 15, phase : 1,
+        waited : 1; /* waited: who arrived had waited for the kernel in front */
+    int32_t bytes;  /* announced and not there */
+    void arrive() {
+        learn();
+        pending--;
+        step();
+    }
+    void learn() { waited |= current->has_waited(); }
     void step() {
         if (pending != 0 || bytes != 0) return;
         phase ^= 1;
@@ -24,17 +31,15 @@ inline Mbarrier &mbarrier(uint32_t address, unsigned rank = current->rank) {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
     const unsigned count = static_cast<unsigned>(arrivals);
-    cpu::mbarrier(barrier) = {count, count, 0, 0};
+    cpu::mbarrier(barrier) = {count, count, 0, 0, 0};
 }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive(uint32_t barrier) {
-    cpu::mbarrier(barrier).pending--;
-    cpu::mbarrier(barrier).step();
-}
+inline void mbarrier_arrive(uint32_t barrier) { cpu::mbarrier(barrier).arrive(); }
 inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     cpu::mbarrier(barrier).bytes += static_cast<int32_t>(bytes);
     mbarrier_arrive(barrier);
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     while (cpu::mbarrier(barrier).phase == parity) cpu::yield();
+    if (cpu::mbarrier(barrier).waited) cpu::wait_for_kernel_in_front();
 }

@@ -29,6 +29,7 @@ inline void load_box_to(uint32_t to, const CUtensorMap *map, int column, int row
             memset(shared_of(at, rank), 0, value_bytes);
         bytes += value_bytes;
     });
+    mbarrier(barrier, rank).learn();
     mbarrier(barrier, rank).bytes -= bytes;
     mbarrier(barrier, rank).step();
 }
@@ -48,6 +49,7 @@ inline void store_box(const CUtensorMap *map, int column, int row, uint32_t from
         if (to) memcpy(to, cpu::shared() + at, value_bytes);
     });
 }
+inline void prefetch_box(const CUtensorMap *, int, int) {}
 inline void store_commit() {}
 inline void store_wait_read() {}
 inline void fence_async_shared() {}
@@ -68,8 +70,4 @@ inline void warps_arrive(int number, int threads) {
 inline uint32_t cluster_rank() { return cpu::current->rank; }
 inline void cluster_barrier() { cpu::cluster_meets.arrive_and_wait(); }
 inline uint32_t cluster_address(uint32_t address, uint32_t rank) { return address | rank << 24; }
-inline void cluster_arrive(uint32_t barrier) {
-    cpu::Mbarrier &there = cpu::mbarrier(barrier, barrier >> 24);
-    there.pending--;
-    there.step();
-}
+inline void cluster_arrive(uint32_t barrier) { cpu::mbarrier(barrier, barrier >> 24).arrive(); }
