@@ -56,6 +56,26 @@ def test_many_threads_at_once():
         raise problems[0]
 
 
+@pytest.mark.rows("rms_norm", "cpu")
+def test_every_thread_rounds_as_the_caller_does(kernel, torch):
+    """Whether subnormal numbers are flushed to zero is a thread's own setting: a call obeys its caller's."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[kernel.dtype]
+    x = torch.full((4096, 256), 1e-39 if dtype != torch.float16 else 1e-7, dtype=dtype)
+    weight = torch.ones(256)
+    minivllm.set_num_threads(4)
+    zeros = {}
+    try:
+        for flush in (False, True, False):  # the pool's threads begin with whatever was set when they started
+            torch.set_flush_denormal(flush)
+            for _ in range(10):
+                out = minivllm.rms_norm(x, weight, kernel=kernel.name)
+                assert torch.equal(out, out[:1].expand_as(out)), f"rows differ where flushing is {flush}"
+            zeros[flush] = bool((out == 0).all())
+    finally:
+        torch.set_flush_denormal(False)
+    assert zeros == {False: False, True: dtype != torch.float16}  # widened to float32, no float16 is subnormal
+
+
 def test_last_kernel_is_of_the_thread():
     x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
     minivllm.rms_norm(x, weight, kernel="f32_portable")

@@ -4,7 +4,7 @@
  * works through its own first, so that the same thread meets the same weights at every call, and then takes what the
  * others have not begun. The caller works too, and waits only for threads that have joined: one that wakes late, or
  * is kept off its core, costs nothing but its help. A caller that finds the pool busy, or is itself inside a job,
- * computes alone.
+ * computes alone. A job is computed in its caller's floating-point mode, whichever thread takes a chunk of it.
  *
  * After a job the threads spin for some tens of microseconds, because the next op of a layer comes at once, and then
  * sleep on a condition variable. They start at the first job that wants them and are detached: nothing has to be torn
@@ -16,6 +16,7 @@
 #include "parallel.h"
 #include "../mv.h"
 #include "cpu.h"
+#include "float_mode.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -47,6 +48,7 @@ static struct {
 
     void (*fn)(void *context, int64_t begin, int64_t end);
     void *context;
+    float_mode mode;      /* the caller's */
     int64_t count, chunk; /* chunk: indices in each */
     int chunks_each;      /* that a thread owns     */
     int threads;          /* that own chunks        */
@@ -165,7 +167,10 @@ static void *serve(void *index) {
         const bool joins = pool.open && me < pool.threads;
         if (joins) atomic_fetch_add(&pool.joined, 1);
         pthread_mutex_unlock(&pool.lock);
-        if (joins) work_on_job(me);
+        if (joins) {
+            set_float_mode(pool.mode);
+            work_on_job(me);
+        }
         if (joins && atomic_fetch_sub(&pool.joined, 1) == 1) {
             pthread_mutex_lock(&pool.lock); /* so that the caller is not between its look and its sleep */
             pthread_cond_signal(&pool.done);
@@ -222,6 +227,7 @@ void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int
     start_threads(allowed);
     pool.fn = fn;
     pool.context = context;
+    pool.mode = get_float_mode();
     pool.count = count;
     pool.chunk = (grains + chunks - 1) / chunks * grain;
     pool.chunks_each = chunks_each;
