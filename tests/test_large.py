@@ -1,14 +1,17 @@
 """More than 2^31 elements between the first and the last, and on the GPU more than 2^31 of them."""
 
 import mmap
+import os
 
 import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 from checks import QKV, expect_qkv
+from conftest import short_dtype
 from frameworks import hopper_dtype
 
 import minivllm
+from minivllm.testing import numeric
 from minivllm.testing.reference import to_float64
 
 FAR = 2**31 + 4096 + 64  # elements between two rows
@@ -55,6 +58,48 @@ def test_projection_of_rows_far_apart():
     for rows in (slice(0, 1), slice(0, 3)):
         minivllm.rms_norm_qkv(x[rows], np.ones(64, np.float32), matrix, 3, 1, out=out[rows])
         expect_qkv(case, to_float64(out[rows]), values[rows], np.ones(64), weights, None)
+
+
+RUN = 16384  # columns whose squares a CPU kernel adds in float32; the sums of such runs are added in double
+LONG_ROWS = [2**25 + 5, pytest.param(2**31 + 5, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("hidden", LONG_ROWS)
+@pytest.mark.rows("rms_norm", "cpu")
+def test_the_mean_square_of_a_long_row(kernel, framework, hidden):
+    """Of equal numbers, whose sum a float32 stops taking in at 2^24, and of normal ones; in place, it is a lot."""
+    dtype = framework.dtype(short_dtype(kernel.dtype))
+    if 2 * hidden * dtype.itemsize > 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        pytest.skip("needs memory for two such rows")
+    weight = np.ones(hidden, dtype)
+    pattern = normal((1 << 16,), short_dtype(kernel.dtype), "pattern")
+    repeats, rest = divmod(hidden, pattern.size)
+    for values in (np.ones_like(pattern), pattern):
+        square = (repeats * (values**2).sum() + (values[:rest] ** 2).sum()) / hidden
+        x = np.empty((1, hidden), dtype)
+        x[0, : repeats * values.size].reshape(repeats, -1)[...] = values.astype(dtype)
+        x[0, repeats * values.size :] = values[:rest].astype(dtype)
+        minivllm.rms_norm(x, weight, out=x, rounding="fp32", kernel=kernel.name)
+        expected = values / np.sqrt(square + 1e-6)
+        bound = numeric.tolerance(expected, expected, short_dtype(kernel.dtype), length=RUN)
+        for first in (0, repeats // 2, repeats - 1):
+            got = to_float64(x[0, first * values.size :][: values.size])
+            numeric.assert_within(got, expected, bound, f"{hidden} columns, from {first * values.size} on")
+
+
+@pytest.mark.rows("rms_norm_qkv", "cpu")
+def test_the_products_of_a_long_row(kernel, framework):
+    """A sum that grows and grows: of equal products, where each one that is rounded is rounded the same way."""
+    short, hidden = short_dtype(kernel.dtype), 2**21 + 5
+    dtype = framework.dtype(short)
+    x, norm_weight = np.ones((1, hidden), dtype), np.ones(hidden, dtype)
+    matrix = np.full((3, hidden), 0.02).astype(dtype)
+    expected = np.full((1, 3, 1), hidden * to_float64(matrix)[0, 0])
+    assert expected.max() < 65504  # the largest float16
+    got = np.concatenate(minivllm.rms_norm_qkv(x, norm_weight, matrix, 1, 1, eps=0.0, kernel=kernel.name), 1)
+    chain = 64 + RUN // 64 if short == "f32" else 2048 + 64  # float32 additions in a row: a lane's, then a run's
+    bound = numeric.quantum(expected, short) / 2 + chain * numeric.UNIT_F32 * expected
+    numeric.assert_within(to_float64(got), expected, bound)
 
 
 @pytest.mark.gpu

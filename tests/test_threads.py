@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 from frameworks import NUMPY
-from processes import succeeds
+from processes import SANITIZED, succeeds
 
 import minivllm
 
@@ -170,6 +170,54 @@ FORK = """
 def test_fork(busy):
     """The pool survives fork, also while other threads are inside a kernel."""
     succeeds(FORK.replace("{busy}", str(busy)), timeout=300)
+
+
+SMALL_STACKS = """
+    import ctypes, threading
+    import numpy as np
+    import minivllm
+
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    assert libc.pthread_attr_init(attributes) == 0
+    assert libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(65536)) == 0
+    assert libc.pthread_setattr_default_np(attributes) == 0  # of the pool's threads
+    threading.stack_size(65536)
+    minivllm.set_num_threads(3)
+    dtypes = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+    try:
+        import ml_dtypes
+        dtypes["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+    except ImportError:
+        pass
+
+    def call(row, dtype):
+        x, weight = np.ones((200, 300), dtype), np.ones(300, dtype)
+        matrix = np.ones((1000, 300), dtype)
+        for _ in range(3):
+            if row.op == "rms_norm":
+                minivllm.rms_norm(x, weight, kernel=row.name)
+            elif row.op == "add_rms_norm":
+                minivllm.add_rms_norm(x, x, weight, kernel=row.name)
+            else:
+                minivllm.rms_norm_qkv(x, weight, matrix, 6, 2, residual=x, bias=np.ones(1000, dtype), kernel=row.name)
+                minivllm.rms_norm_qkv(x, weight, matrix.T.copy(), 6, 2, kernel=row.name)
+        done.append(row.name)
+
+    done = []
+    rows = [row for row in minivllm.kernels() if row.usable and not row.isa.startswith("sm") and row.dtype in dtypes]
+    for row in rows:
+        thread = threading.Thread(target=call, args=(row, dtypes[row.dtype]))
+        thread.start()
+        thread.join()
+    print(len(rows), len(done))
+"""
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizers' own frames need more")
+def test_threads_with_a_small_stack():
+    """Every CPU kernel in a thread of 64 kB, helped by a pool of such threads."""
+    rows, done = map(int, succeeds(SMALL_STACKS).split())
+    assert rows == done > 0
 
 
 def test_the_gil_is_released():

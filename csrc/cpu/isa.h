@@ -44,6 +44,9 @@ typedef uint16_t element_bf16;
 /* Work worth handing to another thread, some ten microseconds: elements to normalise, products to sum. */
 enum { PARALLEL_ELEMENTS = 65536, PARALLEL_PRODUCTS = 131072 };
 
+/* The longest row whose squares are one float32 sum: a multiple of four vectors of any width. */
+enum { RUN_COLUMNS = 16384 };
+
 MV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MV_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

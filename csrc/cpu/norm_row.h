@@ -6,7 +6,8 @@
  *
  * Sums run in four vectors over the columns from 0, whatever the alignment, and are added in one order: the bits of a
  * row depend on its values, hidden and the instruction set alone. Four, because an add waits four cycles for the one
- * before it, and because shorter sums err less.
+ * before it, and because shorter sums err less. A row of more than RUN_COLUMNS is summed in such runs, and their sums in
+ * double: one more square is nothing to a float32 that already holds 2^24 of them.
  */
 typedef MV_NAME(element, DTYPE) MV_NAME(row_element, DTYPE);
 #define ROW_ELEMENT MV_NAME(row_element, DTYPE)
@@ -45,19 +46,25 @@ MV_INLINE vf MV_NAME(row_square, DTYPE)(ROW row, int64_t i, int n, vf sum) {
     return v_fma(s, s, sum);
 }
 
-static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
-    const int64_t hidden = task->hidden;
+/* The sum of the squares of the columns [i, end). */
+MV_INLINE float MV_NAME(row_squares, DTYPE)(ROW row, int64_t i, int64_t end) {
     vf sum[4] = {v_set(0), v_set(0), v_set(0), v_set(0)};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= hidden; i += 4 * LANES) {
+    for (; i + 4 * LANES <= end; i += 4 * LANES) {
         MV_UNROLL
         for (int j = 0; j < 4; j++) sum[j] = MV_NAME(row_square, DTYPE)(row, i + j * LANES, LANES, sum[j]);
     }
-    for (; i + LANES <= hidden; i += LANES) sum[0] = MV_NAME(row_square, DTYPE)(row, i, LANES, sum[0]);
-    if (i < hidden) sum[1] = MV_NAME(row_square, DTYPE)(row, i, (int)(hidden - i), sum[1]);
-    const float squares = v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
+    for (; i + LANES <= end; i += LANES) sum[0] = MV_NAME(row_square, DTYPE)(row, i, LANES, sum[0]);
+    if (i < end) sum[1] = MV_NAME(row_square, DTYPE)(row, i, (int)(end - i), sum[1]);
+    return v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
+}
+
+static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
+    const int64_t hidden = task->hidden;
+    double squares = 0;
+    for (int64_t i = 0; i < hidden; i += RUN_COLUMNS)
+        squares += (double)MV_NAME(row_squares, DTYPE)(row, i, least(i + RUN_COLUMNS, hidden));
     /* rounded once: its error is that of the whole row */
-    return (float)(1 / sqrt((double)squares / (double)hidden + (double)task->eps));
+    return (float)(1 / sqrt(squares / (double)hidden + (double)task->eps));
 }
 
 /* The norm weight, in x's dtype or float32. */

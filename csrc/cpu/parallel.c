@@ -63,6 +63,7 @@ static struct {
 static _Thread_local bool inside_job;
 static atomic_int wanted_threads; /* 0: the default */
 static int default_threads;
+static pthread_key_t scratch_key; /* frees a thread's scratch when it ends */
 static pthread_once_t prepared = PTHREAD_ONCE_INIT;
 
 static void pause_briefly(void) {
@@ -109,6 +110,7 @@ static void prepare(void) {
     if (limit >= 1 && limit < default_threads) default_threads = (int)limit;
     if (default_threads > MAX_THREADS) default_threads = MAX_THREADS;
     pthread_atfork(NULL, NULL, forget_pool);
+    pthread_key_create(&scratch_key, free);
 }
 
 void mv_set_num_threads(int n) { atomic_store(&wanted_threads, n < 1 ? 0 : n < MAX_THREADS ? n : MAX_THREADS); }
@@ -248,4 +250,21 @@ void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int
     pthread_mutex_unlock(&pool.lock);
     wait_for_joined();
     pthread_mutex_unlock(&pool.caller);
+}
+
+/* ---- scratch --------------------------------------------------------------------------------------------------- */
+
+void *mv_thread_scratch(size_t bytes) {
+    static _Thread_local struct {
+        void *data;
+        size_t bytes;
+    } mine;
+    if (mine.bytes >= bytes) return mine.data;
+    pthread_once(&prepared, prepare);
+    free(mine.data);
+    mine.bytes = (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    mine.data = aligned_alloc(CACHE_LINE, mine.bytes);
+    if (!mine.data) mine.bytes = 0;
+    pthread_setspecific(scratch_key, mine.data);
+    return mine.data;
 }

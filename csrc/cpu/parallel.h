@@ -2,6 +2,7 @@
 #ifndef MV_PARALLEL_H
 #define MV_PARALLEL_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* Calls fn(context, begin, end) until every index of [0, count) has been in exactly one range, and returns when all
@@ -11,5 +12,9 @@
  * once and from inside fn. */
 void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int64_t begin, int64_t end),
                      void *context);
+
+/* At least so many bytes for the calling thread, 64-byte aligned, or NULL; valid until it asks again or ends. A thread
+ * keeps the memory: what a job needs at every call is not given back and asked for each time. */
+void *mv_thread_scratch(size_t bytes);
 
 #endif

@@ -60,7 +60,7 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
     const char *weight = (const char *)span.block->weight + (span.row + r) * row_bytes;
     const float *y = decode->y + token * units;
     const int64_t block = least(hidden, SUM_UNITS(ELEMENT) * STEP);
-    float total[DOT_ROWS][DOT_TOKENS] = {{0}};
+    double total[DOT_ROWS][DOT_TOKENS] = {{0}}; /* of any number of blocks */
     for (int64_t k = 0; k < hidden; k += block) {
         const int64_t end = least(k + block, hidden), whole = end - (end - k) % STEP;
         vf sum[DOT_ROWS][DOT_TOKENS];
@@ -76,7 +76,7 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         MV_UNROLL
         for (int i = 0; i < rows; i++) {
             MV_UNROLL
-            for (int t = 0; t < tokens; t++) total[i][t] += v_sum(sum[i][t]);
+            for (int t = 0; t < tokens; t++) total[i][t] += (double)v_sum(sum[i][t]);
         }
     }
 
@@ -85,7 +85,7 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         ELEMENT *out = (ELEMENT *)task->out.data + row + span.column + r;
         for (int i = 0; i < rows; i++) {
             const vf bias = span_bias(span.block, span.row + r + i, 1);
-            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set(total[i][t]), bias), 1);
+            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set((float)total[i][t]), bias), 1);
         }
     }
 }

@@ -3,12 +3,13 @@
  * The lanes run over tokens. CHUNK_TOKENS tokens at a time: their row factors, then y as a panel of units [k][tokens],
  * then the product, output rows shared out among the threads. There a weight is one broadcast, straight from the
  * row-major matrix: nothing is packed, and no weight is copied unless it has to become a float32 first, or lies the
- * other way round, or a block at an edge is not full. Those are staged, STRIPE outputs by BLOCK_UNITS units, on the
- * stack, and serve all tokens of the chunk.
+ * other way round, or a block at an edge is not full. Those are staged, STRIPE outputs by BLOCK_UNITS units, and serve
+ * all tokens of the chunk.
  *
  * One lane of one accumulator holds one (token, output) and sums SUM_UNITS units, or a block, in the order of k; those
- * sums are added in the order of k. So its bits depend on hidden, the dtypes and the instruction set alone: the same
- * for 1 token and for 10,000. Blocks of BLOCK_UNITS units keep the panel in the cache.
+ * sums are added in the order of k, and those of RUN_UNITS units in double. So its bits depend on hidden, the dtypes and
+ * the instruction set alone: the same for 1 token and for 10,000. Blocks of BLOCK_UNITS units keep the panel in the
+ * cache.
  *
  * On one Zen 5 core, 128 tokens at 4096 -> 6144: bfloat16 pairs 15.3 ms (420 GFLOP/s, some 80 % of what the core can
  * issue), float32 31 ms (207 GFLOP/s). Blocks of 128 or 512 units instead of 256: within 4 %. Prefetching the next
@@ -27,6 +28,7 @@ typedef struct {
     int64_t units;         /* of a row */
     float *scale;          /* [tokens] */
     float *panel;          /* per group of TILE_VECTORS vectors of tokens: [units][tokens of the group] */
+    bool no_memory;        /* a thread could not have its scratch */
 } MV_NAME(chunk, DTYPE);
 
 static void MV_NAME(chunk_scale, DTYPE)(void *context, int64_t begin, int64_t end) {
@@ -67,35 +69,37 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
     const size_t bytes = mv_dtype_bytes(task->weight_dtype);
     const char *weight = (const char *)block->weight;
     if (block->col_stride == 1) {
-        for (int64_t r = 0; r < round_up(span.count, TILE_OUTPUTS); r++) {
-            float *to = stage + r * BLOCK_UNITS;
+        for (int64_t r = 0; r < span.count; r++) {
             const char *row = weight + ((span.row + r) * block->row_stride + from) * (int64_t)bytes;
             for (int64_t k = 0; k < count; k += STEP) {
                 const int n = (int)least(STEP, count - k);
                 __builtin_prefetch(row + (k + BLOCK_UNITS) * (int64_t)bytes);
-                v_store_f32(to + k / UNIT, r < span.count ? MV_NAME(weight_units, DTYPE)(wide, row, k, n) : v_set(0),
-                            LANES);
+                v_store_f32(stage + r * BLOCK_UNITS + k / UNIT, MV_NAME(weight_units, DTYPE)(wide, row, k, n), LANES);
             }
         }
+        const int64_t absent = round_up(span.count, TILE_OUTPUTS) - span.count;
+        memset(stage + span.count * BLOCK_UNITS, 0, sizeof(float) * (size_t)(absent * BLOCK_UNITS));
         return (tile_weights){(const char *)stage, BLOCK_UNITS * sizeof(float), sizeof(float)};
     }
     for (int64_t k = 0; k < count; k += UNIT)
         for (int64_t r = 0; r < STRIPE; r += LANES) {
             const int64_t n = least(LANES, span.count - r);
             const int present = (int)least(UNIT, count - k);
-            const char *corner =
-                weight + ((span.row + r) * block->row_stride + (from + k) * block->col_stride) * (int64_t)bytes;
-            float gathered[UNIT][LANES];
             vf units = v_set(0);
-            if (n > 0 && block->row_stride == 1) {
-                units = MV_NAME(weight_column, DTYPE)(wide, corner, 0, block->col_stride, present, (int)n);
-            } else if (n > 0) {
-                for (int u = 0; u < present; u++)
-                    for (int64_t i = 0; i < n; i++)
-                        memcpy((char *)gathered[u] + i * (int64_t)bytes,
-                               corner + (i * block->row_stride + u * block->col_stride) * (int64_t)bytes, bytes);
-                units = MV_NAME(weight_column, DTYPE)(wide, gathered, 0, (int64_t)(sizeof gathered[0] / bytes), present,
-                                                      (int)n);
+            if (n > 0) {
+                const char *corner =
+                    weight + ((span.row + r) * block->row_stride + (from + k) * block->col_stride) * (int64_t)bytes;
+                float gathered[UNIT][LANES];
+                if (block->row_stride == 1) {
+                    units = MV_NAME(weight_column, DTYPE)(wide, corner, 0, block->col_stride, present, (int)n);
+                } else {
+                    for (int u = 0; u < present; u++)
+                        for (int64_t i = 0; i < n; i++)
+                            memcpy((char *)gathered[u] + i * (int64_t)bytes,
+                                   corner + (i * block->row_stride + u * block->col_stride) * (int64_t)bytes, bytes);
+                    units = MV_NAME(weight_column, DTYPE)(wide, gathered, 0, (int64_t)(sizeof gathered[0] / bytes),
+                                                          present, (int)n);
+                }
             }
             v_store_f32(stage + k / UNIT * STRIPE + r, units, LANES);
         }
@@ -103,8 +107,9 @@ static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span
 }
 
 /* All tokens of the chunk for one span of at most STRIPE outputs. */
-static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, output_span span) {
-    _Alignas(64) float sum[STRIPE * CHUNK_TOKENS], stage[STRIPE * BLOCK_UNITS];
+static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, output_span span,
+                                         stripe_scratch *scratch) {
+    float *sum = scratch->sum;
     const mv_task *task = chunk->task;
     const mv_block *block = span.block;
     const int64_t padded = round_up(chunk->tokens, LANES), rows = round_up(span.count, TILE_OUTPUTS);
@@ -113,17 +118,20 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
         MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 && span.count % TILE_OUTPUTS == 0;
     for (int64_t r = 0; r < rows; r++) memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
 
+    const int64_t run = RUN_UNITS * UNIT;
     for (int64_t k = 0; k < task->hidden; k += BLOCK_UNITS * UNIT) {
+        if (k > 0 && k % run == 0) finish_run(scratch, rows, padded, k == run, false);
         const int64_t count = least(BLOCK_UNITS * UNIT, task->hidden - k), units = (count + UNIT - 1) / UNIT;
         tile_weights weights = {(const char *)block->weight + (span.row * block->row_stride + k) * bytes,
                                 block->row_stride * bytes, sizeof(float)};
-        if (!in_place || count % UNIT != 0) weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, stage);
+        if (!in_place || count % UNIT != 0) weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, scratch->stage);
         for (int64_t t = 0; t < padded; t += GROUP_TOKENS) {
             const token_group group = group_of(t, padded, chunk->units, chunk->panel);
             MV_NAME(multiply_group, DTYPE)
             (group.panel + k / UNIT * group.width, (int)(group.width / LANES), weights, units, sum + t, rows);
         }
     }
+    if (task->hidden > run) finish_run(scratch, rows, padded, false, true);
 
     for (int64_t t = 0; t < chunk->tokens; t += LANES)
         for (int64_t r = 0; r < span.count; r += LANES) {
@@ -142,21 +150,25 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
 
 /* Tiles [begin, end) of TILE_OUTPUTS outputs each. */
 static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t end) {
-    const MV_NAME(chunk, DTYPE) *chunk = context;
+    MV_NAME(chunk, DTYPE) *chunk = context;
+    stripe_scratch *scratch = mv_thread_scratch(sizeof *scratch);
+    if (!scratch) {
+        __atomic_store_n(&chunk->no_memory, true, __ATOMIC_RELAXED);
+        return;
+    }
     int64_t column = begin * TILE_OUTPUTS;
     const int64_t last = least(end * TILE_OUTPUTS, chunk->task->outputs);
     while (column < last)
-        MV_NAME(chunk_stripe, DTYPE)(chunk, next_span(chunk->task, &column, least(last, column + STRIPE)));
+        MV_NAME(chunk_stripe, DTYPE)(chunk, next_span(chunk->task, &column, least(last, column + STRIPE)), scratch);
 }
 
 mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(const mv_task *task, mv_error *error) {
 #if UNIT == 2
     if (task->weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, error);
 #endif
-    (void)error;
     const int64_t hidden = task->hidden, tiles = (task->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
     float *scale = task->workspace;
-    MV_NAME(chunk, DTYPE) chunk = {task, 0, 0, padded_units(hidden) / UNIT, scale, scale + CHUNK_TOKENS};
+    MV_NAME(chunk, DTYPE) chunk = {task, 0, 0, padded_units(hidden) / UNIT, scale, scale + CHUNK_TOKENS, false};
     for (; chunk.first < task->tokens; chunk.first += CHUNK_TOKENS) {
         chunk.tokens = least(CHUNK_TOKENS, task->tokens - chunk.first);
         mv_parallel_for(chunk.tokens, 1 + PARALLEL_ELEMENTS / hidden, MV_NAME(chunk_scale, DTYPE), &chunk);
@@ -164,6 +176,9 @@ mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(const 
                         MV_NAME(chunk_panel, DTYPE), &chunk);
         mv_parallel_for(tiles, 1 + PARALLEL_PRODUCTS / (hidden * TILE_OUTPUTS * round_up(chunk.tokens, LANES)),
                         MV_NAME(chunk_outputs, DTYPE), &chunk);
+        if (chunk.no_memory)
+            return mv_fail(error, MV_NO_MEMORY, "rms_norm_qkv: no memory for the %zu bytes that each thread works in",
+                           sizeof(stripe_scratch));
     }
     return MV_OK;
 }

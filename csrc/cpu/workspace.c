@@ -1,5 +1,5 @@
-/* workspace.c: the scratch that the projection kernels ask for. Everything else they need is on a thread's stack, so
- * that no size here depends on the number of threads. */
+/* workspace.c: the scratch that the projection kernels ask for. What each thread needs of its own is
+ * its mv_thread_scratch(), so that no size here depends on the number of threads. */
 #include "outputs.h"
 
 size_t mv_rms_norm_qkv_prefill_cpu_workspace(const mv_task *task) {
