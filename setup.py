@@ -2,11 +2,14 @@
 
 `setup.py build_c` links the same objects, less Python's, with tests/c/ into stand-alone programs under build/c.
 
-Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_SANITIZE=1, CC, CFLAGS,
-NVCC, CUDA_HOME. A source file is compiled again when it, a header it includes, or its command line changed.
+Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_LINEINFO=1 (for
+profilers: CUDA code remembers its lines, and the path they were compiled under), CC, CFLAGS, NVCC, CUDA_HOME,
+MINIVLLM_SANITIZE=address,undefined or =thread. A source file is compiled again when it, a header it includes, or its
+command line changed.
 """
 
 import fcntl
+import functools
 import os
 import re
 import shlex
@@ -34,11 +37,21 @@ OLDEST_CUDA = 12
 
 C_FLAGS = """-std=c11 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Icsrc
     -Wall -Wextra -Wpedantic -Wconversion"""
-SANITIZE_FLAGS = "-O1 -g -UNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# No kernel may need much of a caller's stack, which can be a thread's of 64 kB. The sanitizers' frames are larger.
+FRAME_FLAG = "-Wframe-larger-than=4096"
+PATHS = {ROOT: ".", sysconfig.get_path("include"): "python"}  # what debug information calls them
+HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE"]
+HARDENING_FLAGS += [f"-ffile-prefix-map={path}={name}" for path, name in PATHS.items()]
+HARDENED_LINK = "-Wl,-z,relro,-z,now"
+
+# CPython's own flags have -fwrapv, which would hide every signed overflow.
+SANITIZERS = os.environ.get("MINIVLLM_SANITIZE", "")
+SANITIZE_FLAGS = ["-O1", "-g", "-UNDEBUG", "-fno-wrapv", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}",
+                  "-fno-sanitize-recover=undefined"]  # fmt: skip
 
 # Launch stubs of the runtime hold function-local statics. The two -fno flags keep __cxa_guard_* and the unwinder out,
 # so that the binary needs no libstdc++ (docs/decisions/0001).
-CUDA_FLAGS = """-std=c++17 -O3 -lineinfo -Icsrc -Xfatbin=-compress-all
+CUDA_FLAGS = """-std=c++17 -O3 -Icsrc -Xfatbin=-compress-all
     -Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall"""
 
 # Free-threaded CPython has no stable ABI before 3.15: it gets an extension of its own.
@@ -51,6 +64,20 @@ def flag(name):
 
 def sources(patterns):
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+@functools.cache
+def fortify_flag(compiler):
+    """The highest level of checks in memcpy and the like that this compiler and its C library know."""
+    source = "#include <string.h>\nint main(void) { return 0; }"
+    command = [*compiler, "-x", "c", "-O2", "-Werror", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", "-c", "-"]
+    known = subprocess.run([*command, "-o", os.devnull], input=source, text=True, capture_output=True).returncode == 0
+    return f"-D_FORTIFY_SOURCE={3 if known else 2}"
+
+
+def without_rpath(command):
+    """A linker's command without the directories that CPython's own flags have it search at run time."""
+    return [word for word in command if not re.match(r"-Wl,(-rpath|--rpath|-R)[,=]", word)]
 
 
 def special_arch(source):
@@ -133,6 +160,8 @@ class Cuda:
 
     def command(self, source):
         command = [self.nvcc, *CUDA_FLAGS.split(), *self.gencode(source)]
+        command += [f"-Xcompiler={word}" for word in [*HARDENING_FLAGS, "-D_FORTIFY_SOURCE=2"]]
+        command += ["-lineinfo"] * flag("MINIVLLM_LINEINFO")
         if source.endswith("/device.cu"):
             command.append(f'-DMV_CUDA_ARCHS="{self.names()}"')
         if flag("MINIVLLM_WERROR"):
@@ -186,7 +215,10 @@ class BuildExtension(build_ext):
             command += ["-DPy_LIMITED_API=0x030B0000"] * LIMITED_API
         command += ["-DMV_WITH_CUDA=1"] * bool(cuda)
         command += ["-Werror"] * flag("MINIVLLM_WERROR")
-        return command + SANITIZE_FLAGS.split() * flag("MINIVLLM_SANITIZE")
+        if flag("MINIVLLM_SANITIZE"):
+            return command + SANITIZE_FLAGS
+        command += [FRAME_FLAG] * source.startswith(("csrc/ops/", "csrc/cpu/"))
+        return [*command, *HARDENING_FLAGS, fortify_flag(tuple(self.compiler.compiler_so[:1]))]
 
     def compile(self, source, cuda):
         """Object file of one source; the stamp beside it holds the command that made it, and is written last."""
@@ -219,21 +251,27 @@ class BuildExtension(build_ext):
 
     def link(self, command, target, cuda):
         target.parent.mkdir(parents=True, exist_ok=True)
-        command += SANITIZE_FLAGS.split() * flag("MINIVLLM_SANITIZE")
+        command = [*without_rpath(command), HARDENED_LINK, *SANITIZE_FLAGS * flag("MINIVLLM_SANITIZE")]
         if cuda:
             command += [f"-L{path}" for path in cuda.library_dirs]
             command += ["-lcudart_static", "-lrt", "-Wl,--exclude-libs,ALL"]
         fresh = target.with_name(f"{target.name}.new")
-        subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", str(fresh)], check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "LD_RUN_PATH"}
+        subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", str(fresh)], check=True, env=environment)
         os.replace(fresh, target)  # a process that has the old one mapped keeps it
 
 
 class BuildC(BuildExtension):
     description = "build the stand-alone C programs of tests/c"
+    user_options = [*build_ext.user_options, ("build-programs=", None, "directory of the programs (build/c)")]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.build_programs = "build/c"
 
     def build_extensions(self):
-        programs = sources(["tests/c/*.c"])
-        self.build(self.compiler.linker_exe, {f"build/c/{Path(program).stem}": [program] for program in programs})
+        programs = {f"{self.build_programs}/{Path(path).stem}": [path] for path in sources(["tests/c/*.c"])}
+        self.build(self.compiler.linker_exe, programs)
 
 
 setup(
