@@ -5,7 +5,7 @@ ARGS ?=          # passed on to pytest
 VENV = .venv/bin/python
 C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help demo test inplace gpu-test bench ctest asan format lint clean
+.PHONY: help demo test inplace gpu-test bench ctest asan tsan format lint clean
 
 help:
 	@echo 'make demo      set up, build, and run the fused layer on real model shapes (WITH=torch: beside torch, too)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make bench     build in place and measure every op, JSON into build/bench'
 	@echo 'make ctest     the kernels from plain C, without Python'
 	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make tsan      the threads of the CPU backend under ThreadSanitizer'
 	@echo 'make format    format Python and C;  make lint checks both'
 	@echo 'make clean     remove what was built'
 
@@ -56,15 +57,22 @@ ctest:
 	for run in 1 2 3 4 5 6 7 8 9 10; do build/c/test_first_call || exit; done
 	build/c/test_rms_norm
 	build/c/test_plan
+	build/c/test_pool
 
 # Without CUDA, and in a directory of its own. libstdc++ comes along because torch throws exceptions.
 ASAN_LIB = $(CURDIR)/build/asan/lib
 asan: .venv/with
-	CC=gcc MINIVLLM_SANITIZE=1 MINIVLLM_CUDA=0 $(VENV) setup.py -q build_py --build-lib $(ASAN_LIB) \
+	CC=gcc MINIVLLM_SANITIZE=address,undefined MINIVLLM_CUDA=0 $(VENV) setup.py -q build_py --build-lib $(ASAN_LIB) \
 	    build_ext --build-lib $(ASAN_LIB) --build-temp build/asan/temp
 	PYTHONPATH=$(ASAN_LIB) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(VENV) -P -m pytest $(ARGS)
+
+# Without Python, and in a directory of its own.
+tsan:
+	CC=gcc MINIVLLM_SANITIZE=thread MINIVLLM_CUDA=0 $(PYTHON) setup.py -q build_c --build-temp build/tsan/temp \
+	    --build-programs build/tsan
+	for program in test_pool test_first_call; do TSAN_OPTIONS=halt_on_error=1 build/tsan/$$program || exit; done
 
 .venv/ruff: .venv/ready
 	@$(VENV) -m pip install -q --disable-pip-version-check 'ruff==0.17.5'
