@@ -71,7 +71,9 @@ class Op:
             return minivllm.add_rms_norm(x, residual, self.gamma, peers.EPS, **options)[0]
         out = x.new_empty(x.shape[0], self.shape.qkv)
         heads = self.shape.num_heads, self.shape.num_kv_heads
-        minivllm.rms_norm_qkv(x, self.gamma, self.weight, *heads, peers.EPS, bias=self.bias, out=out, **options)
+        minivllm.rms_norm_qkv(
+            x, self.gamma, self.weight, *heads, peers.EPS, bias=self.bias, out=out, weight_layout="out_in", **options
+        )
         return out
 
     def torch(self, prefix: str):

@@ -45,7 +45,9 @@ def variants_of(shape: QKVShape, dtype: str, device: str) -> tuple[dict, dict]:
     residual_out = torch.empty_like(x)
     sizes = [shape.q_size, shape.kv_size, shape.kv_size]
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    layer = minivllm.FusedRMSNormQKV(norm_weight=gamma, qkv_weight=weight, num_heads=heads, num_kv_heads=kv_heads)
+    layer = minivllm.FusedRMSNormQKV(
+        norm_weight=gamma, qkv_weight=weight, num_heads=heads, num_kv_heads=kv_heads, weight_layout="out_in"
+    )
     ours = {
         "rms_norm, out=": lambda i: minivllm.rms_norm(x, gamma, out=out),
         "rms_norm": lambda i: minivllm.rms_norm(x, gamma),

@@ -85,7 +85,7 @@ class Chain:
     def layer(self, i: int):
         return self.layers[i % len(self.layers)]
 
-    def fused(self, i: int, x=None, layer=None, **options) -> None:
+    def fused(self, i: int, x=None, layer=None, weight_layout="out_in", **options) -> None:
         norm_weight, weight, bias = layer or self.layer(i)
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         out = self.outs[1 - i % 2]
@@ -98,6 +98,7 @@ class Chain:
             peers.EPS,
             bias=bias,
             out=out,
+            weight_layout=weight_layout,
             **{"static_weights": True, **options},
         )
 

@@ -43,9 +43,9 @@ typedef enum {
 } mv_rounding;
 
 typedef enum {
-    MV_LAYOUT_AUTO,   /* the shape decides; for a square weight the strides, where they can */
-    MV_LAYOUT_OUT_IN, /* [qkv, hidden], as nn.Linear keeps it                               */
-    MV_LAYOUT_IN_OUT  /* [hidden, qkv]                                                      */
+    MV_LAYOUT_AUTO,   /* the shape decides; weights that are all square are refused */
+    MV_LAYOUT_OUT_IN, /* [qkv, hidden], as nn.Linear keeps it                     */
+    MV_LAYOUT_IN_OUT  /* [hidden, qkv]                                            */
 } mv_weight_layout;
 
 typedef struct {

@@ -58,8 +58,8 @@ class Problem:
 
     def ours(self, x):
         return FusedRMSNormQKV.forward(
-            x, self.norm_weight, self.qkv_weight, self.shape.num_heads, self.shape.num_kv_heads, EPS, bias=self.bias
-        )
+            x, self.norm_weight, self.qkv_weight, self.shape.num_heads, self.shape.num_kv_heads, EPS, bias=self.bias,
+            weight_layout="out_in")  # fmt: skip
 
     def theirs(self, x):
         if self.torch is None:

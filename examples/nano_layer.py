@@ -56,7 +56,7 @@ class After(Before):
 
     def norm_and_project(self, x, residual):
         q, k, v, residual = minivllm.rms_norm_qkv(
-            x, self.input_norm, self.qkv_proj.weight, HEADS, KV_HEADS, EPS, residual=residual
+            x, self.input_norm, self.qkv_proj.weight, HEADS, KV_HEADS, EPS, residual=residual, weight_layout="out_in"
         )
         minivllm.rms_norm(q, self.q_norm, EPS, out=q)
         minivllm.rms_norm(k, self.k_norm, EPS, out=k)

@@ -37,6 +37,7 @@ class DecoderLayer:
             num_kv_heads=num_kv_heads,
             rank=rank,
             world_size=world_size,
+            weight_layout="out_in",
         )
         self.qkv = FusedRMSNormQKV(norm_weight=weights["input_norm"], eps=EPS, **shard._asdict())
         self.post_norm = weights["post_norm"]

@@ -15,6 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from minivllm import _C
+from minivllm.layers import is_in_out
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
 
@@ -61,8 +62,8 @@ def rms_norm_qkv(
 ) -> tuple[jax.Array, ...]:
     """`minivllm.rms_norm_qkv`: x [..., hidden] -> (q, k, v), each [..., heads, head_dim]; with a residual also the sum.
 
-    qkv_weight: [qkv, hidden] or [hidden, qkv], or a tuple of three. JAX's arrays have no strides that could tell, so a
-    square one needs weight_layout="out_in" or "in_out".
+    qkv_weight: [qkv, hidden] or [hidden, qkv], or a tuple of three. Where these are all square, weight_layout="out_in"
+    or "in_out" says which.
     """
     arrays = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
     return _call(
@@ -228,7 +229,7 @@ def _formula(
         return [y, *sums]
 
     matrices = jax.tree.leaves(arrays["qkv_weight"])
-    in_out = weight_layout == "in_out" or any(matrix.shape[1] != x.shape[-1] for matrix in matrices)
+    in_out = is_in_out(matrices, x.shape[-1], weight_layout)
     product = functools.partial(
         jnp.einsum,
         "...k,kn->...n" if in_out else "...k,nk->...n",

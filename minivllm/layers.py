@@ -30,7 +30,8 @@ class FusedRMSNormQKV:
     is (q, k, v) or with a residual (q, k, v, residual_out), is cheap.
 
     norm_weight: [hidden]. qkv_weight: [qkv, hidden] or [hidden, qkv], with qkv = (num_heads + 2 num_kv_heads) head_dim,
-    or a tuple (wq, wk, wv). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
+    or a tuple (wq, wk, wv); where these are all square, weight_layout says which: "out_in" for a Linear's .weight,
+    "in_out" for its .t(). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
 
     The layer keeps the very tensors it was given and reads their addresses anew at each call, so weights that are
     updated in place, or whose storage is replaced, are seen. With `prepack=True` the projection is instead copied once
@@ -173,14 +174,9 @@ class FusedRMSNormQKV:
 
 
 def is_in_out(members, hidden, weight_layout):
-    """Whether the weights are [hidden, out]. By then the op has accepted them, so a square one that is left to its
-    strides is a .t() view."""
-    if weight_layout != "auto":
-        return weight_layout == "in_out"
-    for weight in members:
-        if weight.shape[0] != weight.shape[1]:
-            return weight.shape[0] == hidden
-    return True
+    """Whether the weights are [hidden, out]. By then the op has accepted them, so where weight_layout leaves it open,
+    one of them is not square."""
+    return weight_layout == "in_out" or any(weight.shape[1] != hidden for weight in members)
 
 
 def _concatenate(blocks, shape, packed=None):

@@ -21,8 +21,8 @@ QKV_OPTIONS = [part.split()[-1] for part in _QKV.split(", ")[3:]]
 
 
 def _register(schema, fake):
-    """Makes the function the op `schema` on the CPU and on CUDA. Strides have to stay as they are in eager mode: those
-    of a square weight tell its layout."""
+    """Makes the function the op `schema` on the CPU and on CUDA. Strides have to stay as they are in eager mode,
+    where it depends on them what is taken as it is and what is refused."""
 
     def decorate(function):
         name = schema.partition("(")[0]

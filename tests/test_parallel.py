@@ -74,16 +74,19 @@ def test_each_rank_gets_its_heads(framework, num_heads, num_kv_heads, world_size
 
 
 @pytest.mark.parametrize("num_heads,num_kv_heads,world_size", SPLITS)
-def test_a_shard_goes_into_the_op_and_the_layer(num_heads, num_kv_heads, world_size):
-    """Each rank's q, k, v are the whole's, computed from the shard alone."""
-    dtype, whole = "f32", QKV((3,), 40, num_heads, num_kv_heads, HEAD_DIM, "f32", bias=True)
-    x = normal((3, 40), dtype, "x")
+@pytest.mark.parametrize("square", [False, True], ids=["", "square"])
+def test_a_shard_goes_into_the_op_and_the_layer(num_heads, num_kv_heads, world_size, square):
+    """Each rank's q, k, v are the whole's, computed from the shard alone; of one that happens to be square, too."""
+    dtype = "f32"
+    hidden = (num_heads // world_size + 2 * max(1, num_kv_heads // world_size)) * HEAD_DIM if square else 40
+    whole = QKV((3,), hidden, num_heads, num_kv_heads, HEAD_DIM, "f32", bias=True)
+    x = normal((3, hidden), dtype, "x")
     norm_weight, weight, bias = weight_data(whole)
     arrays = [array.astype(np.float32) for array in (x, norm_weight, weight, bias)]
     for rank in range(world_size):
         shard = minivllm.shard_qkv(
-            *arrays[2:], num_heads=num_heads, num_kv_heads=num_kv_heads, rank=rank, world_size=world_size
-        )
+            *arrays[2:], num_heads=num_heads, num_kv_heads=num_kv_heads, rank=rank, world_size=world_size,
+            weight_layout="out_in")  # fmt: skip
         parts = minivllm.rms_norm_qkv(*arrays[:2], **shard._asdict())
         layer = minivllm.FusedRMSNormQKV(norm_weight=arrays[1], **shard._asdict())
         for got, again in zip(parts, layer(arrays[0])):
@@ -130,6 +133,9 @@ GOOD = {"weight": WEIGHT, "num_heads": 8, "num_kv_heads": 2, "rank": 0, "world_s
 REFUSED = [
     ({"world_size": 3}, ValueError, r"num_heads is 8, expected a multiple of world_size, which is 3"),
     ({"num_kv_heads": 3, "world_size": 2}, ValueError, r"num_kv_heads is 3, expected a multiple of world_size, which is 2, or a divisor"),
+    ({"num_kv_heads": 16}, ValueError, r"num_heads is 8, expected a multiple of num_kv_heads, which is 16, .*swapped"),
+    ({"num_kv_heads": 1, "world_size": 1, "rank": 0, "weight": np.ones((40, 40))}, ValueError, r"weight is square \(shape \(40, 40\)\), so .*weight_layout"),
+    ({"num_heads": 1, "num_kv_heads": 1, "world_size": 1, "rank": 0, "weight": (np.ones((4, 4)),) * 3}, ValueError, r"weight is square \(shape \(4, 4\)\)"),
     ({"rank": 2}, ValueError, r"rank is 2, expected less than world_size, which is 2"),
     ({"rank": -1}, ValueError, r"rank is -1, expected at least 0"),
     ({"world_size": 0}, ValueError, r"world_size is 0, expected at least 1"),

@@ -310,9 +310,12 @@ def test_one_matrix_with_three_biases_and_the_reverse(kernel, framework):
         expect_qkv(case, packed, x, norm_weight, weight, bias)
 
 
+ASKS = r"so it could be .*weight_layout=\"out_in\" for a Linear's .weight, \"in_out\" for its .t\(\)"
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_square_weight(device, framework, dtype):
-    """Its strides decide where they can; where they cannot, nothing is guessed."""
+    """Neither its shape nor its strides tell what it is: nothing is guessed."""
     shape = next(shape for shape in shapes.QKV_EDGES if shape.name == "square")
     case = case_of(shape, 3, dtype, bias=False)
     norm_weight, weight, _ = weight_data(case)
@@ -323,15 +326,49 @@ def test_a_square_weight(device, framework, dtype):
     def packed(result):
         return np.concatenate([to_float64(part).reshape(3, -1) for part in result], -1)
 
-    expect_qkv(case, packed(minivllm.rms_norm_qkv(*arguments, linear.T, *heads)), x, norm_weight, weight, None)
-    with pytest.raises(
-        ValueError, match=r"qkv_weight is square \(\[192, 192\]\) and row-major.*weight_layout=\"out_in\""
+    given = dict(zip(("norm_weight", "num_heads", "num_kv_heads"), (arguments[1], *heads)))
+    column_major = framework.tensor(np.ascontiguousarray(weight.T), dtype).T
+    for w in (linear, linear.T, column_major):
+        for call in (
+            lambda w: minivllm.rms_norm_qkv(*arguments, w, *heads),
+            lambda w: minivllm.FusedRMSNormQKV(qkv_weight=w, **given),
+            lambda w: minivllm.FusedRMSNormQKV(qkv_weight=w, prepack=True, **given),
+        ):
+            with pytest.raises(ValueError, match=rf"qkv_weight is square \(\[192, 192\]\), {ASKS}"):
+                call(w)
+    for w, layout, means in (
+        (linear, "out_in", weight),
+        (column_major, "out_in", weight),
+        (linear.T, "in_out", weight),
+        (linear, "in_out", np.ascontiguousarray(weight.T)),
     ):
-        minivllm.rms_norm_qkv(*arguments, linear, *heads)
-    as_linear = minivllm.rms_norm_qkv(*arguments, linear, *heads, weight_layout="out_in")
-    expect_qkv(case, packed(as_linear), x, norm_weight, weight, None)
-    as_copy = minivllm.rms_norm_qkv(*arguments, linear, *heads, weight_layout="in_out")
-    expect_qkv(case, packed(as_copy), x, norm_weight, np.ascontiguousarray(weight.T), None)
+        for prepack in (None, False, True):
+            if prepack is None:
+                got = minivllm.rms_norm_qkv(*arguments, w, *heads, weight_layout=layout)
+            else:
+                layer = minivllm.FusedRMSNormQKV(qkv_weight=w, weight_layout=layout, prepack=prepack, **given)
+                got = layer(arguments[0])
+            expect_qkv(case, packed(got), x, norm_weight, means, None)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_three_square_members(device, framework, size):
+    """As one square weight; of 1 x 1, too, although both layouts then mean the same."""
+    case = QKV((4,), size, 1, 1, size, "f32", weights="tuple")
+    norm_weight, weight, _ = weight_data(case)
+    x = normal((4, size), "f32", "x")
+    parts = [framework.tensor(part, "f32") for part in np.split(weight, 3)]
+    arguments = (framework.tensor(x, "f32"), framework.tensor(norm_weight, "f32"))
+    for weights in (parts, [part.T for part in parts]):
+        with pytest.raises(
+            ValueError, match=rf"qkv_weight has only members that are square \(\[{size}, {size}\]\), {ASKS}"
+        ):
+            minivllm.rms_norm_qkv(*arguments, tuple(weights), 1, 1)
+    for weights, layout in ((parts, "out_in"), ([part.T for part in parts], "in_out")):
+        got = minivllm.rms_norm_qkv(*arguments, tuple(weights), 1, 1, weight_layout=layout)
+        expect_qkv(
+            case, np.concatenate([to_float64(part).reshape(4, -1) for part in got], -1), x, norm_weight, weight, None
+        )
 
 
 def test_a_square_member_follows_the_others(device, framework):

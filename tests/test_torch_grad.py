@@ -42,8 +42,8 @@ class Float64:
         else:
             y, *total = self.add_rms_norm(x, residual, norm_weight, weight_offset=weight_offset)
         members = weight if isinstance(weight, tuple) else (weight,)
-        in_out = weight_layout == "in_out" or (weight_layout == "auto" and members[0].stride(0) == 1)
-        self.given_in_out = weight_layout == "in_out"  # rather than as a view of what is not
+        in_out = weight_layout == "in_out"
+        self.given_in_out = in_out and members[0].stride(1) == 1  # rather than as a view of what is not
         self.weights = [(member.t() if in_out else member).detach() for member in members]
         self.packed = y @ cat([member.t() if in_out else member for member in members]).t()
         if bias is not None:

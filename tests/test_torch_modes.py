@@ -59,7 +59,8 @@ def test_vmap_over_nothing(torch, device, dims):
     ]
     got = torch.vmap(project, in_dims=dims)(*given)
     assert [tensor.shape for tensor in got] == [(0, *tensor.shape) for tensor in project(i.x, i.norm, i.wide)]
-    square = torch.vmap(lambda weight: minivllm.rms_norm_qkv(i.x, i.norm, weight.t(), HEADS, KV_HEADS)[1])
+    options = {"weight_layout": "in_out"}
+    square = torch.vmap(lambda weight: minivllm.rms_norm_qkv(i.x, i.norm, weight.t(), HEADS, KV_HEADS, **options)[1])
     assert square(i.square.expand(0, -1, -1)).shape == (0, 3, KV_HEADS, 8)
 
 

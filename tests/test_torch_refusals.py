@@ -74,6 +74,7 @@ ARGUMENTS = {
     "a weight of another size": lambda t: t.project(qkv_weight=t.weight[:, :7]),
     "a member of another size": lambda t: t.project(qkv_weight=(t.weight[:8], t.weight[:4], t.weight[:3])),
     "a square weight": lambda t: t.project(qkv_weight=t.square, num_heads=2),
+    "a square weight's .t()": lambda t: t.project(qkv_weight=t.square.t(), num_heads=2),
     "a norm weight of another size": lambda t: t.rms_norm(weight=t.bias),
     "a weight of another dtype": lambda t: t.rms_norm(weight=t.norm[0].half()),
     "a weight of neither dtype": lambda t: t.rms_norm(x=t.x.bfloat16(), weight=t.norm[0].half()),

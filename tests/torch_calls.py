@@ -44,7 +44,9 @@ FUNCTIONAL = {
     "rms_norm": lambda i, ops=minivllm: (ops.rms_norm(i.x, i.norm, 1e-5, rounding="fp32", weight_offset=1.0),),
     "add_rms_norm": lambda i, ops=minivllm: ops.add_rms_norm(i.x, i.residual, i.norm),
     "rms_norm_qkv": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS),
-    ".t()": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias),
+    ".t()": lambda i, ops=minivllm: ops.rms_norm_qkv(
+        i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias, weight_layout="in_out"
+    ),
     "in_out": lambda i, ops=minivllm: ops.rms_norm_qkv(
         i.x, i.norm, i.square, HEADS, KV_HEADS, weight_layout="in_out", weight_offset=-0.5
     ),

@@ -141,7 +141,8 @@ static mv_status layout_by_shape(mv_named w, int64_t hidden, mv_weight_layout *l
     return MV_OK;
 }
 
-/* The layout of all members: as told, else as any non-square member says, else AUTO for each square one's strides. */
+/* The layout of all members: as told, else as any non-square member says. Strides do not tell: a square matrix whose
+ * columns are contiguous may be a .t() view, or a Linear's weight that came out of Fortran order. */
 static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, int members, int64_t hidden,
                                mv_weight_layout *common, mv_error *error) {
     *common = a->weight_layout;
@@ -157,17 +158,10 @@ static mv_status common_layout(const char *op, const mv_rms_norm_qkv_args *a, in
                    (long long)hidden);
         *common = layout;
     }
-    return MV_OK;
-}
-
-/* A square weight whose columns are contiguous is a .t() view; any other could be either, unless it is a single
- * value. */
-static mv_status layout_by_strides(mv_named w, mv_weight_layout *layout, mv_error *error) {
-    *layout = MV_LAYOUT_IN_OUT;
-    MV_REQUIRE(mv_stride(w.view, 0) == 1 || w.view->shape[0] == 1, MV_BAD_VALUE,
-               "%s: %s is square (%s) and row-major, so it could be [qkv, hidden] or [hidden, qkv]; pass "
-               "weight_layout=\"out_in\" if it is as nn.Linear keeps it, \"in_out\" if it is transposed",
-               w.op, w.name, mv_shape_text(w.view).text);
+    MV_REQUIRE(*common != MV_LAYOUT_AUTO, MV_BAD_VALUE,
+               "%s: qkv_weight %s square (%s), so it could be [qkv, hidden] or [hidden, qkv]; pass "
+               "weight_layout=\"out_in\" for a Linear's .weight, \"in_out\" for its .t()",
+               op, members > 1 ? "has only members that are" : "is", mv_shape_text(&a->qkv_weight[0]).text);
     return MV_OK;
 }
 
@@ -207,9 +201,7 @@ static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int
     p->qkv = 0;
     for (int i = 0; i < members; i++) {
         const mv_named w = weight_at(op, a, i);
-        mv_weight_layout layout = common;
-        if (layout == MV_LAYOUT_AUTO) MV_TRY(layout_by_strides(w, &layout, error));
-        const int out_dim = layout == MV_LAYOUT_OUT_IN ? 0 : 1;
+        const int out_dim = common == MV_LAYOUT_OUT_IN ? 0 : 1;
         member[i] = (mv_block){.weight = w.view->data,
                                .outputs = w.view->shape[out_dim],
                                .row_stride = mv_stride(w.view, out_dim),

@@ -49,12 +49,11 @@
     "Returns (q, k, v): [..., num_heads, head_dim] and twice [..., num_kv_heads, head_dim], views of one packed\n"     \
     "buffer [..., qkv], which out= may give. With a residual the norm sees x + residual, and the sum comes back as\n"  \
     "well: (q, k, v, residual_out).\n"                                                                                 \
-    "weight_layout: 'auto' decides by shape, for a square weight by strides where they can tell, else 'out_in' or\n"   \
-    "'in_out' must be said. batch_invariant: a row's bits do not depend on the other rows. allow_tf32: float32 "       \
-    "products may be rounded to TF32. static_weights=True: you vouch that no unfinished work in front of this call "   \
-    "on\n"                                                                                                             \
-    "its stream writes weights or biases; on a GPU they are then read before that work ends, which saves up to 2 "     \
-    "us.\n"                                                                                                            \
+    "weight_layout: 'auto' decides by shape; weights that are all square need 'out_in' (a Linear's .weight) or\n"      \
+    "'in_out' (its .t()). batch_invariant: a row's bits do not depend on the other rows. allow_tf32: float32\n"        \
+    "products may be rounded to TF32. static_weights=True: you vouch that no unfinished work in front of this\n"       \
+    "call on its stream writes weights or biases; a GPU then reads them before that work ends, which saves up\n"       \
+    "to 2 us.\n"                                                                                                       \
     "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
     "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 

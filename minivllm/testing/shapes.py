@@ -58,7 +58,7 @@ QKV_EDGES = (
     QKVShape("multi-query", 96, 12, 1, 8, reason="one key head; the head counts divide"),
     QKVShape("sharded", 128, 5, 3, 16, bias=True, reason="head counts that do not divide: tensor-parallel ranks"),
     QKVShape("more-kv", 80, 1, 4, 10, reason="more key heads than query heads; head_dim is no multiple of 4"),
-    QKVShape("square", 192, 4, 1, 32, bias=True, reason="qkv == hidden: strides decide the layout"),
+    QKVShape("square", 192, 4, 1, 32, bias=True, reason="qkv == hidden: the layout has to be said"),
     QKVShape("tall", 1100, 1, 1, 2, reason="long sums, very few outputs; hidden is a multiple of 4 but not of 8"),
     QKVShape("wide", 8, 40, 8, 10, reason="short sums, many outputs"),
 )
