@@ -133,6 +133,12 @@ def _wants_gradient(op, outputs, **tensors):
                     f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
                     ".to(torch.float32)"
                 )
+            # In a graph torch resolves the mark before the op runs.
+            if not torch.compiler.is_compiling() and tensor.is_neg():
+                raise ValueError(
+                    f"{what} is lazily negated (is_neg()): its memory holds the values with the other sign; pass its "
+                    "resolve_neg()"
+                )
             if tensor.requires_grad and torch.is_grad_enabled():
                 wants = True
                 if any(output is not None for output in outputs.values()):

@@ -144,6 +144,13 @@ def test_the_registered_ops(torch, device, dtype):
         torch.library.opcheck(op.default, arguments)
 
 
+def test_a_lazily_negated_tensor(torch):
+    """In a graph torch itself negates what it has only marked, before the op sees it."""
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    graph = torch.compile(lambda x: minivllm.rms_norm(torch._neg_view(x), weight), fullgraph=True, backend="aot_eager")
+    assert graph(x).equal(minivllm.rms_norm(-x, weight))
+
+
 ORDERS = {
     "minivllm first": "import minivllm, torch",
     "torch first": "import torch, minivllm",

@@ -28,6 +28,11 @@ class Tensors:
         if way == "gradient":
             self.norm.requires_grad_()
 
+    def conjugate_imag(self, real):
+        """Negated as torch marks it by itself, and contiguous in its last dimension: it looks ordinary."""
+        imag = self.torch.complex(real, real).conj().imag
+        return imag.as_strided(imag.shape, (2 * imag.shape[1], 1))
+
     def rms_norm(self, **given):
         return minivllm.rms_norm(**({"x": self.x, "weight": self.norm[0]} | given))
 
@@ -81,6 +86,9 @@ ARGUMENTS = {
     "a residual of another shape": lambda t: t.add_rms_norm(residual=t.residual[:2]),
     "a residual of another dtype": lambda t: t.add_rms_norm(residual=t.residual.half()),
     "x in columns": lambda t: t.rms_norm(x=t.x.t().contiguous().t()),
+    "a negated x": lambda t: t.rms_norm(x=t.torch._neg_view(t.x)),
+    "a negated weight": lambda t: t.project(qkv_weight=t.torch._neg_view(t.weight)),
+    "the imaginary part of a conjugate": lambda t: t.add_rms_norm(residual=t.conjugate_imag(t.residual)),
     "no residual": lambda t: t.add_rms_norm(residual=None),
     "eps": lambda t: t.rms_norm(eps=-1.0),
     "rounding": lambda t: t.add_rms_norm(rounding="no"),
@@ -100,6 +108,7 @@ OUTPUTS = {
     "without a residual": lambda t: t.project(residual_out=t.out),
     "in columns": lambda t: t.rms_norm(out=t.out.t().contiguous().t()),
     "of shared elements": lambda t: t.rms_norm(out=t.out[:1].expand(3, 8)),
+    "negated": lambda t: t.rms_norm(out=t.torch._neg_view(t.out)),
     "of another shape": lambda t: t.rms_norm(out=t.buffer[20:24]),
     "of another dtype": lambda t: t.rms_norm(out=t.out.half()),
 }

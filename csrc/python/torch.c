@@ -123,14 +123,23 @@ static bool check_memory(call *c, tensor *t) {
     return false;
 }
 
-/* Lazy negation is a property of views of conjugated complex tensors, and those never have unit strides. */
-static bool check_not_negated(call *c, tensor *t) {
-    for (int d = 0; d < t->view.ndim; d++)
-        if (t->shape[d] == 0 || (t->shape[d] > 1 && t->strides[d] == 1)) return true;
+static int is_negated(call *c, tensor *t) { /* -1 with an exception set */
+    const torch_c *torch = torch_c_functions();
+    if (torch) {
+        void *const tensor = torch_tensor_of(c->state, t->object);
+        return tensor ? torch->is_negated((const torch_handle *)&tensor) : -1;
+    }
     PyObject *negated = PyObject_CallMethodObjArgs(t->object, c->state->names[NAME_IS_NEG], NULL);
-    if (!negated) return false;
-    Py_DECREF(negated);
-    return negated != Py_True || refuse(c, t, PyExc_ValueError, "is lazily negated; pass its resolve_neg()");
+    Py_XDECREF(negated);
+    return negated ? negated == Py_True : -1;
+}
+
+/* As the imaginary part of a conjugated tensor is: torch has only marked it, and its memory holds the other sign. */
+static bool check_not_negated(call *c, tensor *t) {
+    const int negated = is_negated(c, t);
+    return negated == 0 || (negated > 0 && refuse(c, t, PyExc_ValueError,
+                                                  "is lazily negated (is_neg()): its memory holds the values with the "
+                                                  "other sign; pass its resolve_neg()"));
 }
 
 /* torch before 2.10. __dlpack__ refuses whatever requires grad, also in no_grad mode. */
@@ -162,7 +171,7 @@ static bool torch_view(call *c, tensor *t) {
         if (!check_memory(c, t)) return false;
     }
     if (c->may_hand_over && !check_modes(c, t)) return false;
-    if (!t->kind.api) return view_by_protocol(c, t);
+    if (!t->kind.api) return view_by_protocol(c, t) && check_not_negated(c, t);
     dl_tensor borrowed;
     if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0) {
         if (c->may_hand_over && PyErr_ExceptionMatches(PyExc_RuntimeError)) {

@@ -38,7 +38,8 @@ static bool find_all(torch_c *found) {
            find(tensors, "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE", &found->version) &&
            find(tensors, "_ZN5torch8autograd4impl19set_version_counterERKN2at6TensorERKN3c1015VariableVersionE",
                 &found->set_version) &&
-           find(tensors, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &found->bump_version);
+           find(tensors, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &found->bump_version) &&
+           find(tensors, "_ZN2at25compositeimplicitautograd6is_negERKNS_6TensorE", &found->is_negated);
 }
 
 const torch_c *torch_c_functions(void) {
@@ -52,10 +53,39 @@ const torch_c *torch_c_functions(void) {
     return seen == 2 ? &functions : NULL;
 }
 
-void *torch_tensor_of(module_state *state, PyObject *object) {
+/* object._cdata, the slow way. */
+static void *ask_for_tensor(module_state *state, PyObject *object) {
     PyObject *address = PyObject_GetAttr(object, state->names[NAME_CDATA]);
     void *const tensor = address ? PyLong_AsVoidPtr(address) : NULL;
     Py_XDECREF(address);
+    return tensor;
+}
+
+enum { NOT_FOUND = -1 };
+
+/* The only word of a torch.Tensor that holds this pointer, or NOT_FOUND. */
+static int word_of(module_state *state, PyObject *object, void *tensor) {
+    PyObject *type = known(state, TORCH_TENSOR);
+    PyObject *size = type ? PyObject_GetAttrString(type, "__basicsize__") : NULL;
+    const int words = size ? (int)(PyLong_AsLong(size) / (long)sizeof(void *)) : 0;
+    int found = NOT_FOUND, count = 0;
+    for (int i = sizeof(PyObject) / sizeof(void *); i < words; i++) {
+        if (((void *const *)(void *)object)[i] != tensor) continue;
+        found = i;
+        count++;
+    }
+    Py_XDECREF(size);
+    PyErr_Clear();
+    return count == 1 ? found : NOT_FOUND;
+}
+
+/* Where an object keeps the pointer is torch's own affair, so the first tensor that comes tells: its _cdata is known. */
+void *torch_tensor_of(module_state *state, PyObject *object) {
+    static atomic_int place; /* 0: nobody has looked; NOT_FOUND: each is asked */
+    int word = atomic_load_explicit(&place, memory_order_relaxed);
+    if (word > 0) return ((void *const *)(void *)object)[word];
+    void *const tensor = ask_for_tensor(state, object);
+    if (tensor && word == 0) atomic_store_explicit(&place, word_of(state, object, tensor), memory_order_relaxed);
     return tensor;
 }
 
