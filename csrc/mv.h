@@ -70,6 +70,10 @@ typedef struct {
     bool read_only; /* refused as an output */
 } mv_view;
 
+/* Does it have at most 2^60 elements, which lie at most 2^60 bytes apart and do not wrap around the end of all memory?
+ * Every op requires that of every tensor. */
+bool mv_is_addressable(const mv_view *view);
+
 /* What every call carries beside its tensors. */
 typedef struct {
     const char *op;     /* the name in messages; NULL: the entry's own                                        */

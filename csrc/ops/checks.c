@@ -33,6 +33,34 @@ int64_t mv_stride(const mv_view *view, int dim) {
     return stride;
 }
 
+/* A view's first byte, and the distance to its last. False where it is not addressable: see mv_is_addressable(). With
+ * that checked, sums and products of a few of its numbers do not overflow. */
+static bool extent(const mv_view *view, uintptr_t *first, int64_t *reach) {
+    static const int64_t most = (int64_t)1 << 60;
+    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
+    int64_t count = 1, before = 0, after = width - 1;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        const int64_t size = view->shape[d], stride = view->strides ? view->strides[d] : count;
+        int64_t span;
+        if (size <= 1) continue;
+        if (__builtin_mul_overflow(count, size, &count) || count > most) return mv_is_empty(view);
+        if (__builtin_mul_overflow(size - 1, stride, &span) || span > most / width || span < -most / width)
+            return mv_is_empty(view);
+        *(span < 0 ? &before : &after) += (span < 0 ? -span : span) * width;
+        if (before > most || after > most) return mv_is_empty(view);
+    }
+    const uintptr_t data = (uintptr_t)view->data;
+    *first = data - (uintptr_t)before;
+    *reach = before + after;
+    return ((uintptr_t)before <= data && (uintptr_t)after <= UINTPTR_MAX - data) || mv_is_empty(view);
+}
+
+bool mv_is_addressable(const mv_view *view) {
+    uintptr_t first;
+    int64_t reach;
+    return extent(view, &first, &reach);
+}
+
 mv_text mv_shape_text(const mv_view *view) {
     mv_text out = {"["};
     size_t used = 1;
@@ -63,6 +91,13 @@ static mv_status check_dims(mv_named t, mv_error *error) {
     return MV_OK;
 }
 
+static mv_status check_extent(mv_named t, mv_error *error) {
+    MV_REQUIRE(mv_is_addressable(t.view), MV_BAD_VALUE,
+               "%s: %s has a shape, %s, and strides that reach past all memory (2^60 bytes or elements)", t.op, t.name,
+               mv_shape_text(t.view).text);
+    return MV_OK;
+}
+
 static mv_status check_last_contiguous(mv_named t, mv_error *error) {
     const int last = t.view->ndim - 1;
     MV_REQUIRE(t.view->shape[last] <= 1 || mv_stride(t.view, last) == 1, MV_BAD_VALUE,
@@ -76,6 +111,7 @@ mv_status mv_check_x(mv_named x, mv_error *error) {
     MV_REQUIRE(x.view->ndim >= 1, MV_BAD_VALUE, "%s: %s has no dimensions, expected [..., hidden]", x.op, x.name);
     MV_REQUIRE(x.view->shape[x.view->ndim - 1] >= 1, MV_BAD_VALUE, "%s: %s has shape %s, expected a hidden size >= 1",
                x.op, x.name, mv_shape_text(x.view).text);
+    MV_TRY(check_extent(x, error));
     return check_last_contiguous(x, error);
 }
 
@@ -86,6 +122,7 @@ mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
     MV_REQUIRE(t.view->ndim == x->ndim && memcmp(t.view->shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
                MV_BAD_VALUE, "%s: %s has shape %s, expected %s (the shape of x)", t.op, t.name,
                mv_shape_text(t.view).text, mv_shape_text(x).text);
+    MV_TRY(check_extent(t, error));
     return check_last_contiguous(t, error);
 }
 
@@ -113,6 +150,14 @@ static bool elements_are_distinct(const mv_view *view) {
     return true;
 }
 
+mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
+    int64_t shape[MV_MAX_DIMS];
+    memcpy(shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
+    shape[x->ndim - 1] = columns;
+    const mv_view view = {.shape = shape, .ndim = x->ndim, .dtype = x->dtype};
+    return check_extent((mv_named){out.op, out.name, &view}, error);
+}
+
 mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
     const mv_view *view = out.view;
     MV_REQUIRE(view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", out.op, out.name,
@@ -125,6 +170,7 @@ mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_er
     MV_REQUIRE(view->ndim == x->ndim && memcmp(view->shape, expected_shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
                MV_BAD_VALUE, "%s: %s has shape %s, expected %s", out.op, out.name, mv_shape_text(view).text,
                mv_shape_text(&expected).text);
+    MV_TRY(check_extent(out, error));
     MV_TRY(check_last_contiguous(out, error));
     MV_REQUIRE(!view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", out.op, out.name);
     MV_REQUIRE(mv_is_empty(view) || elements_are_distinct(view), MV_BAD_VALUE,
@@ -139,7 +185,8 @@ mv_status mv_check_parameter(mv_named t, const mv_view *x, mv_error *error) {
                                   : "%s: %s is %s, expected %s (the dtype of x) or float32",
                t.op, t.name, mv_dtype_name(t.view->dtype), mv_dtype_name(x->dtype));
     MV_TRY(check_device(t, x, error));
-    return check_dims(t, error);
+    MV_TRY(check_dims(t, error));
+    return check_extent(t, error);
 }
 
 mv_status mv_check_vector(mv_named t, const mv_view *x, int64_t size, const char *meaning, mv_error *error) {
@@ -194,19 +241,6 @@ static bool meets(overlap_search *search, int d, int64_t delta, int64_t reach_a,
     return false;
 }
 
-/* A view's first byte, and the distance to its last. */
-static uintptr_t extent(const mv_view *view, int64_t *reach) {
-    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
-    uintptr_t first = (uintptr_t)view->data;
-    *reach = width - 1;
-    for (int d = 0; d < view->ndim; d++) {
-        const int64_t span = (view->shape[d] - 1) * mv_stride(view, d) * width;
-        if (span < 0) first -= (uintptr_t)-span;
-        *reach += span < 0 ? -span : span;
-    }
-    return first;
-}
-
 /* Adds a view's strides in bytes, largest first. */
 static void add_dims(overlap_search *search, const mv_view *view, bool is_a) {
     const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
@@ -230,7 +264,8 @@ static void add_dims(overlap_search *search, const mv_view *view, bool is_a) {
 bool mv_overlap(const mv_view *a, const mv_view *b) {
     if (mv_is_empty(a) || mv_is_empty(b)) return false;
     int64_t reach_a, reach_b;
-    const uintptr_t first_a = extent(a, &reach_a), first_b = extent(b, &reach_b);
+    uintptr_t first_a, first_b;
+    if (!extent(a, &first_a, &reach_a) || !extent(b, &first_b, &reach_b)) return true;
     if (first_a + (uintptr_t)reach_a < first_b || first_b + (uintptr_t)reach_b < first_a) return false;
     overlap_search search;
     search.dims = 0;

@@ -41,6 +41,8 @@ mv_status mv_check_x(mv_named x, mv_error *error);
 mv_status mv_check_like_x(mv_named tensor, const mv_view *x, mv_error *error);
 /* An output of shape [*x.shape[:-1], columns], writable, whose elements do not overlap each other. */
 mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error);
+/* The same of an output that is still to be made: is there room for it? */
+mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error);
 /* A vector of `size` elements on x's device, in x's dtype or float32. `meaning` says where the size comes from. */
 mv_status mv_check_vector(mv_named vector, const mv_view *x, int64_t size, const char *meaning, mv_error *error);
 /* eps and weight_offset: finite, and eps >= 0. */

@@ -294,7 +294,7 @@ static mv_status check_apart_from_inputs(mv_named out, const mv_rms_norm_qkv_arg
 /* No output may overlap anything else. */
 static mv_status check_outputs(const char *op, const mv_rms_norm_qkv_args *a, int64_t qkv, mv_error *error) {
     const mv_named out = {op, "out", &a->out}, residual_out = {op, "residual_out", &a->residual_out};
-    if (mv_present(&a->out)) MV_TRY(mv_check_output(out, &a->x, qkv, error));
+    MV_TRY((mv_present(&a->out) ? mv_check_output : mv_check_fresh_output)(out, &a->x, qkv, error));
     MV_REQUIRE(!mv_present(&a->residual_out) || mv_present(&a->residual), MV_BAD_VALUE,
                "%s: residual_out was given without a residual", op);
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, a->x.shape[a->x.ndim - 1], error));

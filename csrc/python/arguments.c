@@ -105,6 +105,7 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
 
 bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     PyObject *values[MAX_PARAMETERS] = {NULL};
+    if (!check_stack(c)) return false;
     c->given = given;
     c->given_count = count;
     c->given_names = names;
@@ -115,17 +116,6 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     }
     end_step(c, STEP_READ);
     return true;
-}
-
-/* dict[key], or NULL: where it has none, without an error. Without a GIL another thread may replace it meanwhile, and a
- * borrowed reference be to what is gone; the limited API of 3.11 has no other. */
-static PyObject *item_of(PyObject *dict, PyObject *key) {
-#ifdef Py_GIL_DISABLED
-    PyObject *value;
-    return PyDict_GetItemRef(dict, key, &value) > 0 ? value : NULL;
-#else
-    return Py_XNewRef(PyDict_GetItemWithError(dict, key));
-#endif
 }
 
 /* What the object's own dict has is found there at once; a subclass may have it as a property. */
@@ -151,6 +141,7 @@ bool read_attributes(call *c, const signature *s, void *args, PyObject *object) 
 /* ---- converters ------------------------------------------------------------------------------------------------- */
 
 static bool refuse_type(const call *c, const parameter *p, const char *expected, PyObject *value) {
+    if (is_about_no_argument()) return false;
     PyErr_Clear();
     PyObject *name = PyType_GetQualName(Py_TYPE(value));
     if (name) refuse_argument(c, p->name, PyExc_TypeError, "must be %s, got %U", expected, name);

@@ -127,6 +127,7 @@ typedef struct {
     mv_view view;  /* shape and strides point to the arrays below */
     void *managed; /* a DLPack export to give back: dl_managed_versioned when `versioned`, else dl_managed */
     bool versioned;
+    PyObject *keeper;  /* keeps the data alive, where it is not the object; owned, or NULL */
     bool fresh;        /* a result that we made */
     bool has_producer; /* another framework's stream, which wrote the data and will go on with it */
     void *producer;
@@ -151,12 +152,15 @@ typedef struct {
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
     int64_t *step_ns; /* NULL: nobody counts */
     int64_t step_began;
+    bool nested;   /* runs inside of another one of its thread */
     void *scratch; /* the workspace on the CPU; on a GPU it is a tensor */
     int count;
     tensor tensors[MAX_TENSORS];
 } call;
 
 void begin_call(call *c, PyObject *module, const char *op);
+/* A call's frames take some 20 kB. False with RecursionError where a nested one finds little of the thread's stack. */
+bool check_stack(const call *c);
 void end_call(call *c); /* gives everything back, then hands over; keeps a Python error that is set */
 
 /* ---- frameworks ------------------------------------------------------------------------------------------------- */
@@ -200,6 +204,8 @@ bool check_status(mv_status status, const mv_error *error);
 bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, ...);
 /* The same, with the exception now set as its cause, whose text it ends with. */
 bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...);
+/* Is an exception set that must reach the caller as it is, whatever was being read? */
+bool is_about_no_argument(void);
 /* "<op>: <name> <text>" for what is no tensor. */
 bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...);
 bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got: what it has, if it does not say so itself */
@@ -225,6 +231,9 @@ bool strides_from_bytes(call *c, tensor *t);
 
 PyObject *shape_tuple(int ndim, const int64_t *shape);
 void contiguous_strides(int ndim, const int64_t *shape, int64_t *strides);
+/* dict[key], a new reference: what is done with it may run code that changes the dict. NULL: where it has none, without
+ * an error. */
+PyObject *item_of(PyObject *dict, PyObject *key);
 bool ints_of_tuple(PyObject *tuple, int64_t *values, int *count);           /* at most MAX_DIMS */
 bool take_pointer(PyObject *object, const char *attribute, void **pointer); /* object.attribute; steals object */
 

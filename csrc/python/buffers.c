@@ -6,6 +6,7 @@
 
 #include <string.h>
 
+#include "nesting.h"
 #include "steps.h"
 
 /* ---- classification --------------------------------------------------------------------------------------------- */
@@ -210,6 +211,7 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
         char text[64];
         return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
     }
+    if (source->ndim > 0 && !source->shape) return refuse(c, t, PyExc_BufferError, "was exported without a shape");
     if (source->ndim < 0 || source->ndim > MAX_DIMS)
         return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);
     view->ndim = source->ndim;
@@ -218,7 +220,7 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
         if (source->strides) t->strides[d] = source->strides[d];
     }
     view->strides = source->strides ? t->strides : NULL;
-    view->data = source->data ? (char *)source->data + source->byte_offset : NULL;
+    view->data = source->data ? (void *)((uintptr_t)source->data + source->byte_offset) : NULL;
     return check_view(c, t);
 }
 
@@ -272,6 +274,7 @@ static tensor *add_tensor(call *c, const char *name, int member, PyObject *objec
     t->member = member;
     t->slot = slot;
     t->managed = NULL;
+    t->keeper = NULL;
     t->fresh = false;
     t->has_producer = false;
     t->producer = NULL;
@@ -332,6 +335,7 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->synchronize = false;
     c->scratch = NULL;
     c->count = 0;
+    c->nested = enter_call();
     begin_steps(c);
 }
 
@@ -344,9 +348,11 @@ void end_call(call *c) {
         tensor *t = &c->tensors[i];
         release_dlpack(t);
         if (t->unfinished) t->kind.framework->drop(t->unfinished);
+        Py_XDECREF(t->keeper);
         Py_XDECREF(t->object);
     }
     if (failed) PyErr_Restore(type, value, traceback);
     if (c->hand_over) c->result = call_torch(c);
+    leave_call();
     end_step(c, STEP_RETURN);
 }

@@ -166,13 +166,15 @@ static void give_back(PyObject *capsule) {
 
 /* What keeps the elements alive: the DLPack export, or else the object. */
 static PyObject *keeper_of(tensor *t) {
-    if (!t->managed) {
-        Py_INCREF(t->object);
-        return t->object;
-    }
+    if (!t->managed) return Py_NewRef(t->keeper ? t->keeper : t->object);
     PyObject *keeper = PyCapsule_New(t->managed, export_name, give_back);
     if (keeper && PyCapsule_SetContext(keeper, t->versioned ? keeper : NULL) == 0) t->managed = NULL;
     return keeper;
+}
+
+static bool check_size(call *c, const mv_view *view) {
+    return mv_is_addressable(view) ||
+           refuse(c, tensor_of(c, view), PyExc_ValueError, "has a shape and strides that reach past all memory");
 }
 
 /* _view(object) -> (address, shape, strides in elements, dtype, device, read_only, keeper) */
@@ -183,7 +185,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
     begin_call(&c, module, "DeviceArray.from_dlpack");
     c.may_hand_over = false;
     c.streams_of = &device_array_framework; /* whose stream waits for the tensor's */
-    if (take_tensor(&c, "array", -1, object, &view) && settle(&c)) {
+    if (check_stack(&c) && take_tensor(&c, "array", -1, object, &view) && settle(&c) && check_size(&c, &view)) {
         tensor *t = &c.tensors[0];
         if (!view.strides) contiguous_strides(view.ndim, t->shape, t->strides);
         PyObject *shape = shape_tuple(view.ndim, t->shape), *strides = shape_tuple(view.ndim, t->strides);
@@ -212,7 +214,7 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
     call c;
     begin_call(&c, module, "_empty");
     c.may_hand_over = false;
-    if (take_tensor(&c, "like", -1, like, &view)) {
+    if (check_stack(&c) && take_tensor(&c, "like", -1, like, &view)) {
         const tensor *t = &c.tensors[0];
         const framework *from = t->kind.framework;
         tensor *made = add_fresh_tensor(&c, "result", t, NULL);

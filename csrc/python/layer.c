@@ -139,7 +139,7 @@ typedef struct {
     vector_function *vector;
     weight_versions seen;
 } layer_tail;
-static Py_ssize_t tail_offset;
+static Py_ssize_t tail_offset; /* of any layer */
 static PyTypeObject *layer_type;
 static layer_tail *tail_of(PyObject *layer) { return (layer_tail *)((char *)layer + tail_offset); }
 
@@ -252,15 +252,21 @@ PyObject *py_callable_layer(PyObject *module, PyObject *class) {
                                .slots = slots};
     PyObject *size = PyObject_GetAttrString(class, "__basicsize__");
     if (!size) return NULL;
-    tail_offset = members[0].offset = PyLong_AsSsize_t(size);
-    spec.basicsize = (int)(tail_offset + (Py_ssize_t)sizeof(layer_tail));
+    const Py_ssize_t offset = PyLong_AsSsize_t(size);
     Py_DECREF(size);
+    if (tail_offset != 0 && tail_offset != offset)
+        return PyErr_Format(PyExc_TypeError,
+                            "_callable_layer: %R has instances of %zd bytes, expected %zd, as those of the class that "
+                            "it has made callable already",
+                            class, offset, tail_offset);
+    tail_offset = members[0].offset = offset;
+    spec.basicsize = (int)(offset + (Py_ssize_t)sizeof(layer_tail));
     PyObject *bases = PyTuple_Pack(1, class);
     PyObject *type = bases ? PyType_FromModuleAndSpec(module, &spec, bases) : NULL;
     PyObject *text = type ? PyObject_GetAttrString(class, "__doc__") : NULL;
     if (!text || PyObject_SetAttrString(type, "__doc__", text) < 0) Py_CLEAR(type);
     Py_XDECREF(text);
     Py_XDECREF(bases);
-    layer_type = (PyTypeObject *)type;
+    if (!layer_type) layer_type = (PyTypeObject *)Py_XNewRef(type);
     return type;
 }

@@ -132,7 +132,21 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* What C keeps is the process's own, and what runs on other threads enters the main interpreter. That one has the
+ * number 0. Through its slot a module could only say so from CPython 3.12 on. */
+static bool is_main_interpreter(void) {
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) == 0) return true;
+    if (!PyErr_Occurred())
+        PyErr_SetString(
+            PyExc_ImportError,
+            "minivllm._C works in the main interpreter of a process only, and this is a subinterpreter; "
+            "use another process, or where a server makes subinterpreters (mod_wsgi, uWSGI), tell it to use "
+            "the main one (WSGIApplicationGroup %{GLOBAL}, single-interpreter)");
+    return false;
+}
+
 static int execute(PyObject *module) {
+    if (!is_main_interpreter()) return -1;
     module_state *state = PyModule_GetState(module); /* zeroed by CPython */
     for (int i = 0; i < KNOWN_NAMES; i++) {
         state->names[i] = PyUnicode_InternFromString(name_texts[i]);

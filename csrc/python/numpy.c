@@ -70,6 +70,7 @@ static bool dtype_of_struct(call *c, tensor *t, const array_struct *array) {
     return (array->flags & NATIVE_ORDER) || refuse_byte_order(c, t);
 }
 
+/* The struct of a subclass may be another array's, which the capsule keeps. */
 static bool numpy_view(call *c, tensor *t) {
     PyObject *capsule = PyObject_GetAttr(t->object, c->state->names[NAME_ARRAY_STRUCT]);
     const array_struct *array = capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
@@ -90,7 +91,7 @@ static bool numpy_view(call *c, tensor *t) {
         }
         ok = strides_from_bytes(c, t) && check_view(c, t);
     }
-    Py_DECREF(capsule);
+    t->keeper = capsule;
     return ok;
 }
 

@@ -75,6 +75,16 @@ void contiguous_strides(int ndim, const int64_t *shape, int64_t *strides) {
     for (int d = ndim - 1; d >= 0; step *= shape[d], d--) strides[d] = step;
 }
 
+/* The limited API of 3.11 has only a borrowed reference, which without a GIL another thread may take away. */
+PyObject *item_of(PyObject *dict, PyObject *key) {
+#ifdef Py_GIL_DISABLED
+    PyObject *value;
+    return PyDict_GetItemRef(dict, key, &value) > 0 ? value : NULL;
+#else
+    return Py_XNewRef(PyDict_GetItemWithError(dict, key));
+#endif
+}
+
 bool ints_of_tuple(PyObject *object, int64_t *values, int *count) {
     PyObject *tuple = PySequence_Tuple(object);
     const Py_ssize_t size = tuple ? PyTuple_Size(tuple) : 0;

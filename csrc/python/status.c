@@ -58,19 +58,19 @@ static PyObject *first_line(PyObject *exception) {
     return line;
 }
 
+/* KeyboardInterrupt, SystemExit, MemoryError and RecursionError. */
+bool is_about_no_argument(void) {
+    return PyErr_Occurred() && (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError) ||
+                                PyErr_ExceptionMatches(PyExc_RecursionError));
+}
+
 bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *format, ...) {
+    if (is_about_no_argument()) return false;
     PyObject *cause_type, *cause, *traceback;
     PyErr_Fetch(&cause_type, &cause, &traceback);
     PyErr_NormalizeException(&cause_type, &cause, &traceback);
     if (traceback) PyException_SetTraceback(cause, traceback);
     Py_XDECREF(traceback);
-    /* KeyboardInterrupt, SystemExit and MemoryError are not about this tensor. */
-    if (cause && (!PyErr_GivenExceptionMatches(cause_type, PyExc_Exception) ||
-                  PyErr_GivenExceptionMatches(cause_type, PyExc_MemoryError))) {
-        PyErr_Restore(cause_type, cause, NULL);
-        return false;
-    }
-
     va_list values;
     va_start(values, format);
     PyObject *text = sentence(c, t->name, t->member, format, values);

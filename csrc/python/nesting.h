@@ -1,0 +1,11 @@
+/* nesting.h: calls within calls. What an argument's exporter or conversion runs may call an op again, and so may what a
+ * call is handed over to. */
+#ifndef MV_PYTHON_NESTING_H
+#define MV_PYTHON_NESTING_H
+
+#include <stdbool.h>
+
+bool enter_call(void); /* is another call of this thread under way? */
+void leave_call(void);
+
+#endif
