@@ -49,7 +49,7 @@ class FusedRMSNormQKV:
     else:
         forward: ClassVar[_RMSNormQKV]
 
-        # C adds it: see _callable_layer.
+        # C adds them: see _callable_layer.
         @overload
         def __call__(
             self, x: _T, *, residual: None = None, out: _T | None = None, residual_out: None = None
@@ -59,6 +59,8 @@ class FusedRMSNormQKV:
             self, x: _T, *, residual: _Tensor, out: _T | None = None, residual_out: _T | None = None
         ) -> tuple[_T, _T, _T, _T]: ...
         def __call__(self, x: Any, *, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any: ...
+        def _forget(self) -> None: ...
+        def _vouches(self) -> bool: ...
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class FusedRMSNormQKV:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
         if name in _TENSORS:
-            _C._layer_forget(self)
+            self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all there is, but for the bytes of a C struct that another build may lay out

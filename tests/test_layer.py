@@ -14,7 +14,6 @@ from checks import IS_IN_OUT, QKV, WEIGHTS, weight_data
 from frameworks import TORCH_CPU
 
 import minivllm
-from minivllm import _C
 from minivllm.testing.reference import to_float64
 
 
@@ -82,7 +81,7 @@ def vouching(torch, **options):
     layer = minivllm.FusedRMSNormQKV(
         norm_weight=norm, qkv_weight=weight, bias=bias, num_heads=1, num_kv_heads=1, **options
     )
-    return layer, lambda: _C._layer_vouches(layer)
+    return layer, layer._vouches
 
 
 def test_a_layer_vouches_while_the_counters_of_its_weights_stand_still(torch):
@@ -101,7 +100,7 @@ def test_a_layer_vouches_while_the_counters_of_its_weights_stand_still(torch):
         setattr(layer, name, getattr(layer, name))  # another tensor may have the address of one that is gone
         assert [vouches(), vouches()] == [False, True]
     copied = copy.copy(layer)
-    assert [_C._layer_vouches(copied), _C._layer_vouches(copied)] == [False, True]
+    assert [copied._vouches(), copied._vouches()] == [False, True]
 
 
 def test_a_prepacked_layer_vouches_until_it_is_refreshed(torch):
@@ -115,11 +114,11 @@ def test_a_layer_does_not_vouch_where_nothing_counts(torch):
     with torch.inference_mode():
         weight = torch.randn(24, 16)
     layer = minivllm.FusedRMSNormQKV(norm_weight=torch.ones(16), qkv_weight=weight, num_heads=1, num_kv_heads=1)
-    assert [_C._layer_vouches(layer) for _ in range(3)] == [False] * 3
+    assert [layer._vouches() for _ in range(3)] == [False] * 3
     arrays = minivllm.FusedRMSNormQKV(
         norm_weight=np.ones(16, np.float32), qkv_weight=np.ones((24, 16), np.float32), num_heads=1, num_kv_heads=1
     )
-    assert [_C._layer_vouches(arrays) for _ in range(3)] == [False] * 3
+    assert [arrays._vouches() for _ in range(3)] == [False] * 3
 
 
 @pytest.mark.parametrize("told", [True, False])

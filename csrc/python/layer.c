@@ -170,35 +170,29 @@ static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *
     return c.result;
 }
 
-static bool check_layer(const char *function, PyObject *const *given, Py_ssize_t count) {
-    if (count >= 1 && layer_type && PyObject_TypeCheck(given[0], layer_type)) return true;
-    PyErr_Format(PyExc_TypeError, "%s: argument 1 must be a FusedRMSNormQKV", function);
-    return false;
-}
-
 PyObject *py_call_layer(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    if (!check_layer("_call_layer", given, count)) return NULL;
+    if (count < 1 || !layer_type || !PyObject_TypeCheck(given[0], layer_type))
+        return PyErr_Format(PyExc_TypeError, "_call_layer: argument 1 must be a FusedRMSNormQKV");
     return call_layer(module, given[0], given + 1, count - 1, names);
 }
 
-/* Another tensor in place of one that is gone may have its address and its count. */
-PyObject *py_layer_forget(PyObject *module, PyObject *layer) {
-    (void)module;
-    if (!check_layer("_layer_forget", &layer, 1)) return NULL;
+/* layer._forget(): another tensor in place of one that is gone may have its address and its count. */
+static PyObject *forget_weights(PyObject *layer, PyObject *none) {
+    (void)none;
     memset(&tail_of(layer)->seen, 0, sizeof(weight_versions));
     Py_RETURN_NONE;
 }
 
-/* What the next call on a GPU would do, had this been a call: whether it vouches. */
-PyObject *py_layer_vouches(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    if (!check_layer("_layer_vouches", given, count)) return NULL;
+/* layer._vouches(): whether a call on a GPU would, which then remembers the counters as this does. */
+static PyObject *vouches_for_weights(PyObject *layer, PyTypeObject *type, PyObject *const *given, Py_ssize_t count,
+                                     PyObject *names) {
+    (void)given, (void)count, (void)names;
     layer_args a = {.qkv.call.op = call_signature.op};
     call c;
-    begin_call(&c, module, call_signature.op);
+    begin_call(&c, PyType_GetModule(type), call_signature.op);
     c.may_hand_over = false;
-    (void)names;
-    if (read_attributes(&c, &held_signature, &a, given[0])) {
-        weight_versions now = {0}, *const seen = &tail_of(given[0])->seen;
+    if (read_attributes(&c, &held_signature, &a, layer)) {
+        weight_versions now = {0}, *const seen = &tail_of(layer)->seen;
         if (a.by_counters) a.qkv.static_weights = read_versions(&c, &a.qkv, &now) && same_versions(&now, seen);
         *seen = now;
         if (!PyErr_Occurred()) c.result = PyBool_FromLong(a.qkv.static_weights);
@@ -235,6 +229,9 @@ PyObject *py_callable_layer(PyObject *module, PyObject *class) {
     static PyMethodDef methods[] = {
         {"__call__", (PyCFunction)(void (*)(void))call_layer_method,
          METH_METHOD | METH_FASTCALL | METH_KEYWORDS | METH_COEXIST, DOC_CALL_LAYER},
+        {"_forget", forget_weights, METH_NOARGS, "The weights count as changed."},
+        {"_vouches", (PyCFunction)(void (*)(void))vouches_for_weights, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
+         "Would a call on a GPU vouch for the weights? This counts as one: the counters are remembered."},
         {NULL, NULL, 0, NULL},
     };
     static PyMemberDef members[] = {

@@ -4,8 +4,7 @@
 
 #include "ops.h"
 
-fast_function py_check_rms_norm_qkv, py_call_layer, py_layer_vouches;
-PyObject *py_layer_forget(PyObject *module, PyObject *layer);
+fast_function py_check_rms_norm_qkv, py_call_layer;
 /* (class) -> a subclass of it whose calls come straight to C. */
 PyObject *py_callable_layer(PyObject *module, PyObject *class);
 

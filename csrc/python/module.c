@@ -93,10 +93,6 @@ static PyMethodDef methods[] = {
     FAST("rms_norm_qkv", py_rms_norm_qkv, DOC_RMS_NORM_QKV),
     FAST("_rms_norm_qkv_packed", py_rms_norm_qkv_packed, "rms_norm_qkv -> out [..., qkv], or (out, residual_out)"),
     FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, numbers) of a layer"),
-    {"_layer_forget", py_layer_forget, METH_O, "(layer): its weights count as changed"},
-    FAST("_layer_vouches", py_layer_vouches,
-         "_layer_vouches($module, layer)\n--\n\nWould a call on a GPU vouch for "
-         "its weights? It counts as a call: the counters are remembered."),
     FAST("_call_layer", py_call_layer,
          "_call_layer($module, layer, x, *, residual=None, out=None, residual_out=None)\n--\n\nlayer(x, ...)"),
     {"_callable_layer", py_callable_layer, METH_O, "(class) -> a subclass whose instances are called from C"},
