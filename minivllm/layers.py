@@ -34,7 +34,9 @@ class FusedRMSNormQKV:
     "in_out" for its .t(). bias: [qkv], or a tuple of three. All float32, float16 or bfloat16: x's dtype or float32.
 
     The layer keeps the very tensors it was given and reads their addresses anew at each call, so weights that are
-    updated in place, or whose storage is replaced, are seen. With `prepack=True` the projection is instead copied once
+    updated in place, or whose storage is replaced, are seen. It is no torch.nn.Module: a Parameter or a module that is
+    put in the place of another one (load_state_dict(assign=True), functional_call, a parametrization) does not reach
+    it. minivllm.nn.FusedRMSNormQKV is one. With `prepack=True` the projection is instead copied once
     into one contiguous [qkv, hidden] matrix of `prepacked_bytes` bytes; `refresh()` renews that copy.
 
     static_weights: on a GPU, may a call read the weights while the work in front of it on its stream is still running?
@@ -173,6 +175,17 @@ class FusedRMSNormQKV:
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, eps={self.eps}, rounding={self.rounding!r}, "
             f"prepacked_bytes={self.prepacked_bytes})"
         )
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """minivllm.layers.RMSNorm, by which name the package `kernels` finds it; torch is imported only for that."""
+        if name != "RMSNorm":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from minivllm.torch_layers import RMSNorm
+
+        return RMSNorm
 
 
 def is_in_out(members, hidden, weight_layout):
