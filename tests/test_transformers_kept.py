@@ -131,7 +131,9 @@ def test_a_copy_is_a_model_of_its_own(tmp_path):
     minivllm.transformers.undo(plain)
     assert close(twin(ids).logits, plain(ids).logits) and not close(twin(ids).logits, expected)
     torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with pytest.warns(minivllm.transformers.NotFusedWarning, match="came out of a pickle") as warned:
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert len(warned) == 1
     assert close(loaded(ids).logits, expected)
     assert len(minivllm.transformers.apply(loaded).fused) == LAYERS + 1
     assert close(loaded(ids).logits, expected)
@@ -249,13 +251,13 @@ def replace_layer(layer):
 
 
 SPOILT = {
-    adapt: "self_attn.v_proj is a LoRALinear, expected Linear",
-    quantise: "self_attn.q_proj is a Quantised, expected Linear",
+    adapt: "self_attn.v_proj is a test_transformers_kept.LoRALinear, expected Linear",
+    quantise: "self_attn.q_proj is a test_transformers_kept.Quantised, expected Linear",
     hook: "self_attn.q_norm has a hook, which would not be called",
     pre_hook: "self_attn has a hook, which would not be called",
     replace_forward: "post_attention_layernorm is a Qwen3RMSNorm whose forward was replaced",
     parametrise: "self_attn.k_proj is a ParametrizedLinear, expected Linear",
-    replace_layer: "it is a MyLayer, expected Qwen3DecoderLayer",
+    replace_layer: "it is a test_transformers_kept.MyLayer, expected Qwen3DecoderLayer",
 }
 
 
@@ -314,9 +316,11 @@ def test_what_o_proj_returns_may_be_anothers():
 
 def test_dtypes_biases_and_other_models():
     model = causal_lm("tiny-qwen2").double()
-    report = minivllm.transformers.apply(model)
+    why = "weight has dtype float64, which is not supported; expected float32, float16 or bfloat16"
+    with pytest.warns(minivllm.transformers.NotFusedWarning, match=f"nothing was fused: model.layers.0: .*{why}"):
+        report = minivllm.transformers.apply(model)
     assert not report.fused and len(report.left_alone) == LAYERS + 1
-    assert report.left_alone["model.norm"] == "weight has dtype torch.float64, expected float32, float16 or bfloat16"
+    assert report.left_alone["model.norm"] == why
     model = causal_lm("tiny-qwen2")
     model.model.layers[0].self_attn.k_proj.bias = None
     model.model.layers[1].self_attn.k_proj.half()
@@ -324,9 +328,10 @@ def test_dtypes_biases_and_other_models():
     assert left_alone["model.layers.0"] == "some of q_proj, k_proj and v_proj have a bias and some have none"
     assert left_alone["model.layers.1"].startswith("its weights differ in dtype or device: torch.float16 on cpu")
     other = torch.nn.Linear(3, 3)
-    assert minivllm.transformers.apply(other).left_alone == {
-        "": "Linear holds none of LlamaModel, Qwen2Model, Qwen3Model"
-    }
+    why = "Linear holds none of LlamaModel, Qwen2Model, Qwen3Model"
+    with pytest.warns(minivllm.transformers.NotFusedWarning, match=f"nothing was fused: the model: {why}") as warned:
+        assert minivllm.transformers.apply(other).left_alone == {"": why}
+    assert len(warned) == 1 and warned[0].filename == __file__
     with pytest.raises(TypeError, match="apply: model is of type str, expected a torch.nn.Module"):
         minivllm.transformers.apply("Qwen/Qwen3-0.6B")
     with pytest.raises(ValueError, match="apply: fused_tokens is -1, expected"):

@@ -9,9 +9,11 @@
 What a fused layer computes, and when it steps aside, is in layer.py; docs/transformers.md is for users.
 """
 
-import importlib
+from __future__ import annotations
+
 import types
-from typing import NamedTuple
+import warnings
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,41 +21,26 @@ import transformers
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"minivllm.transformers needs transformers >= 5, found {transformers.__version__}")
 
-from minivllm import _C  # noqa: E402
-from minivllm.transformers.layer import (  # noqa: E402
-    DTYPES,
-    FusedLayer,
+import minivllm._C as _C  # noqa: E402
+from minivllm.nn import NotFusedWarning  # noqa: E402
+from minivllm.transformers.code import (  # noqa: E402
+    FAMILIES,
+    Applied,
+    Family,
+    Rounding,
     is_fused,
     is_replaced,
     is_watched,
-    layer_forward,
-    model_forward,
-    norm_forward,
 )
+from minivllm.transformers.layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
+
+__all__ = ["NotFusedWarning", "Report", "apply", "undo"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BACKENDS = ("cpu", "cuda")
 ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
 TRACED_TOKENS = 1024  # and with those of Hopper here, when torch.compile fuses the norm with what is in front of it
-
-
-class Family(NamedTuple):
-    """The classes of one architecture."""
-
-    module: types.ModuleType
-    model: type
-    layer: type
-    attention: type
-    norm: type
-
-
-def _family(name):
-    module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
-    return Family(module, *(getattr(module, name + part) for part in ("Model", "DecoderLayer", "Attention", "RMSNorm")))
-
-
-FAMILIES = tuple(map(_family, ("Llama", "Qwen2", "Qwen3")))
 
 
 class Report:
@@ -64,25 +51,31 @@ class Report:
     reason, by name. packed_bytes: the size of the matrices that packed=True made, in place of the weights' own memory.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self.fused = []
-        self.left_alone = {}
-        self.fallbacks = {}
+        self.fused: list[str] = []
+        self.left_alone: dict[str, str] = {}
+        self.fallbacks: dict[str, str] = {}
         self.packed_bytes = 0
 
-    def undo(self):
+    def undo(self) -> None:
         """Gives the model back its own code; see `undo`."""
         undo(self._model)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [f"minivllm: {len(self.fused)} modules fused, {len(self.left_alone)} left alone"]
         for title, reasons in (("left alone", self.left_alone), ("ran the code of its class", self.fallbacks)):
             lines += [f"  {name or 'the model'}: {title}: {why}" for name, why in reasons.items()]
         return "\n".join(lines)
 
 
-def apply(model, *, packed=False, fused_tokens="auto", rounding="fp32"):
+def apply(
+    model: torch.nn.Module,
+    *,
+    packed: bool = False,
+    fused_tokens: int | Literal["auto"] | None = "auto",
+    rounding: Rounding = "fp32",
+) -> Report:
     """Puts the fused ops into every Llama, Qwen2 and Qwen3 decoder inside `model`, and returns a Report.
 
     model: a torch module, such as what AutoModelForCausalLM.from_pretrained returned. Its weights stay where they are
@@ -97,6 +90,9 @@ def apply(model, *, packed=False, fused_tokens="auto", rounding="fp32"):
 
     What cannot be fused is left alone and named in the report. Applied anew, it starts from the model's own code.
 
+    NotFusedWarning, a UserWarning, once each: nothing in the model can be fused; the model came out of a pickle, and so
+    without this; in eval mode it is called with gradients on, for which it runs its own code.
+
     TypeError: model is no torch.nn.Module. ValueError: fused_tokens or rounding. RuntimeError: as `undo`.
     """
     if not isinstance(model, torch.nn.Module):
@@ -108,34 +104,30 @@ def apply(model, *, packed=False, fused_tokens="auto", rounding="fp32"):
     undo(model)
     report = Report(model)
     for name, decoder in model.named_modules():
-        family = next((family for family in FAMILIES if type(decoder) is family.model), None)
+        family = next((family for family in FAMILIES.values() if type(decoder) is family.model), None)
         if family is None:
             continue
         prefix = f"{name}." if name else ""
-        if why := _why_replaced(family, {"": decoder}, {"": family.model}):
+        if why := family.why_replaced({"": decoder}, {"": family.model}) or family.why_not_functions():
             report.left_alone[name] = why
             continue
-        for index, layer in decoder.layers.named_children():
-            _apply_to_layer(family, f"{prefix}layers.{index}", layer, packed, fused_tokens, rounding, report)
-        if why := _why_not_norm(family, decoder.norm):
-            report.left_alone[f"{prefix}norm"] = why
-        else:
-            decoder.norm._minivllm = rounding
-            decoder.norm.forward = types.MethodType(norm_forward, decoder.norm)
-            report.fused.append(f"{prefix}norm")
-        decoder.forward = types.MethodType(model_forward, decoder)
+        applied = Applied(family, rounding, report.fallbacks)
+        _apply_to_decoder(decoder, prefix, applied, packed, fused_tokens, report)
     if not report.fused and not report.left_alone:
-        known = ", ".join(family.model.__name__ for family in FAMILIES)
+        known = ", ".join(family.model.__name__ for family in FAMILIES.values())
         report.left_alone[""] = f"{type(model).__name__} holds none of {known}"
+    if not report.fused:
+        name, why = next(iter(report.left_alone.items()))
+        warnings.warn(f"apply: nothing was fused: {name or 'the model'}: {why}", NotFusedWarning, stacklevel=2)
     return report
 
 
-def undo(model):
+def undo(model: torch.nn.Module) -> None:
     """Gives every decoder that `apply` changed inside `model` its own code back, and packed weights their own memory.
 
     RuntimeError where somebody has meanwhile replaced a forward that `apply` put there: undo that first.
     """
-    ours = []
+    ours: list[Any] = []
     for name, module in model.named_modules():
         for forward in (model_forward, layer_forward, norm_forward):
             if is_fused(module, forward):
@@ -154,26 +146,51 @@ def undo(model):
                 linear.weight.data = linear.weight.data.clone()
 
 
-def _apply_to_layer(family, name, layer, packed, fused_tokens, rounding, report):
-    why = _why_not_layer(family, layer)
-    if why is not None:
-        report.left_alone[name] = why
-        return
+def _apply_to_decoder(
+    decoder: Any,
+    prefix: str,
+    applied: Applied,
+    packed: bool,
+    fused_tokens: int | Literal["auto"] | None,
+    report: Report,
+) -> None:
+    for index, layer in decoder.layers.named_children():
+        name = f"{prefix}layers.{index}"
+        if why := _why_not_layer(applied.family, layer):
+            report.left_alone[name] = why
+        else:
+            report.packed_bytes += _apply_to_layer(name, layer, applied, packed, fused_tokens)
+            report.fused.append(name)
+    if why := _why_not_norm(applied.family, decoder.norm):
+        report.left_alone[f"{prefix}norm"] = why
+    else:
+        _put(decoder.norm, norm_forward, applied)
+        report.fused.append(f"{prefix}norm")
+    _put(decoder, model_forward, applied)
+
+
+def _put(module: Any, forward: Any, minivllm: object) -> None:
+    module._minivllm = minivllm
+    module.forward = types.MethodType(forward, module)
+
+
+def _apply_to_layer(
+    name: str, layer: Any, applied: Applied, packed: bool, fused_tokens: int | Literal["auto"] | None
+) -> int:
+    """The bytes of the matrix that its weights were packed into, or 0."""
     linears = [getattr(layer.self_attn, projection) for projection in PROJECTIONS]
     matrix = None
     if packed:
         matrix = torch.cat([linear.weight.detach() for linear in linears])
-        parts = matrix.split([linear.out_features for linear in linears])
+        parts = matrix.split_with_sizes([linear.out_features for linear in linears])
         for linear, part in zip(linears, parts):
             linear.weight.data = part
-        report.packed_bytes += matrix.nbytes
     eager, traced = _default_limits(linears[0].weight) if fused_tokens == "auto" else (fused_tokens, fused_tokens)
-    layer._minivllm = FusedLayer(name, layer, matrix, eager, traced, rounding, report.fallbacks)
-    layer.forward = types.MethodType(layer_forward, layer)
-    report.fused.append(name)
+    _put(layer, layer_forward, FusedLayer(name, layer, matrix, eager, traced, applied))
+    return 0 if matrix is None else matrix.nbytes
 
 
-def _default_limits(weight):
+def _default_limits(weight: torch.Tensor) -> tuple[int | None, int | None]:
     """fused_tokens="auto" for a weight of q_proj: eagerly, under torch.compile."""
     if weight.device.type == "cpu":
         return None, None
@@ -181,28 +198,28 @@ def _default_limits(weight):
     return (None, TRACED_TOKENS) if fast else (FUSED_TOKENS, FUSED_TOKENS)
 
 
-def _capability(gpu):
+def _capability(gpu: int) -> int:
     """90 for 9.0; 0 where this build has nothing for that GPU."""
     try:
         info = _C.cuda_device_info(gpu)
     except RuntimeError:
         return 0
-    return info["compute_capability"] if info["usable"] else 0
+    return int(info["compute_capability"]) if info["usable"] else 0
 
 
-def _why_not_layer(family, layer):
+def _why_not_layer(family: Family, layer: torch.nn.Module) -> str | None:
     """Why a decoder layer is left alone, or None."""
-    attention = getattr(layer, "self_attn", None)
-    expected = {"": family.layer, "self_attn": family.attention}
+    attention: Any = getattr(layer, "self_attn", None)
+    expected: dict[str, type[torch.nn.Module]] = {"": family.layer, "self_attn": family.attention}
     expected |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), family.norm)
     expected |= dict.fromkeys((f"self_attn.{name}" for name in PROJECTIONS), torch.nn.Linear)
     if hasattr(attention, "q_norm"):
         expected |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), family.norm)
     try:
-        modules = {name: layer.get_submodule(name) for name in expected}
+        modules: dict[str, Any] = {name: layer.get_submodule(name) for name in expected}
     except AttributeError as error:
         return str(error)
-    if why := _why_replaced(family, modules, expected):
+    if why := family.why_replaced(modules, expected):
         return why
     for name, module in modules.items():
         hooks = {**module._forward_pre_hooks, **module._forward_hooks}
@@ -228,24 +245,11 @@ def _why_not_layer(family, layer):
     return None
 
 
-def _why_not_norm(family, norm):
-    why = _why_replaced(family, {"": norm}, {"": family.norm})
-    return why or _why_not_parameters(dict(norm.named_parameters()))
+def _why_not_norm(family: Family, norm: torch.nn.Module) -> str | None:
+    return family.why_replaced({"": norm}, {"": family.norm}) or _why_not_parameters(dict(norm.named_parameters()))
 
 
-def _why_replaced(family, modules, expected):
-    """Whether some modules, by name, are exactly of the expected classes, with the code that these came with."""
-    for name, module in modules.items():
-        what = f"{name} is" if name else "it is"
-        if type(module) is not expected[name]:
-            return f"{what} a {type(module).__qualname__}, expected {expected[name].__qualname__}"
-        home = torch.nn.Linear.__module__ if expected[name] is torch.nn.Linear else family.module.__name__
-        if is_replaced(module) or type(module).forward.__module__ != home:
-            return f"{what} a {type(module).__qualname__} whose forward was replaced"
-    return None
-
-
-def _why_not_parameters(parameters):
+def _why_not_parameters(parameters: dict[str, Any]) -> str | None:
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) > 1:
         return f"its weights differ in dtype or device: {', '.join(sorted(f'{d} on {where}' for d, where in kinds))}"
@@ -253,7 +257,8 @@ def _why_not_parameters(parameters):
         if type(parameter) is not torch.nn.Parameter:
             return f"{name} is a {type(parameter).__qualname__}, expected a plain Parameter"
         if parameter.dtype not in DTYPES:
-            return f"{name} has dtype {parameter.dtype}, expected float32, float16 or bfloat16"
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return f"{name} has dtype {dtype}, which is not supported; expected float32, float16 or bfloat16"
         if parameter.device.type not in BACKENDS:
             return f"{name} is on {parameter.device}, expected the CPU or CUDA"
         if parameter.device.type == "cuda" and not _C.cuda_archs():

@@ -1,0 +1,51 @@
+"""What the layers of a model hand to each other in one forward, and the rotary embedding that they share in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Step:
+    """One forward of the model.
+
+    pending: the residual that the next layer has to add to its input; None where that input is the sum itself.
+    last: the layer after which no sum may be pending; None where layers are watched, so that none ever is.
+    """
+
+    def __init__(self, last: torch.nn.Module | None) -> None:
+        self.pending: Tensor | None = None
+        self.last = last
+        self.embeddings: tuple[Tensor, Tensor] | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.mask: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def rotation_of(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """rotation(embeddings), computed once for all layers."""
+        if self.rotation is None or self.embeddings is not embeddings:
+            self.embeddings, self.rotation = embeddings, rotation(embeddings)
+        return self.rotation
+
+    def bias_of(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A mask of booleans as what is added to scores: torch would make that anew in every layer."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        if self.mask is not mask:
+            self.mask = mask
+            self.bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return self.bias
+
+
+def rotation(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) for `rotate`, [batch, tokens, 1, head_dim], from those of transformers, [batch, tokens, head_dim]."""
+    cos, sin = embeddings
+    half = sin.shape[-1] // 2
+    return cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x cos + rotate_half(x) sin in place, with the very roundings of transformers: the sign that rotate_half gives to
+    the first half is in `sin`. x: [batch, tokens, heads, head_dim]."""
+    turned = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).add_(turned.mul_(sin))
