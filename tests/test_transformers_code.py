@@ -264,6 +264,10 @@ def test_training_and_inference_do_not_warn():
             model(ids)
 
 
+@pytest.mark.skipif(
+    isinstance(qwen3.apply_rotary_pos_emb, torch.nn.Module),
+    reason="with the package kernels no model of transformers can be pickled",
+)
 def test_what_comes_out_of_a_pickle_warns_once():
     model, ids = causal_lm("tiny-qwen3"), prompt(1, 5)
     expected = model(ids).logits
