@@ -169,7 +169,9 @@ bool mv_last_kernel(mv_ran *ran);
 /* ---- the CPU backend ------------------------------------------------------------------------------------------ */
 
 /* Threads used by CPU kernels. Default: the cores this process may run on, or OMP_NUM_THREADS when that is less.
- * Setting n < 1 brings the default back; more than the cores this process may run on is allowed. */
+ * Setting n < 1 brings the default back; more than the cores this process may run on is allowed, MV_MAX_THREADS at
+ * most. */
+enum { MV_MAX_THREADS = 1024 };
 void mv_set_num_threads(int n);
 int mv_get_num_threads(void);
 

@@ -126,6 +126,11 @@ def _wants_gradient(op, outputs, **tensors):
                     f"{what} is of type {type(tensor).__qualname__}, expected a torch.Tensor: a gradient, a tensor "
                     "subclass or a transformation of torch is involved"
                 )
+            if not torch.compiler.is_compiling() and tensor.is_nested:
+                raise TypeError(
+                    f"{what} is a nested tensor, expected a dense one; call this on its to_padded_tensor(0.0), or of a "
+                    "jagged one's rows on its values()"
+                )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
             if tensor.dtype not in _DTYPES:

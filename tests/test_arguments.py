@@ -181,8 +181,31 @@ def test_what_is_no_tensor_and_its_fix(torch):
     refuses(
         lambda: minivllm.rms_norm_qkv(x, weight, torch.nn.Linear(8, 24), 1, 1),
         TypeError,
-        r"^rms_norm_qkv: qkv_weight must be a tensor .*, got Linear; pass its \.weight$",
+        r"^rms_norm_qkv: qkv_weight must be a tensor .*, got torch\.nn\.modules\.linear\.Linear; pass its \.weight$",
     )
+
+    class Linear(torch.nn.Module):
+        """As peft wraps one: its weight is not all that it computes with."""
+
+        __module__ = "peft.tuners.lora.layer"
+
+        def __init__(self):
+            super().__init__()
+            self.base_layer = torch.nn.Linear(8, 24)
+            self.weight = self.base_layer.weight
+
+    refuses(
+        lambda: minivllm.FusedRMSNormQKV(norm_weight=weight, qkv_weight=Linear(), num_heads=1, num_kv_heads=1),
+        TypeError,
+        r"^FusedRMSNormQKV: qkv_weight must be a tensor .*, got peft\.tuners\.lora\.layer\..*Linear; merge what wraps "
+        r"its base_layer into that, such as by merge_and_unload\(\), and pass the \.weight$",
+    )
+    for shape in ((8,), [8], torch.Size([8]), 8):
+        refuses(
+            lambda: minivllm.rms_norm(x, shape, weight),
+            TypeError,
+            r"^rms_norm: weight must be a tensor .*; it takes no shape, as torch's rms_norm does: rms_norm\(x, weight\)$",
+        )
     for wrong, name in (([1.0], "list"), ((1.0, 2.0), "tuple")):
         refuses(
             lambda: minivllm.rms_norm(x, wrong), TypeError, rf"weight must be a tensor .*, got {name}; make an array"
@@ -341,9 +364,7 @@ def test_set_num_threads_by_name():
         refuses(lambda: minivllm.set_num_threads(n="1"), TypeError, "set_num_threads: n must be an integer, got str")
         refuses(lambda: minivllm.set_num_threads(True), TypeError, "set_num_threads: n must be an integer, got bool")
         refuses(lambda: minivllm.set_num_threads(), TypeError, "set_num_threads: n is missing")
-        refuses(
-            lambda: minivllm.set_num_threads(2**40), ValueError, "set_num_threads: 1099511627776 threads are too many"
-        )
+        refuses(lambda: minivllm.set_num_threads(1025), ValueError, "set_num_threads: n is 1025, expected at most 1024")
         assert minivllm.get_num_threads() == 1
     finally:
         minivllm.set_num_threads(n=before)

@@ -489,3 +489,17 @@ def test_a_head_norm_takes_q_where_it_lies(device, framework):
     copied = framework.tensor(to_float64(q), "f32")
     assert_same_bits(minivllm.rms_norm(q, weight), minivllm.rms_norm(copied, weight))
     assert tuple(framework.strides(q)) == (96, 16, 1)
+
+
+@pytest.mark.parametrize("tuple_of", [False, True])
+def test_head_counts_the_wrong_way_round(tuple_of):
+    """Where only the other way fits, the refusal says so."""
+    x, norm_weight, weight = (np.ones(size, np.float32) for size in ((2, 8), 8, (48, 8)))
+    weights = tuple(np.split(weight, [32, 40])) if tuple_of else weight
+    assert [part.shape[1] for part in minivllm.rms_norm_qkv(x, norm_weight, weights, 4, 1)] == [4, 1, 1]
+    with pytest.raises(
+        ValueError, match=r"^rms_norm_qkv: qkv_weight.* outputs, .*are num_heads and num_kv_heads swapped"
+    ):
+        minivllm.rms_norm_qkv(x, norm_weight, weights, 1, 4)
+    with pytest.raises(ValueError, match=r"^rms_norm_qkv: qkv_weight[^;]*$"):
+        minivllm.rms_norm_qkv(x, norm_weight, weights, 5, 5)

@@ -114,6 +114,17 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("jagged", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_nested_tensor(torch, jagged, grad):
+    layout = torch.jagged if jagged else torch.strided
+    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=layout)
+    refused = pytest.raises(TypeError, match=r"^rms_norm: x is a nested tensor, expected a dense one; call this on its")
+    with torch.set_grad_enabled(grad), refused:
+        minivllm.rms_norm(nested, torch.ones(8))
+
+
 @pytest.mark.parametrize("way", ["subclass", "gradient", "meta", "fake"])
 @pytest.mark.parametrize("given", OPTIONS, ids=str)
 def test_options(torch, given, way):

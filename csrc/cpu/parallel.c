@@ -27,7 +27,7 @@
 #include <unistd.h>
 
 enum {
-    MAX_THREADS = 1024,
+    MAX_THREADS = MV_MAX_THREADS,
     CHUNKS_PER_THREAD = 4,
     SPIN_NS = 50000, /* about what Python spends between two ops; a wakeup costs the same */
     CACHE_LINE = 64

@@ -182,6 +182,15 @@ static const char *bytes_at(const void *data, int64_t elements, mv_dtype dtype) 
     return (const char *)data + elements * (int64_t)mv_dtype_bytes(dtype);
 }
 
+/* For a refusal: would the weights fit with the counts the other way round? */
+static bool counts_are_swapped(const mv_rms_norm_qkv_args *a, const mv_block *member, int members, int64_t qkv) {
+    const int64_t heads = a->num_kv_heads, kv_heads = a->num_heads, total = heads + 2 * kv_heads;
+    if (heads == kv_heads || qkv % total != 0) return false;
+    const int64_t head_dim = qkv / total;
+    return (a->head_dim == 0 || a->head_dim == head_dim) &&
+           (members == 1 || (member[0].outputs == heads * head_dim && member[1].outputs == kv_heads * head_dim));
+}
+
 /* Reads the weights: three blocks, however they were given. */
 static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int64_t hidden, mv_projection *p,
                               mv_error *error) {
@@ -209,11 +218,13 @@ static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int
         p->qkv += member[i].outputs;
     }
 
+    const char *hint =
+        counts_are_swapped(a, member, members, p->qkv) ? "; are num_heads and num_kv_heads swapped?" : "";
     const int64_t total_heads = a->num_heads + 2 * a->num_kv_heads;
     const mv_named whole = {op, "qkv_weight", &a->qkv_weight[0]};
     MV_REQUIRE(p->qkv > 0 && p->qkv % total_heads == 0, MV_BAD_VALUE,
-               "%s: %s has %lld outputs, expected a multiple of %lld (= num_heads + 2 * num_kv_heads)", op, whole.name,
-               (long long)p->qkv, (long long)total_heads);
+               "%s: %s has %lld outputs, expected a multiple of %lld (= num_heads + 2 * num_kv_heads)%s", op,
+               whole.name, (long long)p->qkv, (long long)total_heads, hint);
     p->head_dim = p->qkv / total_heads;
     MV_REQUIRE(a->head_dim == 0 || a->head_dim == p->head_dim, MV_BAD_VALUE,
                "%s: head_dim is %lld, expected %lld (= %lld outputs of qkv_weight / (num_heads + 2 * num_kv_heads))",
@@ -227,9 +238,9 @@ static mv_status read_weights(const char *op, const mv_rms_norm_qkv_args *a, int
         const mv_dtype dtype = a->qkv_weight[tuple ? i : 0].dtype;
         if (tuple) {
             MV_REQUIRE(member[i].outputs == outputs[i], MV_BAD_VALUE,
-                       "%s: %s has %lld outputs, expected %lld (= %s * head_dim, where head_dim is %lld)", op,
+                       "%s: %s has %lld outputs, expected %lld (= %s * head_dim, where head_dim is %lld)%s", op,
                        weight_names[i], (long long)member[i].outputs, (long long)outputs[i],
-                       i == 0 ? "num_heads" : "num_kv_heads", (long long)p->head_dim);
+                       i == 0 ? "num_heads" : "num_kv_heads", (long long)p->head_dim, hint);
             p->block[i] = member[i];
         } else {
             p->block[i] = member[0];

@@ -208,6 +208,7 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
 bool is_about_no_argument(void);
 /* "<op>: <name> <text>" for what is no tensor. */
 bool refuse_argument(const call *c, const char *name, PyObject *type, const char *format, ...);
+bool refuse_object(const call *c, const tensor *t);                 /* it is no tensor */
 bool refuse_dtype(const call *c, const tensor *t, const char *got); /* got: what it has, if it does not say so itself */
 
 /* module.attribute, or NULL (no error set) where the module is not loaded, or only in part. A new reference. */

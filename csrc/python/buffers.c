@@ -104,22 +104,6 @@ static void remember(module_state *state, PyTypeObject *type, type_kind kind) {
     atomic_store_explicit(&state->types[i].type, type, memory_order_release);
 }
 
-static bool refuse_object(const call *c, const tensor *t) {
-    const char *fix = "";
-    if (PyList_Check(t->object) || PyTuple_Check(t->object))
-        fix = "; make an array of it";
-    else if (PyObject_HasAttrString(t->object, "weight"))
-        fix = "; pass its .weight";
-    PyObject *name = PyType_GetQualName(Py_TYPE(t->object));
-    if (name)
-        refuse(c, t, PyExc_TypeError,
-               "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), got "
-               "%U%s",
-               name, fix);
-    Py_XDECREF(name);
-    return false;
-}
-
 static bool find_framework(call *c, tensor *t) {
     PyTypeObject *type = Py_TYPE(t->object);
     module_state *state = c->state;

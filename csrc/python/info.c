@@ -33,8 +33,9 @@ PyObject *py_set_num_threads(PyObject *module, PyObject *const *given, Py_ssize_
     const bool ok = parse(&c, &set_num_threads_signature, &n, given, count, names);
     end_call(&c);
     if (!ok) return NULL;
-    if (n > INT32_MAX / 2)
-        return PyErr_Format(PyExc_ValueError, "set_num_threads: %lld threads are too many", (long long)n);
+    if (n > MV_MAX_THREADS)
+        return PyErr_Format(PyExc_ValueError, "set_num_threads: n is %lld, expected at most %d", (long long)n,
+                            MV_MAX_THREADS);
     mv_set_num_threads(n < 1 ? 0 : (int)n);
     Py_RETURN_NONE;
 }

@@ -1,5 +1,5 @@
-/* nesting.c: see nesting.h. CPython counts calls, not bytes: at its limit of a thousand our frames would have overflowed
- * the stack of most threads. */
+/* nesting.c: see nesting.h. CPython counts calls, not bytes: at its limit of a thousand our frames would have
+ * overflowed the stack of most threads. */
 #define _GNU_SOURCE
 #include "nesting.h"
 

@@ -114,3 +114,47 @@ bool refuse_dtype(const call *c, const tensor *t, const char *got) {
     }
     return false;
 }
+
+/* 8, (8,) or [8] */
+static bool is_shape(PyObject *object) {
+    if (PyLong_Check(object)) return true;
+    if (!PyTuple_Check(object) && !PyList_Check(object)) return false;
+    PyObject *size = PySequence_Size(object) > 0 ? PySequence_GetItem(object, 0) : NULL;
+    const bool is = size && PyLong_Check(size);
+    Py_XDECREF(size);
+    return is;
+}
+
+static const char *fix_for(const call *c, const tensor *t) {
+    if (strcmp(c->op, "rms_norm") == 0 && strcmp(t->name, "weight") == 0 && is_shape(t->object))
+        return "; it takes no shape, as torch's rms_norm does: rms_norm(x, weight)";
+    if (PyList_Check(t->object) || PyTuple_Check(t->object)) return "; make an array of it";
+    if (!PyObject_HasAttrString(t->object, "weight")) return "";
+    if (!PyObject_HasAttrString(t->object, "base_layer")) return "; pass its .weight";
+    return "; merge what wraps its base_layer into that, such as by merge_and_unload(), and pass the .weight";
+}
+
+/* "torch.nn.modules.linear.Linear"; of Python's own types the name alone. */
+static PyObject *full_name(PyTypeObject *type) {
+    PyObject *module = PyObject_GetAttrString((PyObject *)type, "__module__");
+    PyObject *name = PyType_GetQualName(type);
+    PyErr_Clear();
+    if (module && name && PyUnicode_Check(module) && PyUnicode_CompareWithASCIIString(module, "builtins") != 0) {
+        PyObject *whole = PyUnicode_FromFormat("%U.%U", module, name);
+        Py_DECREF(name);
+        name = whole;
+    }
+    Py_XDECREF(module);
+    return name;
+}
+
+bool refuse_object(const call *c, const tensor *t) {
+    PyObject *name = full_name(Py_TYPE(t->object));
+    if (name)
+        refuse(c, t, PyExc_TypeError,
+               "must be a tensor (of torch, NumPy, CuPy or JAX, or with __dlpack__ or __cuda_array_interface__), got "
+               "%U%s",
+               name, fix_for(c, t));
+    Py_XDECREF(name);
+    return false;
+}

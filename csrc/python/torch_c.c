@@ -79,7 +79,8 @@ static int word_of(module_state *state, PyObject *object, void *tensor) {
     return count == 1 ? found : NOT_FOUND;
 }
 
-/* Where an object keeps the pointer is torch's own affair, so the first tensor that comes tells: its _cdata is known. */
+/* Where an object keeps the pointer is torch's own affair, so the first tensor that comes tells: its _cdata is the
+ * pointer. */
 void *torch_tensor_of(module_state *state, PyObject *object) {
     static atomic_int place; /* 0: nobody has looked; NOT_FOUND: each is asked */
     int word = atomic_load_explicit(&place, memory_order_relaxed);
