@@ -1,9 +1,12 @@
 """Bit for bit: run to run, row by row, and over token counts where the contract promises it."""
 
+import itertools
+
 import numpy as np
 import pytest
-from cases import LAYOUTS, Placed, assert_same_bits, normal
+from cases import LAYOUTS, Layout, Placed, assert_same_bits, normal
 from conftest import head_dim_for, roundings_of, short_dtype
+from frameworks import NUMPY
 
 import minivllm
 from minivllm.testing.reference import to_float64
@@ -154,10 +157,50 @@ def test_batch_invariant_calls(device, framework, dtype, rounding):
                 )
 
 
+def ordered(name, order):
+    """A layout whose leading dimensions lie in memory in this order, the outermost first."""
+
+    def strides(shape):
+        result, step = [0] * (len(shape) - 1) + [1], shape[-1]
+        for d in reversed(order):
+            result[d], step = step, step * shape[d]
+        return tuple(result)
+
+    return Layout(name, strides)
+
+
+ORDERS = [ordered(f"order {order}", order) for order in itertools.permutations(range(3))]
+CPU_ROWS = [row for row in minivllm.kernels("rms_norm_qkv") if row.usable and not row.isa.startswith("sm")]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_strides_change_no_bits(dtype, batch_invariant):
+    """On the CPU: one result for every layout of x, residual and out, though some fall into pieces of a few tokens,
+    which alone would go to another kernel; whether a kernel is forced or not."""
+    if reason := NUMPY.why_not(dtype):
+        pytest.skip(reason)
+    lead, hidden = (8, 2, 2), 383
+    _, weights = projection(NUMPY, dtype, hidden, 1)
+    x, residual = (normal((*lead, hidden), dtype, name) for name in ("x", "residual"))
+    served = [row.name for row in CPU_ROWS if short_dtype(row.dtype) == dtype]
+    if batch_invariant:
+        served = [name for name in served if "prefill" in name]
+    for kernel in (None, *served):
+        results = set()
+        for layouts in itertools.product(ORDERS, ORDERS[::2], ORDERS):
+            placed = [Placed(NUMPY, (*lead, hidden), dtype, layout, a) for layout, a in zip(layouts, (x, residual))]
+            out = Placed(NUMPY, (*lead, 120), dtype, layouts[2])
+            minivllm.rms_norm_qkv(
+                placed[0].tensor, *weights, 3, 1, residual=placed[1].tensor, out=out.tensor,
+                batch_invariant=batch_invariant, kernel=kernel,
+            )  # fmt: skip
+            results.add(out.values().tobytes())
+        assert len(results) == 1, f"{len(results)} results by the strides, kernel={kernel}"
+
+
 def test_threads_change_no_bits():
     """On the CPU, whatever the number of threads."""
-    from frameworks import NUMPY
-
     before = minivllm.get_num_threads()
     try:
         for dtype in ("f32", "f16"):

@@ -6,8 +6,8 @@
  *
  * Sums run in four vectors over the columns from 0, whatever the alignment, and are added in one order: the bits of a
  * row depend on its values, hidden and the instruction set alone. Four, because an add waits four cycles for the one
- * before it, and because shorter sums err less. A row of more than RUN_COLUMNS is summed in such runs, and their sums in
- * double: one more square is nothing to a float32 that already holds 2^24 of them.
+ * before it, and because shorter sums err less. A row of more than RUN_COLUMNS is summed in such runs, and their sums
+ * in double: one more square is nothing to a float32 that already holds 2^24 of them.
  */
 typedef MV_NAME(element, DTYPE) MV_NAME(row_element, DTYPE);
 #define ROW_ELEMENT MV_NAME(row_element, DTYPE)

@@ -28,8 +28,8 @@ MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t en
  * lost in the arithmetic, and few enough that y stays in the cache. */
 enum { CHUNK_TOKENS = 128 };
 
-/* Units that a lane adds up before its sum joins a total: results of float32 are worth a second level early, those of 16
- * bits are rounded by more than a sum of this length errs. */
+/* Units that a lane adds up before its sum joins a total: results of float32 are worth a second level early, those of
+ * 16 bits are rounded by more than a sum of this length errs. */
 #define SUM_UNITS(element) (sizeof(element) == sizeof(float) ? (int64_t)64 : (int64_t)2048)
 
 /* Every block's weights are contiguous along hidden. */

@@ -7,8 +7,8 @@
  * all tokens of the chunk.
  *
  * One lane of one accumulator holds one (token, output) and sums SUM_UNITS units, or a block, in the order of k; those
- * sums are added in the order of k, and those of RUN_UNITS units in double. So its bits depend on hidden, the dtypes and
- * the instruction set alone: the same for 1 token and for 10,000. Blocks of BLOCK_UNITS units keep the panel in the
+ * sums are added in the order of k, and those of RUN_UNITS units in double. So its bits depend on hidden, the dtypes
+ * and the instruction set alone: the same for 1 token and for 10,000. Blocks of BLOCK_UNITS units keep the panel in the
  * cache.
  *
  * On one Zen 5 core, 128 tokens at 4096 -> 6144: bfloat16 pairs 15.3 ms (420 GFLOP/s, some 80 % of what the core can

@@ -105,15 +105,16 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
     return MV_OK;
 }
 
-mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, mv_choice *choice,
-                    mv_error *error) {
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, int64_t tokens, const char *forced,
+                    mv_choice *choice, mv_error *error) {
     if (forced) return find_forced(list, op, task, forced, choice, error);
-    mv_task of_64_tokens;
+    if (task->batch_invariant) tokens = 64; /* whatever their number, the choice is the same */
+    mv_task whole;
     const mv_task *priced = task;
-    if (task->batch_invariant) { /* whatever their number, the choice is the same */
-        of_64_tokens = *task;
-        of_64_tokens.tokens = 64;
-        priced = &of_64_tokens;
+    if (tokens != task->tokens) {
+        whole = *task;
+        whole.tokens = tokens;
+        priced = &whole;
     }
     *choice = (mv_choice){NULL, 0};
     for (int i = 0; i < list->count; i++) {

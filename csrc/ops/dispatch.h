@@ -60,9 +60,10 @@ typedef struct {
     double cost; /* as estimated; negative where the row was forced */
 } mv_choice;
 
-/* The row for a task: the one named `forced`, or the cheapest that fits. */
-mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, const char *forced, mv_choice *choice,
-                    mv_error *error);
+/* The row for a task: the one named `forced`, or the cheapest that fits. tokens: of the whole call, which the task may
+ * be a piece of: its price decides, so that all pieces go to one kernel, the one of a call in a single piece. */
+mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, int64_t tokens, const char *forced,
+                    mv_choice *choice, mv_error *error);
 
 /* Runs a row and remembers, for this thread, that it did and why. */
 mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_error *error);

@@ -28,6 +28,18 @@ static void *advance(void *data, int64_t elements, mv_dtype dtype) {
 enum { MEMORY_ALIGNMENT = 16, WORKSPACE_ALIGNMENT = 256 };
 static void *data_of(const mv_view *view, bool later) { return later ? (void *)MEMORY_ALIGNMENT : view->data; }
 
+/* Every offset in the rows of a call fits 63 bits, in bytes: x may be a broadcast of any size, a fresh output is not. */
+static mv_status check_size(const char *op, const mv_row_views *rows, mv_error *error) {
+    const mv_view *x = rows->x;
+    const int64_t hidden = x->shape[x->ndim - 1];
+    int64_t bytes;
+    bool fits = !__builtin_mul_overflow(rows->columns > hidden ? rows->columns : hidden, sizeof(float), &bytes);
+    for (int d = 0; d < x->ndim - 1; d++) fits = fits && !__builtin_mul_overflow(bytes, x->shape[d], &bytes);
+    MV_REQUIRE(fits, MV_BAD_VALUE, "%s: x has shape %s, too many rows for an output of %lld columns; split x", op,
+               mv_shape_text(x).text, (long long)rows->columns);
+    return MV_OK;
+}
+
 static void take_rows(mv_plan_state *state, const mv_row_views *rows) {
     const mv_view *x = rows->x;
     mv_task *task = &state->part[0].task;
@@ -104,6 +116,7 @@ mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, cons
     mv_task *task = &state->part[0].task;
     *task = (mv_task){.stream = call->stream};
     if (mv_is_empty(rows->x)) return MV_OK;
+    MV_TRY(check_size(op, rows, error));
     state->parts = 1;
     take_rows(state, rows);
     MV_TRY(mv_bind_device(op, task, error));
@@ -124,7 +137,13 @@ mv_task *mv_add_part(mv_plan *plan, int index, int64_t first_output) {
     return &part->task;
 }
 
-/* Where a task begins decides its alignment and so its kernel; nearly always there is one task. */
+/* The kernel of one task of the plan: chosen for all tokens of the call, for its bits must not depend on the strides
+ * that cut it into tasks; but where a task begins decides its alignment, and with it which kernels fit. */
+static mv_status choose(const mv_plan_state *state, int64_t count, const mv_task *task, mv_choice *choice,
+                        mv_error *error) {
+    return mv_choose(state->list, state->op, task, count * task->tokens, state->kernel, choice, error);
+}
+
 mv_status mv_finish_plan(mv_plan *plan, mv_error *error) {
     mv_plan_state *state = mv_state(plan);
     const int64_t count = task_count(state);
@@ -135,7 +154,7 @@ mv_status mv_finish_plan(mv_plan *plan, mv_error *error) {
         for (int64_t i = count - 1; i >= 0; i--) {
             mv_task moved;
             const mv_task *task = task_at(state, part, i, &moved);
-            MV_TRY(mv_choose(state->list, state->op, task, state->kernel, &part->choice, error));
+            MV_TRY(choose(state, count, task, &part->choice, error));
             const size_t bytes = part->choice.row->workspace(task);
             if (bytes > plan->workspace_bytes) plan->workspace_bytes = bytes;
         }
@@ -186,7 +205,7 @@ mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error) {
             mv_task moved;
             const mv_task *task = task_at(state, &state->part[p], i, &moved);
             mv_choice choice = state->part[p].choice;
-            if (i > 0) MV_TRY(mv_choose(state->list, state->op, task, state->kernel, &choice, error));
+            if (i > 0) MV_TRY(choose(state, count, task, &choice, error));
             MV_TRY(mv_run_row(state->op, choice, task, error));
         }
     }

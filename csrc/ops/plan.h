@@ -2,7 +2,8 @@
  *
  * The leading dimensions of x, residual, out and residual_out have one shape but each its own strides. Dimensions that
  * every one of them steps through evenly are merged; two that remain are a kernel's (outer, inner). Where more remain,
- * the op runs once for each index of the others. An op may also divide its outputs into parts, one task each. */
+ * the op runs in pieces, once for each index of the others, and reads the weights again for each. An op may also divide
+ * its outputs into parts, one task each. */
 #ifndef MV_PLAN_H
 #define MV_PLAN_H
 
