@@ -85,7 +85,9 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         ELEMENT *out = (ELEMENT *)task->out.data + row + span.column + r;
         for (int i = 0; i < rows; i++) {
             const vf bias = span_bias(span.block, span.row + r + i, 1);
-            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set((float)total[i][t]), bias), 1);
+            const float sum =
+                MV_NAME(settle, DTYPE)((float)total[i][t], task, span.block, span.row + r + i, y + t * units, 1);
+            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set(sum), bias), 1);
         }
     }
 }

@@ -132,6 +132,14 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
         }
     }
     if (task->hidden > run) finish_run(scratch, rows, padded, false, true);
+#if UNIT > 1
+    for (int64_t r = 0; r < span.count; r++)
+        for (int64_t t = 0; t < chunk->tokens; t++) {
+            const token_group group = group_of(t, padded, chunk->units, chunk->panel);
+            float *to = sum + r * CHUNK_TOKENS + t;
+            *to = MV_NAME(settle, DTYPE)(*to, task, block, span.row + r, group.panel + t % GROUP_TOKENS, group.width);
+        }
+#endif
 
     for (int64_t t = 0; t < chunk->tokens; t += LANES)
         for (int64_t r = 0; r < span.count; r += LANES) {

@@ -1,8 +1,10 @@
 /* unit_bf16.h: products of pairs of bfloat16 by vdpbf16ps, under the names of unit_f32.h.
  *
  * A lane multiplies two neighbouring k and adds both to its float32. y is rounded to bfloat16 in either rounding.
- * The instruction takes subnormal numbers as zero, and so does the conversion before it: below 1e-38 nothing that a
- * projection could be asked for is lost. bfloat16 weights only; float32 weights go to the plain AVX-512 kernel.
+ * The instruction takes subnormal numbers as zero: below 1e-38 nothing that a projection could be asked for is lost,
+ * unless an infinity meets one, whose product is infinite and not NaN. So y keeps its subnormal numbers, and a sum that
+ * comes out NaN is computed once more, in float32. bfloat16 weights only; float32 weights go to the plain AVX-512
+ * kernel.
  */
 #include "norm_row.h"
 
@@ -18,7 +20,28 @@ MV_INLINE vf norm_units_bf16(const mv_task *task, row_bf16 row, float scale, int
         y[half] = v_set(0);
         if (n > 0) y[half] = row_norm_bf16(task, row_load_bf16(row, i, n), scale, row_weight_bf16(task, i, n));
     }
-    return (vf)_mm512_cvtne2ps_pbh(y[1], y[0]);
+    /* not vcvtne2ps2bf16, which flushes subnormal numbers to zero */
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits_bf16(y[0]), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits_bf16(y[1]), 16));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
+
+/* The sum of the products of one output, again in float32 and in the order of k, where it is NaN. Unit u of y is at
+ * y + u * stride. */
+MV_INLINE float settle_bf16(float sum, const mv_task *task, const mv_block *block, int64_t row, const float *y,
+                            int64_t stride) {
+    if (sum == sum) return sum;
+    const element_bf16 *weight = (const element_bf16 *)block->weight + row * block->row_stride;
+    sum = 0;
+    for (int64_t k = 0; k < task->hidden; k++) {
+        element_bf16 pair[2];
+        memcpy(pair, y + k / 2 * stride, sizeof pair);
+        const uint32_t bits[2] = {(uint32_t)pair[k % 2] << 16, (uint32_t)weight[k * block->col_stride] << 16};
+        float factor[2];
+        memcpy(factor, bits, sizeof factor);
+        sum += factor[0] * factor[1];
+    }
+    return sum;
 }
 
 MV_INLINE bool weight_is_unit_bf16(const mv_task *task) { return task->weight_dtype == MV_BF16; }

@@ -11,6 +11,8 @@
  *                                    wide: they are float32, whatever x is
  *   weight_column(wide, w, i, stride, k, n)
  *                                    a unit each of n neighbouring outputs, whose k <= UNIT elements are stride apart
+ *   settle(sum, task, block, row, y, stride)
+ *                                    the finished sum of one output of the block, corrected where v_mac cannot be right
  *
  * In "fp32" rounding y stays unrounded.
  */
@@ -39,5 +41,15 @@ MV_INLINE vf MV_NAME(weight_column, DTYPE)(bool wide, const void *weight, int64_
     (void)stride;
     (void)k;
     return MV_NAME(weight_units, DTYPE)(wide, weight, i, n);
+}
+
+MV_INLINE float MV_NAME(settle, DTYPE)(float sum, const mv_task *task, const mv_block *block, int64_t row,
+                                       const float *y, int64_t stride) {
+    (void)task;
+    (void)block;
+    (void)row;
+    (void)y;
+    (void)stride;
+    return sum;
 }
 #undef WEIGHT_ELEMENT

@@ -28,7 +28,7 @@ static void *advance(void *data, int64_t elements, mv_dtype dtype) {
 enum { MEMORY_ALIGNMENT = 16, WORKSPACE_ALIGNMENT = 256 };
 static void *data_of(const mv_view *view, bool later) { return later ? (void *)MEMORY_ALIGNMENT : view->data; }
 
-/* Every offset in the rows of a call fits 63 bits, in bytes: x may be a broadcast of any size, a fresh output is not. */
+/* Every offset in the rows of a call fits 63 bits, in bytes: x may be a broadcast of any size, a fresh output not. */
 static mv_status check_size(const char *op, const mv_row_views *rows, mv_error *error) {
     const mv_view *x = rows->x;
     const int64_t hidden = x->shape[x->ndim - 1];
