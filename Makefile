@@ -2,10 +2,11 @@
 PYTHON ?= python3
 WITH ?=          # more packages for .venv, such as WITH="torch jax"
 ARGS ?=          # passed on to pytest
+SECONDS ?= 60    # of each fuzzer
 VENV = .venv/bin/python
 C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help demo test inplace gpu-test bench ctest asan tsan format lint clean
+.PHONY: help demo test inplace gpu-test bench ctest asan tsan fuzz format lint clean
 
 help:
 	@echo 'make demo      set up, build, and run the fused layer on real model shapes (WITH=torch: beside torch, too)'
@@ -16,6 +17,7 @@ help:
 	@echo 'make ctest     the kernels from plain C, without Python'
 	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the threads of the CPU backend under ThreadSanitizer'
+	@echo 'make fuzz      random calls and hostile objects, SECONDS=60 of each, in place with $(PYTHON)'
 	@echo 'make format    format Python and C;  make lint checks both'
 	@echo 'make clean     remove what was built'
 
@@ -58,6 +60,10 @@ ctest:
 	build/c/test_rms_norm
 	build/c/test_plan
 	build/c/test_pool
+
+fuzz: inplace
+	PYTHONPATH=tests $(PYTHON) -m fuzz cpu --seconds $(SECONDS) $(ARGS)
+	PYTHONPATH=tests $(PYTHON) -m fuzz objects --seconds $(SECONDS) $(ARGS)
 
 # Without CUDA, and in a directory of its own. libstdc++ comes along because torch throws exceptions.
 ASAN_LIB = $(CURDIR)/build/asan/lib

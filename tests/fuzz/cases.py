@@ -1,0 +1,201 @@
+"""A call of each op, drawn from a seed and an index: arguments, where its tensors lie, and whether it must be refused.
+
+OPS names every op; tests/test_fuzz.py holds it to the registry and to what the package exports, and holds the draws to
+the ops' signatures. A new op needs a function here and one in expect.py.
+"""
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fuzz import expect, spoil
+from fuzz.drawing import Case, Drawing, Refused, members
+from fuzz.layouts import Spec
+
+# ---- the norms ---------------------------------------------------------------------------------------------------------
+
+
+def norm(d: Drawing, inputs=("x",)):
+    """rms_norm and its kin: `inputs` are of x's shape, and so is an output for each of them."""
+    rng = d.rng
+    hidden = d.hidden()
+    lead = d.lead(d.most_elements // hidden)
+    shape = (*lead, hidden)
+    outputs = {"x": "out", "residual": "residual_out"}
+    in_place = d.op.startswith("fused")
+    given = {} if in_place else {argument: rng.random() for argument in inputs}
+    beside = [outputs[argument] for argument in inputs if 0.3 <= given.get(argument, 0) < 0.6]
+    if rng.random() < 0.2:  # everything in one buffer
+        names = [*inputs, *beside]
+        specs = d.at.beside(lead, [hidden] * len(names), d.dtype)
+        d.tensors |= dict(zip(names, specs))
+    else:
+        for argument in inputs:
+            d.tensors[argument] = d.at.rows(shape, d.dtype, distinct=in_place)
+        for argument in beside:
+            d.tensors[argument] = d.at.rows(shape, d.dtype, distinct=True)
+    free = [argument for argument in inputs if is_distinct(d.tensors[argument])]
+    rng.shuffle(free)
+    for argument in inputs:  # exactly an input, either one
+        if given.get(argument, 0) >= 0.6 and free:
+            d.tensors[outputs[argument]] = d.tensors[free.pop()]
+    if len(inputs) == 2 and len(d.tensors) == 2 and not in_place and rng.random() < 0.05:
+        d.tensors["residual"] = d.tensors["x"]
+    for argument in inputs:
+        d.at.fill(d.tensors[argument])
+    d.tensors["weight"] = d.vector(hidden)
+    d.numbers()
+    if d.spoil:
+        spoil.norm(d, shape)
+    return dict(zip(("out", "residual_out"), inputs)) if in_place else None
+
+
+def is_distinct(spec: Spec) -> bool:
+    """No two elements share memory; by the strides alone, sorted."""
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(spec.strides, spec.shape) if size > 1):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+# ---- the projection --------------------------------------------------------------------------------------------------
+
+
+def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> Spec:
+    """A weight, [outputs, hidden] or with in_out [hidden, outputs], whichever of the two is contiguous."""
+    rng = d.rng
+    by_column = rng.random() < 0.3
+    outer, inner = (hidden, outputs) if by_column else (outputs, hidden)
+    step = rng.choice((1, 1, 1, 1, 1, 2))
+    row = inner * step + rng.choice((0, 0, 0, 1, 3, 8))
+    if rng.random() < 0.04:
+        row = 0
+    elif rng.random() < 0.08:
+        row = -row
+    spec = d.at.place((outer, inner), dtype, (row, step))
+    if by_column != in_out:
+        spec = spec._replace(shape=spec.shape[::-1], strides=spec.strides[::-1])
+    return d.at.fill(spec, "small" if rng.random() < 0.7 else d.parameter_kind())
+
+
+def weights(d: Drawing, sizes, hidden: int):
+    """qkv_weight and weight_layout: one matrix, three, or three slices of one."""
+    rng, in_out, kind = d.rng, d.chance(0.4), d.rng.random()
+    if kind < 0.5:
+        weight = matrix(d, sum(sizes), hidden, in_out, d.parameter_dtype())
+    elif kind < 0.8:
+        weight = tuple(matrix(d, size, hidden, in_out, d.parameter_dtype()) for size in sizes)
+    else:
+        packed = matrix(d, sum(sizes), hidden, in_out, d.parameter_dtype())
+        dim = 1 if in_out else 0
+        starts = (0, sizes[0], sizes[0] + sizes[1])
+        weight = tuple(
+            packed._replace(
+                shape=(hidden, size) if in_out else (size, hidden),
+                offset=packed.offset + start * packed.strides[dim],
+            )
+            for start, size in zip(starts, sizes)
+        )
+    members = weight if kind >= 0.5 else (weight,)
+    d.tensors["qkv_weight"] = weight
+    if all(member.shape[0] == member.shape[1] for member in members):
+        if d.spoil and hidden > 1:
+            d.refused = Refused(ValueError, r"weight_layout")
+            return
+        d.give(weight_layout="in_out" if in_out else "out_in")
+    elif rng.random() < 0.3:
+        d.give(weight_layout="in_out" if in_out else "out_in")
+
+
+def projection(d: Drawing):
+    """rms_norm_qkv, and the layer object."""
+    rng = d.rng
+    hidden = d.hidden()
+    heads, kv_heads = rng.randint(1, 5), rng.randint(1, 3)
+    total = heads + 2 * kv_heads
+    head_dim = rng.choice((1, 2, 3, 4, 5, 7, 8, 8, 10, 12, 16, 16, 20, 32, 64, 128))
+    products = d.most_products
+    head_dim = max(1, min(head_dim, products // 8 // (total * hidden)))
+    if rng.random() < 0.1 and hidden % total == 0 and hidden * hidden <= products:
+        head_dim = hidden // total  # a square weight
+    elif rng.random() < 0.05 and hidden * hidden <= products // 4:
+        heads = kv_heads = 1  # three square ones
+        total, head_dim = 3, hidden
+    sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    qkv = sum(sizes)
+    lead = d.lead(max(1, min(products // (hidden * qkv), d.most_elements // max(hidden, qkv))))
+    shape, tokens = (*lead, hidden), math.prod(lead)
+    residual, out = rng.random() < 0.3, rng.random() < 0.5
+    residual_out = residual and rng.random() < 0.5
+    if rng.random() < 0.15:
+        names = ["x", *["residual"] * residual, *["out"] * out, *["residual_out"] * residual_out]
+        widths = [qkv if name == "out" else hidden for name in names]
+        d.tensors |= dict(zip(names, d.at.beside(lead, widths, d.dtype)))
+    else:
+        d.tensors["x"] = d.at.rows(shape, d.dtype, distinct=False)
+        if residual:
+            d.tensors["residual"] = d.at.rows(shape, d.dtype, distinct=False)
+        if out:
+            d.tensors["out"] = d.at.rows((*lead, qkv), d.dtype, distinct=True)
+        if residual_out:
+            d.tensors["residual_out"] = d.at.rows(shape, d.dtype, distinct=True)
+    d.at.fill(d.tensors["x"])
+    if residual:
+        d.at.fill(d.tensors["residual"])
+    d.tensors["norm_weight"] = d.vector(hidden)
+    weights(d, sizes, hidden)
+    if rng.random() < 0.4:
+        if rng.random() < 0.6:
+            d.tensors["bias"] = d.vector(qkv)
+        else:
+            d.tensors["bias"] = tuple(d.vector(size) for size in sizes)
+    d.options |= {"num_heads": heads, "num_kv_heads": kv_heads}
+    if rng.random() < 0.2:
+        d.give(head_dim=head_dim)
+    d.numbers()
+    if rng.random() < 0.3:
+        d.give(batch_invariant=rng.random() < 0.8)
+    if rng.random() < 0.1:
+        d.give(allow_tf32=rng.random() < 0.5)
+    if rng.random() < 0.3:
+        d.give(static_weights=rng.random() < 0.5)
+    one_dtype = len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1
+    if one_dtype and rng.random() < 0.3:
+        d.give(prepack=True)
+    if d.spoil and not d.refused:
+        spoil.projection(d, shape, tokens, qkv)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+
+
+class Op(NamedTuple):
+    draw: Callable[[Drawing], dict | None]  # fills a drawing; gives back `outputs` where they are no arguments
+    expect: Callable  # (inputs, options, dtype, wild) -> Expected, for its first output
+
+
+OPS = {
+    "rms_norm": Op(norm, expect.norm),
+    "add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
+    "fused_add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
+    "rms_norm_qkv": Op(projection, expect.projection),
+    "FusedRMSNormQKV": Op(projection, expect.projection),
+}
+# What the package exports besides: no op, nothing to draw.
+NO_OPS = frozenset(("DeviceArray", "Kernel", "QKVShard", "Ran", "empty", "get_num_threads", "kernels", "last_kernel",
+                    "set_num_threads", "shard_qkv", "to_device"))  # fmt: skip
+
+
+def draw(seed: int, index: int, device: str = "cpu", op: str | None = None, allowed=None) -> Case:
+    """The case of a seed and an index: ops take turns. `allowed`: the first from there on for which this holds."""
+    op = op or list(OPS)[index % len(OPS)]
+    while True:
+        d = Drawing(op, random.Random((seed << 40) + index), device)
+        case = d.case(f"{seed}:{index}", OPS[op].draw(d))
+        if allowed is None or allowed(case):
+            return case
+        index += 1 << 36

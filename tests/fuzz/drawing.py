@@ -1,0 +1,161 @@
+"""What a case is, and what the draws of all ops share."""
+
+import functools
+import inspect
+import math
+import random
+from typing import NamedTuple
+
+import minivllm
+from fuzz.layouts import Block, Layouts, Spec
+from fuzz.values import TAME, WILD
+
+DTYPES = ("f32", "f16", "bf16")
+LONG = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+USABLE = [row for row in minivllm.kernels() if row.usable]
+PARAMETER_KINDS = ("near one", "small", "normal", "near one", "small", "every exponent")
+
+
+class Refused(NamedTuple):
+    exception: type | tuple
+    message: str  # a pattern
+
+
+class Case(NamedTuple):
+    name: str  # SEED:INDEX
+    op: str
+    device: str
+    tensors: dict  # argument -> Spec, or a tuple of three
+    options: dict  # the other arguments
+    blocks: list[Block]
+    outputs: dict  # result -> the argument that it is written to, where one is given
+    threads: int
+    wild: bool  # holds what is not finite, or numbers from the ends of the range
+    refused: Refused | None = None
+    may_refuse: str | None = None  # a forced kernel need not fit: what the message says then
+
+    def specs(self) -> list[Spec]:
+        """Every tensor, the members of a tuple one by one."""
+        return [spec for specs in self.tensors.values() for spec in members(specs)]
+
+    def fits_torch(self) -> bool:
+        """It has no negative strides."""
+        return all(stride >= 0 for spec in self.specs() for stride in spec.strides)
+
+    def __str__(self):
+        lines = [f"{self.name}  {self.op}  threads={self.threads}  {self.options}"]
+        for argument, specs in self.tensors.items():
+            for spec in members(specs):
+                at = "against the guard page behind" if self.blocks[spec.block].at_end else "from the guard page on"
+                lines.append(
+                    f"    {argument}: {spec.dtype} {list(spec.shape)}, strides {list(spec.strides)}, block {spec.block} "
+                    f"({at}), offset {spec.offset}"
+                )
+        return "\n".join(lines)
+
+
+@functools.cache
+def parameters(op: str) -> frozenset:
+    """The names that an op takes; of a layer, its class's and its call's."""
+    function = getattr(minivllm, op)
+    names = set(inspect.signature(function).parameters)
+    if inspect.isclass(function):
+        names |= set(inspect.signature(function.__call__).parameters) - {"self"}
+    return frozenset(names)
+
+
+@functools.cache
+def forceable(op: str, dtype: str, device: str) -> tuple:
+    listed = {"fused_add_rms_norm": "add_rms_norm", "FusedRMSNormQKV": "rms_norm_qkv"}.get(op, op)
+    return tuple(
+        row.name
+        for row in USABLE
+        if row.op == listed and row.dtype == LONG[dtype] and row.isa.startswith("sm") == (device == "cuda")
+    )
+
+
+class Drawing:
+    """What the draws of all ops share."""
+
+    def __init__(self, op: str, rng: random.Random, device: str):
+        self.op, self.rng, self.device = op, rng, device
+        self.large = rng.random() < 0.01  # enough work for several threads
+        scale = 16 if device == "cuda" else 1
+        self.most_elements = scale << (18 if self.large else 13)  # of x or of a result
+        self.most_products = scale << (24 if self.large else 18)
+        self.wild = rng.random() < 0.25
+        self.dtype = rng.choice(DTYPES)
+        self.at = Layouts(rng, TAME + WILD if self.wild else TAME, self.wild)
+        self.tensors: dict = {}
+        self.options: dict = {}
+        self.refused: Refused | None = None
+        self.spoil = rng.random() < 0.04
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def hidden(self) -> int:
+        rng, kind = self.rng, self.rng.random()
+        if kind < 0.5:
+            return rng.randint(1, 70)
+        if kind < 0.8:
+            return rng.choice((32, 64, 96, 128, 160, 256, 384)) + rng.choice((-1, 0, 0, 1))
+        if kind < 0.98:
+            return rng.randint(71, 700)
+        return rng.choice((1024, 2047, 3001, 4096, 5125, 8192, 9000))
+
+    def lead(self, most: int) -> tuple:
+        """Leading dimensions with at most so many rows in all, now and then none."""
+        rng = self.rng
+        lead = []
+        for _ in range(rng.choice((0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 6))):
+            size = min(rng.choice((1, 1, 2, 2, 3, 4, 5, 7)), max(1, most // max(math.prod(lead), 1)))
+            lead.append(size)
+        if lead and rng.random() < 0.3:
+            lead[rng.randrange(len(lead))] *= max(1, min(rng.randint(1, 40), most // math.prod(lead)))
+        if lead and rng.random() < 0.02:
+            lead[rng.randrange(len(lead))] = 0
+        return tuple(lead)
+
+    def parameter_dtype(self) -> str:
+        return "f32" if self.chance(0.2) else self.dtype
+
+    def parameter_kind(self) -> str:
+        return self.rng.choice(PARAMETER_KINDS if self.wild else PARAMETER_KINDS[:5])
+
+    def vector(self, size: int) -> Spec:
+        spec = self.at.place((size,), self.parameter_dtype(), (1,))
+        return self.at.fill(spec, self.parameter_kind())
+
+    def give(self, **options):
+        """Options, where the op has them: what is not named yet of an op that gets it later is drawn from then on."""
+        self.options |= {name: value for name, value in options.items() if name in parameters(self.op)}
+
+    def numbers(self):
+        rng = self.rng
+        if rng.random() < 0.7:
+            self.give(eps=rng.choice((1e-6, 1e-5, 1e-12, 0.0, 0.125, 1.0, 1e4)))
+        if rng.random() < 0.5:
+            self.give(rounding=rng.choice(("hf", "fp32")))
+        if rng.random() < 0.3:
+            self.give(weight_offset=rng.choice((1.0, 1.0, 0.0, -1.0, 0.5, 2.0**-10)))
+        names = forceable(self.op, self.dtype, self.device)
+        if names and rng.random() < 0.4:
+            self.give(kernel=rng.choice(names))
+
+    def case(self, name: str, outputs: dict | None) -> Case:
+        outputs = outputs or {name: name for name in ("out", "residual_out") if name in self.tensors}
+        if self.refused:
+            self.options.pop("kernel", None)
+        kernel = self.options.get("kernel")
+        may_refuse = None
+        if kernel and (self.device == "cuda" or self.options.get("batch_invariant")):
+            may_refuse = rf"kernel '{kernel}' cannot serve this call"
+        threads = self.rng.choice((1, 1, 2, 3, 4)) if self.large else self.rng.choice((1, 2))
+        return Case(name, self.op, self.device, self.tensors, self.options, self.at.blocks, outputs, threads, self.wild,
+                    self.refused, may_refuse)  # fmt: skip
+
+
+def members(specs) -> tuple:
+    """The one or three tensors of an argument."""
+    return (specs,) if isinstance(specs, Spec) else specs

@@ -1,0 +1,126 @@
+"""What a case must give, in NumPy or on a torch device: float64 by the references, the bound of minivllm.testing.numeric, and infinities and NaN where
+the formula has them.
+
+Numbers from the ends of the range ask for more than the references: sums are float32, so that squares which overflow
+there make r zero; and where the order of a float32 sum decides whether it overflows, or squares are lost below the
+smallest number, any result is as good: those elements are not judged.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fuzz.values import LARGEST
+from minivllm.testing import numeric, reference
+from minivllm.testing.reference import namespace, quantum, round_to
+
+LARGEST_F32 = LARGEST["f32"]
+SUBNORMAL_F32 = 2.0**-149  # what each step may be off by, however small its result
+SAFE_SUM = 1e38  # of absolute values: no order of adding overflows
+SAFE_SQUARES = 1e-30  # a mean of squares that keeps its accuracy in float32
+
+
+class Expected(NamedTuple):
+    """A result in float64, not rounded at the end; how far off it may be; and which elements are not judged."""
+
+    values: Any  # a NumPy array or a torch tensor, as the inputs are
+    bound: Any
+    open: Any
+
+
+def _normed(inputs, options, dtype: str, wild: bool, round_last: bool):
+    """(y, s, gain, rows whose r float32 does not determine)"""
+    eps, rounding = options.get("eps", 1e-6), options.get("rounding", "hf")
+    offset = options.get("weight_offset", 0.0)
+    xp = namespace(inputs["x"])
+    weight = inputs["norm_weight"] if "norm_weight" in inputs else inputs["weight"]
+    y, s = reference.rms_norm(inputs["x"], weight, eps, residual=inputs.get("residual"), rounding=rounding,
+                              weight_offset=offset, dtype=dtype, round_last=round_last)  # fmt: skip
+    gain = offset + weight
+    squares = (s * s).sum(-1, keepdims=True)
+    mean = squares / s.shape[-1] + eps
+    unsure = (mean > 0) & (mean < SAFE_SQUARES)
+    if wild:
+        y = xp.where(xp.isfinite(s) & (squares > LARGEST_F32), 0.0 * gain, y)  # r = 1 / infinity
+        unsure |= abs(squares / LARGEST_F32 - 1) < 1e-3
+    return y, s, gain, unsure
+
+
+def _as_well(y, s, gain, eps: float):
+    """What y may be in its place with "fp32": zero where s r is lost below the smallest float32."""
+    normalised, _ = reference.rms_norm(s, 1.0, eps, rounding="fp32", round_last=False)
+    return namespace(y).where(abs(normalised) < 4 * SUBNORMAL_F32, 0.0 * gain, y)
+
+
+def norm(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
+    y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=False)
+    finite_y, finite_s, finite_gain = (y, s, gain) if not wild else map(_finite, (y, s, gain))
+    hf = options.get("rounding", "hf") == "hf"
+    flips = numeric.may_flip(finite_s, finite_gain, options.get("eps", 1e-6), dtype) if hf else None
+    bound = numeric.tolerance(finite_y, finite_y, dtype, length=s.shape[-1], gain=abs(finite_gain), flips=flips)
+    unsure = namespace(y).broadcast_to(unsure, y.shape)
+    if wild and not hf:
+        unsure = unsure | ~_same_class(y, _as_well(y, s, gain, options.get("eps", 1e-6)))
+    return Expected(y, bound + SUBNORMAL_F32 * abs(finite_gain), unsure if unsure.any() else None)
+
+
+def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
+    weight, bias, hf = inputs["qkv_weight"], inputs.get("bias"), options.get("rounding", "hf") == "hf"
+    y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=hf)
+
+    def product(rows):
+        return rows @ weight.T if bias is None else rows @ weight.T + bias
+
+    out = product(y)
+    finite_y, finite_s, finite_gain, finite_weight = y, s, gain, weight
+    unsure = namespace(out).broadcast_to(unsure, out.shape)
+    if wild:
+        finite_y, finite_s, finite_gain, finite_weight = map(_finite, (y, s, gain, weight))
+        sizes = abs(finite_y) @ abs(finite_weight).T
+        unsure = unsure | (sizes > SAFE_SUM)
+        if not hf:  # y may be rounded, or r may come after the sum
+            late = abs(_finite(s * gain)) @ abs(finite_weight).T
+            as_well = round_to(_as_well(y, s, gain, options.get("eps", 1e-6)), dtype)
+            unsure = unsure | (late > SAFE_SUM) | ~_same_class(out, product(as_well))
+    flips = numeric.may_flip(finite_s, finite_gain, options.get("eps", 1e-6), dtype) if hf else None
+    bound = numeric.tolerance(
+        _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
+        gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1)  # fmt: skip
+    steps = (abs(finite_gain) + 1) * abs(finite_weight) + 1
+    bound = bound + SUBNORMAL_F32 * (steps.sum(-1) + 1)
+    return Expected(out, bound, unsure if unsure.any() else None)
+
+
+def _finite(values):
+    xp = namespace(values)
+    return xp.where(xp.isfinite(values), values, 0.0)
+
+
+def _same_class(a, b):
+    xp = namespace(a)
+    return (xp.isfinite(a) & xp.isfinite(b)) | (a == b) | (xp.isnan(a) & xp.isnan(b))
+
+
+def first_wrong(got, expected: Expected, dtype: str) -> str | None:
+    """None where every element of `got` (float64) is right; otherwise the first that is not."""
+    values, bound, open_ = expected
+    xp = namespace(values)
+    good = abs(got - values) <= bound
+    if good.all():
+        return None
+    good |= (got == values) | (xp.isnan(got) & xp.isnan(values))
+    # An infinity is right where the largest value that it may have been before the last rounding rounds to it.
+    most = xp.where(xp.isfinite(values), abs(values) + bound - quantum(values, dtype) / 2, 0.0)
+    good |= xp.isinf(got) & xp.isinf(round_to(most, dtype)) & (xp.signbit(got) == xp.signbit(values))
+    if open_ is not None:
+        good |= open_
+    if good.all():
+        return None
+    flat = int((~good).reshape(-1).nonzero()[0].reshape(-1)[0])
+    where = tuple(int(i) for i in np.unravel_index(flat, tuple(good.shape)))
+    wrong = int((~good).sum())
+    return (
+        f"[{', '.join(map(str, where))}] is {float(got[where])!r}, expected {float(values[where])!r} +- "
+        f"{float(bound[where]):.3g}; {wrong} of {math.prod(good.shape)} are wrong"
+    )

@@ -1,0 +1,66 @@
+"""What the contract refuses, planted into a drawing: one thing, or nothing where the shape has no room for it."""
+
+import math
+
+from fuzz.drawing import Drawing, Refused, parameters
+from fuzz.layouts import Spec, c_strides
+
+
+def stepping(spec: Spec, d: Drawing) -> Spec:
+    """The same shape, each row over every second element."""
+    strides = tuple(2 * stride for stride in c_strides(spec.shape))
+    return d.at.fill(d.at.place(spec.shape, spec.dtype, strides), "normal")
+
+
+def norm(d: Drawing, shape):
+    """One thing that the contract refuses; nothing where the shape has no room for it."""
+    hidden, tokens = shape[-1], math.prod(shape[:-1])
+    what = d.rng.choice(("x steps", "weight steps", "weight is long", "out overlaps", "out shares"))
+    if what == "weight is long":
+        d.tensors["weight"] = d.vector(hidden + 1)
+        d.refused = Refused(ValueError, rf"weight has {hidden + 1} elements, expected {hidden} ")
+    elif hidden > 1 and tokens and what == "x steps":
+        d.tensors["x"] = stepping(d.tensors["x"], d)
+        d.tensors.pop("out", None)
+        d.tensors.pop("residual_out", None)
+        d.refused = Refused(ValueError, r"x must be contiguous in its last dimension")
+    elif hidden > 1 and what == "weight steps":
+        d.tensors["weight"] = stepping(d.tensors["weight"], d)
+        d.refused = Refused(ValueError, r"weight must be contiguous in its last dimension")
+    elif hidden > 1 and tokens and "out" in parameters(d.op) and what == "out overlaps":
+        wide = d.at.place((*shape[:-1], hidden + 1), d.dtype, c_strides((*shape[:-1], hidden + 1)))
+        d.tensors["x"] = d.at.fill(wide._replace(shape=shape), "normal")
+        d.tensors["out"] = wide._replace(shape=shape, offset=wide.offset + 1)
+        d.tensors.pop("residual_out", None)
+        d.refused = Refused(ValueError, r"out overlaps x")
+    elif tokens > 1 and "out" in parameters(d.op) and what == "out shares":
+        strides = tuple(0 if size > 1 else 1 for size in shape[:-1]) + (1,)
+        d.tensors["out"] = d.at.place(shape, d.dtype, strides)
+        d.tensors.pop("residual_out", None)
+        d.refused = Refused(ValueError, r"out has elements that share memory")
+
+
+def projection(d: Drawing, shape, tokens: int, qkv: int):
+    hidden = shape[-1]
+    what = d.rng.choice(("x steps", "norm_weight is long", "heads", "out overlaps", "out is x", "bias is long"))
+    if what == "norm_weight is long":
+        d.tensors["norm_weight"] = d.vector(hidden + 1)
+        of_layer = "|qkv_weight" if d.op == "FusedRMSNormQKV" else ""  # to it norm_weight says what is hidden
+        d.refused = Refused(ValueError, rf"norm_weight has {hidden + 1} elements, expected {hidden} {of_layer}")
+    elif what == "heads":
+        d.options["num_heads"] = d.rng.choice((0, -1, -(2**40), qkv + 1))
+        d.refused = Refused(ValueError, r"num_heads")
+    elif what == "bias is long":
+        d.tensors["bias"] = d.vector(qkv + 1)
+        d.refused = Refused(ValueError, rf"bias has {qkv + 1} elements, expected {qkv} ")
+    elif hidden > 1 and tokens and what == "x steps":
+        d.tensors["x"] = stepping(d.tensors["x"], d)
+        d.refused = Refused(ValueError, r"x must be contiguous in its last dimension")
+    elif tokens and what.startswith("out"):
+        width = max(hidden, qkv) + 1
+        wide = d.at.place((*shape[:-1], width), d.dtype, c_strides((*shape[:-1], width)))
+        d.tensors["x"] = d.at.fill(wide._replace(shape=shape), "normal")
+        offset = wide.offset + (hidden - 1 if what == "out overlaps" and hidden - 1 + qkv <= width else 0)
+        d.tensors["out"] = wide._replace(shape=(*shape[:-1], qkv), offset=offset)
+        d.tensors.pop("residual_out", None)
+        d.refused = Refused(ValueError, r"out overlaps x")
