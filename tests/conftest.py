@@ -34,6 +34,15 @@ def device_of(row) -> str:
     return "cuda" if row.isa.startswith("sm") else "cpu"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--leak-calls", type=int, default=3000, help="of each op in test_leaks.py; a tenth of it compiled")
+
+
+@pytest.fixture
+def leak_calls(request):
+    return request.config.getoption("--leak-calls")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "rows(op, device=None): the fixture `kernel` runs over the kernels of this op")
 
