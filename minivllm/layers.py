@@ -82,6 +82,8 @@ class FusedRMSNormQKV:
         static_weights: bool | None = None,
         prepack: bool = False,
     ) -> None:
+        if not isinstance(prepack, bool):
+            raise TypeError(f"FusedRMSNormQKV: prepack must be True or False, got {type(prepack).__name__}")
         self.norm_weight = norm_weight
         self.qkv_weight = qkv_weight
         self.num_heads = num_heads
@@ -154,6 +156,12 @@ class FusedRMSNormQKV:
                 f"FusedRMSNormQKV: prepack=True makes one matrix of qkv_weight, whose members are {', '.join(dtypes)}; "
                 "pass them in one dtype, or leave prepack away"
             )
+        for weight in members:
+            if not (hasattr(weight, "T") or isinstance(weight, DeviceArray)):
+                raise TypeError(
+                    "FusedRMSNormQKV: prepack=True copies qkv_weight, which must be a tensor of torch, NumPy, CuPy or "
+                    f"JAX, got {type(weight).__name__}; leave prepack away"
+                )
         in_out = is_in_out(members, self.hidden, self.weight_layout)
         if isinstance(members[0], DeviceArray):
             blocks = [weight.numpy() for weight in members]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 from checks import IS_IN_OUT, QKV, WEIGHTS, weight_data
+from dlpack import Exporter
 from frameworks import TORCH_CPU
 
 import minivllm
@@ -365,3 +366,15 @@ def test_what_a_call_refuses():
     del layer.bias
     with pytest.raises(AttributeError, match="bias"):
         layer(x)
+
+
+def test_prepack_says_what_it_cannot_copy():
+    """Its own sentence, where an attribute that is missing, or the truth of an array, would speak of neither."""
+    weight, matrix = np.ones(64, np.float32), np.ones((40, 64), np.float32)
+    arguments = {"norm_weight": weight, "num_heads": 3, "num_kv_heads": 1}
+    for given in (Exporter(matrix), Exporter(matrix.T.copy()), (matrix[:24], Exporter(matrix[24:32]), matrix[32:])):
+        with pytest.raises(TypeError, match=r"^FusedRMSNormQKV: prepack=True .* got Exporter; leave prepack away"):
+            minivllm.FusedRMSNormQKV(qkv_weight=given, **arguments, prepack=True)
+    for value in (None, 1, "no", np.ones(3)):
+        with pytest.raises(TypeError, match=r"^FusedRMSNormQKV: prepack must be True or False, got "):
+            minivllm.FusedRMSNormQKV(qkv_weight=matrix, **arguments, prepack=value)
