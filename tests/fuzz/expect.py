@@ -87,8 +87,11 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
         gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1)  # fmt: skip
+    # Where one term dominates, every later addition rounds a sum of its size: a walk that is now and then, in 10^9
+    # elements, longer than the tolerance's ||e W||_1.
+    terms = namespace(out).sqrt(finite_y**2 @ (finite_weight**2).T)
     steps = (abs(finite_gain) + 1) * abs(finite_weight) + 1
-    bound = bound + SUBNORMAL_F32 * (steps.sum(-1) + 1)
+    bound = bound + s.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
     return Expected(out, bound, unsure if unsure.any() else None)
 
 
