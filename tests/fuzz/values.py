@@ -55,7 +55,10 @@ def pool(dtype: str, kind: str) -> np.ndarray:
 def specials(dtype: str) -> np.ndarray:
     """What may be sprinkled over any kind."""
     finite = (LARGEST[dtype], -LARGEST[dtype], SUBNORMAL[dtype], -SUBNORMAL[dtype], 0.0, -0.0)
-    return np.array((np.inf, -np.inf, np.nan, *finite)).astype(NUMPY.dtype(dtype))
+    held = np.array((np.inf, -np.inf, np.nan, np.nan, np.nan, *finite)).astype(NUMPY.dtype(dtype))
+    ones = (1 << 8 * held.itemsize) - 1
+    held.view(BITS[dtype])[3:5] = ones, ones >> 1  # the NaNs whose bits run over when they are rounded as a number
+    return held
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
