@@ -140,8 +140,8 @@ def test_the_default_limit(device, monkeypatch):
 
     for capability in (0, 80, 90, 100):
         monkeypatch.setattr(minivllm.transformers, "_capability", lambda gpu: capability)
-        assert limit("bfloat16") == (64 if device == "cuda" and capability != 90 else None)
-        assert limit("float32") == (64 if device == "cuda" else None)
+        for dtype in ("bfloat16", "float32"):
+            assert limit(dtype) == (64 if device == "cuda" and capability != 90 else None)
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def apply(
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
     tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
-    never; "auto": FUSED_TOKENS on a GPU that has no kernel for Hopper's tensor cores in the model's dtype, else None,
-    but TRACED_TOKENS on a GPU under torch.compile. A compiled call looks at hooks when it is traced, as torch does:
+    never; "auto": None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under torch.compile; FUSED_TOKENS on
+    other GPUs. A compiled call looks at hooks when it is traced, as torch does:
     torch.compiler.reset() after adding one.
     rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
     twice, as transformers does.
@@ -194,8 +194,9 @@ def _default_limits(weight: torch.Tensor) -> tuple[int | None, int | None]:
     """fused_tokens="auto" for a weight of q_proj: eagerly, under torch.compile."""
     if weight.device.type == "cpu":
         return None, None
-    fast = weight.dtype != torch.float32 and _capability(weight.device.index) == 90
-    return (None, TRACED_TOKENS) if fast else (FUSED_TOKENS, FUSED_TOKENS)
+    if _capability(weight.device.index) != 90:
+        return FUSED_TOKENS, FUSED_TOKENS
+    return None, None if weight.dtype == torch.float32 else TRACED_TOKENS
 
 
 def _capability(gpu: int) -> int:
