@@ -47,7 +47,7 @@ typedef struct {
     mv_dtype dtype; /* of x, residual, out, residual_out */
     int64_t tokens, inner, hidden;
     mv_rows x, residual, residual_out, out; /* out: [tokens, hidden] for a norm op, else [tokens, outputs] */
-    const void *norm_weight;
+    const void *norm_weight;                /* NULL, in norm ops only: ones */
     mv_dtype norm_weight_dtype;
     float eps, weight_offset;
     mv_rounding rounding;

@@ -108,7 +108,8 @@ mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error);
  *   out = s * r * (weight_offset + weight), rounded as `rounding` says;  residual_out = s
  *
  * rn rounds to x's dtype, sums are float32. x, residual, out, residual_out: [..., hidden], one shape and dtype, any
- * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32. An output may be
+ * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32; absent: ones. An
+ * output may be
  * exactly x or exactly residual (in place), any other overlap is refused; or absent: mv_run() is then told where. */
 typedef struct {
     mv_call call;

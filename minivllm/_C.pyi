@@ -23,7 +23,7 @@ version: str
 
 def rms_norm(
     x: _T,
-    weight: _Tensor,
+    weight: _Tensor | None,
     eps: SupportsFloat = 1e-6,
     *,
     out: _T | None = None,
@@ -34,7 +34,7 @@ def rms_norm(
 def add_rms_norm(
     x: _T,
     residual: _Tensor,
-    weight: _Tensor,
+    weight: _Tensor | None,
     eps: SupportsFloat = 1e-6,
     *,
     out: _T | None = None,
@@ -43,7 +43,15 @@ def add_rms_norm(
     weight_offset: SupportsFloat = 0.0,
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
-def fused_add_rms_norm(x: _T, residual: _T, weight: _Tensor, eps: SupportsFloat = 1e-6) -> tuple[_T, _T]: ...
+def fused_add_rms_norm(
+    x: _T,
+    residual: _T,
+    weight: _Tensor | None,
+    eps: SupportsFloat = 1e-6,
+    *,
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+) -> tuple[_T, _T]: ...
 
 class _RMSNormQKV(Protocol):
     @overload

@@ -24,11 +24,11 @@ for _op, _platform, _handler in _C._xla_handlers():
 
 
 def rms_norm(x, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0, kernel=None) -> jax.Array:
-    """`minivllm.rms_norm`: x [..., hidden] and weight [hidden] -> [..., hidden], in x's dtype.
+    """`minivllm.rms_norm`: x [..., hidden] and weight [hidden], or None for ones -> [..., hidden], in x's dtype.
 
     Errors as there, when the call is traced: a TypeError for dtypes, a ValueError for shapes and values.
     """
-    arrays = {"x": x, "weight": weight}
+    arrays = _without_none(x=x, weight=weight)
     (out,) = _call("rms_norm", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
     return out
 
@@ -37,7 +37,7 @@ def add_rms_norm(
     x, residual, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0, kernel=None
 ) -> tuple[jax.Array, jax.Array]:
     """`minivllm.add_rms_norm`: x and residual [..., hidden], weight [hidden] -> (out, residual_out), both like x."""
-    arrays = {"x": x, "residual": residual, "weight": weight}
+    arrays = _without_none(x=x, residual=residual, weight=weight)
     return _call("add_rms_norm", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
 
 
@@ -65,10 +65,9 @@ def rms_norm_qkv(
     qkv_weight: [qkv, hidden] or [hidden, qkv], or a tuple of three. Where these are all square, weight_layout="out_in"
     or "in_out" says which.
     """
-    arrays = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
     return _call(
         "rms_norm_qkv",
-        {name: array for name, array in arrays.items() if array is not None},
+        _without_none(x=x, norm_weight=norm_weight, qkv_weight=qkv_weight, bias=bias, residual=residual),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         eps=eps,
@@ -84,6 +83,10 @@ def rms_norm_qkv(
 
 
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
+
+
+def _without_none(**arrays):
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _call(op, arrays, **options):
@@ -172,6 +175,8 @@ def _plan(op, options, arrays):
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
     stand_ins = jax.tree.map(_stand_in, arrays)
+    if op != "rms_norm_qkv":
+        stand_ins.setdefault("weight", None)
     plans, refusals = [], []
     for device in _devices():
         try:
@@ -223,7 +228,7 @@ def _formula(
     normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
     if rounding == "hf":
         normed = normed.astype(x.dtype).astype(jnp.float32)
-    y = (normed * (weight_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    y = (normed * (weight_offset + (1 if weight is None else weight.astype(jnp.float32)))).astype(x.dtype)
     sums = [s] if "residual" in arrays else []
     if "qkv_weight" not in arrays:
         return [y, *sums]

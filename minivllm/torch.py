@@ -55,9 +55,11 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy, ds=None):
         s, weight = ctx.saved_tensors
         n, r = _normed(s, ctx.eps)
-        dx, dweight = _norm_gradients(dy.float(), n, r, ctx.weight_offset + weight.float())
+        scale = ctx.weight_offset + (1.0 if weight is None else weight.float())
+        dx, dweight = _norm_gradients(dy.float(), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
-        return dx, dx if ctx.adds else None, dweight.to(weight.dtype), None, None, None, None
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        return dx, dx if ctx.adds else None, dweight, None, None, None, None
 
 
 class _NormQKV(torch.autograd.Function):
@@ -227,12 +229,13 @@ def add_rms_norm(
     )
 
 
-def fused_add_rms_norm(x, residual, weight, eps=1e-6):
+def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0):
     """minivllm.fused_add_rms_norm for every torch tensor; no gradients."""
     inputs = {"x": x, "residual": residual, "weight": weight}
     _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
-    _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, eps=eps)
-    torch_ops.fused_add_rms_norm(x, residual, weight, eps)
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset}
+    _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, **options)
+    torch_ops.fused_add_rms_norm(x, residual, weight, *options.values())
     return x, residual
 
 

@@ -11,7 +11,7 @@ from minivllm import _C
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library("minivllm", "DEF")
-_NORM = "Tensor weight, float eps, str rounding, float weight_offset, str? kernel"
+_NORM = "Tensor? weight, float eps, str rounding, float weight_offset, str? kernel"
 _QKV = (
     "Tensor norm_weight, Tensor[] qkv_weight, Tensor[] bias, int num_heads, int num_kv_heads, float eps, "
     "str weight_layout, str rounding, float weight_offset, bool batch_invariant, bool allow_tf32, "
@@ -114,8 +114,8 @@ def _batching_rule(op, rows):
 
 
 def _plain(tensor):
-    """The tensor without its subclass, whose work is done by the time that the op runs."""
-    return tensor if type(tensor) in _PLAIN else tensor.as_subclass(torch.Tensor)
+    """The tensor without its subclass, whose work is done by the time that the op runs; None stays None."""
+    return tensor if tensor is None or type(tensor) in _PLAIN else tensor.as_subclass(torch.Tensor)
 
 
 @_register(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _new_like)
@@ -130,9 +130,15 @@ def add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel):
     )
 
 
-@_register("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()", lambda *_: None)
-def fused_add_rms_norm(x, residual, weight, eps):
-    _C.fused_add_rms_norm(_plain(x), _plain(residual), _plain(weight), eps)
+@_register(
+    "fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, float eps, str rounding, "
+    "float weight_offset) -> ()",
+    lambda *_: None,
+)
+def fused_add_rms_norm(x, residual, weight, eps, rounding, weight_offset):
+    _C.fused_add_rms_norm(
+        _plain(x), _plain(residual), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset
+    )
 
 
 def _one_or_three(tensors):

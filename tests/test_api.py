@@ -22,7 +22,7 @@ QKV_ARGUMENTS = ["x", "norm_weight", "qkv_weight", "num_heads", "num_kv_heads", 
 SIGNATURES = {
     "rms_norm": (["x", "weight", "eps"], {"out": None} | NORM_OPTIONS),
     "add_rms_norm": (["x", "residual", "weight", "eps"], {"out": None, "residual_out": None} | NORM_OPTIONS),
-    "fused_add_rms_norm": (["x", "residual", "weight", "eps"], {}),
+    "fused_add_rms_norm": (["x", "residual", "weight", "eps"], {"rounding": "hf", "weight_offset": 0.0}),
     "rms_norm_qkv": (QKV_ARGUMENTS, QKV_OPTIONS),
 }
 

@@ -36,6 +36,21 @@ def packed(parts):
     return np.concatenate([to_float64(part).reshape(*part.shape[:-2], np.prod(part.shape[-2:])) for part in parts], -1)
 
 
+def test_no_weight_is_ones(device, arrays):
+    x, ones = (
+        arrays(normal((3, 40), "bf16", "x"), "bf16"),
+        jnp.ones(40, "bfloat16", device=arrays(np.ones(1), "f32").device),
+    )
+
+    def norms(weight):
+        return lambda x: (ops.rms_norm(x, weight), *ops.add_rms_norm(x, x, weight, weight_offset=0.5))
+
+    for got, expected in zip(jax.jit(norms(None))(x), norms(ones)(x)):
+        assert_same_bits(got, expected)
+    slopes = [jax.grad(lambda x, weight=weight: norms(weight)(x)[0].sum())(x) for weight in (None, ones)]
+    assert_same_bits(*slopes)
+
+
 # ---- jit --------------------------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,34 @@ def test_fresh_outputs_are_contiguous(device, framework):
     assert framework.pointer(out) != framework.pointer(residual_out)
 
 
+@pytest.mark.rows("rms_norm")
+@pytest.mark.parametrize("hidden", [1, 33, 1024, 40000])
+def test_no_weight_is_ones(kernel, framework, hidden):
+    dtype = short_dtype(kernel.dtype)
+    x, residual = (framework.tensor(normal((3, hidden), dtype, name), dtype) for name in ("x", "residual"))
+    ones = framework.tensor(np.ones(hidden), dtype)
+    for rounding, offset in itertools.product(("hf", "fp32"), (0.0, 0.5)):
+        options = {"rounding": rounding, "weight_offset": offset, "kernel": kernel.name}
+        assert_same_bits(minivllm.rms_norm(x, None, **options), minivllm.rms_norm(x, ones, **options))
+        got, expected = (minivllm.add_rms_norm(x, residual, weight, **options) for weight in (None, ones))
+        for a, b in zip(got, expected):
+            assert_same_bits(a, b)
+
+
+def test_fused_add_rms_norm_rounds_as_it_is_told(device, framework):
+    x, residual, weight = (normal((7, 200), "f16", "x"), normal((7, 200), "f16", "r"), normal((200,), "f16", "w"))
+    for held in (framework.tensor(weight, "f16"), None):
+        options = {"rounding": "fp32", "weight_offset": 1.0}
+        separate = minivllm.add_rms_norm(
+            framework.tensor(x, "f16"), framework.tensor(residual, "f16"), held, 1e-5, **options
+        )
+        mine, stream = framework.full((7, 200), 0.0, "f16"), framework.full((7, 200), 0.0, "f16")
+        mine[...], stream[...] = framework.tensor(x, "f16"), framework.tensor(residual, "f16")
+        minivllm.fused_add_rms_norm(mine, stream, held, 1e-5, **options)
+        assert_same_bits(mine, separate[0], "x")
+        assert_same_bits(stream, separate[1], "residual")
+
+
 def test_fused_add_rms_norm_works_in_place(device, framework):
     x, residual = normal((7, 200), "f16", "x"), normal((7, 200), "f16", "r")
     weight = normal((200,), "f16", "w", mean=1.0)

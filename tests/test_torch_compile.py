@@ -136,7 +136,7 @@ def test_the_registered_ops(torch, device, dtype):
     samples = {
         ops.rms_norm: (i.x, i.norm, 1e-6, "hf", 0.0, None),
         ops.add_rms_norm: (i.x, i.residual, i.norm, 1e-6, "fp32", 1.0, None),
-        ops.fused_add_rms_norm: (i.x.clone(), i.residual.clone(), i.norm, 1e-6),
+        ops.fused_add_rms_norm: (i.x.clone(), i.residual.clone(), None, 1e-6, "hf", 0.0),
         ops.rms_norm_qkv: (i.x, i.norm, [i.wide], [], *QKV),
         ops.add_rms_norm_qkv: (i.x, i.residual, i.norm, [i.square], [i.bias], *QKV),
     }

@@ -20,6 +20,8 @@ class Float64:
         self.torch, self.dtype, self.weights = torch, dtype, []
 
     def rms_norm(self, x, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0):
+        if weight is None:
+            weight = self.torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
         s, self.scale = x.detach(), weight.detach() + weight_offset
         self.s, self.r = s, 1 / ((s**2).mean(-1, keepdim=True) + eps).sqrt()
         self.y, _ = reference.rms_norm(x, weight, eps, weight_offset=weight_offset)

@@ -28,6 +28,7 @@ class Inputs:
 
 def _in_place(i):
     x, residual = i.x.clone(), i.residual.clone()
+    minivllm.fused_add_rms_norm(x, residual, None, rounding="fp32", weight_offset=1.0)
     return minivllm.fused_add_rms_norm(x, residual, i.norm)
 
 
@@ -43,6 +44,7 @@ def _given_outputs(i):
 FUNCTIONAL = {
     "rms_norm": lambda i, ops=minivllm: (ops.rms_norm(i.x, i.norm, 1e-5, rounding="fp32", weight_offset=1.0),),
     "add_rms_norm": lambda i, ops=minivllm: ops.add_rms_norm(i.x, i.residual, i.norm),
+    "no weight": lambda i, ops=minivllm: ops.add_rms_norm(i.x, i.residual, None, weight_offset=0.5),
     "rms_norm_qkv": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS),
     ".t()": lambda i, ops=minivllm: ops.rms_norm_qkv(
         i.x, i.norm, i.square.t(), HEADS, KV_HEADS, bias=i.bias, weight_layout="in_out"

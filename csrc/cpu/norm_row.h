@@ -69,7 +69,8 @@ static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
 
 /* The norm weight, in x's dtype or float32. */
 MV_INLINE vf MV_NAME(row_weight, DTYPE)(const mv_task *task, int64_t i, int n) {
-    const vf weight = task->norm_weight_dtype == MV_F32
+    const vf weight = !task->norm_weight ? v_set(1)
+                      : task->norm_weight_dtype == MV_F32
                           ? v_load_f32((const element_f32 *)task->norm_weight + i, n)
                           : MV_NAME(v_load, DTYPE)((const ROW_ELEMENT *)task->norm_weight + i, n);
     return v_add(v_set(task->weight_offset), weight);

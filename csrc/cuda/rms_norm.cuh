@@ -39,9 +39,19 @@ __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task,
     return weights;
 }
 
+/* The same of a norm op, which may have none: ones. */
+template <typename T>
+__device__ __forceinline__ NormWeights<T> load_norm_weights_or_ones(const mv_task &task, int64_t at, bool aligned) {
+    if (task.norm_weight) return load_norm_weights<T>(task, at, aligned);
+    NormWeights<T> weights;
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.weight_offset + 1;
+    return weights;
+}
+
 /* By one thread of a launch, before the wait for the previous kernel: the norm weights are in L2 after it. */
 __device__ __forceinline__ void prefetch_norm_weight(const mv_task &task) {
-    if (blockIdx.x == 0 && threadIdx.x == 0)
+    if (blockIdx.x == 0 && threadIdx.x == 0 && task.norm_weight)
         prefetch_l2(task.norm_weight, task.hidden * (task.norm_weight_dtype == MV_F32 ? 4 : 2));
 }
 

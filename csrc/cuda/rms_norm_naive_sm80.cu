@@ -39,7 +39,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     for (int64_t i = threadIdx.x; i < task.hidden; i += kThreads) {
         /* x may have been overwritten by residual_out: then that is where s is */
         const T s = residual_out ? residual_out[i] : residual ? add_residual(x[i], residual[i]) : x[i];
-        const float w = task.weight_offset + load_as<T>(task.norm_weight, task.norm_weight_dtype, i);
+        const float own = task.norm_weight ? load_as<T>(task.norm_weight, task.norm_weight_dtype, i) : 1.0f;
+        const float w = task.weight_offset + own;
         out[i] = from_float<T>(apply_norm<T>(to_float(s), r, w, task.rounding == MV_ROUNDING_HF));
     }
 }

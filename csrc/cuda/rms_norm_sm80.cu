@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 
         const float r = row_factor<T>(row_sum<kThreads>(squares), access.mean_scale, task);
         const auto normalised = [&](int p) {
-            if constexpr (!kWhole) return apply_norm(s[p], r, load_norm_weights<T>(task, at(p), access.weight), hf);
+            if constexpr (!kWhole)
+                return apply_norm(s[p], r, load_norm_weights_or_ones<T>(task, at(p), access.weight), hf);
             if constexpr (sizeof(T) == 2)
                 if (hf && task.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
             return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
@@ -201,7 +202,7 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
         if constexpr (kAdd)
             if (!residual_out) s = add_residual(s, load_packet(residual + at, left, access.rows));
         store_normalised(
-            task, apply_norm(s, r, load_norm_weights<T>(task, at, access.weight), hf),
+            task, apply_norm(s, r, load_norm_weights_or_ones<T>(task, at, access.weight), hf),
             [&](const Packet<T> &y, int64_t behind) { store_packet(out + behind + at, y, left, access.rows); });
     }
 }
@@ -278,7 +279,7 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     Access access = {};
     access.rows = norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T));
     access.weight = is_aligned16(task->norm_weight);
-    access.whole = access.rows && access.weight && task->norm_weight_dtype == Dtype<T>::value &&
+    access.whole = access.rows && access.weight && task->norm_weight && task->norm_weight_dtype == Dtype<T>::value &&
                    task->hidden % Packet<T>::size == 0;
     access.keep = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T)) >= kKeptTimes * task->l2_bytes &&
                   !task->launch_early;

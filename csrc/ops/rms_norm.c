@@ -37,7 +37,7 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
     MV_TRY(mv_check_x(x, error));
     const int64_t hidden = a->x.shape[a->x.ndim - 1];
     if (mv_present(&a->residual)) MV_TRY(mv_check_like_x(residual, &a->x, error));
-    MV_TRY(mv_check_vector(weight, &a->x, hidden, "= x.shape[-1]", error));
+    if (mv_present(&a->weight)) MV_TRY(mv_check_vector(weight, &a->x, hidden, "= x.shape[-1]", error));
     if (mv_present(&a->out)) MV_TRY(mv_check_output(out, &a->x, hidden, error));
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, hidden, error));
     MV_TRY(mv_check_apart(out, x, true, error));
@@ -56,7 +56,7 @@ static mv_status make_plan(const char *op, const mv_rms_norm_args *a, mv_plan *p
     MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, &rows, error));
     mv_task *task = &mv_state(plan)->part[0].task;
     task->norm_weight = a->weight.data;
-    task->norm_weight_dtype = a->weight.dtype;
+    task->norm_weight_dtype = mv_present(&a->weight) ? a->weight.dtype : a->x.dtype;
     task->eps = (float)a->eps;
     task->weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;

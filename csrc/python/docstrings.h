@@ -16,7 +16,8 @@
     "rms_norm($module, x, weight, eps=1e-06, *, out=None, rounding='hf', weight_offset=0.0, kernel=None)\n--\n\n"      \
     "out = x * r * (weight_offset + weight), r = 1 / sqrt(mean(x^2 over the last dimension) + eps)\n\n"                \
     "x: [..., hidden], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"    \
-    "weight: [hidden], of x's dtype or float32. out: like x; may be x itself. Returns out, or a new tensor.\n"         \
+    "weight: [hidden], of x's dtype or float32; None: ones. out: like x; may be x itself. Returns out, or a new\n"     \
+    "tensor.\n"                                                                                                        \
     "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM); 'fp32'\n"   \
     "rounds once, at the end (FlashInfer, TE, Gemma). weight_offset=1.0 is Gemma's. kernel: a name of "                \
     "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
@@ -30,12 +31,10 @@
     "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_FUSED_ADD_RMS_NORM                                                                                         \
-    "fused_add_rms_norm($module, x, residual, weight, eps=1e-06)\n--\n\n"                                              \
+    "fused_add_rms_norm($module, x, residual, weight, eps=1e-06, *, rounding='hf', weight_offset=0.0)\n--\n\n"         \
     "residual += x; x = rms_norm(residual, weight): in place on both, as in vLLM and FlashInfer. Returns them.\n\n"    \
-    "x, residual: of one shape and dtype, writable. weight, eps: as in rms_norm. It takes no more: rounding is "       \
-    "'hf',\n"                                                                                                          \
-    "weight_offset 0; for others add_rms_norm(x, residual, weight, out=x, residual_out=residual).\n\n" DOC_TENSORS     \
-    "\n" DOC_ERRORS
+    "x, residual: of one shape and dtype, writable. weight, eps, rounding, weight_offset: as in "                      \
+    "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_RMS_NORM_QKV                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \

@@ -46,7 +46,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
 
 static const parameter rms_norm_parameters[] = {
     NORM("x", to_tensor, x),
-    NORM("weight", to_tensor, weight),
+    NORM("weight", to_optional_tensor, weight),
     NORM("eps", to_number, eps),
     NORM("out", to_optional_tensor, out),
     NORM("rounding", to_rounding, rounding),
@@ -78,7 +78,7 @@ static PyObject *returned_pair(call *c, const mv_view *first, const mv_view *sec
 static const parameter add_rms_norm_parameters[] = {
     NORM("x", to_tensor, x),
     NORM("residual", to_tensor, residual),
-    NORM("weight", to_tensor, weight),
+    NORM("weight", to_optional_tensor, weight),
     NORM("eps", to_number, eps),
     NORM("out", to_optional_tensor, out),
     NORM("residual_out", to_optional_tensor, residual_out),
@@ -102,8 +102,10 @@ PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t c
 static const parameter fused_add_rms_norm_parameters[] = {
     NORM("x", to_tensor, x),
     NORM("residual", to_tensor, residual),
-    NORM("weight", to_tensor, weight),
+    NORM("weight", to_optional_tensor, weight),
     NORM("eps", to_number, eps),
+    NORM("rounding", to_rounding, rounding),
+    NORM("weight_offset", to_number, weight_offset),
 };
 static const signature fused_add_rms_norm_signature = {
     "fused_add_rms_norm", 2, 3, 4, LENGTH(fused_add_rms_norm_parameters), fused_add_rms_norm_parameters};

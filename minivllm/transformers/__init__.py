@@ -82,9 +82,9 @@ def apply(
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
     tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
-    never; "auto": None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under torch.compile; FUSED_TOKENS on
-    other GPUs. A compiled call looks at hooks when it is traced, as torch does:
-    torch.compiler.reset() after adding one.
+    never; "auto": None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under torch.compile; FUSED_TOKENS
+    on other GPUs. A compiled call looks at hooks when it is traced, as torch does: torch.compiler.reset() after adding
+    one.
     rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
     twice, as transformers does.
 

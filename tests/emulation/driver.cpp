@@ -18,7 +18,7 @@ struct Case {
     bool residual, bias, wide_norm_weight, in_out, tuple;
     float weight_offset;
     int pad; /* elements between rows of x, residual and outputs */
-    bool allow_tf32 = false;
+    bool allow_tf32 = false, no_norm_weight = false;
 };
 
 constexpr mv_rounding kHf = MV_ROUNDING_HF, kFp32 = MV_ROUNDING_FP32;
@@ -74,6 +74,9 @@ constexpr Case kNorms[] = {
     {2, 40000, 0, kHf, false, false, false, false, false, 0, 0},
     {100, 1000, 0, kHf, true, false, false, false, false, 0, 0},
     {100, 500, 0, kHf, true, false, false, false, false, 0, 0},
+    {5, 1024, 0, kHf, true, false, false, false, false, 0, 0, false, true},
+    {3, 1027, 0, kFp32, false, false, false, false, false, 0.5f, 1, false, true},
+    {2, 40000, 0, kHf, true, false, false, false, false, 0, 0, false, true},
 };
 
 /* Of rounding to T: half the distance of 1 and the next number. */
@@ -121,7 +124,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
     x.fill(draw);
     residual.fill(draw);
     matrix.fill([&] { return 0.05 * draw(); });
-    wide.fill([&] { return 1 + 0.2 * draw(); });
+    wide.fill([&] { return c.no_norm_weight ? 1 : 1 + 0.2 * draw(); });
     bias.fill(draw);
     for (int k = 0; k < c.hidden; k++) {
         narrow.at(0, k) = T(wide.at(0, k));
@@ -149,6 +152,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
     task.out = out.view();
     if (c.residual) task.residual = residual.view(), task.residual_out = sum.view();
     task.norm_weight = c.wide_norm_weight ? static_cast<void *>(wide.values.data()) : narrow.values.data();
+    if (c.no_norm_weight) task.norm_weight = nullptr;
     task.norm_weight_dtype = c.wide_norm_weight ? MV_F32 : row.dtype;
     task.outputs = c.outputs;
     task.packed = projects && !c.tuple;

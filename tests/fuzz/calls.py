@@ -31,7 +31,8 @@ def require(condition, what: str, kind=Wrong):
 
 def call(case: Case, arguments: dict, **changes):
     """The call itself; `changes` replace arguments, and None removes them."""
-    arguments = {name: value for name, value in (arguments | changes).items() if value is not None}
+    removed = {name for name, value in changes.items() if value is None}
+    arguments = {name: value for name, value in (arguments | changes).items() if name not in removed}
     if case.op != "FusedRMSNormQKV":
         return getattr(minivllm, case.op)(**arguments)
     at_call = {name: arguments.pop(name) for name in LAYER_CALL if name in arguments}

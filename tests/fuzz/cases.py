@@ -45,7 +45,10 @@ def norm(d: Drawing, inputs=("x",)):
         d.tensors["residual"] = d.tensors["x"]
     for argument in inputs:
         d.at.fill(d.tensors[argument])
-    d.tensors["weight"] = d.vector(hidden)
+    if d.spoil or rng.random() >= 0.1:
+        d.tensors["weight"] = d.vector(hidden)
+    else:
+        d.give(weight=None)
     d.numbers()
     if d.spoil:
         spoil.norm(d, shape)

@@ -34,7 +34,9 @@ def _normed(inputs, options, dtype: str, wild: bool, round_last: bool):
     eps, rounding = options.get("eps", 1e-6), options.get("rounding", "hf")
     offset = options.get("weight_offset", 0.0)
     xp = namespace(inputs["x"])
-    weight = inputs["norm_weight"] if "norm_weight" in inputs else inputs["weight"]
+    weight = inputs.get("norm_weight", inputs.get("weight"))
+    if weight is None:
+        weight = xp.ones_like(inputs["x"])
     y, s = reference.rms_norm(inputs["x"], weight, eps, residual=inputs.get("residual"), rounding=rounding,
                               weight_offset=offset, dtype=dtype, round_last=round_last)  # fmt: skip
     gain = offset + weight
