@@ -6,7 +6,8 @@ SECONDS ?= 60    # of each fuzzer
 VENV = .venv/bin/python
 C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help demo test inplace gpu-test bench ctest asan tsan fuzz format lint clean
+.PHONY: help demo test inplace gpu-test bench ctest asan tsan fuzz wheels wheel-cpu wheel-cuda release-check \
+    format lint clean
 
 help:
 	@echo 'make demo      set up, build, and run the fused layer on real model shapes (WITH=torch: beside torch, too)'
@@ -18,6 +19,8 @@ help:
 	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the threads of the CPU backend under ThreadSanitizer'
 	@echo 'make fuzz      random calls and hostile objects, SECONDS=60 of each, in place with $(PYTHON)'
+	@echo 'make wheels    wheels for the CPU and with CUDA, in dist/cpu and dist/cu13'
+	@echo 'make release-check   what .ci/run leaves out: all architectures, other Pythons, long fuzz; log in build'
 	@echo 'make format    format Python and C;  make lint checks both'
 	@echo 'make clean     remove what was built'
 
@@ -79,6 +82,22 @@ tsan:
 	CC=gcc MINIVLLM_SANITIZE=thread MINIVLLM_CUDA=0 $(PYTHON) setup.py -q build_c --build-temp build/tsan/temp \
 	    --build-programs build/tsan
 	for program in test_pool test_first_call; do TSAN_OPTIONS=halt_on_error=1 build/tsan/$$program || exit; done
+
+.venv/wheels: .venv/ready tools/requirements.txt
+	@$(VENV) -m venv .venv/wheels-env
+	@.venv/wheels-env/bin/pip install -q --disable-pip-version-check -r tools/requirements.txt
+	@touch $@
+
+wheels: wheel-cpu wheel-cuda
+
+wheel-cpu: .venv/wheels
+	.venv/wheels-env/bin/python tools/wheels.py cpu
+
+wheel-cuda: .venv/wheels
+	.venv/wheels-env/bin/python tools/wheels.py cuda $(if $(ARCHS),--archs '$(ARCHS)')
+
+release-check: .venv/wheels
+	tools/release_check.sh
 
 .venv/ruff: .venv/ready
 	@$(VENV) -m pip install -q --disable-pip-version-check 'ruff==0.17.5'

@@ -10,6 +10,7 @@ command line changed.
 
 import fcntl
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/*.c"]
 CUDA_SOURCES = ["csrc/cuda/*.cu"]
 ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES
 
-# sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. A wheel sets the full list.
+# sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. tools/wheels.py has the list of a wheel.
 DEFAULT_ARCHS = "80;90a"
 OLDEST_CUDA = 12
 
@@ -102,7 +103,9 @@ class Cuda:
                 f"minivllm: none of MINIVLLM_CUDA_ARCHS={';'.join(wanted)} is a plain architecture that "
                 f"{nvcc} knows: at least one is needed, such as 80. It knows {sorted(known, key=int)}."
             )
-        self.ptx = max(self.generic, key=int)
+        # PTX runs on its own architecture and on newer ones only. So it is that of the oldest one, but of 90 where that
+        # is listed: what is older than that has machine code of its own.
+        self.ptx = "90" if "90" in self.generic else min(self.generic, key=int)
 
     def ask(self, *arguments):
         return subprocess.run(
@@ -181,11 +184,13 @@ class BuildExtension(build_ext):
     def build(self, linker, targets):
         """Links each target from its own sources and those that all of them share."""
         os.chdir(ROOT)
+        self.need_a_compiler(linker)
         cuda = Cuda.wanted()
         self.objects_dir = Path(self.build_temp, "minivllm")
         self.objects_dir.mkdir(parents=True, exist_ok=True)
         shared, own = sources(CUDA_SOURCES) if cuda else [], [path for paths in targets.values() for path in paths]
         shared += sources(C_SOURCES)  # after the slow ones
+        self.total, self.started = len(shared + own), itertools.count(1)
         with open(self.objects_dir / "lock", "w") as lock:  # a second build of this tree waits here
             fcntl.flock(lock, fcntl.LOCK_EX)
             with ThreadPoolExecutor(self.parallel or len(os.sched_getaffinity(0))) as pool:
@@ -196,6 +201,14 @@ class BuildExtension(build_ext):
                 self.link([*linker, *(objects[path] for path in shared + paths)], Path(target), cuda)
         built = f"with CUDA {cuda.release} for {cuda.names()}" if cuda else f"WITHOUT CUDA ({self.why_no_cuda()})"
         self.say(f"======== minivllm {VERSION}: built the CPU backend, {built} ========")
+
+    def need_a_compiler(self, linker):
+        for program in (self.compiler.compiler_so[0], linker[0]):
+            if not shutil.which(program):
+                raise SystemExit(
+                    f"minivllm: the C compiler {program} was not found: install one, such as the package gcc (in "
+                    "Debian and Ubuntu with libc6-dev), or name one in CC. A wheel of minivllm needs none."
+                )
 
     @staticmethod
     def why_no_cuda():
@@ -227,11 +240,12 @@ class BuildExtension(build_ext):
         command = cuda.command(source) if source.endswith(".cu") else self.c_command(source, cuda)
         command += ["-MMD", "-MF", str(depfile), "-c", source, "-o", str(target)]
         line = shlex.join(command)
+        number = next(self.started)
         if self.is_current(target, depfile, stamp, line):
             return str(target)
         stamp.unlink(missing_ok=True)
         started = time.time_ns()
-        self.say(f"{os.path.basename(command[0])} {source}")
+        self.say(f"[{number}/{self.total}] {os.path.basename(command[0])} {source}")
         run = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if run.returncode:
             raise SystemExit(f"{line}\n{run.stdout}minivllm: {source} does not compile")
@@ -274,8 +288,17 @@ class BuildC(BuildExtension):
         self.build(self.compiler.linker_exe, programs)
 
 
+def long_description():
+    """README.md as a package index shows it, which knows neither the files nor the pictures beside it."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]+\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (`\2`)", text)
+
+
 setup(
     version=VERSION,
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     ext_modules=[Extension("minivllm._C", sources(ALL_SOURCES), py_limited_api=LIMITED_API)],
     cmdclass={"build_ext": BuildExtension, "build_c": BuildC},
