@@ -1,13 +1,13 @@
 """Fused decoder-layer kernels for torch, NumPy, CuPy and JAX tensors, on NVIDIA GPUs and on the CPU.
 
     from minivllm import FusedRMSNormQKV
-    q, k, v = FusedRMSNormQKV.forward(x, input_layernorm.weight, qkv_proj.weight.t(), num_heads, num_kv_heads)
+    q, k, v = FusedRMSNormQKV.forward(x, norm_weight, qkv_weight, heads, kv_heads)
 
 Importing this package imports no framework and touches no GPU.
 """
 
 try:
-    import minivllm._C as _C
+    from ._C import version as __version__  # noqa: F401
 except ImportError as error:
     # `python -m minivllm`, which says what is wrong, imports this too: so the refusal waits for the first name used.
     _cause = error
@@ -34,8 +34,8 @@ except ImportError as error:
         raise ImportError(_why()) from _cause
 
 else:
-    from minivllm import dynamo
-    from minivllm._C import (
+    from . import dynamo
+    from ._C import (
         add_rms_norm,
         fused_add_rms_norm,
         get_num_threads,
@@ -43,13 +43,12 @@ else:
         rms_norm_qkv,
         set_num_threads,
     )
-    from minivllm.device_array import DeviceArray, empty, to_device
-    from minivllm.layers import FusedRMSNormQKV
-    from minivllm.parallel import QKVShard, shard_qkv
-    from minivllm.selection import Kernel, Ran, kernels, last_kernel
+    from .device_array import DeviceArray, empty, to_device
+    from .layers import FusedRMSNormQKV
+    from .parallel import QKVShard, shard_qkv
+    from .selection import Kernel, Ran, kernels, last_kernel
 
     dynamo.watch()
-    __version__ = _C.version
     __all__ = [
         "DeviceArray",
         "FusedRMSNormQKV",

@@ -2,6 +2,6 @@
 
 import sys
 
-from minivllm.doctor import main
+from .doctor import main
 
 sys.exit(main())

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from minivllm import _C
+from . import _C
 
 if TYPE_CHECKING:
     import numpy

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from minivllm.doctor_text import render
+from .doctor_text import render
 
 FRAMEWORKS = {
     "numpy": ("numpy",),
@@ -86,7 +86,7 @@ class Doctor:
     def cuda(self) -> dict:
         """Whether the CUDA backend was built, for what, and the GPUs it sees. A build with CUDA must be able to use
         the GPUs that the driver shows; a machine without a driver is fine."""
-        from minivllm import _C
+        from . import _C
 
         archs = _C.cuda_archs()
         result = {"built": bool(archs), "archs": archs.split(), "gpus": [], "why_not": ""}
@@ -141,7 +141,7 @@ def host() -> dict:
 
 
 def extension() -> dict:
-    from minivllm import _C
+    from . import _C
 
     return {"version": _C.version, "path": _C.__file__}
 
@@ -185,15 +185,15 @@ def import_error(trial: subprocess.Popen) -> str | None:
 
 
 def cpu() -> dict:
-    import minivllm
+    from . import _C, get_num_threads
 
-    return {"features": minivllm._C.cpu_features().split(), "threads": minivllm.get_num_threads()}
+    return {"features": _C.cpu_features().split(), "threads": get_num_threads()}
 
 
 def kernels() -> list[dict]:
-    import minivllm
+    from . import kernels
 
-    return [row._asdict() for row in minivllm.kernels()]
+    return [row._asdict() for row in kernels()]
 
 
 def array(values, dtype: str):
@@ -213,9 +213,9 @@ def check(device: str, dtype: str) -> list[dict]:
     """
     import numpy as np
 
-    import minivllm
-    from minivllm.testing import numeric, reference
-    from minivllm.testing.shapes import model
+    from . import add_rms_norm, last_kernel, rms_norm, rms_norm_qkv, to_device
+    from .testing import numeric, reference
+    from .testing.shapes import model
 
     shape, short = model("qwen3-0.6b"), {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     random = np.random.default_rng(0)
@@ -226,9 +226,7 @@ def check(device: str, dtype: str) -> list[dict]:
     x64, residual64, gain, w64 = (a.astype(np.float64) for a in (x, residual, norm_weight, qkv_weight))
     s64 = reference.round_to(x64 + residual64, short)
     if device != "cpu":
-        x, residual, norm_weight, qkv_weight = (
-            minivllm.to_device(a, device) for a in (x, residual, norm_weight, qkv_weight)
-        )
+        x, residual, norm_weight, qkv_weight = (to_device(a, device) for a in (x, residual, norm_weight, qkv_weight))
 
     def row(op, call, source64, weight64=None):
         got = call()
@@ -244,7 +242,7 @@ def check(device: str, dtype: str) -> list[dict]:
             "device": device,
             "op": op,
             "dtype": dtype,
-            "kernel": minivllm.last_kernel().name,
+            "kernel": last_kernel().name,
             "max_ulp": float((error / ulp).max()),
             "max_error": float(error.max()),
             "ok": bool((error <= bound).all()),
@@ -252,9 +250,9 @@ def check(device: str, dtype: str) -> list[dict]:
 
     qkv = (norm_weight, qkv_weight, shape.num_heads, shape.num_kv_heads)
     return [
-        row("rms_norm", lambda: [minivllm.rms_norm(x, norm_weight)], x64),
-        row("add_rms_norm", lambda: minivllm.add_rms_norm(x, residual, norm_weight)[:1], s64),
-        row("rms_norm_qkv", lambda: minivllm.rms_norm_qkv(x, *qkv), x64, w64),
+        row("rms_norm", lambda: [rms_norm(x, norm_weight)], x64),
+        row("add_rms_norm", lambda: add_rms_norm(x, residual, norm_weight)[:1], s64),
+        row("rms_norm_qkv", lambda: rms_norm_qkv(x, *qkv), x64, w64),
     ]
 
 
@@ -262,9 +260,9 @@ def benchmark(devices: list[str]) -> list[dict]:
     """One decode step and one norm of Qwen3-0.6B's shape in float32, the weights as warm as a loop leaves them."""
     import numpy as np
 
-    import minivllm
-    from minivllm.testing.shapes import model
-    from minivllm.testing.timing import time_cpu
+    from . import rms_norm, rms_norm_qkv, to_device
+    from .testing.shapes import model
+    from .testing.timing import time_cpu
 
     shape, random = model("qwen3-0.6b"), np.random.default_rng(0)
     x, many, gain, weight = (
@@ -276,12 +274,12 @@ def benchmark(devices: list[str]) -> list[dict]:
     rows = []
     for device in devices:
         if device != "cpu":
-            x, many, gain, weight = (minivllm.to_device(a, device) for a in (x, many, gain, weight))
-        out = minivllm.rms_norm(many, gain)
+            x, many, gain, weight = (to_device(a, device) for a in (x, many, gain, weight))
+        out = rms_norm(many, gain)
         layer = (x, gain, weight, shape.num_heads, shape.num_kv_heads)
         cases = {
-            "rms_norm": lambda _, a=(many, gain), o=out: minivllm.rms_norm(*a, out=o),
-            "rms_norm_qkv": lambda _, a=layer: minivllm.rms_norm_qkv(*a),
+            "rms_norm": lambda _, a=(many, gain), o=out: rms_norm(*a, out=o),
+            "rms_norm_qkv": lambda _, a=layer: rms_norm_qkv(*a),
         }
         synchronise = (lambda a=out: a.numpy()) if device != "cpu" else None
         seconds = BENCHMARK_SECONDS / len(devices) / len(cases)

@@ -12,7 +12,7 @@ _DYNAMO = "torch._dynamo"
 
 
 def _tell():
-    from minivllm import torch
+    from . import torch
 
     torch.substitute_in_graphs()
 

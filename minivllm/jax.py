@@ -14,8 +14,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from minivllm import _C
-from minivllm.layers import is_in_out
+from . import _C
+from .layers import is_in_out
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
 

@@ -6,11 +6,11 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, SupportsIndex, overload
 
-from minivllm import _C
-from minivllm.device_array import DeviceArray, to_device
+from . import _C
+from .device_array import DeviceArray, to_device
 
 if TYPE_CHECKING:
-    from minivllm._C import _T, _RMSNormQKV, _Rounding, _Tensor, _Tensors, _WeightLayout
+    from ._C import _T, _RMSNormQKV, _Rounding, _Tensor, _Tensors, _WeightLayout
 
 _READ_ONCE = frozenset(
     ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
@@ -171,7 +171,7 @@ class FusedRMSNormQKV:
             blocks = [weight.T if in_out else weight for weight in members]
             self._packed = _concatenate(blocks, (self.qkv, self.hidden), self._packed)
             if hasattr(members[0], "requires_grad"):
-                from minivllm.torch_prepack import packed
+                from .torch_prepack import packed
 
                 self._packed = packed(self._packed, members)
         *_, self._numbers = self._checked(self._packed, self.head_dim, "out_in")

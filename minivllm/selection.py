@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from minivllm import _C
+from . import _C
 
 
 class Kernel(NamedTuple):

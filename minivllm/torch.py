@@ -11,10 +11,10 @@ import functools
 
 import torch
 
-from minivllm import _C, torch_ops
-from minivllm.layers import FusedRMSNormQKV, is_in_out
-from minivllm.torch_checks import check
-from minivllm.torch_prepack import unpacked
+from . import _C, torch_ops
+from .layers import FusedRMSNormQKV, is_in_out
+from .torch_checks import check
+from .torch_prepack import unpacked
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

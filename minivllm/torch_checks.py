@@ -6,7 +6,7 @@ planned, as the C function would, with stand-ins: arrays of the same shapes, str
 
 import torch
 
-from minivllm import _C
+from . import _C
 
 _LIKE_X = ("residual", "out", "residual_out")
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)

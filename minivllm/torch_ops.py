@@ -7,7 +7,7 @@ function around it in minivllm/torch.py, as an exported program does.
 
 import torch
 
-from minivllm import _C
+from . import _C
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library("minivllm", "DEF")

@@ -45,7 +45,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "", id(node) in top)
+            inside = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            yield (".".join(filter(None, (inside, node.module))), id(node) in top)
 
 
 def test_there_is_something_to_check():
@@ -92,10 +93,15 @@ def test_inline_assembly_lives_in_the_device_vocabulary():
             assert not re.search(r"\basm\b", path.read_text()), f"{path.name}: PTX belongs to {' '.join(VOCABULARY)}"
 
 
+# The ops are the files of csrc/ops that hold a list of kernels. Longest first: rms_norm_qkv_avx2.c is of rms_norm_qkv.
+OPS = [path.stem for path in (CSRC / "ops").glob("*.c") if re.search(r"define \w+_KERNELS\(", path.read_text())]
+OPS.sort(key=len, reverse=True)
+
+
 def rows():
     """The rows of the lists in csrc/ops, as op -> names without their dtype: from the source, so that also those of other builds count."""
     found = {}
-    for op in ("rms_norm", "rms_norm_qkv"):
+    for op in OPS:
         text = (CSRC / "ops" / f"{op}.c").read_text().replace("\\\n", " ")
         each = re.findall(rf"MV_(?:ALL|16BIT)_DTYPES\(\s*K,\s*{op},\s*(\w+),\s*(\w+),", text)
         each += re.findall(rf"[^A-Z_]K\(\s*{op},\s*\w+,\s*\w+,\s*(\w+),\s*(\w+),", text)
@@ -107,12 +113,14 @@ def test_every_kernel_file_has_a_row_and_every_row_a_file():
     """csrc/<backend>/<op>[_<variant>]_<isa>.{c,cu}: one file may serve several variants of its isa."""
     lists = rows()
     assert all(len(found) >= 5 for found in lists.values())
+    isas = {isa for found in lists.values() for _, isa in found}
     served = set()
     for path in SOURCES:
         if folder_of(path) not in ("cpu", "cuda") or path.suffix not in (".c", ".cu"):
             continue
-        op = next((op for op in ("rms_norm_qkv", "rms_norm") if path.stem.startswith(op + "_")), None)
+        op = next((op for op in OPS if path.stem.startswith(op + "_")), None)
         if op is None:
+            assert path.stem.rpartition("_")[2] not in isas, f"{path.name} is of no op that csrc/ops has a list for"
             continue
         rest = path.stem[len(op) + 1 :]
         mine = {
@@ -146,6 +154,20 @@ def test_the_package_imports_frameworks_only_where_used():
             assert not module.startswith("minivllm.testing") or path.name.startswith("doctor"), (
                 f"{path.name} imports {module}"
             )
+
+
+def test_the_package_imports_itself_relatively():
+    """So that it also works where a loader gives it another name. minivllm.transformers is tried by its own tests."""
+    for path in python_files("minivllm"):
+        if path.parent.name == "transformers":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            else:
+                named = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in named:
+                assert name.split(".")[0] != "minivllm", f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
 
 
 def test_testing_imports_without_a_framework():

@@ -1,6 +1,6 @@
 """Whole models of transformers with random weights, by name: real configurations, and a tiny one per architecture."""
 
-from minivllm.testing.shapes import model as qkv_shape
+from .shapes import model as qkv_shape
 
 OUTLIER = 96.5  # the largest weight of Qwen3-0.6B's k_norms, where narrow arithmetic shows first
 

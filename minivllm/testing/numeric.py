@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivllm.testing.reference import FORMATS, namespace, quantum, rms_norm, round_to
+from .reference import FORMATS, namespace, quantum, rms_norm, round_to
 
 UNIT_F32 = 2.0**-24
 UNIT_TF32 = 2.0**-11
