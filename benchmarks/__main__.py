@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument(
         "--results", default=str(RESULTS), metavar="DIR", help="with plot and tables: the JSON files to read"
     )
+    commands.add_argument("--output", metavar="DIR", help="with plot: where the pictures go (build/img)")
     return commands
 
 
@@ -130,7 +131,7 @@ def main() -> int:
     if args.op == "plot":
         from benchmarks import plot
 
-        return plot.draw(Path(args.results))
+        return plot.draw(Path(args.results), Path(args.output) if args.output else None)
     if args.op == "tables":
         from benchmarks import tables
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks plot: draws docs/img/*.png from committed results."""
+"""python -m benchmarks plot: draws pictures from committed results; with --output docs/img those of the docs."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.results import OURS, Case, Results, commit, place, runs
 from benchmarks.tables import COMPILED, DTYPE_NAMES, ROOT
 
-IMAGES = ROOT / "docs" / "img"
+IMAGES = ROOT / "build" / "img"
 INK, FAINT = "#1a1a1a", "#d9d9d9"
 # Hues that the colour-blind tell apart, too (Okabe and Ito).
 COLORS = {
@@ -61,7 +61,7 @@ def save(drawing, name: str, cases: list[Case]) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     drawing.text(0.995, -0.01, origin(cases), ha="right", va="top", fontsize=7, color="#595959")
     drawing.savefig(IMAGES / name, dpi=150, bbox_inches="tight", pad_inches=0.15)
-    print(f"drew {(IMAGES / name).relative_to(ROOT)}")
+    print(f"drew {IMAGES / name}")
 
 
 def bars(axis, cases: list[Case], labels: list[str], series: dict, value, text) -> None:
@@ -246,8 +246,10 @@ def cpu(results: Results) -> None:
     save(drawing, "cpu.png", cases)
 
 
-def draw(directory: Path) -> int:
+def draw(directory: Path, images: Path | None = None) -> int:
     """Draws what there are results for."""
+    global IMAGES
+    IMAGES = images or IMAGES
     results = Results(directory)
     for drawn in (decode, floors, tokens, rates, norms, cpu):
         drawn(results)

@@ -5,6 +5,8 @@ import re
 import pytest
 from processes import PACKAGE, ROOT, succeeds
 
+import minivllm
+
 # A page, and the module that it needs.
 PAGES = [
     pytest.param("parallel.md", "torch"),
@@ -13,6 +15,14 @@ PAGES = [
     pytest.param("jax.md", "jax"),
     pytest.param("cupy.md", "cupy", marks=pytest.mark.gpu),
 ]
+
+
+def test_the_first_example():
+    """The README's runs with NumPy alone, and the package's docstring shows the same call."""
+    snippet = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    (call,) = re.findall(r"^q, k, v = .*$", snippet, re.MULTILINE)
+    assert call in minivllm.__doc__
+    succeeds(snippet + "assert v.shape == (1, kv_heads, head_dim)\n", paths=(PACKAGE,))
 
 
 @pytest.mark.parametrize("page,module", PAGES)
