@@ -268,7 +268,9 @@ class BuildExtension(build_ext):
         command = [*without_rpath(command), HARDENED_LINK, *SANITIZE_FLAGS * flag("MINIVLLM_SANITIZE")]
         if cuda:
             command += [f"-L{path}" for path in cuda.library_dirs]
-            command += ["-lcudart_static", "-lrt", "-Wl,--exclude-libs,ALL"]
+            command += ["-lcudart_static", "-lrt"]
+        if target.suffix == ".so":
+            command.append("-Wl,--version-script=csrc/python/exports.map")
         fresh = target.with_name(f"{target.name}.new")
         environment = {name: value for name, value in os.environ.items() if name != "LD_RUN_PATH"}
         subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", str(fresh)], check=True, env=environment)
