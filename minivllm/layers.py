@@ -191,7 +191,7 @@ if not TYPE_CHECKING:
         """minivllm.layers.RMSNorm, by which name the package `kernels` finds it; torch is imported only for that."""
         if name != "RMSNorm":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from minivllm.torch_layers import RMSNorm
+        from .torch_layers import RMSNorm
 
         return RMSNorm
 

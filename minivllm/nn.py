@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from minivllm._C import rms_norm, rms_norm_qkv
+from ._C import rms_norm, rms_norm_qkv
 
 __all__ = ["FusedRMSNormQKV", "NotFusedWarning", "RMSNorm"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minivllm._C import rms_norm
+from ._C import rms_norm
 
 
 class RMSNorm(torch.nn.Module):

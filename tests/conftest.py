@@ -144,5 +144,5 @@ def calls(monkeypatch):
 
             return call
 
-    monkeypatch.setattr(minivllm.transformers.layer, "minivllm", Spy())
+    monkeypatch.setattr(minivllm.transformers.layer, "ops", Spy())
     return counts

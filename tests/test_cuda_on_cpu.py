@@ -55,12 +55,10 @@ def tree(tmp_path_factory):
     return build, [*cpp, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
-@pytest.fixture(scope="module")
-def report(tree):
-    """What the driver prints."""
+def run_driver(tree, sources, *arguments):
+    """What the driver prints, of the kernels in these files."""
     build, cpp = tree
     cuda = build / "csrc" / "cuda"
-    sources = [path for path in cuda.glob("*.cu") if path.name != "device.cu"]
     jobs = [[*cpp, "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
     jobs += [[*cpp, "-c", EMULATION / "driver.cpp", "-o", cuda / "driver.o"]]
     c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
@@ -71,7 +69,21 @@ def report(tree):
     # The lists name the kernels of the CPU too: those are not linked.
     driver = build / "driver"
     compiled(["g++", "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *cuda.glob("*.o"), "-o", driver])
-    return subprocess.run([driver], capture_output=True, text=True, timeout=600)
+    return subprocess.run([driver, *arguments], capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def report(tree):
+    build, _ = tree
+    return run_driver(tree, [path for path in (build / "csrc" / "cuda").glob("*.cu") if path.name != "device.cu"])
+
+
+@pytest.mark.gate
+def test_every_case_of_the_norms(tree):
+    """A part of what follows, for who cannot wait for all of it."""
+    build, _ = tree
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("rms_norm_[!q]*.cu"), "norms")
+    assert done.returncode == 0 and done.stdout.count("at most") == 6, done.stdout + done.stderr
 
 
 def test_every_case_of_every_kernel(report):

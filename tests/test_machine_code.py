@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 import minivllm
 
@@ -54,3 +55,14 @@ def test_loop_of_the_product(tmp_path, source, products):
         detours = [text for text in loop if re.search(r"\b(R2UR|S2UR|S2R|LDL|STL)\b", text)]
         allowed = {"3xtf32": 0, "wgmma": 1 if sum("HGMMA" in text for text in loop) == 4 else 2}[source]
         assert len(detours) <= allowed, f"{name}: {detours}"
+
+
+@pytest.mark.parametrize("source", sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("rms_norm*.cu")))
+def test_nothing_is_loaded_as_if_it_never_changed(tmp_path, source):
+    """A kernel may begin while the one in front of it still writes the weights: no load goes past coherence."""
+    kernels = machine_code(source, tmp_path)
+    assert kernels
+    for name, code in kernels.items():
+        loads = [text for _, text in INSTRUCTION.findall(code) if re.search(r"\bLDG\b", text)]
+        constant = [text for text in loads if ".CONSTANT" in text]
+        assert not constant, f"{name}: {constant}"

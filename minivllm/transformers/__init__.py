@@ -21,9 +21,9 @@ import transformers
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"minivllm.transformers needs transformers >= 5, found {transformers.__version__}")
 
-import minivllm._C as _C  # noqa: E402
-from minivllm.nn import NotFusedWarning  # noqa: E402
-from minivllm.transformers.code import (  # noqa: E402
+from .. import _C  # noqa: E402
+from ..nn import NotFusedWarning  # noqa: E402
+from .code import (  # noqa: E402
     FAMILIES,
     Applied,
     Family,
@@ -32,7 +32,7 @@ from minivllm.transformers.code import (  # noqa: E402
     is_replaced,
     is_watched,
 )
-from minivllm.transformers.layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
+from .layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
 
 __all__ = ["NotFusedWarning", "Report", "apply", "undo"]
 

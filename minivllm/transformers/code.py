@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from minivllm.nn import NotFusedWarning
+from ..nn import NotFusedWarning
 
 Rounding = Literal["hf", "fp32"]
 RECORDERS = "transformers.utils.output_capturing"  # its hooks stay on the modules, and act where outputs are asked for

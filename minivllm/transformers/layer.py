@@ -25,8 +25,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import minivllm
-from minivllm.transformers.code import (
+from .. import _C as ops
+from .code import (
     ALIVE,
     Applied,
     Numbered,
@@ -36,7 +36,7 @@ from minivllm.transformers.code import (
     is_replaced,
     is_watched,
 )
-from minivllm.transformers.step import Step, rotate, rotation
+from .step import Step, rotate, rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
@@ -172,7 +172,7 @@ class FusedLayer(Numbered):
         """(q, k, v, total): q, k, v as [batch, tokens, heads, head_dim], views of one packed buffer."""
         wq, wk, wv = self.projections
         bias = None if wq.bias is None else (wq.bias, wk.bias, wv.bias)
-        parts: Any = minivllm.rms_norm_qkv(
+        parts: Any = ops.rms_norm_qkv(
             x, self.input_norm.weight, (wq.weight, wk.weight, wv.weight), self.heads, self.kv_heads,
             self.input_norm.variance_epsilon, bias=bias, residual=cast(Any, residual), head_dim=self.head_dim,
             weight_layout="out_in", rounding=self.rounding, static_weights=STATIC_WEIGHTS)  # fmt: skip
@@ -182,7 +182,7 @@ class FusedLayer(Numbered):
         """The same by the norm and torch's linear: where the weights are packed one, else three with a buffer each."""
         norm = self.input_norm
         if residual is None:
-            y, total = minivllm.rms_norm(x, norm.weight, norm.variance_epsilon, rounding=self.rounding), x
+            y, total = ops.rms_norm(x, norm.weight, norm.variance_epsilon, rounding=self.rounding), x
         else:
             y, total = self.add_norm(norm, x, residual, residual_out=residual)
         lead = x.shape[:-1]
@@ -197,7 +197,7 @@ class FusedLayer(Numbered):
 
     def add_norm(self, norm: Any, x: Tensor, residual: Tensor, **out: Any) -> tuple[Tensor, Tensor]:
         """(the norm of x + residual, that sum)"""
-        return minivllm.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, rounding=self.rounding, **out)
+        return ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, rounding=self.rounding, **out)
 
     def is_packed(self) -> bool:
         """Whether the Parameters still are views of the packed matrix; moving the model takes them out of it."""
@@ -214,7 +214,7 @@ class FusedLayer(Numbered):
     def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_one_buffer: bool) -> None:
         """q_norm, k_norm and the rotary embedding, in place; in one buffer k follows q, and both are rotated as one."""
         for norm, x in zip(self.head_norms, (q, k)):
-            minivllm.rms_norm(x, norm.weight, norm.variance_epsilon, out=x, rounding=self.rounding)
+            ops.rms_norm(x, norm.weight, norm.variance_epsilon, out=x, rounding=self.rounding)
         if in_one_buffer:
             batch, tokens, _, head_dim = q.shape
             rotate(q.as_strided((batch, tokens, self.heads + self.kv_heads, head_dim), q.stride()), cos, sin)
@@ -362,4 +362,4 @@ def norm_forward(self: Any, hidden_states: Tensor) -> Any:
         return type(self).forward(self, x)
     if traced:
         return traced_norm(self, x, applied.rounding)
-    return minivllm.rms_norm(x, self.weight, self.variance_epsilon, rounding=applied.rounding)
+    return ops.rms_norm(x, self.weight, self.variance_epsilon, rounding=applied.rounding)
