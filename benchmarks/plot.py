@@ -3,8 +3,9 @@
 import math
 from pathlib import Path
 
+from benchmarks.columns import COMPILED, DTYPE_NAMES
 from benchmarks.results import OURS, Case, Results, commit, place, runs
-from benchmarks.tables import COMPILED, DTYPE_NAMES, ROOT
+from benchmarks.tables import ROOT
 
 IMAGES = ROOT / "build" / "img"
 INK, FAINT = "#1a1a1a", "#d9d9d9"

@@ -5,43 +5,28 @@ figure on those pages is typed by hand. NAMES at the end lists the tables.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.peers import COMPILE_MODES
+from benchmarks.columns import (
+    DTYPE_NAMES,
+    MODEL_ACCURACY_COLUMNS,
+    MODEL_COLUMNS,
+    NORM_COLUMNS,
+    OVERVIEW_COLUMNS,
+    QKV_COLUMNS,
+    SUMMARY_COLUMNS,
+    Column,
+    cases_table,
+    number,
+    table,
+)
 from benchmarks.results import OURS, Case, Results, commit, place, runs
 from minivllm.testing.shapes import MODELS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
 NOTHING = "No results are committed yet."
-Column = Callable[[Case], str]
-COMPILED = tuple(COMPILE_MODES)
-DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 MODEL_NAMES = [shape.name for shape in MODELS]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return ""
-    decimals = max(0, digits - len(str(int(abs(value)))))
-    return f"{value:.{decimals if abs(value) >= 1 else digits - 1}f}"
-
-
-def ratio(over: float | None, under: float | None) -> str:
-    return "" if over is None or under is None else f"{over / under:.2f}x"
-
-
-def percent(part: float | None, whole: float | None) -> str:
-    return "" if part is None or whole is None else f"{100 * part / whole:.0f} %"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown, without the columns that are empty in every row."""
-    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
 
 
 def sources(cases: list[Case]) -> str:
@@ -52,126 +37,6 @@ def sources(cases: list[Case]) -> str:
 
 def section(title: str, cases: list[Case], text: str) -> str:
     return f"{title}\n\n{text}\n\n{sources(cases)}\n" if cases else ""
-
-
-def ours_us(case: Case) -> float | None:
-    return case.us(OURS)
-
-
-def floor_us(case: Case) -> float | None:
-    return case.us("read_floor_pdl", "read_floor")
-
-
-def copy_us(case: Case) -> float | None:
-    return case.us("torch copy", "16-byte copy")
-
-
-def bold(text: str) -> str:
-    return f"**{text}**" if text else ""
-
-
-def peak(case: Case, variant: str) -> str:
-    grown = case.rows.get(variant, {}).get("peak_bytes")
-    return "" if grown is None else f"{grown / 2**20:.1f} MiB"
-
-
-def gigabytes_per_second(case: Case) -> str:
-    return number(case.any("bytes") / ours_us(case) / 1e3) if ours_us(case) else ""
-
-
-def gpu(case: Case) -> str:
-    """H100, H200, ...; nothing on the CPU."""
-    return (case.run["environment"].get("gpu") or "").removeprefix("NVIDIA ").partition(" ")[0]
-
-
-QKV_COLUMNS: dict[str, Column] = {
-    "shape": lambda case: f"{case.shape} {case.any('hidden')} -> {case.any('outputs')}",
-    "tokens": lambda case: str(case.tokens),
-    "dtype": lambda case: case.dtype,
-    "GPU": gpu,
-    "minivllm": lambda case: bold(number(ours_us(case))),
-    "torch pair": lambda case: number(case.us("torch")),
-    "speed-up": lambda case: ratio(case.us("torch"), ours_us(case)),
-    "torch.compile": lambda case: number(case.us(*COMPILED)),
-    "GEMM alone": lambda case: number(case.us("gemm alone")),
-    "Triton, one output per program": lambda case: number(case.us("triton per output")),
-    "NumPy": lambda case: number(case.us("numpy")),
-    "batch invariant": lambda case: number(case.us(f"{OURS} invariant")),
-    "read floor": lambda case: number(floor_us(case)),
-    "time / floor": lambda case: ratio(ours_us(case), floor_us(case)),
-    "kernel": lambda case: f"`{case.rows[OURS].get('kernel', '')}`",
-    "memory grows by": lambda case: peak(case, OURS),
-    "torch's by": lambda case: peak(case, "torch"),
-}
-NOT_IN_README = ("batch invariant", "kernel")
-README_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_IN_README}
-NORM_COLUMNS: dict[str, Column] = {
-    "tokens x hidden": lambda case: case.shape.replace("x", " x "),
-    "dtype": lambda case: case.dtype,
-    "naive": lambda case: number(case.us(*(name for name in case.rows if "naive" in name))),
-    "minivllm": lambda case: bold(number(ours_us(case))),
-    "the same, fresh outputs": lambda case: number(case.us(f"{OURS} fresh outputs")),
-    "torch": lambda case: number(case.us("torch")),
-    "speed-up, both fresh": lambda case: ratio(case.us("torch"), case.us(f"{OURS} fresh outputs")),
-    "torch.compile": lambda case: number(case.us(*COMPILED)),
-    "NumPy": lambda case: number(case.us("numpy")),
-    "copy of the same bytes": lambda case: number(copy_us(case)),
-    "share of the copy's rate": lambda case: percent(copy_us(case), ours_us(case)),
-    "GB/s": gigabytes_per_second,
-}
-
-
-def tokens_per_second(case: Case, variant: str) -> str:
-    us = case.us(variant)
-    return "" if us is None else number(case.tokens / us * 1e6)
-
-
-MODEL_COLUMNS: dict[str, Column] = {
-    "model": lambda case: case.shape,
-    "dtype": lambda case: case.dtype,
-    "batch": lambda case: str(case.any("batch")),
-    "what": lambda case: case.mode or "",
-    "transformers, tokens/s": lambda case: tokens_per_second(case, "transformers"),
-    "minivllm, tokens/s": lambda case: bold(tokens_per_second(case, OURS)),
-    "speed-up": lambda case: ratio(case.us("transformers"), ours_us(case)),
-    "with torch's linear": lambda case: tokens_per_second(case, f"{OURS} and linear"),
-}
-MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
-    "model": lambda case: case.shape,
-    "dtype": lambda case: case.dtype,
-    "prompts": lambda case: case.kind or "",
-    "error of transformers": lambda case: mean_error(case, "transformers"),
-    "error of minivllm": lambda case: mean_error(case, OURS),
-    "difference": lambda case: difference(case, OURS),
-    'error with `rounding="hf"`': lambda case: mean_error(case, f"{OURS} hf"),
-    "its difference": lambda case: difference(case, f"{OURS} hf"),
-    "chooses as float32": lambda case: agreement(case, "transformers"),
-    "minivllm does": lambda case: agreement(case, OURS),
-    'with `rounding="hf"`': lambda case: agreement(case, f"{OURS} hf"),
-}
-
-
-def mean_error(case: Case, variant: str) -> str:
-    row = case.rows.get(variant, {})
-    return f"{row['mean_error']:.3e} ± {row['error_deviation']:.1e}" if "mean_error" in row else ""
-
-
-def difference(case: Case, variant: str) -> str:
-    """Of a variant's error from that of transformers, with its standard error, as a share."""
-    row, other = case.rows.get(variant, {}), case.rows.get("transformers", {})
-    if not row.get("difference_error") or "mean_error" not in other:
-        return ""
-    share, spread = (100 * row[column] / other["mean_error"] for column in ("difference", "difference_error"))
-    return f"{share:+.2f} ± {spread:.2f} %"
-
-
-def agreement(case: Case, variant: str) -> str:
-    row = case.rows.get(variant, {})
-    return f"{100 * row['agreement']:.2f} %" if "agreement" in row else ""
-
-
-def cases_table(columns: dict[str, Column], cases: list[Case]) -> str:
-    return table(list(columns), [[column(case) for column in columns.values()] for case in cases])
 
 
 def by_model(case: Case) -> tuple:
@@ -219,24 +84,53 @@ def model_page(results: Results) -> str:
     return "\n\n".join(part.strip() for part in parts if part)
 
 
+# The README's rows: device, op, and which of its cases.
+SUMMARY = (
+    ("cuda", "rms_norm_qkv", {"shape": "qwen3-0.6b", "tokens": 1}),
+    ("cuda", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 1}),
+    ("cuda", "rms_norm_qkv", {"shape": "llama-70b", "tokens": 1}),
+    ("cuda", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 512}),
+    ("cpu", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 1}),
+    ("cuda", "model", {"shape": "qwen3-8b", "tokens": 1, "mode": "decode, graph"}),
+)
+
+
+def summary(results: Results) -> str:
+    """The README's: one picture, a few rows, and the machines. Every case and its command is in docs/figures.md."""
+    cases = [case for device, op, wanted in SUMMARY for case in results.of(device, op, dtype="bf16", **wanted)]
+    machines = dict.fromkeys(place(case.run) for case in cases)
+    return f"{picture('docs/img', 'decode.png')}\n\n{cases_table(SUMMARY_COLUMNS, cases)}\n\n{'; '.join(machines)}."
+
+
+PICTURES = {
+    "decode.png": "one token against the floor and the peers",
+    "tokens.png": "more tokens against the torch pair",
+    "rms_norm.png": "RMSNorm against a copy",
+    "cpu.png": "the CPU against torch",
+}
+
+
+def picture(folder: str, name: str) -> str:
+    return f"![{PICTURES[name]}]({folder}/{name})"
+
+
 def figures(results: Results) -> str:
-    """The README's: what is drawn, then the numbers behind it for one token and for the norms."""
-    images = [
-        ("decode.png", "one token against the floor and the peers"),
-        ("tokens.png", "more tokens against the torch pair"),
-        ("rms_norm.png", "RMSNorm against a copy"),
-        ("cpu.png", "the CPU against torch"),
+    """docs/figures.md: what is drawn, then the numbers behind it for one token, for the norms and for whole models."""
+    on_gpu = [
+        picture("img", "decode.png"),
+        decode(results, "cuda", OVERVIEW_COLUMNS, ("bf16", "f32")),
+        picture("img", "tokens.png"),
+        picture("img", "rms_norm.png"),
+        norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"),
+        model_speed(results, "cuda"),
     ]
-    found = [f"![{text}](docs/img/{name})" for name, text in images if (ROOT / "docs/img" / name).exists()]
-    on_gpu = [decode(results, "cuda", README_COLUMNS, ("bf16", "f32"))]
-    on_gpu.append(norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"))
-    on_gpu.append(model_speed(results, "cuda"))
-    on_cpu = [decode(results, "cpu", README_COLUMNS), prefill(results, "cpu", README_COLUMNS)]
-    if any(on_gpu):
-        found += ["### On the GPU", *on_gpu]
-    if any(on_cpu):
-        found += ["### On the CPU", *on_cpu]
-    return "\n\n".join(part.strip() for part in found if part)
+    on_cpu = [
+        picture("img", "cpu.png"),
+        decode(results, "cpu", OVERVIEW_COLUMNS),
+        prefill(results, "cpu", OVERVIEW_COLUMNS),
+    ]
+    parts = ["## On the GPU", *on_gpu, "## On the CPU", *on_cpu]
+    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def norm_page(results: Results) -> str:
@@ -325,6 +219,7 @@ def host_steps(case: Case) -> str:
 
 
 NAMES = {
+    "summary": summary,
     "figures": figures,
     "table: rms_norm": norm_page,
     "table: rms_norm_qkv": qkv_page,
