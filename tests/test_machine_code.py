@@ -1,5 +1,5 @@
 """The loops of Hopper's products as the GPU gets them. Nothing hides what lies between two of its steps, and the compiler
-has moved it out of the uniform registers before, unasked: right, and up to 9 % slower (SPEED.md)."""
+has moved it out of the uniform registers before: right, and slower (docs/speed/many_tokens.md)."""
 
 import re
 import shutil

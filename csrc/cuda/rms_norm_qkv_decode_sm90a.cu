@@ -14,7 +14,7 @@
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
  * memory. What a small shape costs is the latency of what follows the wait for the previous kernel, so that is kept
- * short (SPEED.md): addresses are computed before it, few tokens stay in registers until they are normalised, where all
+ * short (docs/speed/few_tokens.md): addresses are computed before it, few tokens stay in registers until they are normalised, where all
  * pieces of a warp have a slot it waits for them once, and where the weights are so small that blocks can hold more
  * rows of them, each block has a group of the tokens only.
  *
@@ -315,7 +315,7 @@ extern "C" const char *mv_decode_heads_sm90a_fits(const mv_task *task) {
     return nullptr;
 }
 
-/* Microseconds of an H100 (SPEED.md): a launch, the weights at the speed of memory, and what the tokens of a block take
+/* Microseconds of an H100 (docs/speed/few_tokens.md): a launch, the weights at the speed of memory, and what the tokens of a block take
  * of its shared memory, which is missed where weights should be on their way. */
 extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
     const Groups groups = choose_groups(task);

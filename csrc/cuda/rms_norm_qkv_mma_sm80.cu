@@ -255,7 +255,7 @@ template <typename Tile> int64_t count_tiles(const mv_task *task) {
 }
 
 /* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about
- * two more to begin and to end. One that is alone where several have room waits more (SPEED.md). */
+ * two more to begin and to end. One that is alone where several have room waits more (docs/speed/mma_sync.md). */
 template <typename Tile> double tile_cost(const mv_task *task) {
     if (Tile::smem_bytes > task->smem_bytes) return 1e30;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStepK)) + 2.0 / Tile::ctas_per_sm;
