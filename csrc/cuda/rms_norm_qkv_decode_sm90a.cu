@@ -14,9 +14,9 @@
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
  * memory. What a small shape costs is the latency of what follows the wait for the previous kernel, so that is kept
- * short (docs/speed/few_tokens.md): addresses are computed before it, few tokens stay in registers until they are normalised, where all
- * pieces of a warp have a slot it waits for them once, and where the weights are so small that blocks can hold more
- * rows of them, each block has a group of the tokens only.
+ * short (docs/speed/few_tokens.md): addresses are computed before it, few tokens stay in registers until they are
+ * normalised, where all pieces of a warp have a slot it waits for them once, and where the weights are so small that
+ * blocks can hold more rows of them, each block has a group of the tokens only.
  *
  * How the rows are split is up to the launch. The head-aligned split (decode_heads) gives each head of 128 outputs to a
  * cluster of 2, 4 or 8 blocks, for what needs a whole head: its norm, RoPE, the write to the cache of K and V. Heads
@@ -315,8 +315,8 @@ extern "C" const char *mv_decode_heads_sm90a_fits(const mv_task *task) {
     return nullptr;
 }
 
-/* Microseconds of an H100 (docs/speed/few_tokens.md): a launch, the weights at the speed of memory, and what the tokens of a block take
- * of its shared memory, which is missed where weights should be on their way. */
+/* Microseconds of an H100 (docs/speed/few_tokens.md): a launch, the weights at the speed of memory, and what the tokens
+ * of a block take of its shared memory, which is missed where weights should be on their way. */
 extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
     const Groups groups = choose_groups(task);
     const double weight_bytes = static_cast<double>(task->outputs) * static_cast<double>(task->hidden) *

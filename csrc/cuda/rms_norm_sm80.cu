@@ -236,8 +236,8 @@ template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task,
     return launch<rms_norm_long_kernel<T, kAdd>>(task, grid, error, *task, access);
 }
 
-/* Threads for a row by its packets, as measured on an H100 (docs/speed/norms.md): 2 packets a thread are faster than 4, but more
- * blocks on an SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
+/* Threads for a row by its packets, as measured on an H100 (docs/speed/norms.md): 2 packets a thread are faster than 4,
+ * but more blocks on an SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
 template <typename T> mv_status launch_plain(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
     if (packets <= 16) return launch_rows<T, false, 16, 1>(task, access, error);

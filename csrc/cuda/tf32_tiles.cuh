@@ -26,7 +26,8 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
     const int64_t rows = ceil_div(task->tokens, tokens), tiles = rows * block_columns(task, outputs);
     const int64_t sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
-    /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums (docs/speed/float32.md). */
+    /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums
+     * (docs/speed/float32.md). */
     const double step_us = task->allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
     const double part_us = 0.15 + (task->allow_tf32 ? 0.029 : 0.024) * tokens;
     const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.7e6;

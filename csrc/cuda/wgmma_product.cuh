@@ -294,8 +294,8 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
 }
 
 /* A warpgroup's sums of a tile, of all steps or of every second. Nothing hides what lies between two steps:
- * 25 ns more of it were 0.4 us of a short row (docs/speed/many_tokens.md). So all of it is in uniform registers, and no more than must
- * be. another: the other warpgroup has a tile after this one. */
+ * 25 ns more of it were 0.4 us of a short row (docs/speed/many_tokens.md). So all of it is in uniform registers, and no
+ * more than must be. another: the other warpgroup has a tile after this one. */
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply(float (&sum)[Tile::own_parts][Tile::N / 2], const Ring<Tile> &ring, Slot &slot,
                                          int steps, unsigned ctas, bool another) {
