@@ -80,8 +80,9 @@ static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, d
 }
 
 /* The tile that takes the fewest microseconds on an H100 (docs/speed/many_tokens.md): tiles run in waves, one on each
- * SM, and a tile takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough: two such rows of
- * tiles would read the weights twice; and not for batch_invariant, because they add in another order. Very few tokens
+ * SM, and a tile takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough:
+ * two such rows of tiles would read the weights twice; and not for batch_invariant, because they add in another order.
+ * Very few tokens
  * ask so little of L2 that more, narrower tiles pay where hidden is long, and so they do where it is short and most SMs
  * had no tile; somewhat narrower ones where a third had none. From two waves on, whole tiles: while one is stored, the
  * next one is multiplied. */
