@@ -1,8 +1,8 @@
-"""Lays a wheel out as a repository of the `kernels` hub of Hugging Face: `python tools/hub.py dist/cpu/*.whl DIRECTORY`.
+"""Lays wheels out as a repository of the `kernels` hub of Hugging Face: `python tools/hub.py dist/*/*.whl DIRECTORY`.
 
-There a kernel is a folder build/VARIANT that is a Python package, with a metadata.json beside its modules. The extension
-asks nothing of torch when it is built, so one variant, that of torch's stable ABI, serves every torch from 2.10 on.
-Several wheels may go to one directory: that for the CPU and the one with CUDA are two variants. Try it by
+There a kernel is a folder build/VARIANT that is a Python package, with a metadata.json beside its modules. The
+extension asks nothing of torch when it is built, so one variant, that of torch's stable ABI, serves every torch from
+2.10 on. Several wheels may go to one directory: that for the CPU and the one with CUDA are two variants. Try it by
 
     kernels.get_local_kernel(Path("DIRECTORY")).rms_norm(x, weight)
 """
