@@ -7,7 +7,7 @@ Importing this package imports no framework and touches no GPU.
 """
 
 try:
-    from ._C import version as __version__  # noqa: F401
+    from ._C import version as _version
 except ImportError as error:
     # `python -m minivllm`, which says what is wrong, imports this too: so the refusal waits for the first name used.
     _cause = error
@@ -49,6 +49,7 @@ else:
     from .selection import Kernel, Ran, kernels, last_kernel
 
     dynamo.watch()
+    __version__ = _version
     __all__ = [
         "DeviceArray",
         "FusedRMSNormQKV",

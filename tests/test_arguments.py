@@ -80,7 +80,7 @@ def test_missing_and_surplus_arguments(inputs):
     refuses(lambda: minivllm.rms_norm(x, weight, x=x), TypeError, "x")
     refuses(lambda: minivllm.add_rms_norm(x, weight), TypeError, "weight")
     refuses(lambda: minivllm.fused_add_rms_norm(x, x, weight, 1e-6, 1), TypeError, r"positional|at most 4")
-    refuses(lambda: minivllm.fused_add_rms_norm(x, inputs.residual, weight, rounding="hf"), TypeError, "rounding")
+    refuses(lambda: minivllm.fused_add_rms_norm(x, inputs.residual, weight, kernel="f32_avx2"), TypeError, "kernel")
     refuses(lambda: minivllm.rms_norm_qkv(x, weight, matrix, 3), TypeError, "num_kv_heads")
     refuses(lambda: minivllm.rms_norm_qkv(x, weight, matrix, 3, 1, 1e-6, None), TypeError, r"positional|at most 6")
 
@@ -93,7 +93,9 @@ def test_surplus_arguments_are_given_by_name(inputs):
         r"takes at most 3 positional arguments \(x, weight, eps\), got 4; the others are given by name, such as out=$",
     )
     refuses(
-        lambda: minivllm.fused_add_rms_norm(x, x, weight, 1e-6, 1), TypeError, r"\(x, residual, weight, eps\), got 5$"
+        lambda: minivllm.fused_add_rms_norm(x, x, weight, 1e-6, 1),
+        TypeError,
+        r"\(x, residual, weight, eps\), got 5; the others are given by name, such as rounding=$",
     )
 
 

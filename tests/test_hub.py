@@ -48,7 +48,7 @@ def test_the_layout(wheel, tmp_path):
 
 
 def test_the_loader_of_the_hub(wheel, tmp_path, torch):
-    pytest.importorskip("kernels", reason="loads through the package kernels, which is not installed")
+    pytest.importorskip("kernels", reason="the package kernels of Hugging Face is not installed")
     if SANITIZED:
         pytest.skip("torch is imported in a new process, which takes minutes under the sanitizers")
     lay_out(wheel, tmp_path / "hub")

@@ -94,7 +94,9 @@ static bool read_interface(call *c, tensor *t, PyObject *interface) {
     t->view.device =
         (mv_device){MV_CUDA, c->device < 0 ? 0 : c->device}; /* an empty array may have no pointer to ask */
     mv_error error;
-    return !t->view.data || check_status(mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error), &error);
+    const mv_status status = t->view.data ? mv_cuda_pointer_device(t->view.data, &t->view.device.index, &error) : MV_OK;
+    return status == MV_OK || refuse(c, t, status == MV_BAD_VALUE ? PyExc_ValueError : PyExc_RuntimeError,
+                                     "has a __cuda_array_interface__, but %s", error.text);
 }
 
 static bool cuda_array_view(call *c, tensor *t) {
