@@ -12,7 +12,7 @@ from fuzz.layouts import Block, Spec
 from fuzz.values import ITEMSIZE
 
 PAGE = mmap.PAGESIZE
-REGION = 16 << 20  # the largest block
+REGION = 128 << 20  # the largest block: three square float32 weights beside each other, every second value
 REGIONS = 16  # blocks of one case
 NO_ACCESS = 0  # PROT_NONE
 
