@@ -28,18 +28,6 @@ static void *advance(void *data, int64_t elements, mv_dtype dtype) {
 enum { MEMORY_ALIGNMENT = 16, WORKSPACE_ALIGNMENT = 256 };
 static void *data_of(const mv_view *view, bool later) { return later ? (void *)MEMORY_ALIGNMENT : view->data; }
 
-/* Every offset in the rows of a call fits 63 bits, in bytes: x may be a broadcast of any size, a fresh output not. */
-static mv_status check_size(const char *op, const mv_row_views *rows, mv_error *error) {
-    const mv_view *x = rows->x;
-    const int64_t hidden = x->shape[x->ndim - 1];
-    int64_t bytes;
-    bool fits = !__builtin_mul_overflow(rows->columns > hidden ? rows->columns : hidden, sizeof(float), &bytes);
-    for (int d = 0; d < x->ndim - 1; d++) fits = fits && !__builtin_mul_overflow(bytes, x->shape[d], &bytes);
-    MV_REQUIRE(fits, MV_BAD_VALUE, "%s: x has shape %s, too many rows for an output of %lld columns; split x", op,
-               mv_shape_text(x).text, (long long)rows->columns);
-    return MV_OK;
-}
-
 static void take_rows(mv_plan_state *state, const mv_row_views *rows) {
     const mv_view *x = rows->x;
     mv_task *task = &state->part[0].task;
@@ -116,7 +104,6 @@ mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, cons
     mv_task *task = &state->part[0].task;
     *task = (mv_task){.stream = call->stream};
     if (mv_is_empty(rows->x)) return MV_OK;
-    MV_TRY(check_size(op, rows, error));
     state->parts = 1;
     take_rows(state, rows);
     MV_TRY(mv_bind_device(op, task, error));

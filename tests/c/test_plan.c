@@ -72,13 +72,16 @@ static void test_no_tokens(void) {
     expect(mv_rms_norm(&args, &plan, &error) == MV_OK && mv_run(&plan, NULL, &error) == MV_OK, "no tokens, no memory");
 }
 
-/* Rows that take no memory, but whose output would have more bytes than there are addresses. */
-static void test_a_broadcast_of_too_many_rows(void) {
-    const int64_t shape[] = {(int64_t)1 << 31, (int64_t)1 << 30, HIDDEN}, strides[] = {0, 0, 1};
-    mv_rms_norm_args args = {.x = VIEW(x, shape), .weight = VIEW(weight, weight_shape), .eps = 1e-6};
+/* Rows that take no memory, but whose output, which is to come later, would reach past all memory. */
+static void test_an_output_past_all_memory(void) {
+    const int64_t shape[] = {(int64_t)1 << 59, 1}, strides[] = {0, 1}, one[] = {1}, wide[] = {64, 1};
+    mv_rms_norm_qkv_args args = {
+        .x = VIEW(x, shape), .norm_weight = VIEW(weight, one), .num_heads = 2, .num_kv_heads = 1, .eps = 1e-6};
     args.x.strides = strides;
+    args.qkv_weight[0] = (mv_view)VIEW(matrix, wide);
     error.text[0] = '\0';
-    expect(mv_rms_norm(&args, &plan, &error) == MV_BAD_VALUE && strstr(error.text, "too many rows"), "too many rows");
+    expect(mv_rms_norm_qkv(&args, &plan, &error) == MV_BAD_VALUE && strstr(error.text, "out has a shape"),
+           "an output past all memory");
 }
 
 int main(void) {
@@ -90,7 +93,7 @@ int main(void) {
     for (int i = 0; i < QKV * HIDDEN; i++) matrix[i] = (float)(i % 11) / 64;
     test_memory_that_comes_later();
     test_no_tokens();
-    test_a_broadcast_of_too_many_rows();
+    test_an_output_past_all_memory();
     printf("plans: %d failures\n", failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }
