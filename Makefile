@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WITH ?=          # more packages for .venv, such as WITH="torch jax"
 ARGS ?=          # passed on to pytest
-SECONDS ?= 60    # of each fuzzer
+SECONDS ?= 60    # of the fuzzer
 VENV = .venv/bin/python
 C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -18,7 +18,7 @@ help:
 	@echo 'make ctest     the kernels from plain C, without Python'
 	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the threads of the CPU backend under ThreadSanitizer'
-	@echo 'make fuzz      random calls and hostile objects, SECONDS=60 of each, in place with $(PYTHON)'
+	@echo 'make fuzz      SECONDS=60 of random calls, a quarter of it of hostile objects, in place with $(PYTHON)'
 	@echo 'make wheels    wheels for the CPU and with CUDA, in dist/cpu and dist/cu13'
 	@echo 'make release-check   what .ci/run leaves out: all architectures, other Pythons, long fuzz; log in build'
 	@echo 'make format    format Python and C;  make lint checks both'
@@ -66,7 +66,7 @@ ctest:
 
 fuzz: inplace
 	PYTHONPATH=tests $(PYTHON) -m fuzz cpu --seconds $(SECONDS) $(ARGS)
-	PYTHONPATH=tests $(PYTHON) -m fuzz objects --seconds $(SECONDS) $(ARGS)
+	PYTHONPATH=tests $(PYTHON) -m fuzz objects --seconds $$(($(SECONDS) / 4)) $(ARGS)
 
 # Without CUDA, and in a directory of its own. libstdc++ comes along because torch throws exceptions.
 ASAN_LIB = $(CURDIR)/build/asan/lib

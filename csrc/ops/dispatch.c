@@ -30,10 +30,10 @@ size_t mv_no_workspace(const mv_task *task) {
 mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     if (task->device.kind == MV_CPU) return MV_OK;
 #ifdef MV_WITH_CUDA
-    (void)op;
     mv_gpu gpu;
-    const mv_status status = mv_gpu_ready(task->device.index, &gpu, error);
-    if (status != MV_OK) return status;
+    mv_error why_not;
+    const mv_status status = mv_gpu_ready(task->device.index, &gpu, &why_not);
+    if (status != MV_OK) return mv_fail(error, status, "%s: %.400s", op, why_not.text);
     task->compute_capability = gpu.compute_capability;
     task->sm_count = gpu.sm_count;
     task->smem_bytes = gpu.smem_bytes;

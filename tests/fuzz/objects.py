@@ -2,6 +2,7 @@
 exception and its own name in it, or do what was asked; and the next honest call must give what it always gave."""
 
 import functools
+import math
 import random
 
 import numpy as np
@@ -76,10 +77,14 @@ class Attack:
             self.expected = (kind.for_output or kind.answer) if is_output else kind.answer
             if not is_output and any(case.tensors[self.argument] == case.tensors[name] for name in written):
                 self.expected = ANY  # an output is the same memory, by an honest name
-            # An honest result, or a refusal: of an output whose class has no slices; of a tuple that became one tensor;
-            # of what cannot be copied.
+            # An honest result, or a refusal: of an output whose class has no slices; of what cannot be copied.
+            specs = members(case.tensors[self.argument])
+            if self.what == "odd strides" and all(math.prod(spec.shape) <= 1 for spec in specs):
+                self.expected = ANY  # of single values no stride is read
+            if is_tuple and self.member is None:
+                self.expected = ANY  # one tensor in place of three is another call, which may be right
             copied = case.options.get("prepack") and self.argument == "qkv_weight"
-            self.lenient = is_output or copied or (is_tuple and self.member is None)
+            self.lenient = is_output or copied
         elif rng.random() < 0.8:
             self.argument, self.value = rng.choice([*everything, "nonsense"]), rng.choice(VALUES)
         else:
