@@ -28,9 +28,9 @@ bool mv_is_empty(const mv_view *view) {
 int64_t mv_stride(const mv_view *view, int dim) {
     if (view->shape[dim] <= 1) return 0;
     if (view->strides) return view->strides[dim];
-    int64_t stride = 1;
-    for (int d = view->ndim - 1; d > dim; d--) stride *= view->shape[d];
-    return stride;
+    uint64_t stride = 1; /* of a view that is not addressable, which is refused later, it may wrap */
+    for (int d = view->ndim - 1; d > dim; d--) stride *= (uint64_t)view->shape[d];
+    return (int64_t)stride;
 }
 
 /* A view's first byte, and the distance to its last. False where it is not addressable: see mv_is_addressable(). With
