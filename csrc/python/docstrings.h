@@ -51,8 +51,7 @@
     "weight_layout: 'auto' decides by shape; weights that are all square need 'out_in' (a Linear's .weight) or\n"      \
     "'in_out' (its .t()). batch_invariant: a row's bits do not depend on the other rows. allow_tf32: float32\n"        \
     "products may be rounded to TF32. static_weights=True: you vouch that no unfinished work in front of this\n"       \
-    "call on its stream writes weights or biases; a GPU then reads them before that work ends, which saves up\n"       \
-    "to 2 us.\n"                                                                                                       \
+    "call on its stream writes weights or biases; a GPU then reads them before that work ends, which is faster.\n"     \
     "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
     "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
