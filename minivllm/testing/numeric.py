@@ -9,7 +9,7 @@ bits and spacing q(.) of its numbers, is held to
 
     e_k = roundings * h_k + (sqrt(length)/2 + 4) u |y_k| [+ length/(8 L) u |y_k| in products of 16 bits]
           [+ 2^-10 |y_k| when products are rounded to TF32]
-    h_k = max(2^-bits |y_k|, gain_k * smallest subnormal / 2)
+    h_k = max(2^-bits |y_k|, max(gain_k, 1) * smallest subnormal / 2)
 
 q(t)/2 is the last rounding. e_k is what each term may have lost before it is summed: `roundings` roundings to the
 dtype on the way to y_k, each followed by a factor of at most gain_k (of the norm weight, for "hf"), and the float32
@@ -79,7 +79,8 @@ def tolerance(
     bits, lowest, _ = FORMATS[dtype]
     truncation = 0.0 if weight is None or dtype == "f32" else length / 8 / LAMBDA * UNIT_F32
     error = (_noise(length) + truncation + (2 * UNIT_TF32 if tf32 else 0.0)) * abs(y)
-    half = xp.maximum(2.0**-bits * abs(y), xp.zeros_like(y) + gain * 2.0 ** (lowest - bits))
+    factor = xp.maximum(xp.zeros_like(y) + gain, xp.ones_like(y))
+    half = xp.maximum(2.0**-bits * abs(y), factor * 2.0 ** (lowest - bits))
     error = error + (roundings if flips is None else 4 * flips) * half
     if weight is None:
         spread = error

@@ -38,6 +38,10 @@ class Case(NamedTuple):
         """Every tensor, the members of a tuple one by one."""
         return [spec for specs in self.tensors.values() for spec in members(specs)]
 
+    def judged_by(self) -> dict:
+        """The options that say how accurate a result must be: only GPUs multiply in TF32."""
+        return {name: value for name, value in self.options.items() if name != "allow_tf32" or self.device == "cuda"}
+
     def fits_torch(self) -> bool:
         """It has no negative strides."""
         return all(stride >= 0 for spec in self.specs() for stride in spec.strides)

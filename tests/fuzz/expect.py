@@ -88,7 +88,8 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     flips = numeric.may_flip(finite_s, finite_gain, options.get("eps", 1e-6), dtype) if hf else None
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
-        gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1)  # fmt: skip
+        gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1,
+        tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
     # Where one term dominates, every later addition rounds a sum of its size: a walk that is now and then, in 10^9
     # elements, longer than the tolerance's ||e W||_1.
     terms = namespace(out).sqrt(finite_y**2 @ (finite_weight**2).T)
