@@ -3,13 +3,13 @@
  * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the
  * columns: each copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that
  * have arrived by the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA
- * cores. With static_weights nothing that the weights need depends on the kernel before, so a block asks for them as
- * soon as it is resident, and lets the next kernel of the stream start at once. Without, the kernel before may still
- * write them: the block only has L2 bring them, and all else comes after the wait, also the next kernel: one that is
- * let in earlier would not know that they are written. Where its share is small, a block takes a little less
- * than half of an SM's shared memory: that of the next call fills its slots while this one still computes, and memory
- * is never idle. (A third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of
- * it: then it matters more how many weights can be on their way while the tokens are normalised.
+ * cores. A block lets the next kernel of the stream start as soon as it is resident itself. With static_weights nothing
+ * that the weights need depends on the kernel before, so the block asks for them at once. Without, the kernel before
+ * may still write them: the block has L2 bring them, and all else comes after the wait. Where its share is small, a
+ * block takes a little less than half of an SM's shared memory: that of the next call fills its slots while this one
+ * still computes, and memory is never idle. (A third does not fit, so no SM gets two blocks of one call.) Where it is
+ * larger, a block takes all of it: then it matters more how many weights can be on their way while the tokens are
+ * normalised.
  *
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
@@ -89,7 +89,7 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
     const char *const norm_weight = shared + split.norm_weight;
 
     /* What does not depend on the kernel before. */
-    if (task.static_weights) griddepcontrol_launch();
+    griddepcontrol_launch();
     if (threadIdx.x < rows) {
         const T *const row = weight_row<T>(task, find_output(task, first_row + threadIdx.x));
         if (!task.static_weights)
@@ -100,7 +100,6 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
     if (!task.static_weights) {
         prefetch_norm_weight(task);
         griddepcontrol_wait();
-        griddepcontrol_launch();
     }
     __syncthreads();
     const Share<T, kLate> share(task, split, group, shared);

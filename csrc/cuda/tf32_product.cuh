@@ -165,21 +165,19 @@ template <typename T> __device__ __forceinline__ void produce(const Product &p, 
         const Place place = find_place<T>(p, work.tile);
         if (first) {
             const unsigned ahead = min(work.to - work.from, static_cast<unsigned>(T::stages));
-            const auto load_ahead = [&] {
-                for (unsigned i = 0; i < ahead; i++) load_weights(place, static_cast<int>(i), work.from + i);
-            };
-            if (p.task.static_weights)
-                load_ahead();
-            else
-                for (unsigned i = 0; i < ahead; i++)
+            for (unsigned i = 0; i < ahead; i++) {
+                if (p.task.static_weights)
+                    load_weights(place, static_cast<int>(i), work.from + i);
+                else
                     prefetch_box(&p.weight[place.block], static_cast<int>(work.from + i) * kStep,
                                  static_cast<int>(place.row));
+            }
             griddepcontrol_wait();
             griddepcontrol_launch();
-            if (!p.task.static_weights) load_ahead();
             fence_async_global();
-            for (unsigned i = 0; i < ahead; i++, slot.advance(T::stages)) load_y(place, slot.index, work.from + i);
-            work.from += ahead;
+            const unsigned loaded = p.task.static_weights ? ahead : 0;
+            for (unsigned i = 0; i < loaded; i++, slot.advance(T::stages)) load_y(place, slot.index, work.from + i);
+            work.from += loaded;
             first = false;
         }
         for (; work.from < work.to; work.from++, slot.advance(T::stages)) {

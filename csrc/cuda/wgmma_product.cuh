@@ -213,8 +213,11 @@ template <typename Tile, bool kShared> struct Producer {
         fence_async_global();
     }
 
-    /* Steps whose weights come before x. */
-    __device__ __forceinline__ int ahead() const { return min(min(ring.stages, p.early), p.steps); }
+    /* Steps whose weights are asked for before the wait: static ones come before x, and few enough not to delay it; of
+     * the others only L2 hears. */
+    __device__ __forceinline__ int ahead() const {
+        return min(p.static_weights ? min(ring.stages, p.early) : ring.stages, p.steps);
+    }
 
     __device__ __forceinline__ void load_early(const Place &place, int slot) const {
         mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
@@ -254,15 +257,12 @@ template <typename Tile, bool kShared> struct Producer {
         for (int slot = started; slot < ahead(); slot++) ask_early(place, slot);
         griddepcontrol_wait();
         griddepcontrol_launch();
-        if (!p.static_weights) {
-#pragma unroll 1
-            for (int slot = 0; slot < ahead(); slot++) load_early(place, slot);
-        }
         await(place);
         Slot slot;
         int step = 0;
+        const int loaded = p.static_weights ? ahead() : 0;
 #pragma unroll 1
-        for (; step < ahead(); step++, slot.advance(ring.stages)) load_x(place, slot.index, step);
+        for (; step < loaded; step++, slot.advance(ring.stages)) load_x(place, slot.index, step);
         for (;;) {
 #pragma unroll 1
             for (; step < p.steps; step++, slot.advance(ring.stages)) {
