@@ -6,6 +6,8 @@
 #ifndef MV_KERNEL_H
 #define MV_KERNEL_H
 
+#include <math.h>
+
 #include "mv.h"
 
 #ifdef __cplusplus
@@ -19,7 +21,15 @@ typedef struct {
     int64_t outer_stride, inner_stride;
 } mv_rows;
 
-/* Some consecutive outputs of the projection: W[n][k] is weight[n * row_stride + k * col_stride]. */
+/* The norm that an op is, or that it begins with: s = x, or rn(x + residual); y = s * r * (weight_offset + weight). */
+typedef struct {
+    mv_rows residual, residual_out; /* [tokens, hidden], of x's dtype                 */
+    const void *weight;             /* NULL, in norm ops only: ones                   */
+    mv_dtype weight_dtype;
+    float eps, weight_offset;
+} mv_norm;
+
+/* Some consecutive outputs of a linear layer: W[n][k] is weight[n * row_stride + k * col_stride]. */
 typedef struct {
     const void *weight;
     const void *bias; /* NULL: none */
@@ -27,6 +37,26 @@ typedef struct {
     int64_t row_stride, col_stride;
     mv_dtype bias_dtype;
 } mv_block;
+
+/* A linear layer whose outputs are some blocks, such as those of q, k and v, adjacent in memory when packed. The blocks
+ * of one task share the weight dtype, and col_stride is 1 in all of them or in none. */
+enum { MV_MAX_BLOCKS = 3 };
+typedef struct {
+    mv_block block[MV_MAX_BLOCKS];
+    int64_t outputs; /* of all blocks; 0: there is no linear layer */
+    mv_dtype weight_dtype;
+    bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
+    bool allow_tf32;
+} mv_linear;
+
+/* What the norm does for the next launch of its plan, which multiplies its output. */
+typedef struct {
+    bool launch_early;  /* the next kernel of the stream has work to do before it waits for this one */
+    uint32_t *counters; /* zeroed for it */
+    int64_t counter_count;
+    int64_t low_plane; /* nonzero: the distance in elements from the high TF32 part of y to the low part, which is left
+                          out with allow_tf32 */
+} mv_next_launch;
 
 typedef struct {
     mv_device device;
@@ -36,34 +66,40 @@ typedef struct {
     int32_t smem_bytes;                   /* shared memory a block may ask for */
     int32_t l2_bytes;
     bool programmatic_launch; /* the GPU and this binary's code for it know griddepcontrol */
-    bool launch_early;        /* the next kernel of the stream has work to do before it waits for this one */
-    uint32_t *counters;       /* the norm zeroes these for the next kernel of the stream */
-    int64_t counter_count;
-    /* Or 0: the norm writes float32 as a TF32 and, so many elements behind it, what that leaves; with allow_tf32 only
-     * the former. */
-    int64_t low_plane;
-
-    /* The norm, which every op begins with. */
-    mv_dtype dtype; /* of x, residual, out, residual_out */
-    int64_t tokens, inner, hidden;
-    mv_rows x, residual, residual_out, out; /* out: [tokens, hidden] for a norm op, else [tokens, outputs] */
-    const void *norm_weight;                /* NULL, in norm ops only: ones */
-    mv_dtype norm_weight_dtype;
-    float eps, weight_offset;
+    bool static_weights;      /* weights, norm weights and biases may be read before griddepcontrol.wait */
+    bool batch_invariant;     /* a row's bits must not depend on the number of rows */
     mv_rounding rounding;
-
-    /* The projection: rms_norm_qkv only, zero otherwise. q, k and v are three blocks, adjacent in memory when
-     * packed; blocks of one task share the weight dtype, and col_stride is 1 in all of them or in none. A task may
-     * have fewer. */
-    mv_block block[3];
-    int64_t outputs; /* of all blocks */
-    mv_dtype weight_dtype;
-    bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
-    bool batch_invariant, allow_tf32;
-    bool static_weights; /* weights, norm weights and biases may be read before griddepcontrol.wait */
+    mv_dtype dtype; /* of x and out, and of what joins them row by row */
+    int64_t tokens, inner, hidden;
+    mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or [tokens, hidden] without a linear layer */
+    mv_norm norm;
+    mv_linear linear;
+    mv_next_launch next;
 } mv_task;
 
-typedef mv_status mv_kernel(const mv_task *task, mv_error *error);
+/* What a row of a kernel list makes of a task: what it will take, and how it cuts it. Its launch goes by this and
+ * decides nothing again. */
+typedef struct mv_decision mv_decision;
+typedef mv_status mv_kernel(const mv_task *task, const mv_decision *decision, mv_error *error);
+struct mv_decision {
+    double us;         /* an estimate; the cheapest row that can serve a task wins */
+    size_t workspace;  /* bytes of scratch memory                                  */
+    mv_kernel *launch; /* where a row has several instances: the chosen one        */
+    uint64_t cut[6];   /* the row's own: sizes of tiles and the like               */
+};
+
+/* NULL where the row can serve the task: *decision says how. Else the reason. A row that will take `below` microseconds
+ * or more gives up at once, with mv_too_dear; below is MV_ANY_PRICE where the price does not matter. */
+typedef const char *mv_decide(const mv_task *task, double below, mv_decision *decision);
+extern const char mv_too_dear[];
+#define MV_ANY_PRICE ((double)NAN)
+
+/* Is it worth deciding more? Notes the price, and wants no workspace. */
+static inline bool mv_at_price(mv_decision *decision, double us, double below) {
+    decision->us = us;
+    decision->workspace = 0;
+    return !(us >= below);
+}
 
 static inline int64_t mv_row_offset(mv_rows rows, int64_t inner, int64_t r) {
     return (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;

@@ -16,10 +16,9 @@ extern "C" {
  * "avx512", "avx512bf16". False for any other name. */
 bool mv_cpu_supports(const char *isa);
 
-/* Bytes of task->workspace that any decode or prefill kernel needs for this task; enough for every instruction set and
- * for any number of threads. The norm kernels need none. */
-size_t mv_rms_norm_qkv_decode_cpu_workspace(const mv_task *task);
-size_t mv_rms_norm_qkv_prefill_cpu_workspace(const mv_task *task);
+/* What the projection kernels of an instruction set make of a task: all can serve it. */
+mv_decide mv_decode_avx512bf16_decide, mv_decode_avx512_decide, mv_decode_avx2_decide, mv_decode_portable_decide;
+mv_decide mv_prefill_avx512bf16_decide, mv_prefill_avx512_decide, mv_prefill_avx2_decide, mv_prefill_portable_decide;
 
 /* True when a call on that much computes for more than some tens of microseconds. outputs: of the projection, or 0. */
 bool mv_is_long_on_cpu(int64_t tokens, int64_t hidden, int64_t outputs);

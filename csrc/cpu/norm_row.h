@@ -20,7 +20,7 @@ typedef struct {
 #define ROW MV_NAME(row, DTYPE)
 
 MV_INLINE ROW MV_NAME(row_of, DTYPE)(const mv_task *task, int64_t token) {
-    const mv_rows x = task->x, residual = task->residual, residual_out = task->residual_out;
+    const mv_rows x = task->x, residual = task->norm.residual, residual_out = task->norm.residual_out;
     ROW row = {(const ROW_ELEMENT *)x.data + mv_row_offset(x, task->inner, token), NULL, NULL};
     if (residual.data) row.residual = (const ROW_ELEMENT *)residual.data + mv_row_offset(residual, task->inner, token);
     if (residual_out.data)
@@ -64,16 +64,16 @@ static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
     for (int64_t i = 0; i < hidden; i += RUN_COLUMNS)
         squares += (double)MV_NAME(row_squares, DTYPE)(row, i, least(i + RUN_COLUMNS, hidden));
     /* rounded once: its error is that of the whole row */
-    return (float)(1 / sqrt(squares / (double)hidden + (double)task->eps));
+    return (float)(1 / sqrt(squares / (double)hidden + (double)task->norm.eps));
 }
 
 /* The norm weight, in x's dtype or float32. */
 MV_INLINE vf MV_NAME(row_weight, DTYPE)(const mv_task *task, int64_t i, int n) {
-    const vf weight = !task->norm_weight ? v_set(1)
-                      : task->norm_weight_dtype == MV_F32
-                          ? v_load_f32((const element_f32 *)task->norm_weight + i, n)
-                          : MV_NAME(v_load, DTYPE)((const ROW_ELEMENT *)task->norm_weight + i, n);
-    return v_add(v_set(task->weight_offset), weight);
+    const vf weight = !task->norm.weight ? v_set(1)
+                      : task->norm.weight_dtype == MV_F32
+                          ? v_load_f32((const element_f32 *)task->norm.weight + i, n)
+                          : MV_NAME(v_load, DTYPE)((const ROW_ELEMENT *)task->norm.weight + i, n);
+    return v_add(v_set(task->norm.weight_offset), weight);
 }
 
 /* In "hf" rounded twice; in "fp32" not at all, the caller rounds where it must. */

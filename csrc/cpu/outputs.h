@@ -16,10 +16,10 @@ typedef struct {
 MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t end) {
     int64_t before = 0;
     int b = 0;
-    if (!task->packed)
-        for (; *column >= before + task->block[b].outputs; b++) before += task->block[b].outputs;
-    const int64_t block_end = task->packed ? task->outputs : before + task->block[b].outputs;
-    const output_span span = {&task->block[b], *column - before, least(end, block_end) - *column, *column};
+    if (!task->linear.packed)
+        for (; *column >= before + task->linear.block[b].outputs; b++) before += task->linear.block[b].outputs;
+    const int64_t block_end = task->linear.packed ? task->linear.outputs : before + task->linear.block[b].outputs;
+    const output_span span = {&task->linear.block[b], *column - before, least(end, block_end) - *column, *column};
     *column += span.count;
     return span;
 }
@@ -34,8 +34,8 @@ enum { CHUNK_TOKENS = 128 };
 
 /* Every block's weights are contiguous along hidden. */
 MV_INLINE bool rows_are_contiguous(const mv_task *task) {
-    for (int b = 0; b < (task->packed ? 1 : 3); b++)
-        if (task->block[b].outputs > 0 && task->block[b].col_stride != 1) return false;
+    for (int b = 0; b < (task->linear.packed ? 1 : 3); b++)
+        if (task->linear.block[b].outputs > 0 && task->linear.block[b].col_stride != 1) return false;
     return true;
 }
 

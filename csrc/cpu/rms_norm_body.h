@@ -24,8 +24,8 @@ static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end)
     }
 }
 
-mv_status MV_NAME(MV_NAME(mv_rms_norm, DTYPE), ISA)(const mv_task *task, mv_error *error) {
-    (void)error;
+mv_status MV_NAME(MV_NAME(mv_rms_norm, DTYPE), ISA)(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    (void)decision, (void)error;
     mv_parallel_for(task->tokens, 1 + PARALLEL_ELEMENTS / task->hidden, MV_NAME(norm_rows, DTYPE), (void *)task);
     return MV_OK;
 }

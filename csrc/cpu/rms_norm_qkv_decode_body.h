@@ -110,7 +110,7 @@ static void MV_NAME(decode_outputs, DTYPE)(void *context, int64_t begin, int64_t
     const MV_NAME(decode, DTYPE) *decode = context;
     while (begin < end) {
         const output_span span = next_span(decode->task, &begin, end);
-        if (decode->task->weight_dtype == MV_F32)
+        if (decode->task->linear.weight_dtype == MV_F32)
             MV_NAME(decode_span, DTYPE)(decode, span, true);
         else
             MV_NAME(decode_span, DTYPE)(decode, span, false);
@@ -119,18 +119,20 @@ static void MV_NAME(decode_outputs, DTYPE)(void *context, int64_t begin, int64_t
 
 mv_kernel MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA);
 
-mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), decode), ISA)(const mv_task *task, mv_error *error) {
+mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), decode), ISA)(const mv_task *task,
+                                                                         const mv_decision *decision, mv_error *error) {
 #if UNIT == 2
-    if (task->weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_decode_avx512(task, error);
+    if (task->linear.weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_decode_avx512(task, decision, error);
 #endif
-    if (!rows_are_contiguous(task)) return MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(task, error);
+    if (!rows_are_contiguous(task))
+        return MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(task, decision, error);
     const int64_t hidden = task->hidden;
     MV_NAME(decode, DTYPE) decode = {task, 0, 0, task->workspace, padded_units(hidden) / UNIT};
     for (; decode.first < task->tokens; decode.first += CHUNK_TOKENS) {
         decode.tokens = least(CHUNK_TOKENS, task->tokens - decode.first);
         mv_parallel_for(decode.tokens, 1 + PARALLEL_ELEMENTS / hidden, MV_NAME(decode_norm, DTYPE), &decode);
         const int64_t rows_worth_a_thread = 1 + PARALLEL_PRODUCTS / (hidden * decode.tokens);
-        mv_parallel_for(task->outputs, round_up(rows_worth_a_thread, DOT_ROWS), MV_NAME(decode_outputs, DTYPE),
+        mv_parallel_for(task->linear.outputs, round_up(rows_worth_a_thread, DOT_ROWS), MV_NAME(decode_outputs, DTYPE),
                         &decode);
     }
     return MV_OK;

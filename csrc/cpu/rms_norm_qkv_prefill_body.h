@@ -65,8 +65,8 @@ static void MV_NAME(chunk_panel, DTYPE)(void *context, int64_t begin, int64_t en
 static tile_weights MV_NAME(stage_block, DTYPE)(const mv_task *task, output_span span, int64_t from, int64_t count,
                                                 float *stage) {
     const mv_block *block = span.block;
-    const bool wide = task->weight_dtype == MV_F32;
-    const size_t bytes = mv_dtype_bytes(task->weight_dtype);
+    const bool wide = task->linear.weight_dtype == MV_F32;
+    const size_t bytes = mv_dtype_bytes(task->linear.weight_dtype);
     const char *weight = (const char *)block->weight;
     if (block->col_stride == 1) {
         for (int64_t r = 0; r < span.count; r++) {
@@ -113,7 +113,7 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
     const mv_task *task = chunk->task;
     const mv_block *block = span.block;
     const int64_t padded = round_up(chunk->tokens, LANES), rows = round_up(span.count, TILE_OUTPUTS);
-    const int64_t bytes = (int64_t)mv_dtype_bytes(task->weight_dtype);
+    const int64_t bytes = (int64_t)mv_dtype_bytes(task->linear.weight_dtype);
     const bool in_place =
         MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 && span.count % TILE_OUTPUTS == 0;
     for (int64_t r = 0; r < rows; r++) memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
@@ -165,16 +165,18 @@ static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t 
         return;
     }
     int64_t column = begin * TILE_OUTPUTS;
-    const int64_t last = least(end * TILE_OUTPUTS, chunk->task->outputs);
+    const int64_t last = least(end * TILE_OUTPUTS, chunk->task->linear.outputs);
     while (column < last)
         MV_NAME(chunk_stripe, DTYPE)(chunk, next_span(chunk->task, &column, least(last, column + STRIPE)), scratch);
 }
 
-mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(const mv_task *task, mv_error *error) {
+mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill),
+                  ISA)(const mv_task *task, const mv_decision *decision, mv_error *error) {
 #if UNIT == 2
-    if (task->weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, error);
+    if (task->linear.weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, decision, error);
 #endif
-    const int64_t hidden = task->hidden, tiles = (task->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    (void)decision;
+    const int64_t hidden = task->hidden, tiles = (task->linear.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
     float *scale = task->workspace;
     MV_NAME(chunk, DTYPE) chunk = {task, 0, 0, padded_units(hidden) / UNIT, scale, scale + CHUNK_TOKENS, false};
     for (; chunk.first < task->tokens; chunk.first += CHUNK_TOKENS) {

@@ -44,7 +44,7 @@ MV_INLINE float settle_bf16(float sum, const mv_task *task, const mv_block *bloc
     return sum;
 }
 
-MV_INLINE bool weight_is_unit_bf16(const mv_task *task) { return task->weight_dtype == MV_BF16; }
+MV_INLINE bool weight_is_unit_bf16(const mv_task *task) { return task->linear.weight_dtype == MV_BF16; }
 
 MV_INLINE vf weight_units_bf16(bool wide, const void *weight, int64_t i, int n) {
     (void)wide;

@@ -30,7 +30,7 @@ MV_INLINE vf MV_NAME(norm_units, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE)
     return MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
 }
 
-MV_INLINE bool MV_NAME(weight_is_unit, DTYPE)(const mv_task *task) { return task->weight_dtype == MV_F32; }
+MV_INLINE bool MV_NAME(weight_is_unit, DTYPE)(const mv_task *task) { return task->linear.weight_dtype == MV_F32; }
 
 MV_INLINE vf MV_NAME(weight_units, DTYPE)(bool wide, const void *weight, int64_t i, int n) {
     if (wide) return v_load_f32((const element_f32 *)weight + i, n);

@@ -20,23 +20,13 @@ mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error);
 /* The GPU that is current in this thread; 0 where CUDA cannot tell. */
 int32_t mv_cuda_current_device(void);
 
-/* Legality of the projection kernels: NULL, or the reason why this task is not for them. */
-const char *mv_decode_fits(const mv_task *task);
-const char *mv_decode_sm90a_fits(const mv_task *task);
-double mv_decode_sm90a_cost(const mv_task *task);
-const char *mv_decode_heads_sm90a_fits(const mv_task *task);
-const char *mv_norm_mma_fits(const mv_task *task); /* of the plan: the rows of x may lie anywhere */
-const char *mv_norm_wgmma_fits(const mv_task *task);
-const char *mv_wgmma_fits(const mv_task *task);
-double mv_wgmma_late_share(const mv_task *task); /* of the time of the plan of two launches */
-const char *mv_norm_few_fits(const mv_task *task);
-const char *mv_norm_3xtf32_fits(const mv_task *task);
-double mv_norm_3xtf32_cost(const mv_task *task);
+/* What the projection kernels make of a task. */
+mv_decide mv_decode_sm80_decide, mv_decode_sm90a_decide, mv_decode_heads_sm90a_decide;
+mv_decide mv_norm_mma_sm80_decide, mv_norm_wgmma_sm90a_decide, mv_wgmma_sm90a_decide;
+mv_decide mv_norm_few_sm80_decide, mv_norm_3xtf32_sm90a_decide, mv_ffma_sm80_decide, mv_norm_ffma_sm80_decide;
 
-/* Workspace of the plans that write the normalised rows before the product. */
-size_t mv_norm_plan_workspace(const mv_task *task);
-size_t mv_norm_wgmma_workspace(const mv_task *task);
-size_t mv_norm_3xtf32_workspace(const mv_task *task);
+/* Why the tensor cores cannot multiply this task's 16-bit values, or NULL. */
+const char *mv_tensor_cores_why_not(const mv_task *task);
 
 #ifdef __cplusplus
 }

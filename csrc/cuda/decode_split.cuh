@@ -24,7 +24,7 @@ template <int kTokens> constexpr int kRing = (sizeof(Fixed<kTokens>) + 127) / 12
 constexpr int kMinSlots = 3, kMaxSlots = 12;
 
 int norm_weight_bytes(const mv_task *task) {
-    return static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm_weight_dtype));
+    return static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm.weight_dtype));
 }
 
 int y_bytes(const mv_task *task, int rows) {
@@ -61,7 +61,7 @@ bool is_late(const mv_task *task, int64_t tokens) {
 
 Groups groups_of(const mv_task *task, int log_groups) {
     const int64_t tokens = (task->tokens + (1 << log_groups) - 1) >> log_groups;
-    const int64_t blocks = min(task->outputs, int64_t{max(task->sm_count >> log_groups, 1)});
+    const int64_t blocks = min(task->linear.outputs, int64_t{max(task->sm_count >> log_groups, 1)});
     const bool late = is_late(task, tokens);
     return {log_groups, static_cast<int>(tokens), static_cast<int>(blocks),
             static_cast<int>(late ? 2 * tokens : tokens), late};
@@ -70,7 +70,7 @@ Groups groups_of(const mv_task *task, int log_groups) {
 /* Of a warp. */
 int64_t pieces_of(const mv_task *task, const Groups &groups) {
     const int step = kWarps * 128 / static_cast<int>(mv_dtype_bytes(task->dtype));
-    const int64_t rows = (task->outputs + groups.blocks - 1) / groups.blocks;
+    const int64_t rows = (task->linear.outputs + groups.blocks - 1) / groups.blocks;
     return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
 }
 
@@ -97,7 +97,7 @@ static_assert(kHeadOutputs / kMinCluster <= kMaxRowTiles * kPieceRows, "a block 
 
 /* As few as give each head two SMs. */
 int64_t launches_of_heads(const mv_task *task) {
-    const int64_t heads = (task->outputs + kHeadOutputs - 1) / kHeadOutputs,
+    const int64_t heads = (task->linear.outputs + kHeadOutputs - 1) / kHeadOutputs,
                   most = max(task->sm_count / kMinCluster, 1);
     return (heads + most - 1) / most;
 }
@@ -113,14 +113,14 @@ Groups choose_heads(const mv_task *task) {
     if (task->tokens > most_tokens(task)) return {};
     const int64_t outputs = kHeadOutputs * launches_of_heads(task);
     Groups groups = groups_of(task, 0);
-    groups.head_rows = kHeadOutputs / cluster_of(task, (task->outputs + outputs - 1) / outputs); /* at most */
+    groups.head_rows = kHeadOutputs / cluster_of(task, (task->linear.outputs + outputs - 1) / outputs); /* at most */
     return groups;
 }
 
 /* Two blocks share an SM, where there is room for both, up to so many weights of each. */
 int block_bytes_of(const mv_task *task, const Groups &groups) {
     const int64_t few_bytes = task->tokens <= 2 ? 80 << 10 : 150 << 10; /* 95 KB are between */
-    const int64_t rows = groups.head_rows ? int64_t{groups.head_rows} * task->sm_count : task->outputs;
+    const int64_t rows = groups.head_rows ? int64_t{groups.head_rows} * task->sm_count : task->linear.outputs;
     const int64_t weight_bytes = rows * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
     const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
     return few && slots_of(task, groups.y_rows, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
@@ -143,11 +143,11 @@ struct Part {
 int64_t parts_of(const mv_task *task, const Groups &groups) {
     if (groups.head_rows) return launches_of_heads(task);
     const int64_t most = static_cast<int64_t>(groups.blocks) * kMaxRowTiles * kPieceRows;
-    return (task->outputs + most - 1) / most;
+    return (task->linear.outputs + most - 1) / most;
 }
 
 Part part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
-    const int64_t all = groups.head_rows ? task->outputs / kHeadOutputs : task->outputs;
+    const int64_t all = groups.head_rows ? task->linear.outputs / kHeadOutputs : task->linear.outputs;
     const int first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
     if (!groups.head_rows) return {first, count, groups.blocks, 0};
     const int cluster = cluster_of(task, count);

@@ -47,7 +47,7 @@ template <typename T, bool kLate> struct Share {
           token(static_cast<int>(threadIdx.x) >> split.log_threads),
           column((threadIdx.x & ((1 << split.log_threads) - 1)) * Packet<T>::size),
           x(token_row<const T>(task.x, first + token) + column),
-          residual(task.residual.data ? token_row<const T>(task.residual, first + token) + column : nullptr),
+          residual(task.norm.residual.data ? token_row<const T>(task.norm.residual, first + token) + column : nullptr),
           shared(shared) {
         const int row = kLate ? 2 * token : token;
         y = split.y + row * static_cast<int>(task.hidden * sizeof(T)) + swapped(row, column / Packet<T>::size) * 16;
@@ -88,12 +88,12 @@ __device__ __forceinline__ void copy_tokens(const mv_task &task, const Split &sp
 /* From where copy_norm_weight has put them. */
 template <typename T>
 __device__ __forceinline__ NormWeights<T> copied_norm_weights(const mv_task &task, const char *norm_weight, int k) {
-    if (task.norm_weight_dtype == Dtype<T>::value)
+    if (task.norm.weight_dtype == Dtype<T>::value)
         return widen_norm_weights<T>(task, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
     NormWeights<T> weights;
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++)
-        weights.v[i] = task.weight_offset + reinterpret_cast<const float *>(norm_weight)[k + i];
+        weights.v[i] = task.norm.weight_offset + reinterpret_cast<const float *>(norm_weight)[k + i];
     return weights;
 }
 
@@ -114,9 +114,9 @@ template <typename T, bool kLate>
 __device__ __forceinline__ void join(Packet<T> &s, const Packet<T> &residual, const mv_task &task, const Split &split,
                                      const Share<T, kLate> &share, int k, int columns) {
     s = add_residual(s, residual);
-    if (task.residual_out.data && blockIdx.x >> split.log_groups == 0 && k < columns)
-        store_packet(token_row<T>(task.residual_out, share.first + share.token) + share.column + k, s, Packet<T>::size,
-                     true);
+    if (task.norm.residual_out.data && blockIdx.x >> split.log_groups == 0 && k < columns)
+        store_packet(token_row<T>(task.norm.residual_out, share.first + share.token) + share.column + k, s,
+                     Packet<T>::size, true);
 }
 
 template <typename T> __device__ __forceinline__ void add_squares(float (&squares)[2], const Packet<T> &s) {
@@ -165,7 +165,7 @@ template <typename T, int kLanes> __device__ __forceinline__ void read_tokens(co
         keep_squares<T, kLanes>(squares, share, hidden, own);
         share.token += at_once;
         share.x += at_once * task.x.inner_stride;
-        if (share.residual) share.residual += at_once * task.residual.inner_stride;
+        if (share.residual) share.residual += at_once * task.norm.residual.inner_stride;
         share.y += at_once * hidden * static_cast<int>(sizeof(T));
     }
 }

@@ -3,6 +3,15 @@
 
 #include "../kernel.h"
 
+/* How a row cuts a task: written when it decides, read by its launch. */
+template <typename Cut> Cut &cut_of(mv_decision *decision) {
+    static_assert(sizeof(Cut) <= sizeof decision->cut && alignof(Cut) <= alignof(uint64_t));
+    return *reinterpret_cast<Cut *>(decision->cut);
+}
+template <typename Cut> const Cut &cut_of(const mv_decision *decision) {
+    return *reinterpret_cast<const Cut *>(decision->cut);
+}
+
 struct PlanTasks {
     mv_task norm, product;
 };
@@ -11,15 +20,22 @@ static inline PlanTasks plan_tasks(const mv_task *task) {
     const mv_rows y = {task->workspace, task->inner * task->hidden, task->hidden};
     PlanTasks tasks = {*task, *task};
     tasks.norm.out = y;
-    tasks.norm.outputs = 0;
-    tasks.norm.launch_early = true; /* the first weights can be on their way while x is still being made */
+    tasks.norm.linear.outputs = 0;
+    tasks.norm.next.launch_early = true; /* the first weights can be on their way while x is still being made */
     tasks.product.x = y;
-    tasks.product.residual = tasks.product.residual_out = mv_rows{nullptr, 0, 0};
+    tasks.product.norm.residual = tasks.product.norm.residual_out = mv_rows{nullptr, 0, 0};
     return tasks;
 }
 
-static inline mv_status norm_then_product(const mv_task *task, mv_kernel *norm, mv_kernel *product, mv_error *error) {
+/* The bytes of y. */
+static inline size_t plan_workspace(const mv_task *task) {
+    return static_cast<size_t>(task->tokens) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+}
+
+/* The second launch is the one that was decided on. */
+static inline mv_status norm_then_product(const mv_task *task, const mv_decision *decision, mv_kernel *norm,
+                                          mv_error *error) {
     const PlanTasks tasks = plan_tasks(task);
-    const mv_status status = norm(&tasks.norm, error);
-    return status == MV_OK ? product(&tasks.product, error) : status;
+    const mv_status status = norm(&tasks.norm, decision, error);
+    return status == MV_OK ? decision->launch(&tasks.product, decision, error) : status;
 }

@@ -37,7 +37,7 @@ constexpr int kRoundPackets = 4, kApart = 32 * 8, kRoundValues = kRoundPackets *
 /* Host: rows one stride apart, of whole aligned packets. */
 static inline bool norm_rows_fit(const mv_task *task) {
     return task->inner >= task->tokens && task->hidden % 8 == 0 && norm_rows_aligned<uint16_t>(task) &&
-           is_aligned16(task->norm_weight);
+           is_aligned16(task->norm.weight);
 }
 
 /* Packets that are whole and aligned, 16 bytes in one instruction. */
@@ -50,11 +50,11 @@ template <typename T> __device__ __forceinline__ void store_whole(T *p, const Pa
 
 /* The same of float32 norm weights. */
 template <typename T> __device__ __forceinline__ NormWeights<T> wide_norm_weights(const mv_task &task, int at) {
-    const float *p = static_cast<const float *>(task.norm_weight) + at;
+    const float *p = static_cast<const float *>(task.norm.weight) + at;
     const Packet<float> wide[] = {load_whole(p), load_whole(p + 4)};
     NormWeights<T> weights;
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.weight_offset + wide[i / 4].get(i % 4);
+    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.norm.weight_offset + wide[i / 4].get(i % 4);
     return weights;
 }
 
@@ -77,20 +77,20 @@ template <typename T> __device__ __forceinline__ void load_part(Packet<T> (&s)[k
     const T *x = part.of<const T>(task.x);
 #pragma unroll
     for (int j = 0; j < kRoundPackets; j++) s[j] = j < part.count ? load_whole(x + j * kApart) : Packet<T>{};
-    if (!task.residual.data) return;
-    const T *residual = part.of<const T>(task.residual);
+    if (!task.norm.residual.data) return;
+    const T *residual = part.of<const T>(task.norm.residual);
 #pragma unroll
     for (int j = 0; j < kRoundPackets; j++) {
         if (j >= part.count) continue;
         s[j] = add_residual(s[j], load_whole(residual + j * kApart));
-        if (store && task.residual_out.data) store_whole(part.of<T>(task.residual_out) + j * kApart, s[j]);
+        if (store && task.norm.residual_out.data) store_whole(part.of<T>(task.norm.residual_out) + j * kApart, s[j]);
     }
 }
 
 /* A row, into rows of y without gaps. */
 template <typename T> __device__ __forceinline__ void normalise_row(const mv_task &task, int row, int rounds, T *y) {
     const bool hf = task.rounding == MV_ROUNDING_HF;
-    const bool narrow = task.norm_weight_dtype == Dtype<T>::value, plain = hf && task.weight_offset == 0;
+    const bool narrow = task.norm.weight_dtype == Dtype<T>::value, plain = hf && task.norm.weight_offset == 0;
     Packet<T> s[kRoundPackets];
     float squares = 0;
     for (int round = 0; round < rounds; round++) {
@@ -105,7 +105,7 @@ template <typename T> __device__ __forceinline__ void normalise_row(const mv_tas
         const Part part(task, row, round);
         if (rounds > 1) load_part(s, task, part, false);
         T *to = y + part.row * task.hidden + part.k;
-        const T *weights = static_cast<const T *>(task.norm_weight) + part.k;
+        const T *weights = static_cast<const T *>(task.norm.weight) + part.k;
         if (narrow) {
             Packet<T> w[kRoundPackets]; /* all on their way before the first is used */
 #pragma unroll

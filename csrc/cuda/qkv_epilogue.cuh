@@ -14,20 +14,20 @@ struct OutputPlace {
 
 __device__ __forceinline__ OutputPlace find_output(const mv_task &task, int64_t n) {
     OutputPlace place = {0, n};
-    if (task.packed) return place;
-    while (place.block < 2 && place.row >= task.block[place.block].outputs)
-        place.row -= task.block[place.block++].outputs;
+    if (task.linear.packed) return place;
+    while (place.block < 2 && place.row >= task.linear.block[place.block].outputs)
+        place.row -= task.linear.block[place.block++].outputs;
     return place;
 }
 
 /* The address of W[n][0]. */
 template <typename W> __device__ __forceinline__ const W *weight_row(const mv_task &task, OutputPlace place) {
-    const mv_block &block = task.block[place.block];
+    const mv_block &block = task.linear.block[place.block];
     return static_cast<const W *>(block.weight) + place.row * block.row_stride;
 }
 
 template <typename T> __device__ __forceinline__ float load_bias(const mv_task &task, OutputPlace place) {
-    const mv_block &block = task.block[place.block];
+    const mv_block &block = task.linear.block[place.block];
     return block.bias ? load_as_past_l1<T>(block.bias, block.bias_dtype, place.row) : 0.0f;
 }
 

@@ -19,22 +19,22 @@ template <typename T>
 __device__ __forceinline__ NormWeights<T> widen_norm_weights(const mv_task &task, const Packet<T> &packet) {
     NormWeights<T> weights;
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.weight_offset + packet.get(i);
+    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.norm.weight_offset + packet.get(i);
     return weights;
 }
 
 template <typename T, Through kThrough = Through::kL1>
 __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task, int64_t at, bool aligned) {
-    if (task.norm_weight_dtype == Dtype<T>::value)
+    if (task.norm.weight_dtype == Dtype<T>::value)
         return widen_norm_weights<T>(
-            task, load_packet<T, kThrough>(static_cast<const T *>(task.norm_weight) + at, task.hidden - at, aligned));
-    const float *p = static_cast<const float *>(task.norm_weight) + at;
+            task, load_packet<T, kThrough>(static_cast<const T *>(task.norm.weight) + at, task.hidden - at, aligned));
+    const float *p = static_cast<const float *>(task.norm.weight) + at;
     NormWeights<T> weights;
 #pragma unroll
     for (int part = 0; part < Packet<T>::size; part += 4) {
         const Packet<float> packet = load_packet<float, kThrough>(p + part, task.hidden - at - part, aligned);
 #pragma unroll
-        for (int i = 0; i < 4; i++) weights.v[part + i] = task.weight_offset + packet.get(i);
+        for (int i = 0; i < 4; i++) weights.v[part + i] = task.norm.weight_offset + packet.get(i);
     }
     return weights;
 }
@@ -42,17 +42,17 @@ __device__ __forceinline__ NormWeights<T> load_norm_weights(const mv_task &task,
 /* The same of a norm op, which may have none: ones. */
 template <typename T>
 __device__ __forceinline__ NormWeights<T> load_norm_weights_or_ones(const mv_task &task, int64_t at, bool aligned) {
-    if (task.norm_weight) return load_norm_weights<T>(task, at, aligned);
+    if (task.norm.weight) return load_norm_weights<T>(task, at, aligned);
     NormWeights<T> weights;
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.weight_offset + 1;
+    for (int i = 0; i < Packet<T>::size; i++) weights.v[i] = task.norm.weight_offset + 1;
     return weights;
 }
 
 /* By one thread of a launch, before the wait for the previous kernel: the norm weights are in L2 after it. */
 __device__ __forceinline__ void prefetch_norm_weight(const mv_task &task) {
-    if (blockIdx.x == 0 && threadIdx.x == 0 && task.norm_weight)
-        prefetch_l2(task.norm_weight, task.hidden * (task.norm_weight_dtype == MV_F32 ? 4 : 2));
+    if (blockIdx.x == 0 && threadIdx.x == 0 && task.norm.weight)
+        prefetch_l2(task.norm.weight, task.hidden * (task.norm.weight_dtype == MV_F32 ? 4 : 2));
 }
 
 /* rn(x + residual): what the norm sees and residual_out gets. */
@@ -78,9 +78,9 @@ template <typename T> __host__ __device__ __forceinline__ float mean_scale(const
 template <typename T>
 __device__ __forceinline__ float row_factor(float sum_of_squares, float scale, const mv_task &task) {
     if constexpr (sizeof(T) == 4)
-        return __frsqrt_rn(__fdiv_rn(sum_of_squares, scale) + task.eps);
+        return __frsqrt_rn(__fdiv_rn(sum_of_squares, scale) + task.norm.eps);
     else
-        return rsqrtf(sum_of_squares * scale + task.eps);
+        return rsqrtf(sum_of_squares * scale + task.norm.eps);
 }
 template <typename T> __device__ __forceinline__ float row_factor(float sum_of_squares, const mv_task &task) {
     return row_factor<T>(sum_of_squares, mean_scale<T>(task), task);
@@ -112,7 +112,7 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
 template <typename T, typename Store>
 __device__ __forceinline__ void store_normalised(const mv_task &task, const Packet<T> &y, Store store) {
     if constexpr (sizeof(T) == 4) {
-        if (task.low_plane) {
+        if (task.next.low_plane) {
             Packet<T> high, low;
 #pragma unroll
             for (int i = 0; i < Packet<T>::size; i++) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_normalised(const mv_task &task, const Pack
                 low.word[i] = isinf(high.get(i)) ? 0 : round_tf32(y.get(i) - high.get(i));
             }
             store(high, int64_t{0});
-            if (!task.allow_tf32) store(low, task.low_plane);
+            if (!task.linear.allow_tf32) store(low, task.next.low_plane);
             return;
         }
     }
@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_normalised(const mv_task &task, const Pack
 /* By one of the CTAs, after the wait: zeroes what the next kernel of a plan counts with. */
 __device__ __forceinline__ void clear_counters(const mv_task &task) {
     if (blockIdx.x != 0) return;
-    for (int64_t i = threadIdx.x; i < task.counter_count; i += blockDim.x) task.counters[i] = 0;
+    for (int64_t i = threadIdx.x; i < task.next.counter_count; i += blockDim.x) task.next.counters[i] = 0;
 }
 
 /* y of 16 bits as "hf" without an offset wants it, in few instructions: float32 holds the product of two 16-bit values
@@ -150,5 +150,5 @@ __device__ __forceinline__ Packet<T> apply_norm_hf(const Packet<T> &s, float r, 
 /* Host: are these rows, where they exist, all fit for 16-byte accesses? */
 template <typename T> static inline bool norm_rows_aligned(const mv_task *task) {
     const auto fits = [](mv_rows rows) { return !rows.data || rows_aligned16(rows, sizeof(T)); };
-    return fits(task->x) && fits(task->residual) && fits(task->residual_out);
+    return fits(task->x) && fits(task->norm.residual) && fits(task->norm.residual_out);
 }

@@ -18,8 +18,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
 
     const int64_t row = blockIdx.x;
     const T *x = row_address<const T>(task.x, task.inner, row);
-    const T *residual = task.residual.data ? row_address<const T>(task.residual, task.inner, row) : nullptr;
-    T *residual_out = task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
+    const T *residual = task.norm.residual.data ? row_address<const T>(task.norm.residual, task.inner, row) : nullptr;
+    T *residual_out = task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
     T *out = row_address<T>(task.out, task.inner, row);
 
     float sum = 0;
@@ -39,8 +39,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     for (int64_t i = threadIdx.x; i < task.hidden; i += kThreads) {
         /* x may have been overwritten by residual_out: then that is where s is */
         const T s = residual_out ? residual_out[i] : residual ? add_residual(x[i], residual[i]) : x[i];
-        const float own = task.norm_weight ? load_as<T>(task.norm_weight, task.norm_weight_dtype, i) : 1.0f;
-        const float w = task.weight_offset + own;
+        const float own = task.norm.weight ? load_as<T>(task.norm.weight, task.norm.weight_dtype, i) : 1.0f;
+        const float w = task.norm.weight_offset + own;
         out[i] = from_float<T>(apply_norm<T>(to_float(s), r, w, task.rounding == MV_ROUNDING_HF));
     }
 }
@@ -55,12 +55,12 @@ template <typename T> mv_status rms_norm_naive(const mv_task *task, mv_error *er
 
 } // namespace
 
-extern "C" mv_status mv_rms_norm_f32_naive_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_f32_naive_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return rms_norm_naive<float>(task, error);
 }
-extern "C" mv_status mv_rms_norm_f16_naive_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_f16_naive_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return rms_norm_naive<__half>(task, error);
 }
-extern "C" mv_status mv_rms_norm_bf16_naive_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_bf16_naive_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return rms_norm_naive<__nv_bfloat16>(task, error);
 }

@@ -15,6 +15,7 @@
  *
  * With allow_tf32 high high is all, and all steps of a sum stay in the tensor cores. Then tiles have 256 outputs. */
 #include "cuda.h"
+#include "h100.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
 #include "qkv_epilogue.cuh"
@@ -78,7 +79,7 @@ __device__ __noinline__ float plain_dot(const Product &p, int64_t token, const m
 template <typename T> __device__ __forceinline__ void store_outputs(const Product &p, const Place &place, int first,
                                                                     const float (&total)[T::block_sums]) {
     const int lane = threadIdx.x % 32;
-    const mv_block &block = p.task.block[place.block];
+    const mv_block &block = p.task.linear.block[place.block];
     const int64_t row = place.row + first, outputs = outputs_of(p.task, place.block);
     const bool exists[2] = {row < outputs, row + 8 < outputs};
     float bias[2] = {};
@@ -160,10 +161,10 @@ struct Workspace {
     int64_t padded_tokens; /* rows of y's planes: all that copies read */
     size_t plane_bytes, y_bytes, parts_bytes, counter_bytes;
 
-    explicit Workspace(const mv_task *task) : choice(choose_tile(task)) {
+    Workspace(const mv_task *task, const TileChoice &choice) : choice(choice) {
         padded_tokens = ceil_div(task->tokens, choice.tokens) * choice.tokens;
         plane_bytes = static_cast<size_t>(padded_tokens * task->hidden) * 4;
-        y_bytes = (task->allow_tf32 ? 1 : 2) * plane_bytes;
+        y_bytes = (task->linear.allow_tf32 ? 1 : 2) * plane_bytes;
         parts_bytes = static_cast<size_t>(2 * choice.sharers * choice.outputs * choice.tokens) * 4;
         counter_bytes = static_cast<size_t>(choice.split_tiles) * 4;
     }
@@ -197,12 +198,12 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
         &p.y, {task->x.data, MV_F32, (T::once ? 1 : 2) * workspace.padded_tokens, hidden, hidden, T::tokens, kStep},
         error);
     for (int i = 0; i < 3 && status == MV_OK; i++) {
-        const mv_block &block = task->block[i];
-        const int64_t outputs = task->packed ? task->outputs : block.outputs;
+        const mv_block &block = task->linear.block[i];
+        const int64_t outputs = task->linear.packed ? task->linear.outputs : block.outputs;
         if (outputs > 0)
             status = encode_map(&p.weight[i],
                                 {block.weight, MV_F32, outputs, hidden, block.row_stride, T::outputs, kStep}, error);
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
     if (status != MV_OK) return status;
 
@@ -220,50 +221,51 @@ mv_status launch_one_of(const mv_task *task, const Workspace &workspace, mv_erro
     return status;
 }
 
-} // namespace
-
-extern "C" const char *mv_norm_3xtf32_fits(const mv_task *task) {
-    if (task->compute_capability != 90) return "wgmma needs compute capability 9.0";
+const char *why_not(const mv_task *task) {
     if (task->smem_bytes < kRingBytes + kBarrierBytes) return "there is too little shared memory";
-    if (task->weight_dtype != MV_F32) return "it takes float32 weights";
-    if (task->block[0].col_stride != 1)
+    if (task->linear.weight_dtype != MV_F32) return "it takes float32 weights";
+    if (task->linear.block[0].col_stride != 1)
         return "it takes weights as nn.Linear keeps them or their .t(), not a transposed copy";
     if (task->hidden % 4 != 0) return "hidden is no multiple of 4";
     if (task->hidden > 1 << 20) return "hidden is more than 1,048,576";
-    if (task->outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
+    if (task->linear.outputs > INT32_MAX - 256 || task->tokens > INT32_MAX / 2 - 256)
         return "a tensor map has coordinates of 32 bits";
-    if (ceil_div(task->tokens, 8) * block_columns(task, tile_outputs(task->allow_tf32)) > INT32_MAX)
+    if (ceil_div(task->tokens, 8) * block_columns(task, tile_outputs(task->linear.allow_tf32)) > INT32_MAX)
         return "there are more tiles than one launch can take";
-    for (const mv_block &block : task->block) {
+    for (const mv_block &block : task->linear.block) {
         if (block.outputs > 0 && (!is_aligned16(block.weight) || block.row_stride % 4 != 0 || block.row_stride <= 0 ||
                                   block.row_stride >= int64_t{1} << 37))
             return "the rows of the weight are not 16-byte aligned, or too far apart";
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
     return nullptr;
 }
 
-extern "C" double mv_norm_3xtf32_cost(const mv_task *task) {
-    const double norm_us = static_cast<double>(task->tokens * task->hidden) * 12 / 2.7e6; /* y is twice as large as x */
-    return 3.2 + norm_us + choose_tile(task).us;
-}
-
-extern "C" size_t mv_norm_3xtf32_workspace(const mv_task *task) { return Workspace(task).bytes(); }
+} // namespace
 
 /* ---- the row --------------------------------------------------------------------------------------------------- */
 
 extern "C" {
 mv_kernel mv_rms_norm_f32_sm80;
 
-mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, mv_error *error) {
+const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    const TileChoice choice = choose_tile(task);
+    if (!mv_at_price(decision, h100::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
+    if (const char *reason = why_not(task)) return reason;
+    decision->workspace = Workspace(task, choice).bytes();
+    cut_of<TileChoice>(decision) = choice;
+    return nullptr;
+}
+
+mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
-    const Workspace workspace(task);
-    tasks.norm.low_plane = static_cast<int64_t>(workspace.plane_bytes / 4);
-    tasks.norm.counters = workspace.counters(task);
-    tasks.norm.counter_count = static_cast<int64_t>(workspace.counter_bytes / 4);
-    const mv_status status = mv_rms_norm_f32_sm80(&tasks.norm, error);
+    const Workspace workspace(task, cut_of<TileChoice>(decision));
+    tasks.norm.next.low_plane = static_cast<int64_t>(workspace.plane_bytes / 4);
+    tasks.norm.next.counters = workspace.counters(task);
+    tasks.norm.next.counter_count = static_cast<int64_t>(workspace.counter_bytes / 4);
+    const mv_status status = mv_rms_norm_f32_sm80(&tasks.norm, decision, error);
     if (status != MV_OK) return status;
-    return task->allow_tf32 ? launch_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
-                            : launch_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);
+    return task->linear.allow_tf32 ? launch_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
+                                   : launch_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);
 }
 }

@@ -12,6 +12,7 @@
  * finished sum, which saves that barrier. Sums are float32, each lane's in order of k, then over lanes in a fixed tree.
  */
 #include "cuda.h"
+#include "h100.cuh"
 #include "launch.cuh"
 #include "qkv_epilogue.cuh"
 #include "reduce.cuh"
@@ -67,7 +68,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
     constexpr int step = kThreads * size;
     const int first = threadIdx.x * size;
     const bool hf = task.rounding == MV_ROUNDING_HF;
-    const bool writes_sum = task.residual_out.data && blockIdx.x == 0;
+    const bool writes_sum = task.norm.residual_out.data && blockIdx.x == 0;
     const auto weights_at = [&](int k) {
         return k == first ? near : load_norm_weights<T>(task, k, aligned.norm_weight);
     };
@@ -80,11 +81,11 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
             const bool exists = first_token + t < task.tokens;
             const int64_t row = exists ? first_token + t : first_token, count = exists ? task.hidden - k : 0;
             Packet<T> s = load_packet(row_address<const T>(task.x, task.inner, row) + k, count, aligned.rows);
-            if (task.residual.data) {
-                const T *residual = row_address<const T>(task.residual, task.inner, row) + k;
+            if (task.norm.residual.data) {
+                const T *residual = row_address<const T>(task.norm.residual, task.inner, row) + k;
                 s = add_residual(s, load_packet(residual, count, aligned.rows));
                 if (writes_sum)
-                    store_packet(row_address<T>(task.residual_out, task.inner, row) + k, s, count, aligned.rows);
+                    store_packet(row_address<T>(task.norm.residual_out, task.inner, row) + k, s, count, aligned.rows);
             }
             float value[size];
 #pragma unroll
@@ -344,16 +345,16 @@ template <typename T, typename W, bool kAligned, int kTokens> __global__ void __
 /* Are all rows of the weight fit for 16-byte loads, to their last value? */
 template <typename W> bool weights_aligned(const mv_task *task) {
     bool aligned = task->hidden % Packet<W>::size == 0;
-    for (const mv_block &block : task->block)
+    for (const mv_block &block : task->linear.block)
         if (block.outputs) aligned = aligned && is_aligned16(block.weight) && block.row_stride % Packet<W>::size == 0;
     return aligned;
 }
 
 template <typename T, typename W, int kTokens>
 mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *error) {
-    const int outputs = static_cast<int>(task->outputs);
+    const int outputs = static_cast<int>(task->linear.outputs);
     const Split split = {outputs / task->sm_count, outputs % task->sm_count, padded<W>(task->hidden) / kColumns<W>};
-    const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm_weight)};
+    const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm.weight)};
     const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads, shared_bytes<W>(kTokens, task->hidden)};
     return weights_aligned<W>(task)
                ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens>>(task, grid, error, *task, first_token, split,
@@ -378,27 +379,28 @@ template <typename T, typename W> mv_status decode_tokens(const mv_task *task, m
 }
 
 template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
-    if (task->weight_dtype == MV_F32) return decode_tokens<T, float>(task, error);
+    if (task->linear.weight_dtype == MV_F32) return decode_tokens<T, float>(task, error);
     return decode_tokens<T, T>(task, error);
 }
 
 } // namespace
 
-extern "C" const char *mv_decode_fits(const mv_task *task) {
-    if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
-    if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
+extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::decode_sm80_us(task), below)) return mv_too_dear;
+    if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
+    if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16 ||
         shared_bytes<__half>(kMaxTokens, task->hidden) > static_cast<size_t>(task->smem_bytes))
         return "its tokens do not fit in shared memory";
     return nullptr;
 }
 
-extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode_tokens<float, float>(task, error);
 }
-extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode<__half>(task, error);
 }
-extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode<__nv_bfloat16>(task, error);
 }

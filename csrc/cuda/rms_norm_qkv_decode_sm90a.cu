@@ -26,7 +26,9 @@
  * not matter: both splits give the same bits, unless the even one has groups of tokens. */
 #include "cuda.h"
 #include "decode_split.cuh"
+#include "h100.cuh"
 #include "launch.cuh"
+#include "norm_plan.cuh"
 #include "qkv_epilogue.cuh"
 
 namespace {
@@ -37,9 +39,9 @@ template <typename T> constexpr int kStep = kWarps *kPieceColumns<T>; /* columns
 
 /* Starts to copy the norm weights, each thread a part: a group of copies. */
 __device__ __forceinline__ void copy_norm_weight(const mv_task &task, uint32_t to) {
-    const int bytes = static_cast<int>(task.hidden) * (task.norm_weight_dtype == MV_F32 ? 4 : 2);
+    const int bytes = static_cast<int>(task.hidden) * (task.norm.weight_dtype == MV_F32 ? 4 : 2);
     for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16)
-        cp_async16(to + at, static_cast<const char *>(task.norm_weight) + at, true);
+        cp_async16(to + at, static_cast<const char *>(task.norm.weight) + at, true);
     cp_async_commit();
 }
 
@@ -244,7 +246,7 @@ mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *err
     split.y = split.norm_weight + norm_weight_bytes(task);
     split.mean_scale = mean_scale<T>(*task);
     split.in_pairs =
-        task->rounding == MV_ROUNDING_HF && task->norm_weight_dtype == task->dtype && task->weight_offset == 0;
+        task->rounding == MV_ROUNDING_HF && task->norm.weight_dtype == task->dtype && task->norm.weight_offset == 0;
     mv_status status = MV_OK;
     for (int64_t i = 0; i < parts && status == MV_OK; i++) {
         const Part part = part_of(task, groups, i, parts);
@@ -277,70 +279,71 @@ template <typename T> mv_status decode(const mv_task *task, const Groups &groups
     }
 }
 
-/* What both splits ask for. `choose` is called once the task is known to be small enough for it. */
-const char *fits(const mv_task *task, Groups (*choose)(const mv_task *), const char *too_many) {
+/* Why a split cannot serve a task; `too_many` is said of tokens. */
+const char *why_not(const mv_task *task, const Groups &groups, const char *too_many) {
     const bool narrow = task->dtype != MV_F32;
     const int per_packet = narrow ? 8 : 4;
-    if (task->compute_capability != 90) return "it is for sm_90";
-    if (task->weight_dtype != task->dtype) return "it takes weights of x's dtype";
-    if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
+    if (task->linear.weight_dtype != task->dtype) return "it takes weights of x's dtype";
+    if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->hidden % (8 * per_packet) != 0) return "the rows of the weight are no multiple of 128 bytes";
-    if (task->outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
+    if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16) return "the tokens do not fit in shared memory";
-    const Groups groups = choose(task);
     if (groups.tokens == 0) return narrow ? too_many : "it takes up to 4 tokens of float32";
     if (slots_of(task, groups.y_rows, kWholeBytes) == 0) return "the tokens do not fit in shared memory";
     if (task->tokens > task->inner) return "the rows of x have two strides";
     if (!(narrow ? norm_rows_aligned<__half>(task) : norm_rows_aligned<float>(task)) ||
-        !is_aligned16(task->norm_weight))
+        !is_aligned16(task->norm.weight))
         return "the rows of x, or the norm weight, are not 16-byte aligned";
-    for (const mv_block &block : task->block)
+    for (const mv_block &block : task->linear.block)
         if (block.outputs && (!is_aligned16(block.weight) || block.row_stride % per_packet != 0))
             return "the rows of the weight are not 16-byte aligned";
     return nullptr;
 }
 
-} // namespace
+/* Are hidden and outputs small enough for the arithmetic of choose_groups and choose_heads? */
+bool counts_fit(const mv_task *task) { return task->hidden <= 1 << 16 && task->linear.outputs <= 1 << 24; }
 
-extern "C" const char *mv_decode_sm90a_fits(const mv_task *task) {
-    return fits(task, choose_groups, "it takes up to 16 tokens, or 64 where the weights are small");
+/* What the tokens of a block take of its shared memory is missed where weights should be on their way
+ * (docs/speed/few_tokens.md). */
+double missed_us(const mv_task *task, const Groups &groups) {
+    const double bytes = y_bytes(task, groups.tokens);
+    return block_bytes_of(task, groups) == kHalfBytes ? (bytes - 25e3) / 9e3 : (bytes - 35e3) / 18e3;
 }
 
-extern "C" const char *mv_decode_heads_sm90a_fits(const mv_task *task) {
-    if (const char *reason = fits(task, choose_heads, "it takes up to 16 tokens")) return reason;
-    for (const mv_block &block : task->block)
+} // namespace
+
+/* ---- the rows -------------------------------------------------------------------------------------------------- */
+
+extern "C" {
+const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
+    const double missed = groups.tokens > 0 ? missed_us(task, groups) : 0;
+    if (!mv_at_price(decision, h100::decode_sm90a_us(task, missed), below)) return mv_too_dear;
+    cut_of<Groups>(decision) = groups;
+    return why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
+}
+
+const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, HUGE_VAL, below)) return mv_too_dear; /* only by name */
+    const Groups groups = counts_fit(task) ? choose_heads(task) : Groups{};
+    cut_of<Groups>(decision) = groups;
+    if (const char *reason = why_not(task, groups, "it takes up to 16 tokens")) return reason;
+    for (const mv_block &block : task->linear.block)
         if (block.outputs % kHeadOutputs != 0)
             return "the outputs of q, k or v are no multiple of 128, the size of a head";
     return nullptr;
 }
 
-/* Microseconds of an H100 (docs/speed/few_tokens.md): a launch, the weights at the speed of memory, and what the tokens
- * of a block take of its shared memory, which is missed where weights should be on their way. */
-extern "C" double mv_decode_sm90a_cost(const mv_task *task) {
-    const Groups groups = choose_groups(task);
-    const double weight_bytes = static_cast<double>(task->outputs) * static_cast<double>(task->hidden) *
-                                static_cast<double>(mv_dtype_bytes(task->dtype));
-    const bool half = block_bytes_of(task, groups) == kHalfBytes;
-    const double missed =
-        half ? (y_bytes(task, groups.tokens) - 25e3) / 9e3 : (y_bytes(task, groups.tokens) - 35e3) / 18e3;
-    return 0.6 + weight_bytes / 2.97e6 + (missed > 0 ? missed : 0);
-}
-
-extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<float>(task, choose_groups(task), error);
-}
-extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__half>(task, choose_groups(task), error);
-}
-extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__nv_bfloat16>(task, choose_groups(task), error);
-}
-extern "C" mv_status mv_rms_norm_qkv_f32_decode_heads_sm90a(const mv_task *task, mv_error *error) {
-    return decode<float>(task, choose_heads(task), error);
-}
-extern "C" mv_status mv_rms_norm_qkv_f16_decode_heads_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__half>(task, choose_heads(task), error);
-}
-extern "C" mv_status mv_rms_norm_qkv_bf16_decode_heads_sm90a(const mv_task *task, mv_error *error) {
-    return decode<__nv_bfloat16>(task, choose_heads(task), error);
+#define MV_ROWS(name)                                                                                                  \
+    mv_status mv_rms_norm_qkv_f32_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
+        return decode<float>(task, cut_of<Groups>(decision), error);                                                   \
+    }                                                                                                                  \
+    mv_status mv_rms_norm_qkv_f16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
+        return decode<__half>(task, cut_of<Groups>(decision), error);                                                  \
+    }                                                                                                                  \
+    mv_status mv_rms_norm_qkv_bf16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {         \
+        return decode<__nv_bfloat16>(task, cut_of<Groups>(decision), error);                                           \
+    }
+MV_ROWS(decode_sm90a)
+MV_ROWS(decode_heads_sm90a)
 }

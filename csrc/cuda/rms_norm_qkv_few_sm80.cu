@@ -14,6 +14,7 @@
  *
  * An output's bits do not depend on the number of tokens: every tile adds the same products in the same order. */
 #include "cuda.h"
+#include "h100.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 #include "norm_plan.cuh"
@@ -49,7 +50,7 @@ template <typename Tile> struct Fixed {
 
 template <typename Tile>
 __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed, int64_t prefetched) {
-    const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
+    const int64_t tokens = task.tokens - tile.first_token, outputs = task.linear.outputs - tile.first_output;
     for (int row = threadIdx.x; row < Tile::rows; row += kThreads) {
         const int n = row, m = row - Tile::N;
         if (n < Tile::N) {
@@ -64,7 +65,7 @@ __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, F
 
 template <typename Tile>
 __device__ __forceinline__ void load_biases(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed) {
-    for (int n = threadIdx.x; n < Tile::N && tile.first_output + n < task.outputs; n += kThreads)
+    for (int n = threadIdx.x; n < Tile::N && tile.first_output + n < task.linear.outputs; n += kThreads)
         fixed->bias[n] = load_bias<float>(task, find_output(task, tile.first_output + n));
 }
 
@@ -121,7 +122,7 @@ template <typename Tile> __device__ __forceinline__ void
 store_outputs(const mv_task &task, TilePlace tile, const Fixed<Tile> *fixed, const char *parts, int ring_bytes) {
     for (int i = threadIdx.x; i < Tile::M * Tile::N; i += kThreads) {
         const int m = i / Tile::N, n = i % Tile::N;
-        if (tile.first_token + m >= task.tokens || tile.first_output + n >= task.outputs) continue;
+        if (tile.first_token + m >= task.tokens || tile.first_output + n >= task.linear.outputs) continue;
         float part[kWarps];
 #pragma unroll
         for (int warp = 0; warp < kWarps; warp++)
@@ -200,7 +201,7 @@ template <typename Tile> double tile_cost(const mv_task *task) {
     return rounds * (1 + (0.02 + (copies > products ? copies : products)) * static_cast<double>(task->hidden) / kStep);
 }
 
-template <typename Tile> mv_status launch_tile(const mv_task *task, mv_error *error) {
+template <typename Tile> mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error) {
     const int stages = stages_of<Tile>(task);
     const Grid grid = {static_cast<unsigned>(tile_count(task, Tile::M, Tile::N)), kThreads,
                        static_cast<size_t>(stages * kWarps * Tile::stage_bytes) + sizeof(Fixed<Tile>)};
@@ -230,29 +231,35 @@ Choice choose_tile(const mv_task *task) {
     return best;
 }
 
-mv_status product(const mv_task *task, mv_error *error) { return choose_tile(task).launch(task, error); }
-
-} // namespace
-
-extern "C" const char *mv_norm_few_fits(const mv_task *task) {
-    if (task->weight_dtype != MV_F32 || task->dtype != MV_F32) return "it takes float32";
-    if (task->block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
+const char *why_not(const mv_task *task) {
+    if (task->linear.weight_dtype != MV_F32 || task->dtype != MV_F32) return "it takes float32";
+    if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->hidden % 4 != 0) return "hidden is no multiple of 4";
     if (tile_count(task, 8, 16) > INT32_MAX) return "there are more tiles than one launch can take";
-    for (const mv_block &block : task->block) {
+    for (const mv_block &block : task->linear.block) {
         if (block.outputs && (!is_aligned16(block.weight) || block.row_stride % 4 != 0))
             return "the rows of the weight are not 16-byte aligned";
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
-    return choose_tile(task).launch ? nullptr : "there is too little shared memory";
+    return nullptr;
 }
+
+} // namespace
 
 /* ---- the rows -------------------------------------------------------------------------------------------------- */
 
 extern "C" {
 mv_kernel mv_rms_norm_f32_sm80;
 
-mv_status mv_rms_norm_qkv_f32_norm_few_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_f32_sm80, product, error);
+const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::norm_few_us(task), below)) return mv_too_dear;
+    if (const char *reason = why_not(task)) return reason;
+    decision->workspace = plan_workspace(task);
+    decision->launch = choose_tile(task).launch;
+    return decision->launch ? nullptr : "there is too little shared memory";
+}
+
+mv_status mv_rms_norm_qkv_f32_norm_few_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return norm_then_product(task, decision, mv_rms_norm_f32_sm80, error);
 }
 }

@@ -14,6 +14,7 @@
  * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a
  * warp that transpose groups of neighbouring rows write to 32 different banks. */
 #include "cuda.h"
+#include "h100.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
@@ -103,18 +104,18 @@ template <typename T> __device__ __forceinline__ const T *bytes_after(const void
 /* Rows past the end repeat the first one of the tile: what they give is not stored. */
 template <typename Tile, typename T, typename W>
 __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
-    const int64_t tokens = task.tokens - tile.first_token, outputs = task.outputs - tile.first_output;
+    const int64_t tokens = task.tokens - tile.first_token, outputs = task.linear.outputs - tile.first_output;
     for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
         const int64_t token = tile.first_token + (m < tokens ? m : 0);
         shared.x_row[m] = bytes_between(task.x.data, row_address<const T>(task.x, task.inner, token));
-        if (task.residual.data)
+        if (task.norm.residual.data)
             shared.residual_row[m] =
-                bytes_between(task.residual.data, row_address<const T>(task.residual, task.inner, token));
+                bytes_between(task.norm.residual.data, row_address<const T>(task.norm.residual, task.inner, token));
     }
     for (int n = threadIdx.x; n < Tile::N; n += Tile::threads) {
         const OutputPlace place = find_output(task, tile.first_output + (n < outputs ? n : 0));
-        shared.w_row[n] = bytes_between(task.block[0].weight, weight_row<W>(task, place));
-        shared.w_step[n] = task.block[place.block].col_stride;
+        shared.w_row[n] = bytes_between(task.linear.block[0].weight, weight_row<W>(task, place));
+        shared.w_step[n] = task.linear.block[place.block].col_stride;
         shared.bias[n] = load_bias<T>(task, place);
     }
 }
@@ -132,7 +133,7 @@ template <typename Tile, typename T> struct TokenGroups {
             const int64_t count = task.hidden - k;
             group[i] = load_group(bytes_after<T>(task.x.data, shared.x_row[m]) + k, count, whole);
             if (residual) {
-                const T *row = bytes_after<T>(task.residual.data, shared.residual_row[m]);
+                const T *row = bytes_after<T>(task.norm.residual.data, shared.residual_row[m]);
                 const Group<T> other = load_group(row + k, count, whole);
 #pragma unroll
                 for (int j = 0; j < kGroup; j++) group[i].v[j] = add_residual(group[i].v[j], other.v[j]);
@@ -167,7 +168,7 @@ template <typename Tile, typename W> struct WeightGroups {
             if (!access.w_along_n) {
                 const int n = index / kGroupsK;
                 const int64_t k = k0 + index % kGroupsK * kGroup;
-                const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
+                const W *row = bytes_after<W>(task.linear.block[0].weight, shared.w_row[n]);
                 const int64_t count = task.hidden - k;
                 if (access.w_whole) {
                     group[i] = load_group<kThrough>(row + k, count, true);
@@ -180,12 +181,12 @@ template <typename Tile, typename W> struct WeightGroups {
                 const int n = index % (Tile::N / kGroup) * kGroup;
                 const int64_t k = k0 + index / (Tile::N / kGroup);
                 if (access.w_whole) {
-                    const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n]);
+                    const W *row = bytes_after<W>(task.linear.block[0].weight, shared.w_row[n]);
                     group[i] = load_group<kThrough>(row + k * shared.w_step[n], task.hidden - k, true);
                 } else {
 #pragma unroll
                     for (int j = 0; j < kGroup; j++) {
-                        const W *row = bytes_after<W>(task.block[0].weight, shared.w_row[n + j]);
+                        const W *row = bytes_after<W>(task.linear.block[0].weight, shared.w_row[n + j]);
                         group[i].v[j] =
                             k < task.hidden ? load_through<kThrough>(row + k * shared.w_step[n + j]) : W(0.0f);
                     }
@@ -219,7 +220,7 @@ __device__ __forceinline__ void load_group_weights(const mv_task &task, int64_t 
     for (int j = 0; j < kGroup; j++) {
         const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup + j;
         weights[j] =
-            k < task.hidden ? task.weight_offset + load_as<T>(task.norm_weight, task.norm_weight_dtype, k) : 0.0f;
+            k < task.hidden ? task.norm.weight_offset + load_as<T>(task.norm.weight, task.norm.weight_dtype, k) : 0.0f;
     }
 }
 
@@ -283,7 +284,7 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
 #pragma unroll
         for (int j = 0; j < Tile::own_n; j += kGroup) {
             const int column = n + j * 4;
-            const int64_t output = tile.first_output + column, count = task.outputs - output;
+            const int64_t output = tile.first_output + column, count = task.linear.outputs - output;
             Group<T> group;
 #pragma unroll
             for (int v = 0; v < kGroup; v++) group.v[v] = finish_output<T>(sum[i][j + v], shared.bias[column + v]);
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     if (kLoads != Loads::kAny) access = {true, true, kLoads == Loads::kAlongN};
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
-    const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.residual.data;
+    const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.norm.residual.data;
 
     /* Static weights do not depend on the kernel before, x does. */
     if (!task.static_weights) griddepcontrol_wait();
@@ -378,32 +379,32 @@ int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
 
 template <typename T, typename W> Access find_access(const mv_task *task) {
     Access access = {};
-    access.x_whole = rows_fit<T>(task->x, task->hidden) && rows_fit<T>(task->residual, task->hidden);
-    access.w_along_n = magnitude(task->block[0].row_stride) < magnitude(task->block[0].col_stride);
+    access.x_whole = rows_fit<T>(task->x, task->hidden) && rows_fit<T>(task->norm.residual, task->hidden);
+    access.w_along_n = magnitude(task->linear.block[0].row_stride) < magnitude(task->linear.block[0].col_stride);
     access.w_whole = true;
-    for (const mv_block &block : task->block) {
+    for (const mv_block &block : task->linear.block) {
         if (block.outputs == 0) continue;
-        const int64_t outputs = task->packed ? task->outputs : block.outputs;
+        const int64_t outputs = task->linear.packed ? task->linear.outputs : block.outputs;
         access.w_whole =
             access.w_whole &&
             (access.w_along_n ? block.row_stride == 1 && groups_fit<W>(block.weight, block.col_stride, outputs)
                               : block.col_stride == 1 && groups_fit<W>(block.weight, block.row_stride, task->hidden));
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
     return access;
 }
 
 template <typename T, typename W, typename Tile, bool kNorm, Loads kLoads = Loads::kAny>
-mv_status launch_tile(const mv_task *task, mv_error *error) {
+mv_status launch_tile(const mv_task *task, const mv_decision *decision, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE,
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
-                       static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
+                       static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const Grid grid = {static_cast<unsigned>(tiles), Tile::threads,
                        spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(Shared<Tile, T, W>))};
     return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kLoads>>(task, grid, error, *task,
-                                                                       find_access<T, W>(task));
+                                                                       cut_of<Access>(decision));
 }
 
 using Large = Tile<128, 64, 8, 8, 3>;
@@ -417,25 +418,30 @@ template <typename Tile> double turns(const mv_task *task) {
 }
 
 /* The large tile needs fewer loads per product: of twice the size, it takes 1.8 times as long. */
-template <Loads kLoads> mv_status launch_float32(const mv_task *task, mv_error *error) {
-    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kLoads>(task, error)
-                                                         : launch_tile<float, float, Small, false, kLoads>(task, error);
+template <Loads kLoads> mv_kernel *choose_float32(const mv_task *task) {
+    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kLoads>
+                                                         : launch_tile<float, float, Small, false, kLoads>;
 }
 
 /* The small tile takes anything. */
-template <typename T, typename W, bool kNorm> mv_status launch_product(const mv_task *task, mv_error *error) {
-    if constexpr (!kNorm && sizeof(T) == 4) {
-        const Access access = find_access<T, W>(task);
+template <typename T, typename W, bool kNorm> void choose_tile(const mv_task *task, mv_decision *decision) {
+    const Access access = cut_of<Access>(decision) = find_access<T, W>(task);
+    decision->launch = launch_tile<T, W, SmallTile<kNorm>, kNorm>;
+    if constexpr (!kNorm && sizeof(T) == 4)
         if (access.x_whole && access.w_whole)
-            return access.w_along_n ? launch_float32<Loads::kAlongN>(task, error)
-                                    : launch_float32<Loads::kAlongK>(task, error);
-    }
-    return launch_tile<T, W, SmallTile<kNorm>, kNorm>(task, error);
+            decision->launch =
+                access.w_along_n ? choose_float32<Loads::kAlongN>(task) : choose_float32<Loads::kAlongK>(task);
 }
 
-template <typename T, bool kNorm> mv_status run(const mv_task *task, mv_error *error) {
-    return task->weight_dtype == MV_F32 ? launch_product<T, float, kNorm>(task, error)
-                                        : launch_product<T, T, kNorm>(task, error);
+template <bool kNorm> void choose(const mv_task *task, mv_decision *decision) {
+    const bool wide = task->linear.weight_dtype == MV_F32;
+    if (task->dtype == MV_F32)
+        choose_tile<float, float, kNorm>(task, decision);
+    else if (task->dtype == MV_F16)
+        wide ? choose_tile<__half, float, kNorm>(task, decision) : choose_tile<__half, __half, kNorm>(task, decision);
+    else
+        wide ? choose_tile<__nv_bfloat16, float, kNorm>(task, decision)
+             : choose_tile<__nv_bfloat16, __nv_bfloat16, kNorm>(task, decision);
 }
 
 } // namespace
@@ -445,19 +451,29 @@ template <typename T, bool kNorm> mv_status run(const mv_task *task, mv_error *e
 extern "C" {
 mv_kernel mv_rms_norm_f32_sm80, mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
-mv_status mv_rms_norm_qkv_f32_ffma_sm80(const mv_task *task, mv_error *error) { return run<float, true>(task, error); }
-mv_status mv_rms_norm_qkv_f16_ffma_sm80(const mv_task *task, mv_error *error) { return run<__half, true>(task, error); }
-mv_status mv_rms_norm_qkv_bf16_ffma_sm80(const mv_task *task, mv_error *error) {
-    return run<__nv_bfloat16, true>(task, error);
+const char *mv_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::ffma_us(task), below)) return mv_too_dear;
+    choose<true>(task, decision);
+    return nullptr;
 }
 
-mv_status mv_rms_norm_qkv_f32_norm_ffma_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_f32_sm80, run<float, false>, error);
+const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::norm_ffma_us(task), below)) return mv_too_dear;
+    decision->workspace = plan_workspace(task);
+    const PlanTasks tasks = plan_tasks(task);
+    choose<false>(&tasks.product, decision);
+    return nullptr;
 }
-mv_status mv_rms_norm_qkv_f16_norm_ffma_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_f16_sm80, run<__half, false>, error);
-}
-mv_status mv_rms_norm_qkv_bf16_norm_ffma_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_bf16_sm80, run<__nv_bfloat16, false>, error);
-}
+
+#define MV_ROWS(dtype)                                                                                                 \
+    mv_status mv_rms_norm_qkv_##dtype##_ffma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) { \
+        return decision->launch(task, decision, error);                                                                \
+    }                                                                                                                  \
+    mv_status mv_rms_norm_qkv_##dtype##_norm_ffma_sm80(const mv_task *task, const mv_decision *decision,               \
+                                                       mv_error *error) {                                              \
+        return norm_then_product(task, decision, mv_rms_norm_##dtype##_sm80, error);                                   \
+    }
+MV_ROWS(f32)
+MV_ROWS(f16)
+MV_ROWS(bf16)
 }

@@ -13,6 +13,7 @@
  * An output's bits do not depend on the number of tokens: every tile shape adds the same groups of 16 k in the same
  * order into one float32 sum, and k is never split. */
 #include "cuda.h"
+#include "h100.cuh"
 #include "launch.cuh"
 #include "mma_tile.cuh"
 #include "norm_plan.cuh"
@@ -33,10 +34,10 @@ template <typename Tile>
 __device__ __forceinline__ Place find_place(const mv_task &task, unsigned tile, unsigned columns) {
     const unsigned rows = static_cast<unsigned>((task.tokens + Tile::M - 1) / Tile::M);
     const TileIndex index = index_tile(tile, rows, columns, 2048 / Tile::M);
-    Place place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.outputs, 0, 0};
-    if (task.packed) return place;
+    Place place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.linear.outputs, 0, 0};
+    if (task.linear.packed) return place;
     for (; place.block < 3; place.block++) {
-        place.outputs = task.block[place.block].outputs;
+        place.outputs = task.linear.block[place.block].outputs;
         if (place.output < place.outputs) break;
         place.output -= (place.outputs + Tile::N - 1) / Tile::N * Tile::N;
         place.first += place.outputs;
@@ -61,7 +62,7 @@ template <typename T, typename Tile, bool kInOut> struct Stream {
     __device__ __forceinline__ void begin() {
         const bool any = tile < tiles;
         const Place place = find_place<Tile>(task, any ? tile : 0, columns);
-        const mv_block &block = task.block[place.block];
+        const mv_block &block = task.linear.block[place.block];
         const T *weight = static_cast<const T *>(block.weight);
         const int64_t outputs = place.outputs - place.output, hidden = any ? task.hidden : 0;
         x.begin(static_cast<const T *>(task.x.data) + place.token * task.hidden, task.hidden, task.tokens - place.token,
@@ -103,7 +104,7 @@ template <typename T, typename Tile, bool kInOut>
 __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &task, const Place &place) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
-    const mv_block &block = task.block[place.block];
+    const mv_block &block = task.linear.block[place.block];
     const int64_t output = place.output + first_n, left = place.outputs - output;
     if (block.bias) {
 #pragma unroll
@@ -263,12 +264,13 @@ template <typename Tile> double tile_cost(const mv_task *task) {
     return (share < Tile::ctas_per_sm && share == 1 ? 1.15 : static_cast<double>(share)) * steps * Tile::step_us;
 }
 
-template <typename T, typename Tile, bool kInOut> mv_status launch_tile(const mv_task *task, mv_error *error) {
+template <typename T, typename Tile, bool kInOut>
+mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error) {
     const int64_t tiles = count_tiles<Tile>(task);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE,
                        "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
-                       static_cast<long long>(task->tokens), static_cast<long long>(task->outputs));
+                       static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const int64_t ctas = Tile::ctas_per_sm == 1 && tiles > task->sm_count ? task->sm_count : tiles;
     const Grid grid = {static_cast<unsigned>(ctas), Tile::threads,
                        spread_blocks(task, ctas, Tile::ctas_per_sm, Tile::smem_bytes)};
@@ -276,21 +278,21 @@ template <typename T, typename Tile, bool kInOut> mv_status launch_tile(const mv
         task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));
 }
 
-template <typename T, bool kInOut, typename... Tiles> mv_status launch_cheapest(const mv_task *task, mv_error *error) {
+template <typename T, bool kInOut, typename... Tiles> mv_kernel *cheapest(const mv_task *task) {
     mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut>...};
     const double costs[] = {tile_cost<Tiles>(task)...};
     size_t best = 0;
     for (size_t i = 1; i < sizeof...(Tiles); i++)
         if (costs[i] < costs[best]) best = i;
-    return launches[best](task, error);
+    return launches[best];
 }
 
 /* The last of each list fits every GPU. Fewer tiles for the rarer layout: each is code to compile, ship and load. */
-template <typename T> mv_status product(const mv_task *task, mv_error *error) {
-    return task->block[0].col_stride == 1
-               ? launch_cheapest<T, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64,
-                                 Tile32x64>(task, error)
-               : launch_cheapest<T, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task, error);
+template <typename T> mv_kernel *choose_tile(const mv_task *task) {
+    return task->linear.block[0].col_stride == 1
+               ? cheapest<T, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64, Tile32x64>(
+                     task)
+               : cheapest<T, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */
@@ -299,28 +301,32 @@ bool pieces_fit(const void *data, int64_t stride) { return is_aligned16(data) &&
 
 } // namespace
 
-extern "C" const char *mv_norm_mma_fits(const mv_task *task) {
-    if (task->dtype == MV_F32 || task->weight_dtype != task->dtype)
+extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
+    if (task->dtype == MV_F32 || task->linear.weight_dtype != task->dtype)
         return "the tensor cores take 16-bit x with weights of its dtype";
     if (task->hidden % kPiece != 0) return "hidden is no multiple of 8";
-    if (task->packed && task->block[0].row_stride == 1 && task->outputs % kPiece != 0)
+    if (task->linear.packed && task->linear.block[0].row_stride == 1 && task->linear.outputs % kPiece != 0)
         return "the outputs of the in_out weight are no multiple of 8";
-    for (const mv_block &block : task->block) {
+    for (const mv_block &block : task->linear.block) {
         if (block.outputs == 0) continue;
         const bool out_in = block.col_stride == 1;
-        if (out_in != (task->block[0].col_stride == 1) || (!out_in && block.row_stride != 1))
+        if (out_in != (task->linear.block[0].col_stride == 1) || (!out_in && block.row_stride != 1))
             return "the weight is contiguous along neither outputs nor hidden";
         if (!pieces_fit(block.weight, out_in ? block.row_stride : block.col_stride))
             return "the rows of the weight are not 16-byte aligned";
-        if (!out_in && !task->packed && block.outputs % kPiece != 0)
+        if (!out_in && !task->linear.packed && block.outputs % kPiece != 0)
             return "the outputs of an in_out weight are no multiple of 8";
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
     return nullptr;
 }
 
-extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
-    return static_cast<size_t>(task->tokens) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
+extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::norm_mma_us(task), below)) return mv_too_dear;
+    if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
+    decision->workspace = plan_workspace(task);
+    decision->launch = task->dtype == MV_F16 ? choose_tile<__half>(task) : choose_tile<__nv_bfloat16>(task);
+    return nullptr;
 }
 
 /* ---- the rows -------------------------------------------------------------------------------------------------- */
@@ -328,11 +334,11 @@ extern "C" size_t mv_norm_plan_workspace(const mv_task *task) {
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
-mv_status mv_rms_norm_qkv_f16_norm_mma_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_f16_sm80, product<__half>, error);
+mv_status mv_rms_norm_qkv_f16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return norm_then_product(task, decision, mv_rms_norm_f16_sm80, error);
 }
 
-mv_status mv_rms_norm_qkv_bf16_norm_mma_sm80(const mv_task *task, mv_error *error) {
-    return norm_then_product(task, mv_rms_norm_bf16_sm80, product<__nv_bfloat16>, error);
+mv_status mv_rms_norm_qkv_bf16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return norm_then_product(task, decision, mv_rms_norm_bf16_sm80, error);
 }
 }

@@ -6,6 +6,7 @@
  * The weights' first steps are on their way before the wait for the norm: to shared memory where static_weights allows
  * it, else to L2. */
 #include "cuda.h"
+#include "h100.cuh"
 #include "late_product.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
@@ -151,19 +152,19 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     const BoxedMatrix y = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
     const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
     const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
-    const BoxedMatrix norm_weight = {task->norm_weight, task->dtype, 1, hidden, ceil_div(hidden, 8) * 8, 1, kStep};
+    const BoxedMatrix norm_weight = {task->norm.weight, task->dtype, 1, hidden, ceil_div(hidden, 8) * 8, 1, kStep};
     mv_status status = encode_map(&p.x, Tile::late ? x : y, error);
     if (Tile::late && status == MV_OK) status = encode_map(&p.norm_weight, norm_weight, error);
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
     const mv_rows out = task->out;
-    const int64_t out_stride = row_stride(task, out, task->outputs);
+    const int64_t out_stride = row_stride(task, out, task->linear.outputs);
     p.out_boxes = !Tile::shared_steps && fits_map(out.data, out_stride, task->tokens);
     int64_t first = 0;
-    for (int i = 0; i < 3 && first < task->outputs; i++) {
-        const mv_block &block = task->block[i];
+    for (int i = 0; i < 3 && first < task->linear.outputs; i++) {
+        const mv_block &block = task->linear.block[i];
         Segment &segment = p.segment[i];
-        segment.outputs = static_cast<int>(task->packed ? task->outputs : block.outputs);
+        segment.outputs = static_cast<int>(task->linear.packed ? task->linear.outputs : block.outputs);
         segment.tiles = static_cast<unsigned>(ceil_div(segment.outputs, Tile::N));
         segment.bias = block.bias;
         segment.bias_dtype = block.bias_dtype;
@@ -229,7 +230,7 @@ template <typename T>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     constexpr Sharing kTokens = Sharing::kTokens;
     constexpr Form kPlain = Form::kPlain;
-    if (task->block[0].col_stride != 1)
+    if (task->linear.block[0].col_stride != 1)
         return launch_one_of<T, kTokens, Form::kInOut, 128, 256>(task, choice, rest, error);
     switch (choice.sharing) {
     case Sharing::kTiles:
@@ -243,9 +244,9 @@ mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Res
 }
 
 /* One launch: x is read as it is. */
-mv_status launch_late(const mv_task *task, mv_error *error) {
+mv_status launch_late(const mv_task *task, const TileChoice &choice, mv_error *error) {
     return launch_one_of<__nv_bfloat16, Sharing::kTokens, Form::kLate, 64, 96, 128, 160, 192, 224, 256>(
-        task, choose_late_tile(task), {*task, {nullptr, INT32_MAX}}, error);
+        task, choice, {*task, {nullptr, INT32_MAX}}, error);
 }
 
 size_t y_bytes(const mv_task *task) {
@@ -254,78 +255,92 @@ size_t y_bytes(const mv_task *task) {
 
 /* The norm kernel writes the rows of the first wave of tiles, which would otherwise wait; the product's spare warps
  * write the others while the tensor cores work. */
-template <typename T> mv_status plan(const mv_task *task, mv_kernel *norm, mv_error *error) {
+template <typename T>
+mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
-    const TileChoice choice = choose_tile(task);
+    const TileChoice &choice = cut_of<TileChoice>(decision);
     Rest rest = {tasks.norm, {nullptr, INT32_MAX}};
     if (choice.meanwhile) {
         const int64_t first = first_rows(task, choice);
         tasks.norm.tokens = first;
-        tasks.norm.counters = reinterpret_cast<uint32_t *>(static_cast<char *>(task->workspace) + y_bytes(task));
-        tasks.norm.counter_count = static_cast<int64_t>(row_counters(task->tokens));
-        rest.counters = {tasks.norm.counters, static_cast<int>(first)};
+        tasks.norm.next.counters = reinterpret_cast<uint32_t *>(static_cast<char *>(task->workspace) + y_bytes(task));
+        tasks.norm.next.counter_count = static_cast<int64_t>(row_counters(task->tokens));
+        rest.counters = {tasks.norm.next.counters, static_cast<int>(first)};
     }
-    const mv_status status = norm(&tasks.norm, error);
+    const mv_status status = norm(&tasks.norm, decision, error);
     if (status != MV_OK) return status;
     return launch_choice<T>(&tasks.product, choice, rest, error);
 }
 
-} // namespace
-
-extern "C" const char *mv_norm_wgmma_fits(const mv_task *task) {
-    if (task->compute_capability != 90) return "wgmma needs compute capability 9.0";
+const char *plan_why_not(const mv_task *task) {
     if (task->smem_bytes < kSmemBytes) return "there is too little shared memory";
-    const char *why_not = mv_norm_mma_fits(task);
-    if (why_not) return why_not;
-    if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->outputs > INT32_MAX - 256)
+    if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
+    if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->linear.outputs > INT32_MAX - 256)
         return "a tensor map has coordinates of 32 bits";
     if (ceil_div(task->tokens, 64) * block_columns(task, 64) > INT32_MAX)
         return "there are more tiles than one launch can take";
-    for (const mv_block &block : task->block) {
+    for (const mv_block &block : task->linear.block) {
         const bool out_in = block.col_stride == 1;
         if (block.outputs > 0 && !fits_map(block.weight, out_in ? block.row_stride : block.col_stride, 1))
             return "the weight's stride is more than a tensor map can hold";
-        if (task->packed) break;
+        if (task->linear.packed) break;
     }
     return nullptr;
 }
 
-extern "C" const char *mv_wgmma_fits(const mv_task *task) {
-    const char *why_not = mv_norm_wgmma_fits(task);
-    if (why_not) return why_not;
+const char *late_why_not(const mv_task *task) {
+    if (const char *reason = plan_why_not(task)) return reason;
     if (task->rounding != MV_ROUNDING_FP32)
         return "it takes rounding=\"fp32\" alone, since the row factor joins after the products";
-    if (task->residual.data) return "it takes no residual";
-    if (task->weight_offset != 0 || task->norm_weight_dtype != task->dtype || !is_aligned16(task->norm_weight))
+    if (task->norm.residual.data) return "it takes no residual";
+    if (task->norm.weight_offset != 0 || task->norm.weight_dtype != task->dtype || !is_aligned16(task->norm.weight))
         return "it takes norm weights of x's dtype, 16-byte aligned, and no weight_offset";
-    if (task->block[0].col_stride != 1)
+    if (task->linear.block[0].col_stride != 1)
         return "it takes weights as nn.Linear keeps them or their .t(), not a transposed copy";
     if (!fits_map(task->x.data, row_stride(task, task->x, task->hidden), task->tokens))
         return "it takes rows of x that are 16-byte aligned and one stride apart";
     return nullptr;
 }
 
-extern "C" double mv_wgmma_late_share(const mv_task *task) {
+/* As against the plan; twice as much where it cannot serve, or has no tiles for so few tokens. */
+double late_us(const mv_task *task, const TileChoice &choice) {
     constexpr double kHop = 1.5; /* us between two launches */
-    return choose_late_tile(task).us / (choose_tile(task).us + kHop);
+    const double plan_us = h100::norm_wgmma_us(task);
+    if (task->rounding != MV_ROUNDING_FP32 || task->tokens <= 64) return 2 * plan_us;
+    return plan_us * choice.us / (choose_tile(task).us + kHop);
 }
 
-extern "C" size_t mv_norm_wgmma_workspace(const mv_task *task) {
-    return y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
-}
+} // namespace
 
 /* ---- the rows -------------------------------------------------------------------------------------------------- */
 
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
-mv_status mv_rms_norm_qkv_bf16_wgmma_sm90a(const mv_task *task, mv_error *error) { return launch_late(task, error); }
-
-mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
-    return plan<__half>(task, mv_rms_norm_f16_sm80, error);
+const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, h100::norm_wgmma_us(task), below)) return mv_too_dear;
+    if (const char *reason = plan_why_not(task)) return reason;
+    decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
+    cut_of<TileChoice>(decision) = choose_tile(task);
+    return nullptr;
 }
 
-mv_status mv_rms_norm_qkv_bf16_norm_wgmma_sm90a(const mv_task *task, mv_error *error) {
-    return plan<__nv_bfloat16>(task, mv_rms_norm_bf16_sm80, error);
+const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    const TileChoice choice = choose_late_tile(task);
+    if (!mv_at_price(decision, late_us(task, choice), below)) return mv_too_dear;
+    cut_of<TileChoice>(decision) = choice;
+    return late_why_not(task);
+}
+
+mv_status mv_rms_norm_qkv_bf16_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return launch_late(task, cut_of<TileChoice>(decision), error);
+}
+
+mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return plan<__half>(task, decision, mv_rms_norm_f16_sm80, error);
+}
+
+mv_status mv_rms_norm_qkv_bf16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return plan<__nv_bfloat16>(task, decision, mv_rms_norm_bf16_sm80, error);
 }
 }

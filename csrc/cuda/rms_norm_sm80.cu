@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     T *residual_out, *out;
     const auto find_row = [&] {
         x = row_address<const T>(task.x, task.inner, row);
-        residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
-        residual_out = kAdd && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
+        residual = kAdd ? row_address<const T>(task.norm.residual, task.inner, row) : nullptr;
+        residual_out =
+            kAdd && task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
         out = row_address<T>(task.out, task.inner, row);
     };
     find_row();
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         if constexpr (kWhole) {
 #pragma unroll
             for (int p = 0; p < kPackets; p++)
-                weights[p] = as_packet<T>(load(static_cast<const T *>(task.norm_weight) + at(p), at(p) < hidden));
+                weights[p] = as_packet<T>(load(static_cast<const T *>(task.norm.weight) + at(p), at(p) < hidden));
         }
     };
     constexpr bool kWeightsLast = kAdd && kPackets == 4;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         prefetch_norm_weight(task);
     constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
     const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
-    if (task.launch_early) griddepcontrol_launch();
+    if (task.next.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
             if constexpr (!kWhole)
                 return apply_norm(s[p], r, load_norm_weights_or_ones<T>(task, at(p), access.weight), hf);
             if constexpr (sizeof(T) == 2)
-                if (hf && task.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
+                if (hf && task.norm.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
             return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
         };
 #pragma unroll
@@ -179,14 +180,15 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
     const int64_t row = blockIdx.x;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     prefetch_norm_weight(task);
-    if (task.launch_early) griddepcontrol_launch();
+    if (task.next.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
     clear_counters(task);
     griddepcontrol_launch();
 
     const T *x = row_address<const T>(task.x, task.inner, row);
-    const T *residual = kAdd ? row_address<const T>(task.residual, task.inner, row) : nullptr;
-    T *residual_out = kAdd && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, row) : nullptr;
+    const T *residual = kAdd ? row_address<const T>(task.norm.residual, task.inner, row) : nullptr;
+    T *residual_out =
+        kAdd && task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
     T *out = row_address<T>(task.out, task.inner, row);
     const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
 
@@ -226,7 +228,7 @@ mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     Grid grid = {static_cast<unsigned>(blocks), threads, 0};
     if constexpr (sizeof(T) == 2 && !kAdd && kThreads == 64) {
         const int64_t fewest = (blocks + kMostTurns - 1) / kMostTurns, most = int64_t{kTurnBlocks} * task->sm_count;
-        if (task->launch_early && access.whole && blocks > most) {
+        if (task->next.launch_early && access.whole && blocks > most) {
             grid.blocks = static_cast<unsigned>(fewest > most ? fewest : most);
             return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true, true>>(task, grid, error, *task, access);
         }
@@ -283,21 +285,23 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
                        static_cast<long long>(task->tokens));
     Access access = {};
     access.rows = norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T));
-    access.weight = is_aligned16(task->norm_weight);
-    access.whole = access.rows && access.weight && task->norm_weight && task->norm_weight_dtype == Dtype<T>::value &&
+    access.weight = is_aligned16(task->norm.weight);
+    access.whole = access.rows && access.weight && task->norm.weight && task->norm.weight_dtype == Dtype<T>::value &&
                    task->hidden % Packet<T>::size == 0;
     access.keep = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T)) >= kKeptTimes * task->l2_bytes &&
-                  !task->launch_early;
+                  !task->next.launch_early;
     access.mean_scale = mean_scale<T>(*task);
-    return task->residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
+    return task->norm.residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
 }
 
 } // namespace
 
-extern "C" mv_status mv_rms_norm_f32_sm80(const mv_task *task, mv_error *error) { return rms_norm<float>(task, error); }
-extern "C" mv_status mv_rms_norm_f16_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_f32_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
+    return rms_norm<float>(task, error);
+}
+extern "C" mv_status mv_rms_norm_f16_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return rms_norm<__half>(task, error);
 }
-extern "C" mv_status mv_rms_norm_bf16_sm80(const mv_task *task, mv_error *error) {
+extern "C" mv_status mv_rms_norm_bf16_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return rms_norm<__nv_bfloat16>(task, error);
 }

@@ -108,7 +108,7 @@ struct Place {
 };
 
 __device__ __forceinline__ int64_t outputs_of(const mv_task &task, int block) {
-    return task.packed ? task.outputs : task.block[block].outputs;
+    return task.linear.packed ? task.linear.outputs : task.linear.block[block].outputs;
 }
 
 template <typename T> __device__ __forceinline__ Place find_place(const Product &p, unsigned tile) {

@@ -22,15 +22,15 @@ struct TileChoice {
 /* In tiles of so many tokens: as many waves of whole tiles as there are; the others are split among so many CTAs that
  * each has the same part of a tile, or among all. */
 static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
-    const int outputs = tile_outputs(task->allow_tf32);
+    const int outputs = tile_outputs(task->linear.allow_tf32);
     const int64_t rows = ceil_div(task->tokens, tokens), tiles = rows * block_columns(task, outputs);
     const int64_t sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
     /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums
      * (docs/speed/float32.md). */
-    const double step_us = task->allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
-    const double part_us = 0.15 + (task->allow_tf32 ? 0.029 : 0.024) * tokens;
-    const double weights_us = static_cast<double>(task->outputs * task->hidden) * 4 / 2.7e6;
+    const double step_us = task->linear.allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
+    const double part_us = 0.15 + (task->linear.allow_tf32 ? 0.029 : 0.024) * tokens;
+    const double weights_us = static_cast<double>(task->linear.outputs * task->hidden) * 4 / 2.7e6;
     const auto products_us = [&](int64_t in_a_row, int64_t readings = 1) {
         const double us = static_cast<double>(in_a_row) * step_us, least = static_cast<double>(readings) * weights_us;
         return us > least ? us : least;

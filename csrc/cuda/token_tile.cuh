@@ -31,7 +31,7 @@ struct TilePlace {
 
 template <int kTokens, int kOutputs> __device__ __forceinline__ TilePlace find_tile(const mv_task &task) {
     const unsigned rows = static_cast<unsigned>((task.tokens + kTokens - 1) / kTokens);
-    const unsigned columns = static_cast<unsigned>((task.outputs + kOutputs - 1) / kOutputs);
+    const unsigned columns = static_cast<unsigned>((task.linear.outputs + kOutputs - 1) / kOutputs);
     const TileIndex index = index_tile(blockIdx.x, rows, columns, 2048 / kTokens);
     return {int64_t{index.row} * kTokens, int64_t{index.column} * kOutputs};
 }
@@ -50,8 +50,10 @@ __device__ __forceinline__ void tile_row_scales(const mv_task &task, int64_t fir
             continue;
         }
         const T *x = row_address<const T>(task.x, task.inner, token);
-        const T *residual = task.residual.data ? row_address<const T>(task.residual, task.inner, token) : nullptr;
-        T *sums = store && task.residual_out.data ? row_address<T>(task.residual_out, task.inner, token) : nullptr;
+        const T *residual =
+            task.norm.residual.data ? row_address<const T>(task.norm.residual, task.inner, token) : nullptr;
+        T *sums =
+            store && task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, token) : nullptr;
         const bool x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
         const bool residual_aligned = reinterpret_cast<uintptr_t>(residual) % 16 == 0;
         const bool sums_aligned = reinterpret_cast<uintptr_t>(sums) % 16 == 0;
@@ -97,13 +99,13 @@ static inline size_t spread_blocks(const mv_task *task, int64_t blocks, int ctas
 
 /* Tiles of this size. */
 static inline int64_t tile_count(const mv_task *task, int tokens, int outputs) {
-    return ceil_div(task->tokens, tokens) * ceil_div(task->outputs, outputs);
+    return ceil_div(task->tokens, tokens) * ceil_div(task->linear.outputs, outputs);
 }
 
 /* Columns of tiles when no tile has outputs of two matrices. */
 static inline int64_t block_columns(const mv_task *task, int outputs) {
-    if (task->packed) return ceil_div(task->outputs, outputs);
+    if (task->linear.packed) return ceil_div(task->linear.outputs, outputs);
     int64_t columns = 0;
-    for (const mv_block &block : task->block) columns += ceil_div(block.outputs, outputs);
+    for (const mv_block &block : task->linear.block) columns += ceil_div(block.outputs, outputs);
     return columns;
 }

@@ -67,7 +67,7 @@ static inline double norm_us(const mv_task *task, int64_t tokens) {
 static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, double tile_us) {
     constexpr int64_t kClusterWaves = 4;
     constexpr double kMeanwhile = 9.5, kLate = 7; /* us */
-    const double bytes = 2.0 * static_cast<double>((task->tokens + task->outputs) * task->hidden);
+    const double bytes = 2.0 * static_cast<double>((task->tokens + task->linear.outputs) * task->hidden);
     const bool whole = choice.sharing == Sharing::kTiles;
     choice.cluster = 3 * bytes > 4.0 * task->l2_bytes && waves_of(task, choice) >= kClusterWaves ? kCluster : 1;
     TileChoice meanwhile = choice;
@@ -89,7 +89,8 @@ static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, d
 static inline TileChoice choose_tile(const mv_task *task) {
     constexpr double kFewSteps = 16, kManySteps = 40, kWholeStep = 0.62;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
-    const bool in_out = task->block[0].col_stride != 1, few = task->tokens <= 64 && !in_out && !task->batch_invariant;
+    const bool in_out = task->linear.block[0].col_stride != 1,
+               few = task->tokens <= 64 && !in_out && !task->batch_invariant;
     const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
     const int64_t busy = block_columns(task, 64);
     const bool idle = steps <= kFewSteps && 3 * busy <= task->sm_count;

@@ -12,20 +12,7 @@
 #endif
 #include "checks.h"
 
-const char *mv_fits_any(const mv_task *task) {
-    (void)task;
-    return NULL;
-}
-
-double mv_only_by_name(const mv_task *task) {
-    (void)task;
-    return HUGE_VAL;
-}
-
-size_t mv_no_workspace(const mv_task *task) {
-    (void)task;
-    return 0;
-}
+const char mv_too_dear[] = "another kernel is faster";
 
 mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     if (task->device.kind == MV_CPU) return MV_OK;
@@ -49,6 +36,17 @@ mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
 #endif
 }
 
+#ifdef MV_WITH_CUDA
+/* NULL, or why a GPU of this compute capability cannot run the row. */
+static const char *wrong_capability(const mv_row *row, int32_t device, int32_t has, mv_error *text) {
+    if (has >= row->oldest && has <= row->newest) return NULL;
+    snprintf(text->text, sizeof text->text, "it is for compute capability %d.%d%s, cuda:%d has %d.%d",
+             (int)row->oldest / 10, (int)row->oldest % 10, row->newest == row->oldest ? "" : " and newer", (int)device,
+             (int)has / 10, (int)has % 10);
+    return text->text;
+}
+#endif
+
 /* Can rows of this backend and ISA run at all? NULL, or why not; `text` holds the reason where it must be made. */
 static const char *unusable(const mv_row *row, int32_t device, mv_error *text) {
     if (row->backend == MV_CPU) {
@@ -59,19 +57,11 @@ static const char *unusable(const mv_row *row, int32_t device, mv_error *text) {
 #ifdef MV_WITH_CUDA
     mv_gpu gpu;
     if (mv_gpu_ready(device, &gpu, text) != MV_OK) return text->text;
-    if (strcmp(row->isa, "sm90a") != 0 || gpu.compute_capability == 90) return NULL;
-    snprintf(text->text, sizeof text->text, "it is for compute capability 9.0, cuda:%d has %d.%d", (int)device,
-             (int)gpu.compute_capability / 10, (int)gpu.compute_capability % 10);
-    return text->text;
+    return wrong_capability(row, device, gpu.compute_capability, text);
 #else
     (void)device;
     return NULL; /* such a build has no other rows */
 #endif
-}
-
-static const char *does_not_fit(const mv_row *row, const mv_task *task) {
-    if (task->batch_invariant && !row->batch_invariant) return "it is not batch invariant";
-    return row->fits(task);
 }
 
 static const mv_row *find_name(const mv_list *list, const char *name) {
@@ -98,11 +88,17 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
         return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' takes %s, x is %s; leave kernel= away", op, name,
                        mv_dtype_name(row->dtype), mv_dtype_name(task->dtype));
     mv_error text;
-    const char *reason = row->backend == MV_CPU ? unusable(row, 0, &text) : NULL; /* a GPU is bound already */
-    if (!reason) reason = does_not_fit(row, task);
+    *choice = (mv_choice){.row = row, .forced = true};
+    const char *reason = unusable(row, task->device.index, &text);
+    if (!reason && task->batch_invariant && !row->batch_invariant) reason = "it is not batch invariant";
+    if (!reason) reason = row->decide(task, MV_ANY_PRICE, &choice->decision);
     if (reason) return mv_fail(error, MV_BAD_VALUE, "%s: kernel '%s' cannot serve this call: %s", op, name, reason);
-    *choice = (mv_choice){row, -1};
     return MV_OK;
+}
+
+static bool can_serve(const mv_row *row, const mv_task *task) {
+    return (row->batch_invariant || !task->batch_invariant) && task->compute_capability >= row->oldest &&
+           task->compute_capability <= row->newest;
 }
 
 mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, int64_t tokens, const char *forced,
@@ -116,14 +112,18 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
         whole.tokens = tokens;
         priced = &whole;
     }
-    *choice = (mv_choice){NULL, 0};
+    *choice = (mv_choice){.row = NULL, .decision.us = HUGE_VAL};
+    mv_decision decision;
     for (int i = 0; i < list->count; i++) {
         const mv_row *row = &list->rows[i];
-        if (row->dtype != task->dtype || row->backend != task->device.kind) continue;
-        const double cost = row->cost(priced);
-        if (choice->row && cost >= choice->cost) continue; /* the price is what is cheapest to ask for */
+        if (row->dtype != task->dtype || row->backend != task->device.kind || !can_serve(row, task)) continue;
+        if (row->decide(priced, choice->decision.us, &decision)) continue;
+        const double us = decision.us;
+        if (priced != task && row->decide(task, MV_ANY_PRICE, &decision)) continue;
         if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
-        if (!does_not_fit(row, task)) *choice = (mv_choice){row, cost};
+        decision.us = us;
+        choice->row = row;
+        choice->decision = decision;
     }
     if (choice->row) return MV_OK;
     return mv_fail(error, MV_DEVICE_ERROR, "%s: no kernel fits this call; minivllm.kernels('%s') lists what exists", op,
@@ -134,7 +134,9 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
 
 static _Thread_local struct {
     const char *op;
-    mv_choice choice;
+    const mv_row *row;
+    bool forced;
+    double us;
     int64_t tokens, hidden, outputs;
 } last;
 
@@ -150,29 +152,30 @@ static bool logging(void) {
 }
 
 bool mv_last_kernel(mv_ran *ran) {
-    if (!last.choice.row) return false;
+    if (!last.row) return false;
     ran->op = last.op;
-    ran->name = last.choice.row->name;
+    ran->name = last.row->name;
     int used =
         snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens, (long long)last.hidden);
     if (last.outputs)
         used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, " outputs=%lld", (long long)last.outputs);
-    if (last.choice.cost < 0)
+    if (last.forced)
         snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": forced by name");
     else
-        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us",
-                 last.choice.cost);
+        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us", last.us);
     return true;
 }
 
-mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_error *error) {
-    const mv_status status = choice.row->run(task, error);
+mv_status mv_run_row(const char *op, const mv_choice *choice, const mv_task *task, mv_error *error) {
+    const mv_status status = choice->row->run(task, &choice->decision, error);
     if (status != MV_OK) return status;
     last.op = op;
-    last.choice = choice;
+    last.row = choice->row;
+    last.forced = choice->forced;
+    last.us = choice->decision.us;
     last.tokens = task->tokens;
     last.hidden = task->hidden;
-    last.outputs = task->outputs;
+    last.outputs = task->linear.outputs;
     if (logging()) {
         mv_ran ran;
         mv_last_kernel(&ran);

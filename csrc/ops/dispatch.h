@@ -10,10 +10,9 @@ typedef struct {
     const char *isa;
     mv_device_kind backend;
     mv_dtype dtype;
-    bool batch_invariant;                 /* a row's bits do not depend on the number of rows            */
-    const char *(*fits)(const mv_task *); /* NULL when the task is legal for it, else the reason         */
-    double (*cost)(const mv_task *);      /* estimated microseconds; the cheapest row that fits wins     */
-    size_t (*workspace)(const mv_task *); /* bytes of scratch memory                                     */
+    int32_t oldest, newest; /* compute capabilities that can run it; 0 on the CPU */
+    bool batch_invariant;   /* a row's bits do not depend on the number of rows   */
+    mv_decide *decide;
     mv_kernel *run;
 } mv_row;
 
@@ -23,20 +22,22 @@ typedef struct {
     int count;
 } mv_list;
 
-/* What most rows answer. */
-const char *mv_fits_any(const mv_task *task);
-double mv_only_by_name(const mv_task *task); /* the price of what nobody gets unasked */
-size_t mv_no_workspace(const mv_task *task);
-
-/* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace) each. These
- * two meanings of K declare the kernels and fill the table. A build or machine without a backend has no rows of it. */
-#define MV_DECLARE_KERNEL(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace)                      \
-    mv_kernel mv_##op##_##dtype##_##name;
-#define MV_TABLE_ROW(op, dtype, DTYPE, name, isa, backend, invariant, fits, cost, workspace)                           \
-    {#dtype "_" #name, #isa, backend, DTYPE, invariant, fits, cost, workspace, mv_##op##_##dtype##_##name},
+/* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, runs_on, invariant, decide) each. These two meanings of
+ * K declare the kernels and fill the table. A build or machine without a backend has no rows of it. */
+#define MV_DECLARE_KERNEL(op, dtype, DTYPE, name, isa, runs_on, invariant, decide) mv_kernel mv_##op##_##dtype##_##name;
+#define MV_TABLE_ROW(op, dtype, DTYPE, name, isa, runs_on, invariant, decide)                                          \
+    {#dtype "_" #name, #isa, runs_on, DTYPE, isa##_CAPABILITIES, invariant, decide, mv_##op##_##dtype##_##name},
 #define MV_ALL_DTYPES(K, op, ...)                                                                                      \
     K(op, f32, MV_F32, __VA_ARGS__) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
 #define MV_16BIT_DTYPES(K, op, ...) K(op, f16, MV_F16, __VA_ARGS__) K(op, bf16, MV_BF16, __VA_ARGS__)
+
+/* The compute capabilities of an isa: from the first to the last. */
+#define sm80_CAPABILITIES 80, INT32_MAX
+#define sm90a_CAPABILITIES 90, 90
+#define portable_CAPABILITIES 0, 0
+#define avx2_CAPABILITIES 0, 0
+#define avx512_CAPABILITIES 0, 0
+#define avx512bf16_CAPABILITIES 0, 0
 
 #if defined(__x86_64__)
 #define MV_X86(...) __VA_ARGS__
@@ -57,7 +58,8 @@ mv_status mv_check_kernel_name(const mv_list *list, const char *op, const char *
 
 typedef struct {
     const mv_row *row;
-    double cost; /* as estimated; negative where the row was forced */
+    bool forced; /* by its name */
+    mv_decision decision;
 } mv_choice;
 
 /* The row for a task: the one named `forced`, or the cheapest that fits. tokens: of the whole call, which the task may
@@ -66,7 +68,7 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
                     mv_choice *choice, mv_error *error);
 
 /* Runs a row and remembers, for this thread, that it did and why. */
-mv_status mv_run_row(const char *op, mv_choice choice, const mv_task *task, mv_error *error);
+mv_status mv_run_row(const char *op, const mv_choice *choice, const mv_task *task, mv_error *error);
 
 extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
 

@@ -58,9 +58,9 @@ static void take_rows(mv_plan_state *state, const mv_row_views *rows) {
     task->tokens = outer.size * inner.size;
     task->inner = inner.size;
     task->x = (mv_rows){x->data, outer.x, inner.x};
-    task->residual = (mv_rows){rows->residual->data, outer.residual, inner.residual};
+    task->norm.residual = (mv_rows){rows->residual->data, outer.residual, inner.residual};
     task->out = (mv_rows){data_of(rows->out, state->out_later), outer.out, inner.out};
-    task->residual_out =
+    task->norm.residual_out =
         (mv_rows){data_of(rows->residual_out, state->residual_out_later), outer.residual_out, inner.residual_out};
 }
 
@@ -79,9 +79,9 @@ static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, i
         const int64_t at = i % lead->size;
         i /= lead->size;
         moved->x.data = advance(moved->x.data, at * lead->x, moved->dtype);
-        moved->residual.data = advance(moved->residual.data, at * lead->residual, moved->dtype);
+        moved->norm.residual.data = advance(moved->norm.residual.data, at * lead->residual, moved->dtype);
         moved->out.data = advance(moved->out.data, at * lead->out, moved->dtype);
-        moved->residual_out.data = advance(moved->residual_out.data, at * lead->residual_out, moved->dtype);
+        moved->norm.residual_out.data = advance(moved->norm.residual_out.data, at * lead->residual_out, moved->dtype);
     }
     return moved;
 }
@@ -117,9 +117,9 @@ mv_task *mv_add_part(mv_plan *plan, int index, int64_t first_output) {
     *part = state->part[0];
     part->first_output = first_output;
     part->task.out.data = advance(part->task.out.data, first_output, part->task.dtype);
-    part->task.residual_out.data = NULL; /* the first part writes it */
-    memset(part->task.block, 0, sizeof part->task.block);
-    part->task.outputs = 0;
+    part->task.norm.residual_out.data = NULL; /* the first part writes it */
+    memset(part->task.linear.block, 0, sizeof part->task.linear.block);
+    part->task.linear.outputs = 0;
     state->parts = index + 1;
     return &part->task;
 }
@@ -137,12 +137,12 @@ mv_status mv_finish_plan(mv_plan *plan, mv_error *error) {
     int64_t outputs = 0;
     for (int p = 0; p < state->parts; p++) {
         mv_part *part = &state->part[p];
-        outputs += part->task.outputs;
+        outputs += part->task.linear.outputs;
         for (int64_t i = count - 1; i >= 0; i--) {
             mv_task moved;
             const mv_task *task = task_at(state, part, i, &moved);
             MV_TRY(choose(state, count, task, &part->choice, error));
-            const size_t bytes = part->choice.row->workspace(task);
+            const size_t bytes = part->choice.decision.workspace;
             if (bytes > plan->workspace_bytes) plan->workspace_bytes = bytes;
         }
     }
@@ -176,7 +176,7 @@ static void take_memory(mv_plan_state *state, const mv_memory *memory) {
         task->workspace = memory->workspace;
         if (state->out_later) task->out.data = advance(memory->out, state->part[p].first_output, task->dtype);
     }
-    if (state->residual_out_later) state->part[0].task.residual_out.data = memory->residual_out;
+    if (state->residual_out_later) state->part[0].task.norm.residual_out.data = memory->residual_out;
 }
 
 mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error) {
@@ -191,9 +191,9 @@ mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error) {
         for (int p = 0; p < state->parts; p++) {
             mv_task moved;
             const mv_task *task = task_at(state, &state->part[p], i, &moved);
-            mv_choice choice = state->part[p].choice;
-            if (i > 0) MV_TRY(choose(state, count, task, &choice, error));
-            MV_TRY(mv_run_row(state->op, choice, task, error));
+            mv_choice moved_choice;
+            if (i > 0) MV_TRY(choose(state, count, task, &moved_choice, error));
+            MV_TRY(mv_run_row(state->op, i > 0 ? &moved_choice : &state->part[p].choice, task, error));
         }
     }
     return MV_OK;

@@ -3,18 +3,26 @@
 
 /* ---- the kernels ---------------------------------------------------------------------------------------------- */
 
-/* On one machine the widest registers win at every shape; the numbers only order the rows. */
-static double cost_wide(const mv_task *task) { return 1e-5 * (double)task->tokens * (double)task->hidden; }
-static double cost_half(const mv_task *task) { return 2 * cost_wide(task); }
-static double cost_scalar(const mv_task *task) { return 10 * cost_wide(task); }
+/* They can serve any task. On one machine the widest registers win at every shape; the prices only order the rows. */
+#define DECIDE(name, price)                                                                                            \
+    static const char *decide_##name(const mv_task *task, double below, mv_decision *decision) {                       \
+        const double us = (price)*1e-5 * (double)task->tokens * (double)task->hidden;                                  \
+        return mv_at_price(decision, us, below) ? NULL : mv_too_dear;                                                  \
+    }
+DECIDE(wide, 1)
+DECIDE(half, 2)
+DECIDE(scalar, 10)
+#ifdef MV_WITH_CUDA
+DECIDE(by_name, HUGE_VAL)
+#endif
 
-/*                      name        isa       backend  invariant  fits         cost         workspace */
+/*                      name        isa       backend  invariant  decide */
 #define RMS_NORM_KERNELS(K)                                                                                            \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, mv_fits_any, cost_wide, mv_no_workspace))             \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, mv_fits_any, mv_only_by_name, mv_no_workspace)) \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, mv_fits_any, cost_wide, mv_no_workspace))          \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, mv_fits_any, cost_half, mv_no_workspace))              \
-    MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, mv_fits_any, cost_scalar, mv_no_workspace)
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, decide_wide))                                         \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, decide_by_name))                                \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, decide_wide))                                      \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, decide_half))                                          \
+    MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, decide_scalar)
 
 RMS_NORM_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_KERNELS(MV_TABLE_ROW)};
@@ -55,10 +63,10 @@ static mv_status make_plan(const char *op, const mv_rms_norm_args *a, mv_plan *p
     const mv_row_views rows = {&a->x, &a->residual, &a->out, &a->residual_out, a->x.shape[a->x.ndim - 1]};
     MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, &rows, error));
     mv_task *task = &mv_state(plan)->part[0].task;
-    task->norm_weight = a->weight.data;
-    task->norm_weight_dtype = mv_present(&a->weight) ? a->weight.dtype : a->x.dtype;
-    task->eps = (float)a->eps;
-    task->weight_offset = (float)a->weight_offset;
+    task->norm.weight = a->weight.data;
+    task->norm.weight_dtype = mv_present(&a->weight) ? a->weight.dtype : a->x.dtype;
+    task->norm.eps = (float)a->eps;
+    task->norm.weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;
     return mv_finish_plan(plan, error);
 }

@@ -9,100 +9,26 @@
 
 /* ---- the kernels ---------------------------------------------------------------------------------------------- */
 
-static double weight_bytes(const mv_task *t) {
-    return (double)t->outputs * (double)t->hidden * (double)mv_dtype_bytes(t->weight_dtype);
-}
-static double flops(const mv_task *t) { return 2 * (double)t->tokens * (double)t->outputs * (double)t->hidden; }
-
-/* CPU, in microseconds of two cores of an EPYC 9005: the weights at the speed at which a kernel streams them, and the
- * products at its rate. What counts is where the curves cross: measured between 8 and 16 tokens in float32, between 16
- * and 32 with AVX512-BF16. */
-static double cost_cpu(const mv_task *t, double bytes_per_us, double flops_per_us) {
-    return weight_bytes(t) / bytes_per_us + flops(t) / flops_per_us;
-}
-static double cost_decode_bf16(const mv_task *t) { return cost_cpu(t, 4e4, 4.5e5); }
-static double cost_decode_wide(const mv_task *t) { return cost_cpu(t, 3.8e4, 2.4e5); }
-static double cost_decode_half(const mv_task *t) { return cost_cpu(t, 3.5e4, 1.2e5); }
-static double cost_decode_scalar(const mv_task *t) { return cost_cpu(t, 3e4, 1e4); }
-static double cost_prefill_bf16(const mv_task *t) { return cost_cpu(t, 1.7e4, 1e6); }
-static double cost_prefill_wide(const mv_task *t) { return cost_cpu(t, 2.4e4, 5e5); }
-static double cost_prefill_half(const mv_task *t) { return cost_cpu(t, 2e4, 2.5e5); }
-static double cost_prefill_scalar(const mv_task *t) { return cost_cpu(t, 1.5e4, 2e4); }
-
-#ifdef MV_WITH_CUDA
-/* GPU, in microseconds of an H100 (SPEED.md): launches, and the larger of the weights at the kernel's share of memory
- * speed and the products at its rate. decode_sm80 takes 4 tokens at a time; the tiles of the others are 32, 64 or 128
- * tokens high, and those of the CUDA cores cannot be faster than one tile is along the hidden size, unless warps share
- * it (norm_few). */
-static double larger(double a, double b) { return a > b ? a : b; }
-static double tile_flops(const mv_task *t, double tokens) {
-    return 2 * larger((double)t->tokens, tokens) * (double)t->outputs * (double)t->hidden;
-}
-static double cost_decode_gpu(const mv_task *t) {
-    return 1.5 * (double)t->tokens + (double)((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
-}
-static double cost_norm_mma(const mv_task *t) { return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8); }
-/* The weights are on their way while the norm runs; small ones are there before it is done, and wait for it. */
-static double cost_norm_wgmma(const mv_task *t) {
-    const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
-    return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
-}
-/* As against that plan; not of few tokens, for which it has tiles of their own. */
-static double cost_wgmma(const mv_task *t) {
-    const bool other = t->rounding != MV_ROUNDING_FP32 || t->tokens <= 64;
-    return cost_norm_wgmma(t) * (other ? 2 : mv_wgmma_late_share(t));
-}
-static double cost_norm_few(const mv_task *t) {
-    const double ends = 1 + 300 / (double)t->hidden; /* of tiles: what short rows do not hide */
-    const double weights = weight_bytes(t) / 2.95e6, products = tile_flops(t, 8) / 3.6e7 * ends;
-    const double most = larger(weights, products), least = weights + products - most;
-    return 4 + most + 0.15 * least * least / most; /* they get in each other's way */
-}
-static double cost_ffma(const mv_task *t) { return 20 + larger((double)t->hidden * 0.23, tile_flops(t, 64) / 2.5e7); }
-static double cost_norm_ffma(const mv_task *t) {
-    const int64_t tiles = (t->tokens + 63) / 64 * ((t->outputs + 63) / 64);
-    const double turns = (double)((tiles + t->sm_count - 1) / t->sm_count);
-    return 5 + (double)t->hidden * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
-}
-#endif
-
-/*                      name, isa, backend, batch invariant, fits, cost, workspace */
+/*                      name, isa, backend, batch invariant, decide */
 #define RMS_NORM_QKV_KERNELS(K)                                                                                        \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_fits, cost_decode_gpu,          \
-                         mv_no_workspace))                                                                             \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_fits,                   \
-                         mv_decode_sm90a_cost, mv_no_workspace))                                                       \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_heads_sm90a, sm90a, MV_CUDA, false, mv_decode_heads_sm90a_fits,       \
-                         mv_only_by_name, mv_no_workspace))                                                            \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_fits, cost_norm_mma,       \
-                           mv_norm_plan_workspace))                                                                    \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_fits,                \
-                           cost_norm_wgmma, mv_norm_wgmma_workspace))                                                  \
-    MV_GPU(K(rms_norm_qkv, bf16, MV_BF16, wgmma_sm90a, sm90a, MV_CUDA, false, mv_wgmma_fits, cost_wgmma,               \
-             mv_no_workspace))                                                                                         \
-    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_fits, cost_norm_few,           \
-             mv_norm_plan_workspace))                                                                                  \
-    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_3xtf32_sm90a, sm90a, MV_CUDA, true, mv_norm_3xtf32_fits,                  \
-             mv_norm_3xtf32_cost, mv_norm_3xtf32_workspace))                                                           \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_fits_any, cost_ffma, mv_no_workspace))   \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_fits_any, cost_norm_ffma,            \
-                         mv_norm_plan_workspace))                                                                      \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_fits_any, cost_decode_bf16, \
-             mv_rms_norm_qkv_decode_cpu_workspace))                                                                    \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_fits_any,                   \
-             cost_prefill_bf16, mv_rms_norm_qkv_prefill_cpu_workspace))                                                \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_fits_any, cost_decode_wide,         \
-                         mv_rms_norm_qkv_decode_cpu_workspace))                                                        \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_fits_any, cost_prefill_wide,        \
-                         mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_fits_any, cost_decode_half,             \
-                         mv_rms_norm_qkv_decode_cpu_workspace))                                                        \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_fits_any, cost_prefill_half,            \
-                         mv_rms_norm_qkv_prefill_cpu_workspace))                                                       \
-    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_fits_any, cost_decode_scalar,          \
-                  mv_rms_norm_qkv_decode_cpu_workspace)                                                                \
-    MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_fits_any, cost_prefill_scalar,         \
-                  mv_rms_norm_qkv_prefill_cpu_workspace)
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_sm80_decide))                   \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_decide))                \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_heads_sm90a, sm90a, MV_CUDA, false, mv_decode_heads_sm90a_decide))    \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_sm80_decide))              \
+    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_sm90a_decide))       \
+    MV_GPU(K(rms_norm_qkv, bf16, MV_BF16, wgmma_sm90a, sm90a, MV_CUDA, false, mv_wgmma_sm90a_decide))                  \
+    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_sm80_decide))                  \
+    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_3xtf32_sm90a, sm90a, MV_CUDA, true, mv_norm_3xtf32_sm90a_decide))         \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_ffma_sm80_decide))                       \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_norm_ffma_sm80_decide))              \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_decode_avx512bf16_decide))  \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_prefill_avx512bf16_decide)) \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_decode_avx512_decide))              \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_prefill_avx512_decide))             \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_decode_avx2_decide))                    \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_prefill_avx2_decide))                   \
+    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_decode_portable_decide)                \
+    MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_prefill_portable_decide)
 
 RMS_NORM_QKV_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_QKV_KERNELS(MV_TABLE_ROW)};
@@ -325,10 +251,10 @@ static void add_blocks(mv_plan *plan, const mv_projection *p) {
             task = mv_add_part(plan, ++part, first_output);
             blocks = 0;
         }
-        task->block[blocks++] = p->block[i];
-        task->outputs += p->block[i].outputs;
-        task->weight_dtype = p->weight_dtype[i];
-        task->packed = p->packed || blocks == 1;
+        task->linear.block[blocks++] = p->block[i];
+        task->linear.outputs += p->block[i].outputs;
+        task->linear.weight_dtype = p->weight_dtype[i];
+        task->linear.packed = p->packed || blocks == 1;
         first_output += p->block[i].outputs;
     }
 }
@@ -343,13 +269,13 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error
     const mv_row_views rows = {&a->x, &a->residual, &a->out, &a->residual_out, projection.qkv};
     MV_TRY(mv_start_plan(plan, &mv_rms_norm_qkv_list, op, &a->call, &rows, error));
     mv_task *task = &mv_state(plan)->part[0].task;
-    task->norm_weight = a->norm_weight.data;
-    task->norm_weight_dtype = a->norm_weight.dtype;
-    task->eps = (float)a->eps;
-    task->weight_offset = (float)a->weight_offset;
+    task->norm.weight = a->norm_weight.data;
+    task->norm.weight_dtype = a->norm_weight.dtype;
+    task->norm.eps = (float)a->eps;
+    task->norm.weight_offset = (float)a->weight_offset;
     task->rounding = a->rounding;
     task->batch_invariant = a->batch_invariant;
-    task->allow_tf32 = a->allow_tf32;
+    task->linear.allow_tf32 = a->allow_tf32;
     task->static_weights = a->static_weights;
     if (mv_state(plan)->parts > 0) add_blocks(plan, &projection);
     return mv_finish_plan(plan, error);

@@ -140,25 +140,25 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
     task.compute_capability = 90;
     task.l2_bytes = 3700000; /* less than the last of the large ones asks of it */
     task.smem_bytes = cpu::kSharedBytes;
-    task.dtype = task.weight_dtype = row.dtype;
+    task.dtype = task.linear.weight_dtype = row.dtype;
     task.tokens = task.inner = c.tokens;
     task.hidden = c.hidden;
-    task.eps = 1e-6f;
+    task.norm.eps = 1e-6f;
     task.rounding = c.rounding;
-    task.weight_offset = c.weight_offset;
-    task.allow_tf32 = c.allow_tf32;
+    task.norm.weight_offset = c.weight_offset;
+    task.linear.allow_tf32 = c.allow_tf32;
     task.static_weights = static_weights;
     task.x = x.view();
     task.out = out.view();
-    if (c.residual) task.residual = residual.view(), task.residual_out = sum.view();
-    task.norm_weight = c.wide_norm_weight ? static_cast<void *>(wide.values.data()) : narrow.values.data();
-    if (c.no_norm_weight) task.norm_weight = nullptr;
-    task.norm_weight_dtype = c.wide_norm_weight ? MV_F32 : row.dtype;
-    task.outputs = c.outputs;
-    task.packed = projects && !c.tuple;
+    if (c.residual) task.norm.residual = residual.view(), task.norm.residual_out = sum.view();
+    task.norm.weight = c.wide_norm_weight ? static_cast<void *>(wide.values.data()) : narrow.values.data();
+    if (c.no_norm_weight) task.norm.weight = nullptr;
+    task.norm.weight_dtype = c.wide_norm_weight ? MV_F32 : row.dtype;
+    task.linear.outputs = c.outputs;
+    task.linear.packed = projects && !c.tuple;
     for (int i = 0, first = 0; i < 3 && projects; i++) {
-        const int end = task.packed ? c.outputs : c.outputs * (i + 2) / 4;
-        mv_block &block = task.block[i];
+        const int end = task.linear.packed ? c.outputs : c.outputs * (i + 2) / 4;
+        mv_block &block = task.linear.block[i];
         block.outputs = end - first;
         block.weight = c.in_out ? &turned.at(0, first) : &matrix.at(first, 0);
         block.row_stride = c.in_out ? 1 : c.hidden;
@@ -166,15 +166,16 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
         block.bias = c.bias ? &bias.at(0, first) : nullptr;
         block.bias_dtype = row.dtype;
         first = end;
-        if (task.packed) break;
+        if (task.linear.packed) break;
     }
-    *took = !row.fits(&task);
+    mv_decision decision;
+    *took = !row.decide(&task, MV_ANY_PRICE, &decision);
     if (!*took) return 0;
-    std::vector<uint4, cpu::guard::Allocator<uint4>> workspace(row.workspace(&task) / 16 + 1,
+    std::vector<uint4, cpu::guard::Allocator<uint4>> workspace(decision.workspace / 16 + 1,
                                                                cpu::guard::Allocator<uint4>{kWritten});
     task.workspace = workspace.data();
     mv_error error;
-    if (row.run(&task, &error) != MV_OK) {
+    if (row.run(&task, &decision, &error) != MV_OK) {
         printf("%s: %s\n", row.name, error.text);
         return INFINITY;
     }

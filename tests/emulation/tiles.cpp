@@ -18,15 +18,15 @@ int main() {
         mv_task task = {};
         task.sm_count = 132;
         task.l2_bytes = 50 << 20;
-        task.dtype = task.norm_weight_dtype = MV_BF16;
-        task.packed = true;
+        task.dtype = task.norm.weight_dtype = MV_BF16;
+        task.linear.packed = true;
         task.tokens = task.inner = tokens;
         task.hidden = hidden;
         task.x.inner_stride = hidden;
-        task.outputs = task.block[0].outputs = outputs;
-        task.block[0].col_stride = strcmp(what, "in_out") == 0 ? outputs : 1;
+        task.linear.outputs = task.linear.block[0].outputs = outputs;
+        task.linear.block[0].col_stride = strcmp(what, "in_out") == 0 ? outputs : 1;
         if (strncmp(what, "tf32", 4) == 0) {
-            task.allow_tf32 = strcmp(what, "tf32_allowed") == 0;
+            task.linear.allow_tf32 = strcmp(what, "tf32_allowed") == 0;
             const tf32::TileChoice choice = tf32::choose_tile(&task);
             printf("%d %lld %lld %lld\n", choice.tokens, static_cast<long long>(choice.whole_tiles),
                    static_cast<long long>(choice.split_tiles), static_cast<long long>(choice.sharers));
