@@ -1,15 +1,19 @@
 /* norm_plan.cuh: the plan of two launches, a norm and a product: y goes through the workspace. */
 #pragma once
 
+#include <string.h>
+
 #include "../kernel.h"
 
-/* How a row cuts a task: written when it decides, read by its launch. */
-template <typename Cut> Cut &cut_of(mv_decision *decision) {
-    static_assert(sizeof(Cut) <= sizeof decision->cut && alignof(Cut) <= alignof(uint64_t));
-    return *reinterpret_cast<Cut *>(decision->cut);
+/* How a row cuts a task: kept when it decides, read by its launch. */
+template <typename Cut> void keep_cut(mv_decision *decision, const Cut &cut) {
+    static_assert(sizeof(Cut) <= sizeof decision->cut);
+    memcpy(decision->cut, &cut, sizeof cut);
 }
-template <typename Cut> const Cut &cut_of(const mv_decision *decision) {
-    return *reinterpret_cast<const Cut *>(decision->cut);
+template <typename Cut> Cut cut_of(const mv_decision *decision) {
+    Cut cut;
+    memcpy(&cut, decision->cut, sizeof cut);
+    return cut;
 }
 
 struct PlanTasks {

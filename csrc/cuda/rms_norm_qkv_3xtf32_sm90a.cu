@@ -253,7 +253,7 @@ const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_de
     if (!mv_at_price(decision, h100::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = Workspace(task, choice).bytes();
-    cut_of<TileChoice>(decision) = choice;
+    keep_cut(decision, choice);
     return nullptr;
 }
 

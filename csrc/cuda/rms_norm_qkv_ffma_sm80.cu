@@ -425,7 +425,8 @@ template <Loads kLoads> mv_kernel *choose_float32(const mv_task *task) {
 
 /* The small tile takes anything. */
 template <typename T, typename W, bool kNorm> void choose_tile(const mv_task *task, mv_decision *decision) {
-    const Access access = cut_of<Access>(decision) = find_access<T, W>(task);
+    const Access access = find_access<T, W>(task);
+    keep_cut(decision, access);
     decision->launch = launch_tile<T, W, SmallTile<kNorm>, kNorm>;
     if constexpr (!kNorm && sizeof(T) == 4)
         if (access.x_whole && access.w_whole)

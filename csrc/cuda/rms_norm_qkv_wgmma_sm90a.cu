@@ -258,7 +258,7 @@ size_t y_bytes(const mv_task *task) {
 template <typename T>
 mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
-    const TileChoice &choice = cut_of<TileChoice>(decision);
+    const TileChoice choice = cut_of<TileChoice>(decision);
     Rest rest = {tasks.norm, {nullptr, INT32_MAX}};
     if (choice.meanwhile) {
         const int64_t first = first_rows(task, choice);
@@ -321,14 +321,14 @@ const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_dec
     if (!mv_at_price(decision, h100::norm_wgmma_us(task), below)) return mv_too_dear;
     if (const char *reason = plan_why_not(task)) return reason;
     decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
-    cut_of<TileChoice>(decision) = choose_tile(task);
+    keep_cut(decision, choose_tile(task));
     return nullptr;
 }
 
 const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const TileChoice choice = choose_late_tile(task);
     if (!mv_at_price(decision, late_us(task, choice), below)) return mv_too_dear;
-    cut_of<TileChoice>(decision) = choice;
+    keep_cut(decision, choice);
     return late_why_not(task);
 }
 
