@@ -109,8 +109,8 @@ mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error);
  *
  * rn rounds to x's dtype, sums are float32. x, residual, out, residual_out: [..., hidden], one shape and dtype, any
  * strides of the leading dimensions, the last one contiguous. weight: [hidden], x's dtype or float32; absent: ones. An
- * output may be
- * exactly x or exactly residual (in place), any other overlap is refused; or absent: mv_run() is then told where. */
+ * output may be exactly x or exactly residual (in place), any other overlap is refused; or absent: mv_run() is then
+ * told where. */
 typedef struct {
     mv_call call;
     mv_view x, residual, weight;
@@ -147,6 +147,25 @@ typedef struct {
 } mv_rms_norm_qkv_args;
 
 mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *args, mv_plan *plan, mv_error *error);
+
+/* ---- rms_norm_linear ------------------------------------------------------------------------------------------
+ *
+ *   out[t][n] = rn(sum_k y[t][k] * W[n][k] + bias[n]),  y = rms_norm of x (or of s = rn(x + residual)) as above
+ *
+ * As rms_norm_qkv, of one weight [outputs, hidden] or its transpose, with any number of outputs: out is
+ * [..., outputs]. */
+typedef struct {
+    mv_call call;
+    mv_view x, residual, norm_weight;
+    mv_view weight, bias;
+    mv_view out, residual_out;
+    double eps, weight_offset;
+    mv_rounding rounding;
+    mv_weight_layout weight_layout;
+    bool batch_invariant, allow_tf32, static_weights; /* as rms_norm_qkv's */
+} mv_rms_norm_linear_args;
+
+mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *args, mv_plan *plan, mv_error *error);
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

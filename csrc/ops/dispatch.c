@@ -199,8 +199,10 @@ bool mv_kernel_at(int index, mv_kernel_info *info) {
     const struct {
         const char *op;
         const mv_list *list;
-    } ops[] = {
-        {"rms_norm", &mv_rms_norm_list}, {"add_rms_norm", &mv_rms_norm_list}, {"rms_norm_qkv", &mv_rms_norm_qkv_list}};
+    } ops[] = {{"rms_norm", &mv_rms_norm_list},
+               {"add_rms_norm", &mv_rms_norm_list},
+               {"rms_norm_qkv", &mv_rms_norm_qkv_list},
+               {"rms_norm_linear", &mv_rms_norm_qkv_list}};
     for (size_t i = 0; i < sizeof ops / sizeof ops[0]; index -= ops[i].list->count, i++) {
         if (index < 0) return false;
         if (index >= ops[i].list->count) continue;

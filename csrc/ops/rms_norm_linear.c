@@ -1,0 +1,25 @@
+/* rms_norm_linear.c: RMSNorm and any linear layer. Its kernels are those of rms_norm_qkv, which has three blocks of
+ * outputs where this has one. */
+#include "norm_linear.h"
+
+mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *a, mv_plan *plan, mv_error *error) {
+    const mv_norm_linear all = MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_linear", a, mv_rms_norm_qkv_list);
+    const mv_linear_views views = {.op = all.op,
+                                   .x = &a->x,
+                                   .weight_name = "weight",
+                                   .bias_name = "bias",
+                                   .outputs = "outputs",
+                                   .bias_size = "= the outputs of weight",
+                                   .weight = &a->weight,
+                                   .bias = &a->bias,
+                                   .most = 1,
+                                   .layout = a->weight_layout};
+    mv_layer layer = {0};
+    MV_TRY(mv_check_norm_inputs(&all, error));
+    MV_TRY(mv_read_weights(&views, a->x.shape[a->x.ndim - 1], &layer, error));
+    MV_REQUIRE(layer.outputs > 0, MV_BAD_VALUE, "%s: weight has no outputs, expected at least one", all.op);
+    MV_TRY(mv_read_biases(&views, &layer, error));
+    plan->qkv = layer.outputs;
+    plan->head_dim = 0;
+    return mv_plan_norm_linear(&all, &views, &layer, plan, error);
+}
