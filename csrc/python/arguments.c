@@ -8,10 +8,29 @@
 
 /* ---- matching --------------------------------------------------------------------------------------------------- */
 
-bool intern_keywords(module_state *state, const signature *s) {
+/* Of a call that reads by this table: as many as can be given, and the workspace. */
+static int most_tensors(const signature *s) {
+    int count = s->beside ? most_tensors(s->beside) : 1;
     for (int i = 0; i < s->count; i++) {
-        state->keywords[s->index][i] = PyUnicode_InternFromString(s->parameters[i].name);
-        if (!state->keywords[s->index][i]) return false;
+        const value_type type = s->parameters[i].kind->type;
+        count += type == TENSOR ? 1 : type == TENSORS ? 3 : 0;
+    }
+    return count;
+}
+
+bool prepare_signature(module_state *state, const signature *s, int index) {
+    if (!s || s->index != (signature_index)index) {
+        PyErr_Format(PyExc_ImportError, "minivllm._C: signature %d is not at its place in the list", index);
+        return false;
+    }
+    if (most_tensors(s) > MAX_TENSORS) {
+        PyErr_Format(PyExc_ImportError, "minivllm._C: %s may take %d tensors, more than MAX_TENSORS, which is %d",
+                     s->op, most_tensors(s), MAX_TENSORS);
+        return false;
+    }
+    for (int i = 0; i < s->count; i++) {
+        state->keywords[index][i] = PyUnicode_InternFromString(s->parameters[i].name);
+        if (!state->keywords[index][i]) return false;
     }
     return true;
 }
@@ -112,7 +131,7 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     if (!match(c, s, given, count, names, values)) return false;
     for (int i = 0; i < s->count; i++) {
         const parameter *p = &s->parameters[i];
-        if (values[i] && !p->convert(c, p, values[i], (char *)args + p->offset)) return false;
+        if (values[i] && !p->kind->convert(c, p, values[i], (char *)args + p->offset)) return false;
     }
     end_step(c, STEP_READ);
     return true;
@@ -130,7 +149,7 @@ bool read_attributes(call *c, const signature *s, void *args, PyObject *object) 
     for (int i = 0; ok && i < s->count; i++) {
         const parameter *p = &s->parameters[i];
         PyObject *value = attribute(object, own, c->state->keywords[s->index][i]);
-        ok = value && p->convert(c, p, value, (char *)args + p->offset);
+        ok = value && p->kind->convert(c, p, value, (char *)args + p->offset);
         Py_XDECREF(value);
     }
     Py_XDECREF(own);
@@ -149,16 +168,16 @@ static bool refuse_type(const call *c, const parameter *p, const char *expected,
     return false;
 }
 
-bool to_tensor(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_tensor(call *c, const parameter *p, PyObject *value, void *target) {
     return take_tensor(c, p->name, -1, value, target);
 }
 
-bool to_optional_tensor(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_optional_tensor(call *c, const parameter *p, PyObject *value, void *target) {
     return value == Py_None || take_tensor(c, p->name, -1, value, target);
 }
 
 /* A list may change under our hands; its members are taken, and so kept, one by one. */
-bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     mv_view *views = target;
     if (!PyTuple_Check(value) && !PyList_Check(value)) return take_tensor(c, p->name, -1, value, &views[0]);
     PyObject *members = PySequence_Tuple(value);
@@ -172,11 +191,11 @@ bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     return ok;
 }
 
-bool to_optional_tensors(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_optional_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     return value == Py_None || to_tensors(c, p, value, target);
 }
 
-bool to_number(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_number(call *c, const parameter *p, PyObject *value, void *target) {
     const double number = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
     if (PyBool_Check(value) || (number == -1.0 && PyErr_Occurred())) {
         if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError)) {
@@ -189,7 +208,7 @@ bool to_number(call *c, const parameter *p, PyObject *value, void *target) {
     return true;
 }
 
-bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
     PyObject *index = PyBool_Check(value) ? NULL : PyNumber_Index(value);
     if (!index) return refuse_type(c, p, "an integer", value);
     const long long number = PyLong_AsLongLong(index);
@@ -203,7 +222,7 @@ bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
 }
 
 /* 0 stands for None, so a 0 that was given must not pass for it. */
-bool to_optional_integer(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_optional_integer(call *c, const parameter *p, PyObject *value, void *target) {
     if (value == Py_None) return true;
     if (!to_integer(c, p, value, target)) return false;
     const int64_t number = *(int64_t *)target;
@@ -211,43 +230,47 @@ bool to_optional_integer(call *c, const parameter *p, PyObject *value, void *tar
            refuse_argument(c, p->name, PyExc_ValueError, "is %lld, expected at least 1", (long long)number);
 }
 
-bool to_flag(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_flag(call *c, const parameter *p, PyObject *value, void *target) {
     if (!PyBool_Check(value)) return refuse_type(c, p, "True or False", value);
     *(bool *)target = value == Py_True;
     return true;
 }
 
-static bool to_choice(call *c, const parameter *p, PyObject *value, const char *const *choices, const char *expected,
-                      int *chosen) {
-    if (!PyUnicode_Check(value)) return refuse_type(c, p, expected, value);
-    for (int i = 0; choices[i]; i++) {
+/* "auto", "out_in" or "in_out" */
+static PyObject *text_of_choices(const char *const *choices) {
+    PyObject *text = PyUnicode_FromFormat("\"%s\"", choices[0]);
+    for (int i = 1; text && choices[i]; i++) {
+        PyObject *longer = PyUnicode_FromFormat(choices[i + 1] ? "%U, \"%s\"" : "%U or \"%s\"", text, choices[i]);
+        Py_DECREF(text);
+        text = longer;
+    }
+    return text;
+}
+
+static bool refuse_choice(const call *c, const parameter *p, PyObject *value) {
+    PyObject *expected = text_of_choices(p->kind->choices);
+    const char *text = expected ? PyUnicode_AsUTF8AndSize(expected, NULL) : NULL;
+    if (text && !PyUnicode_Check(value))
+        refuse_type(c, p, text, value);
+    else if (text)
+        refuse_argument(c, p->name, PyExc_ValueError, "is %R, expected %U", value, expected);
+    Py_XDECREF(expected);
+    return false;
+}
+
+static bool to_choice(call *c, const parameter *p, PyObject *value, void *target) {
+    const char *const *choices = p->kind->choices;
+    for (int i = 0; PyUnicode_Check(value) && choices[i]; i++) {
         if (PyUnicode_CompareWithASCIIString(value, choices[i]) == 0) {
-            *chosen = i;
+            *(int *)target = i;
             return true;
         }
     }
-    return refuse_argument(c, p->name, PyExc_ValueError, "is %R, expected %s", value, expected);
-}
-
-bool to_rounding(call *c, const parameter *p, PyObject *value, void *target) {
-    static const char *const choices[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
-    int chosen = 0;
-    if (!to_choice(c, p, value, choices, "\"hf\" or \"fp32\"", &chosen)) return false;
-    *(mv_rounding *)target = (mv_rounding)chosen;
-    return true;
-}
-
-bool to_weight_layout(call *c, const parameter *p, PyObject *value, void *target) {
-    static const char *const choices[] = {
-        [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
-    int chosen = 0;
-    if (!to_choice(c, p, value, choices, "\"auto\", \"out_in\" or \"in_out\"", &chosen)) return false;
-    *(mv_weight_layout *)target = (mv_weight_layout)chosen;
-    return true;
+    return refuse_choice(c, p, value);
 }
 
 /* The text lives as long as `value`, which the caller of the op holds. */
-bool to_optional_text(call *c, const parameter *p, PyObject *value, void *target) {
+static bool to_optional_text(call *c, const parameter *p, PyObject *value, void *target) {
     if (value == Py_None) return true;
     if (!PyUnicode_Check(value)) return refuse_type(c, p, "a str or None", value);
     Py_ssize_t size;
@@ -258,4 +281,61 @@ bool to_optional_text(call *c, const parameter *p, PyObject *value, void *target
     }
     *(const char **)target = text;
     return true;
+}
+
+_Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) == sizeof(int),
+               "what to_choice() writes");
+static const char *const roundings[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
+static const char *const weight_layouts[] = {
+    [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
+
+const value_kind tensor_value = {TENSOR, false, to_tensor, NULL};
+const value_kind optional_tensor_value = {TENSOR, true, to_optional_tensor, NULL};
+const value_kind tensors_value = {TENSORS, false, to_tensors, NULL};
+const value_kind optional_tensors_value = {TENSORS, true, to_optional_tensors, NULL};
+const value_kind number_value = {NUMBER, false, to_number, NULL};
+const value_kind integer_value = {INTEGER, false, to_integer, NULL};
+const value_kind optional_integer_value = {INTEGER, true, to_optional_integer, NULL};
+const value_kind flag_value = {FLAG, false, to_flag, NULL};
+const value_kind optional_text_value = {TEXT, true, to_optional_text, NULL};
+const value_kind rounding_value = {CHOICE, false, to_choice, roundings};
+const value_kind weight_layout_value = {CHOICE, false, to_choice, weight_layouts};
+
+/* ---- what Python is told ---------------------------------------------------------------------------------------- */
+
+static const char *const type_names[] = {
+    [TENSOR] = "tensor", [TENSORS] = "tensors", [NUMBER] = "number", [INTEGER] = "integer",
+    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",     [HELD] = "held"};
+static const char *const role_names[] = {
+    [ROWS] = "rows", [WEIGHT] = "weight", [OUTPUT] = "output", [IN_PLACE] = "in place", [OPTION] = "option"};
+
+/* What is in an args struct, as Python would give it. */
+static PyObject *value_of(const parameter *p, const void *args) {
+    const void *field = (const char *)args + p->offset;
+    switch (p->kind->type) {
+    case NUMBER: return PyFloat_FromDouble(*(const double *)field);
+    case INTEGER: {
+        const int64_t number = *(const int64_t *)field;
+        return p->kind->optional && number == 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(number);
+    }
+    case FLAG: return PyBool_FromLong(*(const bool *)field);
+    case CHOICE: return PyUnicode_FromString(p->kind->choices[*(const int *)field]);
+    case TEXT: {
+        const char *text = *(const char *const *)field;
+        return text ? PyUnicode_FromString(text) : Py_NewRef(Py_None);
+    }
+    default: return Py_NewRef(Py_None);
+    }
+}
+
+PyObject *described(const signature *s) {
+    PyObject *rows = PyTuple_New(s->count);
+    for (int i = 0; rows && i < s->count; i++) {
+        const parameter *p = &s->parameters[i];
+        PyObject *row = Py_BuildValue("(sssOOON)", p->name, type_names[p->kind->type], role_names[p->role],
+                                      p->kind->optional ? Py_True : Py_False, i < s->required ? Py_True : Py_False,
+                                      i < s->positional ? Py_True : Py_False, value_of(p, s->defaults));
+        if (!row || PyTuple_SetItem(rows, i, row) < 0) Py_CLEAR(rows);
+    }
+    return rows;
 }

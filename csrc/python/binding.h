@@ -19,7 +19,8 @@
 #include "dlpack_abi.h"
 #include "mv.h"
 
-enum { MAX_DIMS = 64, MAX_TENSORS = 12 };
+/* Of a call: import fails where a signature could bring more tensors. Each takes a kilobyte of the stack. */
+enum { MAX_DIMS = 64, MAX_TENSORS = 16 };
 
 /* ---- the module's state ----------------------------------------------------------------------------------------- */
 
@@ -77,7 +78,18 @@ typedef enum {
     KNOWN_NAMES
 } known_name;
 
-enum { MAX_SIGNATURES = 8, MAX_PARAMETERS = 20 };
+/* Whatever reads arguments by a table has one place for its interned keywords. */
+#define SIGNATURE_OF(op, args) SIGNATURE_##op,
+typedef enum {
+    MV_OPS(SIGNATURE_OF) SIGNATURE_fused_add_rms_norm,
+    SIGNATURE_LAYER_CHECK,
+    SIGNATURE_LAYER_HELD,
+    SIGNATURE_LAYER_CALL,
+    SIGNATURE_SET_NUM_THREADS,
+    SIGNATURES
+} signature_index;
+
+enum { MAX_PARAMETERS = 32 }; /* of one signature; a longer table does not compile */
 
 typedef struct framework framework;
 
@@ -98,7 +110,7 @@ enum { MAX_TYPES = 64, MAX_CUDA_DEVICES = 64, STEPS = 5 };
 typedef struct {
     _Atomic(PyObject *) objects[KNOWN_OBJECTS];
     PyObject *names[KNOWN_NAMES];
-    PyObject *keywords[MAX_SIGNATURES][MAX_PARAMETERS]; /* interned: see arguments.c */
+    PyObject *keywords[SIGNATURES][MAX_PARAMETERS]; /* interned: see arguments.c */
     /* torch.empty's keywords by dtype (3: uint8) and device (0: the CPU, then the GPUs) */
     _Atomic(PyObject *) torch_options[4][1 + MAX_CUDA_DEVICES];
     _Atomic(PyObject *) numpy_dtypes[3];

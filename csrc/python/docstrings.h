@@ -12,7 +12,7 @@
     "CUDA,\n"                                                                                                          \
     "and where an op that is told where to write would have to carry a gradient.\n"
 
-#define DOC_RMS_NORM                                                                                                   \
+#define DOC_rms_norm                                                                                                   \
     "rms_norm($module, x, weight, eps=1e-06, *, out=None, rounding='hf', weight_offset=0.0, kernel=None)\n--\n\n"      \
     "out = x * r * (weight_offset + weight), r = 1 / sqrt(mean(x^2 over the last dimension) + eps)\n\n"                \
     "x: [..., hidden], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"    \
@@ -22,7 +22,7 @@
     "rounds once, at the end (FlashInfer, TE, Gemma). weight_offset=1.0 is Gemma's. kernel: a name of "                \
     "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
-#define DOC_ADD_RMS_NORM                                                                                               \
+#define DOC_add_rms_norm                                                                                               \
     "add_rms_norm($module, x, residual, weight, eps=1e-06, *, out=None, residual_out=None, rounding='hf', "            \
     "weight_offset=0.0, kernel=None)\n--\n\n"                                                                          \
     "residual_out = x + residual, rounded to x's dtype; out = rms_norm(residual_out, weight). Returns both.\n\n"       \
@@ -30,13 +30,13 @@
     "out=x, residual_out=residual works in place. weight, eps, rounding, weight_offset, kernel: as in "                \
     "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
-#define DOC_FUSED_ADD_RMS_NORM                                                                                         \
+#define DOC_fused_add_rms_norm                                                                                         \
     "fused_add_rms_norm($module, x, residual, weight, eps=1e-06, *, rounding='hf', weight_offset=0.0)\n--\n\n"         \
     "residual += x; x = rms_norm(residual, weight): in place on both, as in vLLM and FlashInfer. Returns them.\n\n"    \
     "x, residual: of one shape and dtype, writable. weight, eps, rounding, weight_offset: as in "                      \
     "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
-#define DOC_RMS_NORM_QKV                                                                                               \
+#define DOC_rms_norm_qkv                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \
     "residual=None, head_dim=None, out=None, residual_out=None, weight_layout='auto', rounding='hf', "                 \
     "weight_offset=0.0, batch_invariant=False, allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"           \

@@ -20,16 +20,17 @@ typedef struct {
 static bool to_vouching(call *c, const parameter *p, PyObject *value, void *target) {
     layer_args *a = (layer_args *)((char *)target - offsetof(layer_args, qkv.static_weights));
     a->by_counters = value == Py_None;
-    return a->by_counters || to_flag(c, p, value, target);
+    return a->by_counters || flag_value.convert(c, p, value, target);
 }
+static const value_kind vouching_value = {FLAG, true, to_vouching, NULL};
 
-static const parameter check_parameters[] = {
+static const parameter layer_check_parameters[] = {
     QKV_WEIGHT_PARAMETERS,
-    QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
+    QKV_PARAMETER(head_dim, optional_integer_value, OPTION),
     QKV_OPTION_PARAMETERS,
-    QKV_PARAMETER("static_weights", to_vouching, static_weights),
+    QKV_PARAMETER(static_weights, vouching_value, OPTION),
 };
-const signature check_signature = {"FusedRMSNormQKV", 4, 4, 5, LENGTH(check_parameters), check_parameters};
+SIGNATURE(layer_check, SIGNATURE_LAYER_CHECK, "FusedRMSNormQKV", .required = 4, .positional = 5);
 
 /* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
 enum { NUMBERS_AT = offsetof(layer_args, qkv.num_heads), NUMBERS_SIZE = sizeof(layer_args) - NUMBERS_AT };
@@ -40,15 +41,15 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
     layer_args a;
     memset(&a, 0, sizeof a); /* all bytes are handed out */
     mv_rms_norm_qkv_args *qkv = &a.qkv;
-    qkv->call.op = "FusedRMSNormQKV";
-    qkv->eps = 1e-6;
+    memcpy(qkv, rms_norm_qkv_signature.defaults, sizeof *qkv);
+    qkv->call.op = layer_check_signature.op;
     mv_plan plan;
     mv_error error;
     PyObject *result = NULL;
     call c;
     begin_call(&c, module, qkv->call.op);
     c.may_hand_over = false;
-    if (parse(&c, &check_signature, &a, given, count, names)) {
+    if (parse(&c, &layer_check_signature, &a, given, count, names)) {
         const int64_t sizes[2] = {0, hidden_of(&qkv->norm_weight)};
         qkv->x =
             (mv_view){.shape = sizes, .ndim = 2, .device = qkv->norm_weight.device, .dtype = qkv->norm_weight.dtype};
@@ -104,25 +105,28 @@ static bool to_numbers(call *c, const parameter *p, PyObject *value, void *targe
 
 /* What a layer holds; _packed, where it is not None, in place of qkv_weight. */
 static bool to_tensors_if_absent(call *c, const parameter *p, PyObject *value, void *target) {
-    return is_given(target) || to_tensors(c, p, value, target);
+    return is_given(target) || tensors_value.convert(c, p, value, target);
 }
+static const value_kind numbers_value = {HELD, false, to_numbers, NULL};
+static const value_kind tensors_if_absent_value = {TENSORS, false, to_tensors_if_absent, NULL};
 
-static const parameter held_parameters[] = {
-    QKV_PARAMETER("norm_weight", to_tensor, norm_weight),
-    QKV_PARAMETER("_packed", to_optional_tensors, qkv_weight),
-    QKV_PARAMETER("qkv_weight", to_tensors_if_absent, qkv_weight),
-    QKV_PARAMETER("bias", to_optional_tensors, bias),
-    QKV_PARAMETER("_numbers", to_numbers, num_heads),
+static const parameter layer_held_parameters[] = {
+    QKV_PARAMETER(norm_weight, tensor_value, WEIGHT),
+    {"_packed", &optional_tensors_value, WEIGHT, offsetof(mv_rms_norm_qkv_args, qkv_weight)},
+    QKV_PARAMETER(qkv_weight, tensors_if_absent_value, WEIGHT),
+    QKV_PARAMETER(bias, optional_tensors_value, WEIGHT),
+    {"_numbers", &numbers_value, OPTION, offsetof(mv_rms_norm_qkv_args, num_heads)},
 };
-const signature held_signature = {"FusedRMSNormQKV", 5, 0, 0, LENGTH(held_parameters), held_parameters};
+SIGNATURE(layer_held, SIGNATURE_LAYER_HELD, "FusedRMSNormQKV", .required = 0);
 
-static const parameter call_parameters[] = {
-    QKV_PARAMETER("x", to_tensor, x),
-    QKV_PARAMETER("residual", to_optional_tensor, residual),
-    QKV_PARAMETER("out", to_optional_tensor, out),
-    QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
+static const parameter layer_call_parameters[] = {
+    QKV_PARAMETER(x, tensor_value, ROWS),
+    QKV_PARAMETER(residual, optional_tensor_value, ROWS),
+    QKV_PARAMETER(out, optional_tensor_value, OUTPUT),
+    QKV_PARAMETER(residual_out, optional_tensor_value, OUTPUT),
 };
-const signature call_signature = {"FusedRMSNormQKV", 6, 1, 1, LENGTH(call_parameters), call_parameters};
+SIGNATURE(layer_call, SIGNATURE_LAYER_CALL, "FusedRMSNormQKV", .required = 1, .positional = 1,
+          .beside = &layer_held_signature);
 
 /* The op would find fault with norm_weight, which the caller of a layer does not see. */
 static bool check_width(call *c, const mv_rms_norm_qkv_args *a) {
@@ -152,11 +156,11 @@ static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *
                             PyObject *names) {
     layer_args a = {.qkv.call.op = "rms_norm_qkv"};
     call c;
-    begin_call(&c, module, call_signature.op);
+    begin_call(&c, module, layer_call_signature.op);
     c.torch_function = "_call_layer";
     c.self = layer;
-    if (parse(&c, &call_signature, &a, given, count, names) && read_attributes(&c, &held_signature, &a, layer) &&
-        check_width(&c, &a.qkv)) {
+    if (parse(&c, &layer_call_signature, &a, given, count, names) &&
+        read_attributes(&c, &layer_held_signature, &a, layer) && check_width(&c, &a.qkv)) {
         weight_versions now = {0};
         const bool looks = a.by_counters && a.qkv.x.device.kind == MV_CUDA;
         if (looks && read_versions(&c, &a.qkv, &now)) {
@@ -187,11 +191,11 @@ static PyObject *forget_weights(PyObject *layer, PyObject *none) {
 static PyObject *vouches_for_weights(PyObject *layer, PyTypeObject *type, PyObject *const *given, Py_ssize_t count,
                                      PyObject *names) {
     (void)given, (void)count, (void)names;
-    layer_args a = {.qkv.call.op = call_signature.op};
+    layer_args a = {.qkv.call.op = layer_call_signature.op};
     call c;
-    begin_call(&c, PyType_GetModule(type), call_signature.op);
+    begin_call(&c, PyType_GetModule(type), layer_call_signature.op);
     c.may_hand_over = false;
-    if (read_attributes(&c, &held_signature, &a, layer)) {
+    if (read_attributes(&c, &layer_held_signature, &a, layer)) {
         weight_versions now = {0}, *const seen = &tail_of(layer)->seen;
         if (a.by_counters) a.qkv.static_weights = read_versions(&c, &a.qkv, &now) && same_versions(&now, seen);
         *seen = now;

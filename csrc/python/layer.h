@@ -8,6 +8,6 @@ fast_function py_check_rms_norm_qkv, py_call_layer;
 /* (class) -> a subclass of it whose calls come straight to C. */
 PyObject *py_callable_layer(PyObject *module, PyObject *class);
 
-extern const signature check_signature, held_signature, call_signature;
+extern const signature layer_check_signature, layer_held_signature, layer_call_signature;
 
 #endif

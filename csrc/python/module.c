@@ -86,11 +86,11 @@ PyObject *known(module_state *state, int object) {
 #define FAST(name, function, doc)                                                                                      \
     { name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS, doc }
 
+#define METHOD(name, args) FAST(#name, py_##name, DOC_##name),
+
 static PyMethodDef methods[] = {
-    FAST("rms_norm", py_rms_norm, DOC_RMS_NORM),
-    FAST("add_rms_norm", py_add_rms_norm, DOC_ADD_RMS_NORM),
-    FAST("fused_add_rms_norm", py_fused_add_rms_norm, DOC_FUSED_ADD_RMS_NORM),
-    FAST("rms_norm_qkv", py_rms_norm_qkv, DOC_RMS_NORM_QKV),
+    FACES(METHOD) /* the ops */
+    {"_ops", py_ops, METH_NOARGS, "{op: ((name, type, role, optional, required, positional, default), ...)}"},
     FAST("_rms_norm_qkv_packed", py_rms_norm_qkv_packed, "rms_norm_qkv -> out [..., qkv], or (out, residual_out)"),
     FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, numbers) of a layer"),
     FAST("_call_layer", py_call_layer,
@@ -128,6 +128,15 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+#define PLACE(name, args) [SIGNATURE_##name] = &name##_signature,
+static const signature *const signatures[SIGNATURES] = {
+    [SIGNATURE_LAYER_CHECK] = &layer_check_signature,
+    [SIGNATURE_LAYER_HELD] = &layer_held_signature,
+    [SIGNATURE_LAYER_CALL] = &layer_call_signature,
+    [SIGNATURE_SET_NUM_THREADS] = &set_num_threads_signature,
+    FACES(PLACE) /* the ops */
+};
+
 /* What C keeps is the process's own, and what runs on other threads enters the main interpreter. That one has the
  * number 0. Through its slot a module could only say so from CPython 3.12 on. */
 static bool is_main_interpreter(void) {
@@ -148,8 +157,8 @@ static int execute(PyObject *module) {
         state->names[i] = PyUnicode_InternFromString(name_texts[i]);
         if (!state->names[i]) return -1;
     }
-    for (int i = 0; all_signatures[i]; i++)
-        if (!intern_keywords(state, all_signatures[i])) return -1;
+    for (int i = 0; i < SIGNATURES; i++)
+        if (!prepare_signature(state, signatures[i], i)) return -1;
     return PyModule_AddStringConstant(module, "version", MV_VERSION);
 }
 
@@ -176,7 +185,7 @@ static int clear(PyObject *module) {
         Py_XDECREF((PyObject *)type);
     }
     for (int i = 0; i < KNOWN_NAMES; i++) Py_CLEAR(state->names[i]);
-    for (int i = 0; i < MAX_SIGNATURES; i++)
+    for (int i = 0; i < SIGNATURES; i++)
         for (int p = 0; p < MAX_PARAMETERS; p++) Py_CLEAR(state->keywords[i][p]);
     return 0;
 }

@@ -1,9 +1,8 @@
-/* ops.c: one function per op: its table, the args struct, outputs where none were given, the call, the result. */
+/* ops.c: what is an op's own: its table of parameters, its defaults, and run_<op>(), which plans, makes the outputs,
+ * runs and gives back the result. The list of ops makes everything else. */
 #include "ops.h"
 
 #include "buffers.h"
-#include "info.h"
-#include "layer.h"
 #include "results.h"
 #include "steps.h"
 
@@ -41,28 +40,25 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
            run(c, &plan, &a->x, &a->out, &a->residual_out);
 }
 
-#define NORM(name, convert, field)                                                                                     \
-    { name, convert, offsetof(mv_rms_norm_args, field) }
+#define NORM(field, kind, role)                                                                                        \
+    { #field, &kind, role, offsetof(mv_rms_norm_args, field) }
+#define KERNEL(args)                                                                                                   \
+    { "kernel", &optional_text_value, OPTION, offsetof(args, call.kernel) }
 
 static const parameter rms_norm_parameters[] = {
-    NORM("x", to_tensor, x),
-    NORM("weight", to_optional_tensor, weight),
-    NORM("eps", to_number, eps),
-    NORM("out", to_optional_tensor, out),
-    NORM("rounding", to_rounding, rounding),
-    NORM("weight_offset", to_number, weight_offset),
-    NORM("kernel", to_optional_text, call.kernel),
+    NORM(x, tensor_value, ROWS),
+    NORM(weight, optional_tensor_value, WEIGHT),
+    NORM(eps, number_value, OPTION),
+    NORM(out, optional_tensor_value, OUTPUT),
+    NORM(rounding, rounding_value, OPTION),
+    NORM(weight_offset, number_value, OPTION),
+    KERNEL(mv_rms_norm_args),
 };
-const signature rms_norm_signature = {"rms_norm", 0, 2, 3, LENGTH(rms_norm_parameters), rms_norm_parameters};
+static const mv_rms_norm_args rms_norm_defaults = {.call.op = "rms_norm", .eps = 1e-6};
+SIGNATURE(rms_norm, SIGNATURE_rms_norm, "rms_norm", .required = 2, .positional = 3, .defaults = &rms_norm_defaults);
 
-PyObject *py_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    mv_rms_norm_args a = {.call.op = "rms_norm", .eps = 1e-6};
-    call c;
-    begin_call(&c, module, a.call.op);
-    if (parse(&c, &rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_rms_norm))
-        c.result = returned(&c, &a.out, &a.x);
-    end_call(&c);
-    return c.result;
+static PyObject *run_rms_norm(call *c, mv_rms_norm_args *a) {
+    return run_norm(c, a, mv_rms_norm) ? returned(c, &a->out, &a->x) : NULL;
 }
 
 /* (out, residual_out) */
@@ -76,39 +72,35 @@ static PyObject *returned_pair(call *c, const mv_view *first, const mv_view *sec
 }
 
 static const parameter add_rms_norm_parameters[] = {
-    NORM("x", to_tensor, x),
-    NORM("residual", to_tensor, residual),
-    NORM("weight", to_optional_tensor, weight),
-    NORM("eps", to_number, eps),
-    NORM("out", to_optional_tensor, out),
-    NORM("residual_out", to_optional_tensor, residual_out),
-    NORM("rounding", to_rounding, rounding),
-    NORM("weight_offset", to_number, weight_offset),
-    NORM("kernel", to_optional_text, call.kernel),
+    NORM(x, tensor_value, ROWS),
+    NORM(residual, tensor_value, ROWS),
+    NORM(weight, optional_tensor_value, WEIGHT),
+    NORM(eps, number_value, OPTION),
+    NORM(out, optional_tensor_value, OUTPUT),
+    NORM(residual_out, optional_tensor_value, OUTPUT),
+    NORM(rounding, rounding_value, OPTION),
+    NORM(weight_offset, number_value, OPTION),
+    KERNEL(mv_rms_norm_args),
 };
-const signature add_rms_norm_signature = {"add_rms_norm",         1, 3, 4, LENGTH(add_rms_norm_parameters),
-                                          add_rms_norm_parameters};
+static const mv_rms_norm_args add_rms_norm_defaults = {.call.op = "add_rms_norm", .eps = 1e-6};
+SIGNATURE(add_rms_norm, SIGNATURE_add_rms_norm, "add_rms_norm", .required = 3, .positional = 4,
+          .defaults = &add_rms_norm_defaults);
 
-PyObject *py_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    mv_rms_norm_args a = {.call.op = "add_rms_norm", .eps = 1e-6};
-    call c;
-    begin_call(&c, module, a.call.op);
-    if (parse(&c, &add_rms_norm_signature, &a, given, count, names) && run_norm(&c, &a, mv_add_rms_norm))
-        c.result = returned_pair(&c, &a.out, &a.residual_out, &a.x);
-    end_call(&c);
-    return c.result;
+static PyObject *run_add_rms_norm(call *c, mv_rms_norm_args *a) {
+    return run_norm(c, a, mv_add_rms_norm) ? returned_pair(c, &a->out, &a->residual_out, &a->x) : NULL;
 }
 
 static const parameter fused_add_rms_norm_parameters[] = {
-    NORM("x", to_tensor, x),
-    NORM("residual", to_tensor, residual),
-    NORM("weight", to_optional_tensor, weight),
-    NORM("eps", to_number, eps),
-    NORM("rounding", to_rounding, rounding),
-    NORM("weight_offset", to_number, weight_offset),
+    NORM(x, tensor_value, IN_PLACE),
+    NORM(residual, tensor_value, IN_PLACE),
+    NORM(weight, optional_tensor_value, WEIGHT),
+    NORM(eps, number_value, OPTION),
+    NORM(rounding, rounding_value, OPTION),
+    NORM(weight_offset, number_value, OPTION),
 };
-static const signature fused_add_rms_norm_signature = {
-    "fused_add_rms_norm", 2, 3, 4, LENGTH(fused_add_rms_norm_parameters), fused_add_rms_norm_parameters};
+static const mv_rms_norm_args fused_add_rms_norm_defaults = {.call.op = "fused_add_rms_norm", .eps = 1e-6};
+SIGNATURE(fused_add_rms_norm, SIGNATURE_fused_add_rms_norm, "fused_add_rms_norm", .required = 3, .positional = 4,
+          .defaults = &fused_add_rms_norm_defaults);
 
 /* In the op's own messages the outputs would have names that nobody gave. */
 static bool check_writable(call *c, const mv_view *slot) {
@@ -117,35 +109,29 @@ static bool check_writable(call *c, const mv_view *slot) {
                                       "add_rms_norm");
 }
 
-PyObject *py_fused_add_rms_norm(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    mv_rms_norm_args a = {.call.op = "fused_add_rms_norm", .eps = 1e-6};
-    call c;
-    begin_call(&c, module, a.call.op);
-    if (parse(&c, &fused_add_rms_norm_signature, &a, given, count, names) && check_writable(&c, &a.x) &&
-        check_writable(&c, &a.residual)) {
-        a.out = a.x;
-        a.residual_out = a.residual;
-        if (run_norm(&c, &a, mv_add_rms_norm)) c.result = returned_pair(&c, &a.x, &a.residual, &a.x);
-    }
-    end_call(&c);
-    return c.result;
+static PyObject *run_fused_add_rms_norm(call *c, mv_rms_norm_args *a) {
+    if (!check_writable(c, &a->x) || !check_writable(c, &a->residual)) return NULL;
+    a->out = a->x;
+    a->residual_out = a->residual;
+    return run_norm(c, a, mv_add_rms_norm) ? returned_pair(c, &a->x, &a->residual, &a->x) : NULL;
 }
 
 /* ---- rms_norm_qkv ----------------------------------------------------------------------------------------------- */
 
 static const parameter rms_norm_qkv_parameters[] = {
-    QKV_PARAMETER("x", to_tensor, x),
+    QKV_PARAMETER(x, tensor_value, ROWS),
     QKV_WEIGHT_PARAMETERS,
-    QKV_PARAMETER("residual", to_optional_tensor, residual),
-    QKV_PARAMETER("head_dim", to_optional_integer, head_dim),
-    QKV_PARAMETER("out", to_optional_tensor, out),
-    QKV_PARAMETER("residual_out", to_optional_tensor, residual_out),
+    QKV_PARAMETER(residual, optional_tensor_value, ROWS),
+    QKV_PARAMETER(head_dim, optional_integer_value, OPTION),
+    QKV_PARAMETER(out, optional_tensor_value, OUTPUT),
+    QKV_PARAMETER(residual_out, optional_tensor_value, OUTPUT),
     QKV_OPTION_PARAMETERS,
-    QKV_PARAMETER("static_weights", to_flag, static_weights),
-    QKV_PARAMETER("kernel", to_optional_text, call.kernel),
+    QKV_PARAMETER(static_weights, flag_value, OPTION),
+    KERNEL(mv_rms_norm_qkv_args),
 };
-const signature rms_norm_qkv_signature = {"rms_norm_qkv",         3, 5, 6, LENGTH(rms_norm_qkv_parameters),
-                                          rms_norm_qkv_parameters};
+static const mv_rms_norm_qkv_args rms_norm_qkv_defaults = {.call.op = "rms_norm_qkv", .eps = 1e-6};
+SIGNATURE(rms_norm_qkv, SIGNATURE_rms_norm_qkv, "rms_norm_qkv", .required = 5, .positional = 6,
+          .defaults = &rms_norm_qkv_defaults);
 
 /* (q, k, v), or with a residual (q, k, v, residual_out) */
 static PyObject *returned_qkv(call *c, const mv_rms_norm_qkv_args *a, int64_t head_dim) {
@@ -181,28 +167,51 @@ PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
     return packed ? returned_packed(c, a) : returned_qkv(c, a, plan.head_dim);
 }
 
-/* torch_function: of minivllm.torch, for a call that is handed over. */
-static PyObject *rms_norm_qkv(PyObject *module, const signature *s, const char *torch_function, PyObject *const *given,
-                              Py_ssize_t count, PyObject *names, bool packed) {
-    mv_rms_norm_qkv_args a = {.call.op = "rms_norm_qkv", .eps = 1e-6};
+static PyObject *run_rms_norm_qkv(call *c, mv_rms_norm_qkv_args *a) { return run_qkv(c, a, false); }
+
+/* For torch's registered op, whose outputs must not be views. */
+PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
+    mv_rms_norm_qkv_args a = rms_norm_qkv_defaults;
     call c;
     begin_call(&c, module, a.call.op);
-    c.torch_function = torch_function;
-    if (parse(&c, s, &a, given, count, names)) c.result = run_qkv(&c, &a, packed);
+    c.torch_function = "rms_norm_qkv_packed";
+    if (parse(&c, &rms_norm_qkv_signature, &a, given, count, names)) c.result = run_qkv(&c, &a, true);
     end_call(&c);
     return c.result;
 }
 
-PyObject *py_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv", given, count, names, false);
-}
+/* ---- all of them ------------------------------------------------------------------------------------------------ */
 
-/* For torch's registered op, whose outputs must not be views. */
-PyObject *py_rms_norm_qkv_packed(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
-    return rms_norm_qkv(module, &rms_norm_qkv_signature, "rms_norm_qkv_packed", given, count, names, true);
-}
+#define DEFINE_FACE(name, args)                                                                                        \
+    PyObject *py_##name(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {                 \
+        args a = name##_defaults;                                                                                      \
+        call c;                                                                                                        \
+        begin_call(&c, module, a.call.op);                                                                             \
+        if (parse(&c, &name##_signature, &a, given, count, names)) c.result = run_##name(&c, &a);                      \
+        end_call(&c);                                                                                                  \
+        return c.result;                                                                                               \
+    }
+FACES(DEFINE_FACE)
 
-const signature *const all_signatures[] = {
-    &rms_norm_signature,     &add_rms_norm_signature,    &fused_add_rms_norm_signature,
-    &rms_norm_qkv_signature, &check_signature,           &held_signature,
-    &call_signature,         &set_num_threads_signature, NULL};
+#define DEFINE_PLAN(name, args)                                                                                        \
+    _Static_assert(offsetof(args, call) == 0, "the args of " #name " begin with a call");                              \
+    static mv_status plan_##name(const op_args *a, mv_plan *plan, mv_error *error) {                                   \
+        return mv_##name(&a->name, plan, error);                                                                       \
+    }
+MV_OPS(DEFINE_PLAN)
+
+#define ROW_OF(name, args) {#name, &name##_signature, plan_##name, sizeof(args)},
+const op ops[OPS] = {MV_OPS(ROW_OF)};
+
+#define DESCRIBE(name, args)                                                                                           \
+    ok = ok && (parameters = described(&name##_signature)) && PyDict_SetItemString(all, #name, parameters) == 0;       \
+    Py_CLEAR(parameters);
+
+PyObject *py_ops(PyObject *module, PyObject *ignored) {
+    (void)module, (void)ignored;
+    PyObject *all = PyDict_New(), *parameters = NULL;
+    bool ok = all != NULL;
+    FACES(DESCRIBE)
+    if (!ok) Py_CLEAR(all);
+    return all;
+}

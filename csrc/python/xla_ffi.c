@@ -8,7 +8,7 @@
 /* What a handler reads out of a call, one step after the other; the first that fails leaves its sentence. */
 typedef struct {
     const xla_call *frame;
-    const xla_op *op;
+    const op *op;
     mv_error error;
     int code;
 } reader;
@@ -35,7 +35,7 @@ static bool check(reader *r, mv_status status) {
 enum { MAX_TEXT = 128 };
 
 /* Writes the attribute to *field, a text's terminated characters to `text`. */
-static bool take_attribute(reader *r, const char *name, attribute_kind kind, void *field, char text[MAX_TEXT]) {
+static bool take_attribute(reader *r, const char *name, value_type kind, void *field, char text[MAX_TEXT]) {
     static const int dtypes[] = {[NUMBER] = XLA_F64, [INTEGER] = XLA_S64, [CHOICE] = XLA_S64, [FLAG] = XLA_PRED};
     const xla_attributes *all = &r->frame->attributes;
     int64_t i = 0;
@@ -112,16 +112,25 @@ static bool take_result(reader *r, int64_t i, int dtype, int64_t wanted, void **
                                  (int)i, (long long)got, (long long)wanted);
 }
 
+/* The view of the parameter of that name; NULL: there is no such parameter. */
+static const mv_view *view_named(const op *o, const op_args *args, const char *name) {
+    for (int i = 0; i < o->arguments->count; i++) {
+        const parameter *p = &o->arguments->parameters[i];
+        if (strcmp(p->name, name) == 0) return (const mv_view *)((const char *)args + p->offset);
+    }
+    return NULL;
+}
+
 /* The results in their order: out, residual_out where there is a residual, scratch. */
 static bool take_memory(reader *r, const op_args *args, const mv_plan *plan, mv_memory *memory) {
     static const int dtypes[] = {[MV_F32] = XLA_F32, [MV_F16] = XLA_F16, [MV_BF16] = XLA_BF16};
-    const mv_view *x = &args->norm.x;
+    const mv_view *x = view_named(r->op, args, "x"), *residual = view_named(r->op, args, "residual");
     const int64_t size = elements(x->ndim, x->shape), hidden = x->shape[x->ndim - 1];
     const int64_t columns = plan->qkv ? plan->qkv : hidden;
     const int64_t scratch = (int64_t)xla_scratch_bytes(plan);
     int64_t next = 0;
     if (!take_result(r, next++, dtypes[x->dtype], size / hidden * columns, &memory->out)) return false;
-    if (args->norm.residual.shape && !take_result(r, next++, dtypes[x->dtype], size, &memory->residual_out))
+    if (residual && residual->shape && !take_result(r, next++, dtypes[x->dtype], size, &memory->residual_out))
         return false;
     if (!take_result(r, next, XLA_U8, scratch, &memory->workspace)) return false;
     const uintptr_t start = (uintptr_t)memory->workspace + XLA_ALIGNMENT - 1;
@@ -130,22 +139,25 @@ static bool take_memory(reader *r, const op_args *args, const mv_plan *plan, mv_
 }
 
 static bool run(reader *r, mv_device_kind kind, xla_error **theirs) {
-    const xla_op *o = r->op;
+    const op *o = r->op;
     op_args args = {0};
     mv_device device;
     mv_plan plan;
     mv_memory memory = {0};
     int64_t given = 0, next = 0;
-    char kernel[MAX_TEXT];
-    args.norm.call.op = o->name;
-    if (!take_device(r, kind, &device, &args.norm.call.stream, theirs)) return false;
+    char kernel[MAX_TEXT]; /* the one text that ops have */
+    args.call.op = o->name;
+    if (!take_device(r, kind, &device, &args.call.stream, theirs)) return false;
     if (!take_attribute(r, XLA_GIVEN, INTEGER, &given, NULL)) return false;
-    for (int i = 0; i < o->attribute_count; i++) {
-        const attribute *a = &o->attributes[i];
-        if (!take_attribute(r, a->name, a->kind, (char *)&args + a->offset, kernel)) return false;
+    for (int i = 0; i < o->arguments->count; i++) {
+        const parameter *p = &o->arguments->parameters[i];
+        mv_view *views;
+        const int count = xla_views(p, &args, &views);
+        for (int v = 0; v < count; v++, given /= 2)
+            if (given % 2 && !take_view(r, next++, device, &views[v])) return false;
+        if (p->role == OPTION && !take_attribute(r, p->name, p->kind->type, (char *)&args + p->offset, kernel))
+            return false;
     }
-    for (int i = 0; i < o->tensor_count; i++)
-        if (given >> i & 1 && !take_view(r, next++, device, xla_view(o, &args, i))) return false;
     return check(r, o->plan(&args, &plan, &r->error)) && take_memory(r, &args, &plan, &memory) &&
            check(r, mv_run(&plan, &memory, &r->error));
 }
@@ -162,7 +174,7 @@ static bool answered_metadata(const xla_call *frame, mv_device_kind kind) {
     return true;
 }
 
-static xla_error *handle(const xla_call *frame, const xla_op *o, mv_device_kind kind) {
+static xla_error *handle(const xla_call *frame, const op *o, mv_device_kind kind) {
     if (answered_metadata(frame, kind)) return NULL;
     reader r = {.frame = frame, .op = o};
     xla_error *theirs = NULL;
@@ -175,22 +187,16 @@ static xla_error *handle(const xla_call *frame, const xla_op *o, mv_device_kind 
 
 /* ---- registration ----------------------------------------------------------------------------------------------- */
 
-#define HANDLERS(name, index)                                                                                          \
-    static xla_error *name##_cpu(xla_call *frame) { return handle(frame, &xla_ops[index], MV_CPU); }                   \
-    static xla_error *name##_cuda(xla_call *frame) { return handle(frame, &xla_ops[index], MV_CUDA); }
+#define HANDLERS(name, args)                                                                                           \
+    static xla_error *name##_cpu(xla_call *frame) { return handle(frame, &ops[OP_##name], MV_CPU); }                   \
+    static xla_error *name##_cuda(xla_call *frame) { return handle(frame, &ops[OP_##name], MV_CUDA); }
+MV_OPS(HANDLERS)
 
-HANDLERS(rms_norm, XLA_RMS_NORM)
-HANDLERS(add_rms_norm, XLA_ADD_RMS_NORM)
-HANDLERS(rms_norm_qkv, XLA_RMS_NORM_QKV)
-
+#define HANDLER_ROWS(name, args) {#name, "cpu", name##_cpu}, {#name, "CUDA", name##_cuda},
 static const struct {
     const char *op, *platform;
     xla_handler *handler;
-} handlers[] = {
-    {"rms_norm", "cpu", rms_norm_cpu},         {"rms_norm", "CUDA", rms_norm_cuda},
-    {"add_rms_norm", "cpu", add_rms_norm_cpu}, {"add_rms_norm", "CUDA", add_rms_norm_cuda},
-    {"rms_norm_qkv", "cpu", rms_norm_qkv_cpu}, {"rms_norm_qkv", "CUDA", rms_norm_qkv_cuda},
-};
+} handlers[] = {MV_OPS(HANDLER_ROWS)};
 
 PyObject *py_xla_handlers(PyObject *module, PyObject *ignored) {
     (void)module, (void)ignored;

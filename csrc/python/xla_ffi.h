@@ -10,39 +10,7 @@
 #ifndef MV_XLA_FFI_H
 #define MV_XLA_FFI_H
 
-#include "arguments.h"
-
-enum { XLA_RMS_NORM, XLA_ADD_RMS_NORM, XLA_RMS_NORM_QKV, XLA_OPS };
-
-typedef union {
-    mv_rms_norm_args norm;
-    mv_rms_norm_qkv_args qkv;
-} op_args; /* whose members begin alike, with call, x and residual */
-
-typedef enum { NUMBER, INTEGER, CHOICE, FLAG, TEXT } attribute_kind; /* double, int64_t, an enum, bool, const char * */
-
-typedef struct {
-    const char *name;
-    attribute_kind kind;
-    size_t offset; /* in the args */
-} attribute;
-
-typedef mv_status plan_function(const op_args *args, mv_plan *plan, mv_error *error);
-
-typedef struct {
-    const char *name;
-    const signature *arguments; /* of the eager op */
-    plan_function *plan;
-    const attribute *attributes;
-    const size_t *tensors; /* offsets of the views, in the order in which XLA gets the arrays */
-    int attribute_count, tensor_count;
-} xla_op;
-
-extern const xla_op xla_ops[XLA_OPS]; /* xla_plan.c */
-
-static inline mv_view *xla_view(const xla_op *op, op_args *args, int i) {
-    return (mv_view *)((char *)args + op->tensors[i]);
-}
+#include "ops.h"
 
 /* The attribute that tells which of an op's tensors there are, as bits. */
 #define XLA_GIVEN "given"
@@ -53,8 +21,14 @@ static inline size_t xla_scratch_bytes(const mv_plan *plan) {
     return plan->workspace_bytes ? plan->workspace_bytes + XLA_ALIGNMENT : 0;
 }
 
+/* How many views of p XLA may be given, and where they are: none of an output, which is its own. */
+static inline int xla_views(const parameter *p, op_args *args, mv_view **views) {
+    *views = (mv_view *)((char *)args + p->offset);
+    return p->role != ROWS && p->role != WEIGHT ? 0 : p->kind->type == TENSORS ? 3 : 1;
+}
+
 /* _xla_plan(op, GPU or -1 for the CPU, the op's arguments) -> (qkv, head_dim, scratch_bytes, attributes) */
-PyObject *py_xla_plan(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names);
+fast_function py_xla_plan;
 /* _xla_handlers() -> [(op, platform, capsule)] */
 PyObject *py_xla_handlers(PyObject *module, PyObject *ignored);
 
