@@ -16,6 +16,7 @@ from jax import numpy as jnp
 
 from . import _C
 from .layers import is_in_out
+from .signatures import names
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
 
@@ -136,7 +137,7 @@ def _batchable(op, options):
     @call.def_vmap
     def batched(size, is_batched, arrays):
         (is_batched,) = is_batched  # of the one argument
-        rows = [name for name in ("x", "residual") if name in arrays]
+        rows = [name for name in names(op, "rows") if name in arrays]
         weights = {name: is_batched[name] for name in arrays if name not in rows}
         if any(jax.tree.leaves(weights)):
             everything = jax.tree.map(functools.partial(_repeat, size), arrays, is_batched)
@@ -162,9 +163,7 @@ def _foreign_call(op, options, arrays):
     out = (*x.shape[:-1], qkv // head_dim, head_dim) if qkv else x.shape
     results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
-    in_order = [
-        arrays[name] for name in ("x", "residual", "weight", "norm_weight", "qkv_weight", "bias") if name in arrays
-    ]
+    in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
     call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
     return list(call(*jax.tree.leaves(in_order), **attributes))[:-1]
 
@@ -174,9 +173,7 @@ def _plan(op, options, arrays):
 
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
-    stand_ins = jax.tree.map(_stand_in, arrays)
-    if op != "rms_norm_qkv":
-        stand_ins.setdefault("weight", None)
+    stand_ins = dict.fromkeys(names(op, "rows", "weight")) | jax.tree.map(_stand_in, arrays)
     plans, refusals = [], []
     for device in _devices():
         try:

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from . import _C, torch_ops
-from .layers import FusedRMSNormQKV, is_in_out
+from .layers import FusedRMSNormQKV
 from .torch_checks import check
 from .torch_prepack import unpacked
 
@@ -40,15 +40,13 @@ class _Norm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, residual, weight, eps, rounding, weight_offset, kernel):
-        if residual is None:
-            return torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel)
-        return torch_ops.add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel)
+    def forward(x, residual, weight, options):
+        return torch_ops.call("rms_norm", {"x": x, "residual": residual, "weight": weight} | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, ctx.eps, _, ctx.weight_offset, _ = inputs
-        ctx.adds = residual is not None
+        x, residual, weight, options = inputs
+        ctx.adds, ctx.eps, ctx.weight_offset = residual is not None, options["eps"], options["weight_offset"]
         ctx.save_for_backward(output[1] if ctx.adds else x, weight)
 
     @staticmethod
@@ -59,7 +57,7 @@ class _Norm(torch.autograd.Function):
         dx, dweight = _norm_gradients(dy.float(), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
         dweight = None if weight is None else dweight.to(weight.dtype)
-        return dx, dx if ctx.adds else None, dweight, None, None, None, None
+        return dx, dx if ctx.adds else None, dweight, None
 
 
 class _NormQKV(torch.autograd.Function):
@@ -69,18 +67,16 @@ class _NormQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(x, residual, norm_weight, members, options, *weights):
-        arguments = (norm_weight, list(weights[:members]), list(weights[members:]), *options)
-        if residual is None:
-            return torch_ops.rms_norm_qkv(x, *arguments)
-        return torch_ops.add_rms_norm_qkv(x, residual, *arguments)
+        tensors = {"x": x, "residual": residual, "norm_weight": norm_weight}
+        matrices = {"qkv_weight": list(weights[:members]), "bias": list(weights[members:])}
+        return torch_ops.call("rms_norm_qkv", tensors | matrices | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, residual, norm_weight, ctx.members, options, *weights = inputs
         ctx.adds = residual is not None
-        options = dict(zip(torch_ops.QKV_OPTIONS, options))
         ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
-        ctx.in_out = is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
+        ctx.in_out = torch_ops.is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
         ctx.save_for_backward(output[1] if ctx.adds else x, norm_weight, *weights)
 
     @staticmethod
@@ -203,12 +199,13 @@ def _each_once(*tensors):
 def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
     """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
     inputs, outputs = {"x": x, "weight": weight}, {"out": out}
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
     wants = _wants_gradient("rms_norm", outputs, **inputs)
-    _checked("rms_norm", inputs, outputs, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+    _checked("rms_norm", inputs, outputs, **options)
     if wants:
         x, weight = _each_once(x, weight)
-        return _Norm.apply(x, None, weight, eps, rounding, weight_offset, kernel)
-    return _written("rms_norm", "out", out, torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel))
+        return _Norm.apply(x, None, weight, options)
+    return _written("rms_norm", "out", out, torch_ops.call("rms_norm", inputs | options))
 
 
 def add_rms_norm(
@@ -221,8 +218,8 @@ def add_rms_norm(
     wants = _wants_gradient("add_rms_norm", outputs, **inputs)
     _checked("add_rms_norm", inputs, outputs, **options)
     if wants:
-        return _Norm.apply(*_each_once(x, residual, weight), *options.values())
-    normed, total = torch_ops.add_rms_norm(x, residual, weight, *options.values())
+        return _Norm.apply(*_each_once(x, residual, weight), options)
+    normed, total = torch_ops.call("rms_norm", inputs | options)
     return (
         _written("add_rms_norm", "out", out, normed),
         _written("add_rms_norm", "residual_out", residual_out, total),
@@ -235,32 +232,26 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_o
     _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
     options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset}
     _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, **options)
-    torch_ops.fused_add_rms_norm(x, residual, weight, *options.values())
+    torch_ops.call("fused_add_rms_norm", inputs | options)
     return x, residual
 
 
 def rms_norm_qkv_packed(
-    x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, weight_layout, rounding,
-    weight_offset, batch_invariant, allow_tf32, static_weights, kernel, head_dim=None, **outputs
-):  # fmt: skip
+    x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, out=None, residual_out=None, **options
+):
     """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
     qkv_weight = unpacked(qkv_weight)
     weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
     biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
-    options = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps, "weight_layout": weight_layout,
-        "rounding": rounding, "weight_offset": weight_offset, "batch_invariant": batch_invariant,
-        "allow_tf32": allow_tf32, "static_weights": static_weights, "kernel": kernel}  # fmt: skip
+    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps} | options
     inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
+    outputs = {"out": out, "residual_out": residual_out}
     wants = _wants_gradient("rms_norm_qkv", outputs, **inputs)
-    _checked("rms_norm_qkv", inputs, outputs, head_dim=head_dim, **options)
-    options = tuple(options.values())
+    _checked("rms_norm_qkv", inputs, outputs, **options)
     if wants:
         x, residual, norm_weight, *weights = _each_once(x, residual, norm_weight, *weights, *biases)
         return _NormQKV.apply(x, residual, norm_weight, len(weights) - len(biases), options, *weights)
-    if residual is None:
-        return torch_ops.rms_norm_qkv(x, norm_weight, weights, biases, *options)
-    return torch_ops.add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
+    return torch_ops.call("rms_norm_qkv", inputs | {"qkv_weight": weights, "bias": biases} | options)
 
 
 def rms_norm_qkv(
