@@ -177,7 +177,7 @@ def _plan(op, options, arrays):
     plans, refusals = [], []
     for device in _devices():
         try:
-            plans.append(_C._xla_plan(op, device, **stand_ins, **dict(options)))
+            plans.append(_C._plan(op, device, **stand_ins, **dict(options)))
         except (TypeError, ValueError, RuntimeError) as refusal:
             refusals.append(refusal)
     if not plans:

@@ -353,7 +353,7 @@ def test_a_plan_for_jax_does_not_go_to_torch(torch):
     x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(8)
     minivllm.rms_norm(np.ones((3, 16), np.float32), np.ones(16, np.float32))
     before = minivllm.last_kernel()
-    qkv, _, _, attributes = minivllm._C._xla_plan("rms_norm", -1, x, weight, 1e-5)
+    qkv, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
     assert qkv == 0 and attributes["eps"] == 1e-5
     assert minivllm.last_kernel() == before
 

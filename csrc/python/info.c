@@ -1,6 +1,9 @@
 /* info.c: see info.h. */
 #include "info.h"
 
+#include "base/refusals.h"
+#include "frameworks/views.h"
+
 /* [(op, name, dtype, isa, usable, why_not), ...] */
 PyObject *py_kernels(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;

@@ -1,0 +1,56 @@
+/* ops.h: the ops as Python and XLA call them, all of them made from the list of mv.h. */
+#ifndef MV_PYTHON_OPS_H
+#define MV_PYTHON_OPS_H
+
+#include "../convert/arguments.h"
+
+/* What Python calls: the ops, and a second face of one of them, which works in place. */
+#define FACES(FACE) MV_OPS(FACE) FACE(fused_add_rms_norm, mv_rms_norm_args)
+
+typedef PyObject *fast_function(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names);
+
+#define DECLARE_FACE(name, args)                                                                                       \
+    fast_function py_##name;                                                                                           \
+    extern const signature name##_signature;
+FACES(DECLARE_FACE)
+
+fast_function py_rms_norm_qkv_packed;
+/* _ops() -> {op: its parameters, as described() has them} */
+PyObject *py_ops(PyObject *module, PyObject *ignored);
+
+/* The args of any op. */
+#define MEMBER_OF(name, args) args name;
+typedef union {
+    mv_call call; /* what all of them begin with */
+    MV_OPS(MEMBER_OF)
+} op_args;
+
+typedef struct {
+    const char *name;
+    const signature *arguments;
+    mv_status (*plan)(const op_args *args, mv_plan *plan, mv_error *error);
+    size_t args_size;
+} op;
+
+#define INDEX_OF(name, args) OP_##name,
+enum { MV_OPS(INDEX_OF) OPS };
+extern const op ops[OPS];
+
+/* ---- rms_norm_qkv: what a call and a layer have in common ------------------------------------------------------- */
+
+#define QKV_PARAMETER(field, kind, role)                                                                               \
+    { #field, &kind, role, offsetof(mv_rms_norm_qkv_args, field) }
+#define QKV_WEIGHT_PARAMETERS                                                                                          \
+    QKV_PARAMETER(norm_weight, tensor_value, WEIGHT), QKV_PARAMETER(qkv_weight, tensors_value, WEIGHT),                \
+        QKV_PARAMETER(num_heads, integer_value, OPTION), QKV_PARAMETER(num_kv_heads, integer_value, OPTION),           \
+        QKV_PARAMETER(eps, number_value, OPTION), QKV_PARAMETER(bias, optional_tensors_value, WEIGHT)
+#define QKV_OPTION_PARAMETERS                                                                                          \
+    QKV_PARAMETER(weight_layout, weight_layout_value, OPTION), QKV_PARAMETER(rounding, rounding_value, OPTION),        \
+        QKV_PARAMETER(weight_offset, number_value, OPTION), QKV_PARAMETER(batch_invariant, flag_value, OPTION),        \
+        QKV_PARAMETER(allow_tf32, flag_value, OPTION)
+
+static inline int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
+/* The call whose arguments have been read: what it returns. packed: q, k and v as one tensor. */
+PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed);
+
+#endif
