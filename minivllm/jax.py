@@ -15,7 +15,6 @@ from jax import lax
 from jax import numpy as jnp
 
 from . import _C
-from .layers import is_in_out
 from .signatures import names
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
@@ -119,7 +118,8 @@ def _forward(op, options, arrays):
 
 
 def _backward(op, options, arrays, gradients):
-    _, pull_back = jax.vjp(functools.partial(_formula, **dict(options)), arrays)
+    _, _, in_out, _, _ = _plan(op, options, arrays)
+    _, pull_back = jax.vjp(functools.partial(_formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
 
@@ -158,7 +158,7 @@ def _repeat(size, array, is_batched):
 
 def _foreign_call(op, options, arrays):
     """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for the projection."""
-    qkv, head_dim, scratch_bytes, attributes = _plan(op, options, arrays)
+    qkv, head_dim, _, scratch_bytes, attributes = _plan(op, options, arrays)
     x = arrays["x"]
     out = (*x.shape[:-1], qkv // head_dim, head_dim) if qkv else x.shape
     results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
@@ -169,7 +169,7 @@ def _foreign_call(op, options, arrays):
 
 
 def _plan(op, options, arrays):
-    """(qkv, head_dim, bytes of scratch, attributes): checked, and planned for both platforms that may run the call.
+    """As C's _plan: checked, and planned for both platforms that may run the call.
 
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
@@ -182,8 +182,8 @@ def _plan(op, options, arrays):
             refusals.append(refusal)
     if not plans:
         raise refusals[-1]
-    qkv, head_dim, _, attributes = plans[0]
-    return qkv, head_dim, max(scratch for _, _, scratch, _ in plans), attributes
+    qkv, head_dim, in_out, _, attributes = plans[0]
+    return qkv, head_dim, in_out, max(scratch for _, _, _, scratch, _ in plans), attributes
 
 
 def _stand_in(array):
@@ -208,13 +208,12 @@ def _devices():
 def _formula(
     arrays: dict[str, Any],
     *,
+    in_out,
     eps,
     rounding,
     weight_offset,
-    kernel,
     num_heads=0,
     num_kv_heads=0,
-    weight_layout="auto",
     allow_tf32=False,
     **without_influence,
 ):
@@ -231,7 +230,6 @@ def _formula(
         return [y, *sums]
 
     matrices = jax.tree.leaves(arrays["qkv_weight"])
-    in_out = is_in_out(matrices, x.shape[-1], weight_layout)
     product = functools.partial(
         jnp.einsum,
         "...k,kn->...n" if in_out else "...k,nk->...n",

@@ -99,7 +99,7 @@ class FusedRMSNormQKV:
         self.prepack = prepack
         self.prepacked_bytes = 0
         self._packed: Any = None
-        self.hidden, self.qkv, self.head_dim, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
+        self.hidden, self.qkv, self.head_dim, _, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
         self.refresh()
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -124,7 +124,7 @@ class FusedRMSNormQKV:
 
     def _checked(
         self, qkv_weight: _Tensors, head_dim: SupportsIndex | None, weight_layout: _WeightLayout
-    ) -> tuple[int, int, int, bytes]:
+    ) -> tuple[int, int, int, bool, bytes]:
         return _C._check_rms_norm_qkv(
             self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
             head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
@@ -162,7 +162,7 @@ class FusedRMSNormQKV:
                     "FusedRMSNormQKV: prepack=True copies qkv_weight, which must be a tensor of torch, NumPy, CuPy or "
                     f"JAX, got {type(weight).__name__}; leave prepack away"
                 )
-        in_out = is_in_out(members, self.hidden, self.weight_layout)
+        *_, in_out, _ = self._checked(self.qkv_weight, self.head_dim, self.weight_layout)
         if isinstance(members[0], DeviceArray):
             blocks = [weight.numpy() for weight in members]
             host = _concatenate([block.T if in_out else block for block in blocks], (self.qkv, self.hidden))
@@ -194,12 +194,6 @@ if not TYPE_CHECKING:
         from .torch_layers import RMSNorm
 
         return RMSNorm
-
-
-def is_in_out(members, hidden, weight_layout):
-    """Whether the weights are [hidden, out]. By then the op has accepted them, so where weight_layout leaves it open,
-    one of them is not square."""
-    return weight_layout == "in_out" or any(weight.shape[1] != hidden for weight in members)
 
 
 def _concatenate(blocks, shape, packed=None):

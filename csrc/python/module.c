@@ -16,7 +16,7 @@ static PyMethodDef methods[] = {
     FACES(METHOD) /* the ops */
     {"_ops", py_ops, METH_NOARGS, "{op: ((name, type, role, optional, required, positional, default), ...)}"},
     FAST("_rms_norm_qkv_packed", py_rms_norm_qkv_packed, "rms_norm_qkv -> out [..., qkv], or (out, residual_out)"),
-    FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, numbers) of a layer"),
+    FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, in_out, numbers) of a layer"),
     FAST("_call_layer", py_call_layer,
          "_call_layer($module, layer, x, *, residual=None, out=None, residual_out=None)\n--\n\nlayer(x, ...)"),
     {"_callable_layer", py_callable_layer, METH_O, "(class) -> a subclass whose instances are called from C"},
@@ -36,7 +36,7 @@ static PyMethodDef methods[] = {
      "without CUDA."},
     {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
     {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
-    FAST("_plan", py_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, scratch_bytes, attributes)"),
+    FAST("_plan", py_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, in_out, scratch_bytes, attributes)"),
     {"_xla_handlers", py_xla_handlers, METH_NOARGS, "[(op, platform, capsule), ...]"},
     {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
     {"_address", py_address, METH_O, "(memory) -> int"},

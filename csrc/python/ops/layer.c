@@ -36,8 +36,8 @@ SIGNATURE(layer_check, SIGNATURE_LAYER_CHECK, "FusedRMSNormQKV", .required = 4, 
 /* Every argument that is no tensor, as the bytes of the end of the args struct: a layer's are read once. */
 enum { NUMBERS_AT = offsetof(layer_args, qkv.num_heads), NUMBERS_SIZE = sizeof(layer_args) - NUMBERS_AT };
 
-/* Everything that can be known before there is an x: (hidden, qkv, head_dim, numbers). Parameters are not read, so
- * gradients do not matter. Any weight that is not float32 tells x's dtype. */
+/* Everything that can be known before there is an x: (hidden, qkv, head_dim, in_out, numbers). Parameters are not read,
+ * so gradients do not matter. Any weight that is not float32 tells x's dtype. */
 PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     layer_args a;
     memset(&a, 0, sizeof a); /* all bytes are handed out */
@@ -57,9 +57,10 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
         for (int i = 0; i < c.count; i++)
             if (c.tensors[i].view.dtype != MV_F32) qkv->x.dtype = c.tensors[i].view.dtype;
         if (check_status(mv_rms_norm_qkv(qkv, &plan, &error), &error)) {
+            PyObject *in_out = is_in_out(&ops[OP_rms_norm_qkv], qkv) ? Py_True : Py_False;
             qkv->head_dim = plan.head_dim;
-            result = Py_BuildValue("(LLLy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
-                                   (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
+            result = Py_BuildValue("(LLLOy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
+                                   in_out, (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
         }
     }
     end_call(&c);

@@ -68,7 +68,8 @@ PyObject *py_plan(PyObject *module, PyObject *const *given, Py_ssize_t count, Py
     if (parse(&c, o->arguments, &args, given + 2, count - 2, names)) {
         for (int i = 0; i < c.count; i++) c.tensors[i].slot->device = device;
         if (check_status(o->plan(&args, &plan, &error), &error)) {
-            result = Py_BuildValue("(LLnN)", (long long)plan.qkv, (long long)plan.head_dim,
+            PyObject *in_out = is_in_out(o, &args) ? Py_True : Py_False;
+            result = Py_BuildValue("(LLOnN)", (long long)plan.qkv, (long long)plan.head_dim, in_out,
                                    (Py_ssize_t)xla_scratch_bytes(&plan), attributes_of(o, &args));
         }
     }
