@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, SupportsIndex, o
 
 from . import _C
 from .device_array import DeviceArray, to_device
+from .signatures import names
 
 if TYPE_CHECKING:
     from ._C import _T, _RMSNormQKV, _Rounding, _Tensor, _Tensors, _WeightLayout
 
-_READ_ONCE = frozenset(
-    ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
-     "allow_tf32", "static_weights")
-)  # fmt: skip
-_TENSORS = frozenset(("norm_weight", "qkv_weight", "bias", "_packed"))
+_OPTIONS = tuple(name for name in names("rms_norm_qkv", "option") if name != "kernel")
+_TENSORS = frozenset((*names("rms_norm_qkv", "weight"), "_packed"))
 
 
 @_C._callable_layer
@@ -103,7 +101,7 @@ class FusedRMSNormQKV:
         self.refresh()
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _READ_ONCE and name in self.__dict__:
+        if name in _OPTIONS and name in self.__dict__:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
         if name in _TENSORS:
@@ -125,11 +123,12 @@ class FusedRMSNormQKV:
     def _checked(
         self, qkv_weight: _Tensors, head_dim: SupportsIndex | None, weight_layout: _WeightLayout
     ) -> tuple[int, int, int, bool, bytes]:
-        return _C._check_rms_norm_qkv(
-            self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
-            head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
-            batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32,
-            static_weights=self.static_weights)  # fmt: skip
+        options = self._options(head_dim=head_dim, weight_layout=weight_layout)
+        return _C._check_rms_norm_qkv(self.norm_weight, qkv_weight, bias=self.bias, **options)
+
+    def _options(self, **instead: Any) -> dict[str, Any]:
+        """What the layer was told that is no tensor, but for some of it."""
+        return {name: instead[name] if name in instead else getattr(self, name) for name in _OPTIONS}
 
     def _projection(self) -> tuple[Any, _WeightLayout]:
         """The weights to compute with and their layout: those of the copy, where there is one."""
@@ -138,11 +137,17 @@ class FusedRMSNormQKV:
     def spelled_out(self, x: Any, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any:
         """The same call with every argument by its name: for what traces or transforms it."""
         weight, layout = self._projection()
+        options = self._options(weight_layout=layout, static_weights=self.static_weights is True)
         return _C.rms_norm_qkv(
-            x, self.norm_weight, weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias, residual=residual,
-            head_dim=self.head_dim, out=out, residual_out=residual_out, weight_layout=layout, rounding=self.rounding,
-            weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
-            allow_tf32=self.allow_tf32, static_weights=self.static_weights is True)  # fmt: skip
+            x,
+            self.norm_weight,
+            weight,
+            bias=self.bias,
+            residual=residual,
+            out=out,
+            residual_out=residual_out,
+            **options,
+        )
 
     def refresh(self) -> None:
         """Renews the copy of the weights that `prepack=True` made, at the same address (as a CUDA graph needs it) for

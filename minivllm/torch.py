@@ -68,7 +68,7 @@ class _NormQKV(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, norm_weight, members, options, *weights):
         tensors = {"x": x, "residual": residual, "norm_weight": norm_weight}
-        matrices = {"qkv_weight": list(weights[:members]), "bias": list(weights[members:])}
+        matrices = {"qkv_weight": weights[:members], "bias": weights[members:]}
         return torch_ops.call("rms_norm_qkv", tensors | matrices | options)
 
     @staticmethod
@@ -196,34 +196,36 @@ def _each_once(*tensors):
     ]
 
 
+def _results(op, inputs, outputs, options, with_gradients=None):
+    """What `op` gives, one tensor for each of `outputs` that it has: written there, or with gradients where one is
+    asked for."""
+    wants = _wants_gradient(op, outputs, **inputs)
+    _checked(op, inputs, outputs, **options)
+    results = with_gradients(inputs, options) if wants else torch_ops.call(op, inputs | options)
+    results = results if isinstance(results, tuple) else (results,)
+    return tuple(_written(op, name, out, result) for (name, out), result in zip(outputs.items(), results))
+
+
+def _norm_with_gradients(inputs, options):
+    return _Norm.apply(*_each_once(inputs["x"], inputs.get("residual"), inputs["weight"]), options)
+
+
 def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
     """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
-    inputs, outputs = {"x": x, "weight": weight}, {"out": out}
     options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
-    wants = _wants_gradient("rms_norm", outputs, **inputs)
-    _checked("rms_norm", inputs, outputs, **options)
-    if wants:
-        x, weight = _each_once(x, weight)
-        return _Norm.apply(x, None, weight, options)
-    return _written("rms_norm", "out", out, torch_ops.call("rms_norm", inputs | options))
+    inputs, outputs = {"x": x, "weight": weight}, {"out": out}
+    (result,) = _results("rms_norm", inputs, outputs, options, _norm_with_gradients)
+    return result
 
 
 def add_rms_norm(
     x, residual, weight, eps=1e-6, *, out=None, residual_out=None, rounding="hf", weight_offset=0.0, kernel=None
 ):
     """minivllm.add_rms_norm for every torch tensor, with gradients of x, residual and weight."""
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
     inputs = {"x": x, "residual": residual, "weight": weight}
     outputs = {"out": out, "residual_out": residual_out}
-    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
-    wants = _wants_gradient("add_rms_norm", outputs, **inputs)
-    _checked("add_rms_norm", inputs, outputs, **options)
-    if wants:
-        return _Norm.apply(*_each_once(x, residual, weight), options)
-    normed, total = torch_ops.call("rms_norm", inputs | options)
-    return (
-        _written("add_rms_norm", "out", out, normed),
-        _written("add_rms_norm", "residual_out", residual_out, total),
-    )
+    return _results("add_rms_norm", inputs, outputs, options, _norm_with_gradients)
 
 
 def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0):
@@ -236,22 +238,23 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_o
     return x, residual
 
 
+def _qkv_with_gradients(inputs, options):
+    weights, biases = torch_ops.listed(inputs["qkv_weight"]), torch_ops.listed(inputs["bias"])
+    x, residual, norm_weight, *weights_and_biases = _each_once(
+        inputs["x"], inputs["residual"], inputs["norm_weight"], *weights, *biases
+    )
+    return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights_and_biases)
+
+
 def rms_norm_qkv_packed(
     x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, out=None, residual_out=None, **options
 ):
     """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
-    qkv_weight = unpacked(qkv_weight)
-    weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
-    biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
     options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps} | options
-    inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
+    tensors = {"norm_weight": norm_weight, "qkv_weight": unpacked(qkv_weight), "bias": bias, "residual": residual}
     outputs = {"out": out, "residual_out": residual_out}
-    wants = _wants_gradient("rms_norm_qkv", outputs, **inputs)
-    _checked("rms_norm_qkv", inputs, outputs, **options)
-    if wants:
-        x, residual, norm_weight, *weights = _each_once(x, residual, norm_weight, *weights, *biases)
-        return _NormQKV.apply(x, residual, norm_weight, len(weights) - len(biases), options, *weights)
-    return torch_ops.call("rms_norm_qkv", inputs | {"qkv_weight": weights, "bias": biases} | options)
+    results = _results("rms_norm_qkv", {"x": x} | tensors, outputs, options, _qkv_with_gradients)
+    return results[0] if residual is None else results
 
 
 def rms_norm_qkv(
@@ -283,7 +286,6 @@ def rms_norm_qkv(
         residual_out=residual_out
     )  # fmt: skip
     packed, *total = [result] if residual is None else result
-    packed = _written("rms_norm_qkv", "out", out, packed)
     heads = num_heads + 2 * num_kv_heads
     if packed.shape[-1] != heads * (packed.shape[-1] // heads if head_dim is None else head_dim):
         raise ValueError(
@@ -291,7 +293,7 @@ def rms_norm_qkv(
             f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"
         )
     parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
-    return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
+    return *parts, *total
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):

@@ -15,14 +15,24 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "number": "float", "integer": "int", "flag": "bool",
           "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
-_registered = {}  # name: (the op, the names of its arguments)
+_registered = {}  # name: (the op, what it takes)
 
 
 def call(op, arguments):
     """Calls `op` as registered, with arguments by name. Given a residual that it need not be given: add_<op>."""
     with_residual = f"add_{op}" in _registered and arguments.get("residual") is not None
-    function, names = _registered[f"add_{op}" if with_residual else op]
-    return function(*[arguments[name] for name in names])
+    function, takes = _registered[f"add_{op}" if with_residual else op]
+    return function(*[_declared(p, arguments[p.name]) for p in takes])
+
+
+def _declared(parameter, value):
+    """As the schema has it; _argument is the way back."""
+    return listed(value) if parameter.type == "tensors" else value
+
+
+def listed(tensors):
+    """None, a tensor or several, as a list."""
+    return [] if tensors is None else list(tensors) if isinstance(tensors, (tuple, list)) else [tensors]
 
 
 def _register(op, adds):
@@ -44,7 +54,7 @@ def _register(op, adds):
     torch.library.register_fake(f"minivllm::{name}", _fake(op, takes, outputs), lib=_library)
     if rows:
         torch.library.register_vmap(f"minivllm::{name}", _batching_rule(registered, len(rows)), lib=_library)
-    _registered[name] = registered, [p.name for p in takes]
+    _registered[name] = registered, takes
 
 
 def _declaration(parameter, in_place):
