@@ -13,6 +13,7 @@ import torch
 
 from . import _C, torch_ops
 from .layers import FusedRMSNormQKV
+from .signatures import OPS
 from .torch_checks import check
 from .torch_prepack import unpacked
 
@@ -310,8 +311,8 @@ def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
 def substitute_in_graphs():
     """Tells torch.compile to trace these functions where it meets the C functions. Before torch 2.13 it has no such
     substitutes for methods: that of the layer becomes one in Python."""
-    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv, _call_layer):
-        torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)
+    for name in (*OPS, "_call_layer"):
+        torch.compiler.substitute_in_graph(getattr(_C, name))(globals()[name])
 
     @functools.wraps(FusedRMSNormQKV.__call__)
     def __call__(layer, *arguments, **options):

@@ -7,7 +7,7 @@
 
 bool enter_call(void); /* is another call of this thread under way? */
 void leave_call(void);
-/* A call's frames take some 20 kB. False with RecursionError where a nested one finds little of the thread's stack. */
+/* A call's frames take some 25 kB. False with RecursionError where a nested one finds little of the thread's stack. */
 bool check_stack(const call *c);
 
 #endif

@@ -55,6 +55,15 @@ PyObject *returned(call *c, const mv_view *slot, const mv_view *x) {
     return finished(c, tensor_of(c, slot), tensor_of(c, x));
 }
 
+PyObject *returned_pair(call *c, const mv_view *first, const mv_view *second, const mv_view *x) {
+    PyObject *out = returned(c, first, x);
+    PyObject *residual_out = out ? returned(c, second, x) : NULL;
+    PyObject *pair = residual_out ? PyTuple_Pack(2, out, residual_out) : NULL;
+    Py_XDECREF(residual_out);
+    Py_XDECREF(out);
+    return pair;
+}
+
 PyObject *returned_parts(call *c, const mv_view *slot, const mv_view *x, const head_counts *counts) {
     const tensor *result = tensor_of(c, slot), *like = tensor_of(c, x);
     const bool unfinished = result->fresh && like->kind.framework->finish;

@@ -10,6 +10,8 @@ bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int las
 bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace);
 /* What the user gets for an output: the very object that was given, or the new one. A new reference. */
 PyObject *returned(call *c, const mv_view *slot, const mv_view *x);
+/* Two of them, as a tuple. */
+PyObject *returned_pair(call *c, const mv_view *first, const mv_view *second, const mv_view *x);
 /* Before the op runs: will returned_parts() be able to cut this output, where it is given? */
 bool check_splittable(call *c, const mv_view *slot);
 /* (q, k, v) of the packed output. A new reference. */

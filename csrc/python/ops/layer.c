@@ -9,6 +9,7 @@
 #include "../frameworks/torch.h"
 #include "../frameworks/torch_c.h"
 #include "docstrings.h"
+#include "rms_norm_qkv.h"
 
 /* ---- making one ------------------------------------------------------------------------------------------------- */
 
