@@ -4,34 +4,11 @@
 #include "nesting.h"
 #include "steps.h"
 
-tensor *add_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
-    tensor *t = &c->tensors[c->count++];
-    Py_XINCREF(object);
-    t->object = object;
-    t->unfinished = NULL;
-    t->name = name;
-    t->member = member;
-    t->slot = slot;
-    t->managed = NULL;
-    t->keeper = NULL;
-    t->fresh = false;
-    t->has_producer = false;
-    t->producer = NULL;
-    t->view = (mv_view){.shape = t->shape, .strides = t->strides};
-    return t;
-}
-
 tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view *slot) {
     tensor *t = add_tensor(c, name, -1, NULL, slot);
     t->kind = like->kind;
     t->fresh = true;
     return t;
-}
-
-tensor *tensor_of(call *c, const mv_view *slot) {
-    for (int i = 0; i < c->count; i++)
-        if (c->tensors[i].slot == slot) return &c->tensors[i];
-    return NULL;
 }
 
 void begin_call(call *c, PyObject *module, const char *op) {

@@ -70,13 +70,33 @@ void end_call(call *c); /* gives everything back, then hands over; keeps a Pytho
 
 /* Adds `object` (borrowed; NULL: none yet) as the tensor argument `name`, whose view will go to *slot. member: its
  * place in a tuple given under that name, or -1. */
-tensor *add_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot);
+static inline tensor *add_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
+    tensor *t = &c->tensors[c->count++];
+    Py_XINCREF(object);
+    t->object = object;
+    t->unfinished = NULL;
+    t->name = name;
+    t->member = member;
+    t->slot = slot;
+    t->managed = NULL;
+    t->keeper = NULL;
+    t->fresh = false;
+    t->has_producer = false;
+    t->producer = NULL;
+    t->view = (mv_view){.shape = t->shape, .strides = t->strides};
+    return t;
+}
+
 /* Adds a result, to be made by like's framework. */
 tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view *slot);
 /* Has a tensor been taken for it? */
 static inline bool is_given(const mv_view *slot) { return slot->shape != NULL; }
 /* The tensor whose view went to `slot`; NULL when that argument is absent. */
-tensor *tensor_of(call *c, const mv_view *slot);
+static inline tensor *tensor_of(call *c, const mv_view *slot) {
+    for (int i = 0; i < c->count; i++)
+        if (c->tensors[i].slot == slot) return &c->tensors[i];
+    return NULL;
+}
 
 /* ---- frameworks ------------------------------------------------------------------------------------------------- */
 

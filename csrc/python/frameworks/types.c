@@ -96,21 +96,10 @@ static void remember(module_state *state, PyTypeObject *type, type_kind kind) {
     atomic_store_explicit(&state->types[i].type, type, memory_order_release);
 }
 
-bool find_framework(call *c, tensor *t) {
-    PyTypeObject *type = Py_TYPE(t->object);
-    module_state *state = c->state;
-    for (int i = 0; i < MAX_TYPES; i++) {
-        const type_slot *slot = &state->types[i];
-        PyTypeObject *known_type = atomic_load_explicit(&slot->type, memory_order_acquire);
-        if (!known_type) break;
-        if (known_type == type) {
-            t->kind = slot->kind;
-            return true;
-        }
-    }
+bool classify_tensor(call *c, tensor *t) {
     bool cacheable;
     if (!classify(c, t->object, &t->kind, &cacheable)) return false;
     if (!t->kind.framework) return refuse_object(c, t);
-    if (cacheable) remember(state, type, t->kind);
+    if (cacheable) remember(c->state, Py_TYPE(t->object), t->kind);
     return true;
 }
