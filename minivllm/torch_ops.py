@@ -15,19 +15,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "number": "float", "integer": "int", "flag": "bool",
           "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
-_registered = {}  # name: (the op, what it takes)
+_SEVERAL = frozenset(p.name for parameters in OPS.values() for p in parameters if p.type == "tensors")
+_registered = {}
 
 
 def call(op, arguments):
     """Calls `op` as registered, with arguments by name. Given a residual that it need not be given: add_<op>."""
-    with_residual = f"add_{op}" in _registered and arguments.get("residual") is not None
-    function, takes = _registered[f"add_{op}" if with_residual else op]
-    return function(*[_declared(p, arguments[p.name]) for p in takes])
-
-
-def _declared(parameter, value):
-    """As the schema has it; _argument is the way back."""
-    return listed(value) if parameter.type == "tensors" else value
+    given = {name: listed(value) if name in _SEVERAL else value for name, value in arguments.items()}
+    if given.get("residual", 0) is None:
+        del given["residual"]
+    with_residual = f"add_{op}" in _registered and "residual" in given
+    return _registered[f"add_{op}" if with_residual else op](**given)
 
 
 def listed(tensors):
@@ -54,7 +52,7 @@ def _register(op, adds):
     torch.library.register_fake(f"minivllm::{name}", _fake(op, takes, outputs), lib=_library)
     if rows:
         torch.library.register_vmap(f"minivllm::{name}", _batching_rule(registered, len(rows)), lib=_library)
-    _registered[name] = registered, takes
+    _registered[name] = registered
 
 
 def _declaration(parameter, in_place):
@@ -68,21 +66,21 @@ def _declaration(parameter, in_place):
 
 def _implementation(op, takes, outputs):
     function = getattr(_C, f"_{op}_packed", None) or getattr(_C, op)
+    names = [p.name for p in takes]
+    tensors = [p.name for p in takes if p.type == "tensor"]
+    several = [p.name for p in takes if p.type == "tensors"]
 
     def run(*values):
-        result = function(**{p.name: _argument(p, value) for p, value in zip(takes, values)})
+        given = dict(zip(names, values))
+        for name in tensors:
+            given[name] = _plain(given[name])
+        for name in several:
+            members = [_plain(tensor) for tensor in given[name]]
+            given[name] = members[0] if len(members) == 1 else members or None
+        result = function(**given)
         return result if outputs else None
 
     return run
-
-
-def _argument(parameter, value):
-    """As the C function takes it."""
-    if parameter.type == "tensor":
-        return _plain(value)
-    if parameter.type == "tensors":
-        return _plain(value[0]) if len(value) == 1 else [_plain(tensor) for tensor in value] or None
-    return value
 
 
 def _plain(tensor):
