@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'#define MV_VERSION "(.+)"', (ROOT / "csrc/mv.h").read_text())[1]
-BINDING_SOURCES = ["csrc/python/*.c"]
+BINDING_SOURCES = ["csrc/python/**/*.c"]
 C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/*.c"]
 CUDA_SOURCES = ["csrc/cuda/*.cu"]
 ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES

@@ -167,6 +167,12 @@ typedef struct {
 
 mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *args, mv_plan *plan, mv_error *error);
 
+/* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
+#define MV_OPS(OP)                                                                                                     \
+    OP(rms_norm, mv_rms_norm_args)                                                                                     \
+    OP(add_rms_norm, mv_rms_norm_args)                                                                                 \
+    OP(rms_norm_qkv, mv_rms_norm_qkv_args)
+
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 
 typedef struct {

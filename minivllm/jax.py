@@ -15,7 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from . import _C
-from .layers import is_in_out
+from .signatures import names
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
 
@@ -118,7 +118,8 @@ def _forward(op, options, arrays):
 
 
 def _backward(op, options, arrays, gradients):
-    _, pull_back = jax.vjp(functools.partial(_formula, **dict(options)), arrays)
+    _, _, in_out, _, _ = _plan(op, options, arrays)
+    _, pull_back = jax.vjp(functools.partial(_formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
 
@@ -136,7 +137,7 @@ def _batchable(op, options):
     @call.def_vmap
     def batched(size, is_batched, arrays):
         (is_batched,) = is_batched  # of the one argument
-        rows = [name for name in ("x", "residual") if name in arrays]
+        rows = [name for name in names(op, "rows") if name in arrays]
         weights = {name: is_batched[name] for name in arrays if name not in rows}
         if any(jax.tree.leaves(weights)):
             everything = jax.tree.map(functools.partial(_repeat, size), arrays, is_batched)
@@ -157,36 +158,32 @@ def _repeat(size, array, is_batched):
 
 def _foreign_call(op, options, arrays):
     """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for the projection."""
-    qkv, head_dim, scratch_bytes, attributes = _plan(op, options, arrays)
+    qkv, head_dim, _, scratch_bytes, attributes = _plan(op, options, arrays)
     x = arrays["x"]
     out = (*x.shape[:-1], qkv // head_dim, head_dim) if qkv else x.shape
     results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
-    in_order = [
-        arrays[name] for name in ("x", "residual", "weight", "norm_weight", "qkv_weight", "bias") if name in arrays
-    ]
+    in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
     call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
     return list(call(*jax.tree.leaves(in_order), **attributes))[:-1]
 
 
 def _plan(op, options, arrays):
-    """(qkv, head_dim, bytes of scratch, attributes): checked, and planned for both platforms that may run the call.
+    """As C's _plan: checked, and planned for both platforms that may run the call.
 
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
-    stand_ins = jax.tree.map(_stand_in, arrays)
-    if op != "rms_norm_qkv":
-        stand_ins.setdefault("weight", None)
+    stand_ins = dict.fromkeys(names(op, "rows", "weight")) | jax.tree.map(_stand_in, arrays)
     plans, refusals = [], []
     for device in _devices():
         try:
-            plans.append(_C._xla_plan(op, device, **stand_ins, **dict(options)))
+            plans.append(_C._plan(op, device, **stand_ins, **dict(options)))
         except (TypeError, ValueError, RuntimeError) as refusal:
             refusals.append(refusal)
     if not plans:
         raise refusals[-1]
-    qkv, head_dim, _, attributes = plans[0]
-    return qkv, head_dim, max(scratch for _, _, scratch, _ in plans), attributes
+    qkv, head_dim, in_out, _, attributes = plans[0]
+    return qkv, head_dim, in_out, max(scratch for _, _, _, scratch, _ in plans), attributes
 
 
 def _stand_in(array):
@@ -211,13 +208,12 @@ def _devices():
 def _formula(
     arrays: dict[str, Any],
     *,
+    in_out,
     eps,
     rounding,
     weight_offset,
-    kernel,
     num_heads=0,
     num_kv_heads=0,
-    weight_layout="auto",
     allow_tf32=False,
     **without_influence,
 ):
@@ -234,7 +230,6 @@ def _formula(
         return [y, *sums]
 
     matrices = jax.tree.leaves(arrays["qkv_weight"])
-    in_out = is_in_out(matrices, x.shape[-1], weight_layout)
     product = functools.partial(
         jnp.einsum,
         "...k,kn->...n" if in_out else "...k,nk->...n",

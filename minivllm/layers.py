@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, SupportsIndex, o
 
 from . import _C
 from .device_array import DeviceArray, to_device
+from .signatures import names
 
 if TYPE_CHECKING:
     from ._C import _T, _RMSNormQKV, _Rounding, _Tensor, _Tensors, _WeightLayout
 
-_READ_ONCE = frozenset(
-    ("num_heads", "num_kv_heads", "eps", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant",
-     "allow_tf32", "static_weights")
-)  # fmt: skip
-_TENSORS = frozenset(("norm_weight", "qkv_weight", "bias", "_packed"))
+_OPTIONS = tuple(name for name in names("rms_norm_qkv", "option") if name != "kernel")
+_TENSORS = frozenset((*names("rms_norm_qkv", "weight"), "_packed"))
 
 
 @_C._callable_layer
@@ -99,11 +97,11 @@ class FusedRMSNormQKV:
         self.prepack = prepack
         self.prepacked_bytes = 0
         self._packed: Any = None
-        self.hidden, self.qkv, self.head_dim, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
+        self.hidden, self.qkv, self.head_dim, _, self._numbers = self._checked(qkv_weight, head_dim, weight_layout)
         self.refresh()
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _READ_ONCE and name in self.__dict__:
+        if name in _OPTIONS and name in self.__dict__:
             raise AttributeError(f"FusedRMSNormQKV: {name} was read when the layer was made; make another layer")
         super().__setattr__(name, value)
         if name in _TENSORS:
@@ -124,12 +122,13 @@ class FusedRMSNormQKV:
 
     def _checked(
         self, qkv_weight: _Tensors, head_dim: SupportsIndex | None, weight_layout: _WeightLayout
-    ) -> tuple[int, int, int, bytes]:
-        return _C._check_rms_norm_qkv(
-            self.norm_weight, qkv_weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias,
-            head_dim=head_dim, weight_layout=weight_layout, rounding=self.rounding, weight_offset=self.weight_offset,
-            batch_invariant=self.batch_invariant, allow_tf32=self.allow_tf32,
-            static_weights=self.static_weights)  # fmt: skip
+    ) -> tuple[int, int, int, bool, bytes]:
+        options = self._options(head_dim=head_dim, weight_layout=weight_layout)
+        return _C._check_rms_norm_qkv(self.norm_weight, qkv_weight, bias=self.bias, **options)
+
+    def _options(self, **instead: Any) -> dict[str, Any]:
+        """What the layer was told that is no tensor, but for some of it."""
+        return {name: instead[name] if name in instead else getattr(self, name) for name in _OPTIONS}
 
     def _projection(self) -> tuple[Any, _WeightLayout]:
         """The weights to compute with and their layout: those of the copy, where there is one."""
@@ -138,11 +137,17 @@ class FusedRMSNormQKV:
     def spelled_out(self, x: Any, residual: Any = None, out: Any = None, residual_out: Any = None) -> Any:
         """The same call with every argument by its name: for what traces or transforms it."""
         weight, layout = self._projection()
+        options = self._options(weight_layout=layout, static_weights=self.static_weights is True)
         return _C.rms_norm_qkv(
-            x, self.norm_weight, weight, self.num_heads, self.num_kv_heads, self.eps, bias=self.bias, residual=residual,
-            head_dim=self.head_dim, out=out, residual_out=residual_out, weight_layout=layout, rounding=self.rounding,
-            weight_offset=self.weight_offset, batch_invariant=self.batch_invariant,
-            allow_tf32=self.allow_tf32, static_weights=self.static_weights is True)  # fmt: skip
+            x,
+            self.norm_weight,
+            weight,
+            bias=self.bias,
+            residual=residual,
+            out=out,
+            residual_out=residual_out,
+            **options,
+        )
 
     def refresh(self) -> None:
         """Renews the copy of the weights that `prepack=True` made, at the same address (as a CUDA graph needs it) for
@@ -162,7 +167,7 @@ class FusedRMSNormQKV:
                     "FusedRMSNormQKV: prepack=True copies qkv_weight, which must be a tensor of torch, NumPy, CuPy or "
                     f"JAX, got {type(weight).__name__}; leave prepack away"
                 )
-        in_out = is_in_out(members, self.hidden, self.weight_layout)
+        *_, in_out, _ = self._checked(self.qkv_weight, self.head_dim, self.weight_layout)
         if isinstance(members[0], DeviceArray):
             blocks = [weight.numpy() for weight in members]
             host = _concatenate([block.T if in_out else block for block in blocks], (self.qkv, self.hidden))
@@ -194,12 +199,6 @@ if not TYPE_CHECKING:
         from .torch_layers import RMSNorm
 
         return RMSNorm
-
-
-def is_in_out(members, hidden, weight_layout):
-    """Whether the weights are [hidden, out]. By then the op has accepted them, so where weight_layout leaves it open,
-    one of them is not square."""
-    return weight_layout == "in_out" or any(weight.shape[1] != hidden for weight in members)
 
 
 def _concatenate(blocks, shape, packed=None):

@@ -12,7 +12,8 @@ import functools
 import torch
 
 from . import _C, torch_ops
-from .layers import FusedRMSNormQKV, is_in_out
+from .layers import FusedRMSNormQKV
+from .signatures import OPS
 from .torch_checks import check
 from .torch_prepack import unpacked
 
@@ -40,15 +41,13 @@ class _Norm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, residual, weight, eps, rounding, weight_offset, kernel):
-        if residual is None:
-            return torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel)
-        return torch_ops.add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel)
+    def forward(x, residual, weight, options):
+        return torch_ops.call("rms_norm", {"x": x, "residual": residual, "weight": weight} | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, ctx.eps, _, ctx.weight_offset, _ = inputs
-        ctx.adds = residual is not None
+        x, residual, weight, options = inputs
+        ctx.adds, ctx.eps, ctx.weight_offset = residual is not None, options["eps"], options["weight_offset"]
         ctx.save_for_backward(output[1] if ctx.adds else x, weight)
 
     @staticmethod
@@ -59,7 +58,7 @@ class _Norm(torch.autograd.Function):
         dx, dweight = _norm_gradients(dy.float(), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
         dweight = None if weight is None else dweight.to(weight.dtype)
-        return dx, dx if ctx.adds else None, dweight, None, None, None, None
+        return dx, dx if ctx.adds else None, dweight, None
 
 
 class _NormQKV(torch.autograd.Function):
@@ -69,18 +68,16 @@ class _NormQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(x, residual, norm_weight, members, options, *weights):
-        arguments = (norm_weight, list(weights[:members]), list(weights[members:]), *options)
-        if residual is None:
-            return torch_ops.rms_norm_qkv(x, *arguments)
-        return torch_ops.add_rms_norm_qkv(x, residual, *arguments)
+        tensors = {"x": x, "residual": residual, "norm_weight": norm_weight}
+        matrices = {"qkv_weight": weights[:members], "bias": weights[members:]}
+        return torch_ops.call("rms_norm_qkv", tensors | matrices | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, residual, norm_weight, ctx.members, options, *weights = inputs
         ctx.adds = residual is not None
-        options = dict(zip(torch_ops.QKV_OPTIONS, options))
         ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
-        ctx.in_out = is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
+        ctx.in_out = torch_ops.is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
         ctx.save_for_backward(output[1] if ctx.adds else x, norm_weight, *weights)
 
     @staticmethod
@@ -200,33 +197,36 @@ def _each_once(*tensors):
     ]
 
 
+def _results(op, inputs, outputs, options, with_gradients=None):
+    """What `op` gives, one tensor for each of `outputs` that it has: written there, or with gradients where one is
+    asked for."""
+    wants = _wants_gradient(op, outputs, **inputs)
+    _checked(op, inputs, outputs, **options)
+    results = with_gradients(inputs, options) if wants else torch_ops.call(op, inputs | options)
+    results = results if isinstance(results, tuple) else (results,)
+    return tuple(_written(op, name, out, result) for (name, out), result in zip(outputs.items(), results))
+
+
+def _norm_with_gradients(inputs, options):
+    return _Norm.apply(*_each_once(inputs["x"], inputs.get("residual"), inputs["weight"]), options)
+
+
 def rms_norm(x, weight, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
     """minivllm.rms_norm for every torch tensor, with gradients of x and weight."""
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
     inputs, outputs = {"x": x, "weight": weight}, {"out": out}
-    wants = _wants_gradient("rms_norm", outputs, **inputs)
-    _checked("rms_norm", inputs, outputs, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
-    if wants:
-        x, weight = _each_once(x, weight)
-        return _Norm.apply(x, None, weight, eps, rounding, weight_offset, kernel)
-    return _written("rms_norm", "out", out, torch_ops.rms_norm(x, weight, eps, rounding, weight_offset, kernel))
+    (result,) = _results("rms_norm", inputs, outputs, options, _norm_with_gradients)
+    return result
 
 
 def add_rms_norm(
     x, residual, weight, eps=1e-6, *, out=None, residual_out=None, rounding="hf", weight_offset=0.0, kernel=None
 ):
     """minivllm.add_rms_norm for every torch tensor, with gradients of x, residual and weight."""
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
     inputs = {"x": x, "residual": residual, "weight": weight}
     outputs = {"out": out, "residual_out": residual_out}
-    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
-    wants = _wants_gradient("add_rms_norm", outputs, **inputs)
-    _checked("add_rms_norm", inputs, outputs, **options)
-    if wants:
-        return _Norm.apply(*_each_once(x, residual, weight), *options.values())
-    normed, total = torch_ops.add_rms_norm(x, residual, weight, *options.values())
-    return (
-        _written("add_rms_norm", "out", out, normed),
-        _written("add_rms_norm", "residual_out", residual_out, total),
-    )
+    return _results("add_rms_norm", inputs, outputs, options, _norm_with_gradients)
 
 
 def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0):
@@ -235,32 +235,27 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_o
     _wants_gradient("fused_add_rms_norm", {"x": x, "residual": residual}, weight=weight)
     options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset}
     _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, **options)
-    torch_ops.fused_add_rms_norm(x, residual, weight, *options.values())
+    torch_ops.call("fused_add_rms_norm", inputs | options)
     return x, residual
 
 
+def _qkv_with_gradients(inputs, options):
+    weights, biases = torch_ops.listed(inputs["qkv_weight"]), torch_ops.listed(inputs["bias"])
+    x, residual, norm_weight, *weights_and_biases = _each_once(
+        inputs["x"], inputs["residual"], inputs["norm_weight"], *weights, *biases
+    )
+    return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights_and_biases)
+
+
 def rms_norm_qkv_packed(
-    x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, weight_layout, rounding,
-    weight_offset, batch_invariant, allow_tf32, static_weights, kernel, head_dim=None, **outputs
-):  # fmt: skip
+    x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps, *, bias, residual, out=None, residual_out=None, **options
+):
     """What rms_norm_qkv is made of: q, k and v as one tensor, and with a residual the sum as another."""
-    qkv_weight = unpacked(qkv_weight)
-    weights = list(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else [qkv_weight]
-    biases = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
-    options = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps, "weight_layout": weight_layout,
-        "rounding": rounding, "weight_offset": weight_offset, "batch_invariant": batch_invariant,
-        "allow_tf32": allow_tf32, "static_weights": static_weights, "kernel": kernel}  # fmt: skip
-    inputs = {"x": x, "norm_weight": norm_weight, "qkv_weight": qkv_weight, "bias": bias, "residual": residual}
-    wants = _wants_gradient("rms_norm_qkv", outputs, **inputs)
-    _checked("rms_norm_qkv", inputs, outputs, head_dim=head_dim, **options)
-    options = tuple(options.values())
-    if wants:
-        x, residual, norm_weight, *weights = _each_once(x, residual, norm_weight, *weights, *biases)
-        return _NormQKV.apply(x, residual, norm_weight, len(weights) - len(biases), options, *weights)
-    if residual is None:
-        return torch_ops.rms_norm_qkv(x, norm_weight, weights, biases, *options)
-    return torch_ops.add_rms_norm_qkv(x, residual, norm_weight, weights, biases, *options)
+    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps} | options
+    tensors = {"norm_weight": norm_weight, "qkv_weight": unpacked(qkv_weight), "bias": bias, "residual": residual}
+    outputs = {"out": out, "residual_out": residual_out}
+    results = _results("rms_norm_qkv", {"x": x} | tensors, outputs, options, _qkv_with_gradients)
+    return results[0] if residual is None else results
 
 
 def rms_norm_qkv(
@@ -292,7 +287,6 @@ def rms_norm_qkv(
         residual_out=residual_out
     )  # fmt: skip
     packed, *total = [result] if residual is None else result
-    packed = _written("rms_norm_qkv", "out", out, packed)
     heads = num_heads + 2 * num_kv_heads
     if packed.shape[-1] != heads * (packed.shape[-1] // heads if head_dim is None else head_dim):
         raise ValueError(
@@ -300,7 +294,7 @@ def rms_norm_qkv(
             f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"
         )
     parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
-    return *parts, *(_written("rms_norm_qkv", "residual_out", residual_out, each) for each in total)
+    return *parts, *total
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
@@ -317,8 +311,8 @@ def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
 def substitute_in_graphs():
     """Tells torch.compile to trace these functions where it meets the C functions. Before torch 2.13 it has no such
     substitutes for methods: that of the layer becomes one in Python."""
-    for function in (rms_norm, add_rms_norm, fused_add_rms_norm, rms_norm_qkv, _call_layer):
-        torch.compiler.substitute_in_graph(getattr(_C, function.__name__))(function)
+    for name in (*OPS, "_call_layer"):
+        torch.compiler.substitute_in_graph(getattr(_C, name))(globals()[name])
 
     @functools.wraps(FusedRMSNormQKV.__call__)
     def __call__(layer, *arguments, **options):

@@ -90,7 +90,7 @@ def check(op, tensors, **options):
 
 
 def _plan(op, tensors, options):
-    return _C._xla_plan(op.replace("fused_", ""), -1, **tensors, **options)
+    return _C._plan(op.replace("fused_", ""), -1, **tensors, **options)
 
 
 def _is_right(op, tensors, options):

@@ -1,80 +1,127 @@
 """The ops as torch's dispatcher knows them: torch.ops.minivllm.<name>, on the CPU and on CUDA.
 
-They are no API. Those of the projection return the packed buffer, because the outputs of an op must not be views of
-each other. torch knows no gradient of them, and warns who goes backward through one that was called without the
-function around it in minivllm/torch.py, as an exported program does.
+They are no API. Their schemas are made from C's description of the ops. An op that may be given a residual has two:
+<name> without and add_<name> with it. Those of the projection return the packed buffer, because the outputs of an op
+must not be views of each other. torch knows no gradient of them, and warns who goes backward through one that was
+called without the function around it in minivllm/torch.py, as an exported program does.
 """
 
 import torch
 
 from . import _C
+from .signatures import OPS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "number": "float", "integer": "int", "flag": "bool",
+          "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
-_NORM = "Tensor? weight, float eps, str rounding, float weight_offset, str? kernel"
-_QKV = (
-    "Tensor norm_weight, Tensor[] qkv_weight, Tensor[] bias, int num_heads, int num_kv_heads, float eps, "
-    "str weight_layout, str rounding, float weight_offset, bool batch_invariant, bool allow_tf32, "
-    "bool static_weights, str? kernel"
-)
-QKV_OPTIONS = [part.split()[-1] for part in _QKV.split(", ")[3:]]
+_SEVERAL = frozenset(p.name for parameters in OPS.values() for p in parameters if p.type == "tensors")
+_registered = {}
 
 
-def _register(schema, fake):
-    """Makes the function the op `schema` on the CPU and on CUDA. Strides have to stay as they are in eager mode,
-    where it depends on them what is taken as it is and what is refused."""
-
-    def decorate(function):
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-        for backend in ("CPU", "CUDA"):
-            _library.impl(name, function, backend)
-        op = getattr(torch.ops.minivllm, name).default
-        torch.library.register_fake(f"minivllm::{name}", _fake(op, fake), lib=_library)
-        if not op._schema.is_mutable:
-            rows = [argument.name for argument in op._schema.arguments if argument.name in ("x", "residual")]
-            torch.library.register_vmap(f"minivllm::{name}", _batching_rule(op, len(rows)), lib=_library)
-        return op
-
-    return decorate
+def call(op, arguments):
+    """Calls `op` as registered, with arguments by name. Given a residual that it need not be given: add_<op>."""
+    given = {name: listed(value) if name in _SEVERAL else value for name, value in arguments.items()}
+    if given.get("residual", 0) is None:
+        del given["residual"]
+    with_residual = f"add_{op}" in _registered and "residual" in given
+    return _registered[f"add_{op}" if with_residual else op](**given)
 
 
-def _fake(op, results):
-    """`results` is what `op` gives, as tensors without memory. Its shapes are for the kernel to refuse. But a tensor on
-    the meta device beside one elsewhere leads here, too, where no kernel would run and nothing be computed."""
-    name = op._schema.name.partition("::")[2]
-    arguments = [argument.name for argument in op._schema.arguments][1:]
+def listed(tensors):
+    """None, a tensor or several, as a list."""
+    return [] if tensors is None else list(tensors) if isinstance(tensors, (tuple, list)) else [tensors]
 
-    def fake(x, *values):
-        for argument, value in zip(arguments, values):
+
+def _register(op, adds):
+    """Registers `op`, with or without the residual that it may be given."""
+    takes = [p for p in OPS[op] if p.role != "output" and (adds or p.required or p.name != "residual")]
+    takes.sort(key=lambda p: p.role not in ("rows", "in place"))  # those come first
+    in_place = [p.name for p in takes if p.role == "in place"]
+    rows = [p.name for p in takes if p.role == "rows"]
+    outputs = [p.name for p in OPS[op] if p.role == "output" and (p.name != "residual_out" or "residual" in rows)]
+    name = f"add_{op}" if adds else op
+    arguments = ", ".join(_declaration(p, in_place) for p in takes)
+    results = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+    # Strides stay as they are in eager mode, where it depends on them what is taken as it is and what is refused.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(f"{name}({arguments}) -> {results}", tags=tags)
+    for backend in ("CPU", "CUDA"):
+        _library.impl(name, _implementation(op, takes, outputs), backend)
+    registered = getattr(torch.ops.minivllm, name).default
+    torch.library.register_fake(f"minivllm::{name}", _fake(op, takes, outputs), lib=_library)
+    if rows:
+        torch.library.register_vmap(f"minivllm::{name}", _batching_rule(registered, len(rows)), lib=_library)
+    _registered[name] = registered
+
+
+def _declaration(parameter, in_place):
+    """Of a schema, such as "Tensor? weight". No tensors are an empty list; a residual that is taken is there."""
+    kind = _TYPES[parameter.type]
+    if parameter.name in in_place:
+        kind += f"({'abcdefgh'[in_place.index(parameter.name)]}!)"
+    may_be_none = parameter.optional and parameter.type != "tensors" and parameter.role != "rows"
+    return f"{kind}{'?' if may_be_none else ''} {parameter.name}"
+
+
+def _implementation(op, takes, outputs):
+    function = getattr(_C, f"_{op}_packed", None) or getattr(_C, op)
+    names = [p.name for p in takes]
+    tensors = [p.name for p in takes if p.type == "tensor"]
+    several = [p.name for p in takes if p.type == "tensors"]
+
+    def run(*values):
+        given = dict(zip(names, values))
+        for name in tensors:
+            given[name] = _plain(given[name])
+        for name in several:
+            members = [_plain(tensor) for tensor in given[name]]
+            given[name] = members[0] if len(members) == 1 else members or None
+        result = function(**given)
+        return result if outputs else None
+
+    return run
+
+
+def _plain(tensor):
+    """The tensor without its subclass, whose work is done by the time that the op runs; None stays None."""
+    return tensor if tensor is None or type(tensor) in _PLAIN else tensor.as_subclass(torch.Tensor)
+
+
+def _fake(op, takes, outputs):
+    """What the op gives, as tensors without memory. Its shapes are for the kernel to refuse. But a tensor on the meta
+    device beside one elsewhere leads here, too, where no kernel would run and nothing be computed."""
+
+    def fake(*values):
+        given = {p.name: value for p, value in zip(takes, values)}
+        x = given["x"]
+        for name, value in given.items():
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
-                    raise ValueError(f"{name}: {argument} is on {tensor.device}, expected {x.device} (where x is)")
-        return results(x, *values)
+                    raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where x is)")
+        shapes = {"out": _shape_of_out(op, x, given)}
+        results = tuple(x.new_empty(shapes.get(name, x.shape)) for name in outputs)
+        return results[0] if len(results) == 1 else results or None
 
     return fake
 
 
-def _new_like(x, *_):
-    return x.new_empty(x.shape)
+def _shape_of_out(op, x, given):
+    if op != "rms_norm_qkv":
+        return x.shape
+    matrices = given["qkv_weight"]
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            raise ValueError(f"rms_norm_qkv: qkv_weight has shape {list(matrix.shape)}, expected two dimensions")
+    dim = 1 if is_in_out(matrices, x.shape[-1], given["weight_layout"]) else 0
+    return (*x.shape[:-1], sum(matrix.shape[dim] for matrix in matrices))
 
 
-def _new_pair(x, *_):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _new_packed(x, norm_weight, qkv_weight, *_):
-    """[..., qkv]. Of a matrix in either layout, the dimension that is not hidden counts the outputs."""
-    hidden = x.shape[-1]
-    for w in qkv_weight:
-        if w.ndim != 2:
-            raise ValueError(f"rms_norm_qkv: qkv_weight has shape {list(w.shape)}, expected two dimensions")
-    outputs = [w.shape[0] if w.shape[1] == hidden else w.shape[1] for w in qkv_weight]
-    return x.new_empty((*x.shape[:-1], sum(outputs)))
-
-
-def _new_packed_and_sum(x, residual, *weights):
-    return _new_packed(x, *weights), x.new_empty(x.shape)
+def is_in_out(matrices, hidden, weight_layout):
+    """Whether the weights are [hidden, out]: C's rule once more, because in a graph sizes may be symbols, which C does
+    not know. What fits neither way is refused when the op runs; where weight_layout leaves it open, one is not square.
+    """
+    return weight_layout == "in_out" or any(matrix.shape[1] != hidden for matrix in matrices)
 
 
 def _batching_rule(op, rows):
@@ -113,56 +160,7 @@ def _batching_rule(op, rows):
     return rule
 
 
-def _plain(tensor):
-    """The tensor without its subclass, whose work is done by the time that the op runs; None stays None."""
-    return tensor if tensor is None or type(tensor) in _PLAIN else tensor.as_subclass(torch.Tensor)
-
-
-@_register(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _new_like)
-def rms_norm(x, weight, eps, rounding, weight_offset, kernel):
-    return _C.rms_norm(_plain(x), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
-
-
-@_register(f"add_rms_norm(Tensor x, Tensor residual, {_NORM}) -> (Tensor, Tensor)", _new_pair)
-def add_rms_norm(x, residual, weight, eps, rounding, weight_offset, kernel):
-    return _C.add_rms_norm(
-        _plain(x), _plain(residual), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel
-    )
-
-
-@_register(
-    "fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, float eps, str rounding, "
-    "float weight_offset) -> ()",
-    lambda *_: None,
-)
-def fused_add_rms_norm(x, residual, weight, eps, rounding, weight_offset):
-    _C.fused_add_rms_norm(
-        _plain(x), _plain(residual), _plain(weight), eps, rounding=rounding, weight_offset=weight_offset
-    )
-
-
-def _one_or_three(tensors):
-    if len(tensors) == 1:
-        return _plain(tensors[0])
-    return [_plain(tensor) for tensor in tensors] or None
-
-
-def _run_qkv(
-    residual, x, norm_weight, qkv_weight, bias, num_heads, num_kv_heads, eps, weight_layout, rounding, weight_offset,
-    batch_invariant, allow_tf32, static_weights, kernel
-):  # fmt: skip
-    return _C._rms_norm_qkv_packed(
-        _plain(x), _plain(norm_weight), _one_or_three(qkv_weight), num_heads, num_kv_heads, eps,
-        bias=_one_or_three(bias), residual=residual, weight_layout=weight_layout, rounding=rounding,
-        weight_offset=weight_offset, batch_invariant=batch_invariant, allow_tf32=allow_tf32,
-        static_weights=static_weights, kernel=kernel)  # fmt: skip
-
-
-@_register(f"rms_norm_qkv(Tensor x, {_QKV}) -> Tensor", _new_packed)
-def rms_norm_qkv(x, *arguments):
-    return _run_qkv(None, x, *arguments)
-
-
-@_register(f"add_rms_norm_qkv(Tensor x, Tensor residual, {_QKV}) -> (Tensor, Tensor)", _new_packed_and_sum)
-def add_rms_norm_qkv(x, residual, *arguments):
-    return _run_qkv(_plain(residual), x, *arguments)
+for _op, _parameters in OPS.items():
+    _register(_op, adds=False)
+    if any(p.name == "residual" and not p.required for p in _parameters):
+        _register(_op, adds=True)

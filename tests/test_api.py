@@ -10,54 +10,89 @@ import pytest
 from processes import PACKAGE, ROOT, SANITIZED, run
 
 import minivllm
+from minivllm.signatures import OPS
 
 EMPTY = inspect.Parameter.empty
-QKV_OPTIONS = {
-    "bias": None, "residual": None, "head_dim": None, "out": None, "residual_out": None, "weight_layout": "auto", "rounding": "hf",
-    "weight_offset": 0.0, "batch_invariant": False, "allow_tf32": False, "static_weights": False, "kernel": None,
-}  # fmt: skip
-NORM_OPTIONS = {"rounding": "hf", "weight_offset": 0.0, "kernel": None}
-QKV_ARGUMENTS = ["x", "norm_weight", "qkv_weight", "num_heads", "num_kv_heads", "eps"]
-# name: (positional arguments, the last of which is eps=1e-6; keyword-only ones with their defaults)
-SIGNATURES = {
-    "rms_norm": (["x", "weight", "eps"], {"out": None} | NORM_OPTIONS),
-    "add_rms_norm": (["x", "residual", "weight", "eps"], {"out": None, "residual_out": None} | NORM_OPTIONS),
-    "fused_add_rms_norm": (["x", "residual", "weight", "eps"], {"rounding": "hf", "weight_offset": 0.0}),
-    "rms_norm_qkv": (QKV_ARGUMENTS, QKV_OPTIONS),
-}
+
+
+def arguments_by(op, *without):
+    """As C describes them: positional and keyword-only ones, each with its default."""
+    rows = [p for p in OPS[op] if p.role not in without]
+    defaults = {p.name: EMPTY if p.required else p.default for p in rows}
+    return tuple({p.name: defaults[p.name] for p in rows if p.positional == positional} for positional in (True, False))
 
 
 def arguments_of(function):
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    parameters = inspect.signature(function).parameters.values()
+    parameters = [p for p in parameters if p.name != "self" and p.kind is not p.VAR_POSITIONAL]
     positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
     keyword_only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert len(positional) + len(keyword_only) == len(parameters)
     return positional, keyword_only
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+def in_order(arguments):
+    return [list(part.items()) for part in arguments]
+
+
+def test_the_ops_are_public():
+    assert set(OPS) <= set(minivllm.__all__)
+    assert arguments_by("rms_norm") == (
+        {"x": EMPTY, "weight": EMPTY, "eps": 1e-6},
+        {"out": None, "rounding": "hf", "weight_offset": 0.0, "kernel": None},
+    )
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_signatures(name):
-    positional, keyword_only = arguments_of(getattr(minivllm, name))
-    names, options = SIGNATURES[name]
-    assert list(positional) == names
-    assert positional == {n: 1e-6 if n == "eps" else EMPTY for n in names}
-    assert keyword_only == options
+    """The docstring, where inspect.signature() looks, says what the table of the parser does."""
+    assert in_order(arguments_of(getattr(minivllm, name))) == in_order(arguments_by(name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_signatures_in_torch(name):
+    module = pytest.importorskip("minivllm.torch", reason="needs torch, which is not installed")
+    assert in_order(arguments_of(getattr(module, name))) == in_order(arguments_by(name))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "fused_add_rms_norm"])
+def test_signatures_in_jax(name):
+    """Arrays of JAX never change, so none is told where to write."""
+    module = pytest.importorskip("minivllm.jax", reason="needs jax, which is not installed")
+    assert in_order(arguments_of(getattr(module, name))) == in_order(arguments_by(name, "output"))
+    assert name in module.__all__
 
 
 def test_signatures_of_the_layer():
-    assert arguments_of(minivllm.FusedRMSNormQKV.forward) == arguments_of(minivllm.rms_norm_qkv)
-    positional, keyword_only = arguments_of(minivllm.FusedRMSNormQKV)
-    assert positional == {}
-    required = {name: EMPTY for name in ("norm_weight", "qkv_weight", "num_heads", "num_kv_heads")}
-    options = {
-        name: QKV_OPTIONS[name]
-        for name in ("bias", "head_dim", "weight_layout", "rounding", "weight_offset", "batch_invariant", "allow_tf32")
-    }
-    assert keyword_only == required | {"eps": 1e-6} | options | {"static_weights": None, "prepack": False}
-    assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == (
-        {"x": EMPTY},
-        {"residual": None, "out": None, "residual_out": None},
-    )
+    """What a layer holds is all that an op takes, but for what differs from call to call."""
+    assert arguments_of(minivllm.FusedRMSNormQKV.forward) == arguments_by("rms_norm_qkv")
+    positional, options = arguments_by("rms_norm_qkv", "rows", "output")
+    held = positional | options
+    del held["kernel"]
+    own = {"static_weights": None, "prepack": False}
+    assert arguments_of(minivllm.FusedRMSNormQKV) == ({}, held | own)
+    positional, options = arguments_by("rms_norm_qkv", "weight", "option")
+    assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == (positional, options)
+
+
+def test_signatures_of_the_modules_of_torch():
+    """They own the weights, and let the shape of those speak; the rest is as in the ops."""
+    nn = pytest.importorskip("minivllm.nn", reason="needs torch, which is not installed")
+    place = {"device": None, "dtype": None}
+    _, options = arguments_by("rms_norm", "weight", "output")
+    del options["kernel"]
+    assert arguments_of(nn.RMSNorm) == ({"hidden": EMPTY, "eps": 1e-6}, options | place)
+    positional, options = arguments_by("rms_norm_qkv", "rows", "weight", "output")
+    for name in ("kernel", "weight_layout", "head_dim"):
+        del options[name]
+    of_parts = positional | {"eps": None}  # None: that of the module
+    assert arguments_of(nn.FusedRMSNormQKV.from_modules)[1] == of_parts | options
+    eps = positional.pop("eps")
+    own = {"bias": False, "packed": True}
+    sizes = {"hidden": EMPTY} | positional | {"head_dim": None, "eps": eps}
+    assert arguments_of(nn.FusedRMSNormQKV) == (sizes, own | options | place)
+    _, of_call = arguments_by("rms_norm_qkv", "weight", "option", "output")
+    assert arguments_of(nn.FusedRMSNormQKV.forward) == ({"x": EMPTY} | of_call, {})
 
 
 def test_signatures_of_the_buffers():
@@ -77,19 +112,18 @@ def test_arguments_work_by_position_and_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", [*SIGNATURES, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device", "shard_qkv"]
+    "name", [*OPS, "FusedRMSNormQKV", "DeviceArray", "kernels", "last_kernel", "empty", "to_device", "shard_qkv"]
 )
 def test_everything_public_is_documented(name):
     assert name in minivllm.__all__
     assert len((getattr(minivllm, name).__doc__ or "").split()) >= 8
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", OPS)
 def test_the_docstring_of_an_op_explains_every_argument(name):
     text = getattr(minivllm, name).__doc__
-    names, options = SIGNATURES[name]
     explained = re.findall(r"\w+", text)
-    for word in [*names, *options, "TypeError", "ValueError"]:
+    for word in [*(p.name for p in OPS[name]), "TypeError", "ValueError"]:
         assert word in explained, f"{name}: {word}"
 
 
@@ -116,14 +150,20 @@ def variants_of(name):
     return protocol.body
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", OPS)
 def test_the_stub_has_the_right_arguments(name):
     variants = variants_of(name)
     assert len(variants) == (2 if name == "rms_norm_qkv" else 1)
     for node in variants:
-        names, options = SIGNATURES[name]
-        assert [argument.arg for argument in node.args.args if argument.arg != "self"] == names
-        assert [argument.arg for argument in node.args.kwonlyargs] == list(options)
+        arguments = [argument for argument in node.args.args if argument.arg != "self"]
+        required = [EMPTY] * (len(arguments) - len(node.args.defaults))
+        written = [*node.args.defaults, *node.args.kw_defaults]
+        defaults = [*required, *(EMPTY if default is None else ast.literal_eval(default) for default in written)]
+        declared = [argument.arg for argument in [*arguments, *node.args.kwonlyargs]]
+        positional, options = arguments_by(name)
+        with_residual = {"residual": EMPTY} if node in variants[1:] else {}
+        assert dict(zip(declared, defaults)) == positional | options | with_residual
+        assert declared == [*positional, *options]
 
 
 def test_type_checkers_see_how_a_layer_is_called():

@@ -353,9 +353,39 @@ def test_a_plan_for_jax_does_not_go_to_torch(torch):
     x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(8)
     minivllm.rms_norm(np.ones((3, 16), np.float32), np.ones(16, np.float32))
     before = minivllm.last_kernel()
-    qkv, _, _, attributes = minivllm._C._xla_plan("rms_norm", -1, x, weight, 1e-5)
+    qkv, _, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
     assert qkv == 0 and attributes["eps"] == 1e-5
     assert minivllm.last_kernel() == before
+
+
+@pytest.mark.parametrize("weights", ["packed", "tuple", "tuple with squares"])
+@pytest.mark.parametrize("in_out", [False, True])
+def test_a_plan_tells_the_layout_of_the_weights(weights, in_out):
+    """As the op decides it, for those who compute with the weights themselves: gradients, and copies of a layer's."""
+    x, norm = np.ones((2, 16), np.float32), np.ones(16, np.float32)
+    sizes, heads = {
+        "packed": ((32,), (2, 1)),
+        "tuple": ((24, 8, 8), (3, 1)),
+        "tuple with squares": ((16, 8, 8), (2, 1)),
+    }[weights]
+    matrices = [np.ones((16, n) if in_out else (n, 16), np.float32) for n in sizes]
+    given = matrices[0] if weights == "packed" else tuple(matrices)
+    named = "in_out" if in_out else "out_in"
+    for layout in ("auto", named):
+        assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, given, *heads, weight_layout=layout)[2] == in_out
+        layer = minivllm.FusedRMSNormQKV(
+            norm_weight=norm,
+            qkv_weight=given,
+            num_heads=heads[0],
+            num_kv_heads=heads[1],
+            weight_layout=layout,
+            prepack=True,
+        )
+        assert layer._packed.shape == (sum(sizes), 16)
+    square = np.ones((16, 16), np.float32)
+    assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, square, 2, 1, weight_layout=named)[2] == in_out
+    refuses(lambda: minivllm._C._plan("rms_norm_qkv", -1, x, norm, square, 2, 1), ValueError, "is square")
+    assert minivllm._C._plan("rms_norm", -1, x, norm)[2] is False
 
 
 def test_set_num_threads_by_name():

@@ -314,8 +314,9 @@ def test_options_that_are_equal_are_not_the_same():
 def test_what_a_handler_refuses():
     """What only it can see comes back as an error of XLA's, in our words; nothing is written past a result."""
     kernel = "f32_prefill_portable"
-    qkv, head_dim, scratch, attributes = minivllm._C._xla_plan("rms_norm_qkv", -1, X, W, M, 3, 1, 1e-6, kernel=kernel)
-    assert (qkv, head_dim) == (40, 8) and scratch > 256
+    plan = minivllm._C._plan("rms_norm_qkv", -1, X, W, M, 3, 1, 1e-6, kernel=kernel)
+    qkv, head_dim, in_out, scratch, attributes = plan
+    assert (qkv, head_dim, in_out) == (40, 8, False) and scratch > 256
 
     def call(*arrays, out=(3, 5, 8), dtype=np.float32, scratch=scratch, **changes):
         results = [jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct((scratch,), np.uint8)]
@@ -351,7 +352,7 @@ def test_a_build_without_cuda_says_so():
     if minivllm._C.cuda_archs():
         pytest.skip("this build has the CUDA backend")
     with pytest.raises(RuntimeError, match="CUDA"):
-        minivllm._C._xla_plan("rms_norm", 0, X, W)
+        minivllm._C._plan("rms_norm", 0, X, W)
 
 
 # ---- XLA's side -------------------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def test_the_layout_is_that_of_the_installed_jaxlib(tmp_path):
             *compiler,
             "-std=c11",
             "-fsyntax-only",
-            f"-I{ROOT / 'csrc/python'}",
+            f"-I{ROOT / 'csrc/python/xla'}",
             f"-I{jax.ffi.include_dir()}",
             str(source),
         ],

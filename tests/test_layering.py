@@ -2,6 +2,10 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,10 @@ MAY_INCLUDE = {
     "cpu": {"mv.h", "kernel.h"},
     "cuda": {"mv.h", "kernel.h"},
 }
+# The folders of csrc/python, from the lowest to the highest; what is in none of them stands on all.
+BINDING_FOLDERS = ["base", "frameworks", "convert", "ops", "xla", "python"]
+# Headers that are no .c file's own: layouts that other projects gave to their structs, and texts.
+HEADERS_ALONE = {"dlpack_abi.h", "xla_ffi_abi.h", "docstrings.h"}
 CUDA_HEADERS = re.compile(r"^(cuda|cooperative_groups|cub/|thrust/|mma|driver_types|nvtx)")
 CXX_HEADERS = {"algorithm", "array", "atomic", "functional", "iostream", "map", "memory", "mutex", "new", "string", "tuple", "utility",
                "vector", "type_traits", "unordered_map"}  # fmt: skip
@@ -82,6 +90,52 @@ def test_includes_point_down(path):
         assert name not in CXX_HEADERS and not name.startswith(("torch/", "ATen/", "c10/", "pybind11/", "numpy/")), (
             f"{name} is not allowed"
         )
+
+
+BINDING = [path for path in SOURCES if folder_of(path) == "python"]
+
+
+@pytest.mark.parametrize("path", BINDING, ids=lambda path: str(path.relative_to(CSRC / "python")))
+def test_includes_of_the_binding_point_down(path):
+    level = BINDING_FOLDERS.index(path.parent.name)
+    for quote, name in includes(path):
+        target = (path.parent / name).resolve()
+        if quote == '"' and target.exists():
+            assert BINDING_FOLDERS.index(target.parent.name) <= level, f"{path.name} includes {name}, which is above it"
+
+
+def test_headers_of_the_binding_belong_to_one_file_each():
+    alone = {path.name for path in BINDING if path.suffix == ".h" and not path.with_suffix(".c").exists()}
+    assert alone == HEADERS_ALONE
+
+
+def symbols(path, *options):
+    done = subprocess.run(["nm", *options, path], check=True, capture_output=True, text=True)
+    return {line.split()[-1] for line in done.stdout.splitlines()}
+
+
+def test_no_files_of_the_binding_stand_on_each_other(tmp_path):
+    """An arrow from a file to each one that defines what it uses, by what the compiler makes of them: no circle."""
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()
+    if not shutil.which(compiler[0]) or not shutil.which("nm"):
+        pytest.skip("needs a C compiler and nm")
+    flags = ["-std=c11", "-O1", f"-I{CSRC}", f"-I{sysconfig.get_path('include')}", "-c"]
+
+    def compiled(path):
+        target = tmp_path / f"{path.relative_to(CSRC).as_posix().replace('/', '.')}.o"
+        subprocess.run([*compiler, *flags, path, "-o", target], check=True, capture_output=True)
+        return target
+
+    files = [path for path in BINDING if path.suffix == ".c"]
+    with ThreadPoolExecutor() as pool:
+        objects = dict(zip((str(path.relative_to(CSRC / "python")) for path in files), pool.map(compiled, files)))
+    home = {symbol: name for name, path in objects.items() for symbol in symbols(path, "-g", "--defined-only")}
+    uses = {name: {home[symbol] for symbol in symbols(path, "-u") if symbol in home} for name, path in objects.items()}
+    assert "convert/arguments.c" in uses["ops/norms.c"] and len(uses) > 20
+    while free := [name for name, others in uses.items() if not others & uses.keys()]:
+        for name in free:
+            del uses[name]
+    assert not uses, f"these files stand on each other, or on some that do: {uses}"
 
 
 VOCABULARY = ("ptx.cuh", "mma.cuh", "mbarrier.cuh", "tma.cuh", "wgmma.cuh")

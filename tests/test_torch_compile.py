@@ -5,6 +5,7 @@ from processes import succeeds
 from torch_calls import CALLS, HEADS, KV_HEADS, Inputs, assert_same
 
 import minivllm
+from minivllm.signatures import OPS
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,15 @@ def test_what_the_op_refuses_it_refuses_in_a_graph(torch):
         graph(i.x)
 
 
-QKV = (HEADS, KV_HEADS, 1e-6, "out_in", "hf", 0.0, False, False, True, None)
+REGISTERED = [
+    *OPS,
+    *(f"add_{op}" for op, takes in OPS.items() if any(p.name == "residual" and not p.required for p in takes)),
+]
+NORM = {"eps": 1e-6, "rounding": "hf", "weight_offset": 0.0}
+QKV = NORM | {
+    "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": None, "weight_layout": "out_in", "batch_invariant": False,
+    "allow_tf32": False, "static_weights": True, "kernel": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -134,14 +143,36 @@ def test_the_registered_ops(torch, device, dtype):
 
     i, ops = Inputs(device, dtype), torch.ops.minivllm
     samples = {
-        ops.rms_norm: (i.x, i.norm, 1e-6, "hf", 0.0, None),
-        ops.add_rms_norm: (i.x, i.residual, i.norm, 1e-6, "fp32", 1.0, None),
-        ops.fused_add_rms_norm: (i.x.clone(), i.residual.clone(), None, 1e-6, "hf", 0.0),
-        ops.rms_norm_qkv: (i.x, i.norm, [i.wide], [], *QKV),
-        ops.add_rms_norm_qkv: (i.x, i.residual, i.norm, [i.square], [i.bias], *QKV),
+        ops.rms_norm: NORM | {"x": i.x, "weight": i.norm, "kernel": None},
+        ops.add_rms_norm: NORM
+        | {"x": i.x, "residual": i.residual, "weight": i.norm, "weight_offset": 1.0, "kernel": None},
+        ops.fused_add_rms_norm: NORM | {"x": i.x.clone(), "residual": i.residual.clone(), "weight": None},
+        ops.rms_norm_qkv: QKV | {"x": i.x, "norm_weight": i.norm, "qkv_weight": [i.wide], "bias": []},
+        ops.add_rms_norm_qkv: QKV
+        | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "qkv_weight": [i.square], "bias": [i.bias]},
     }
+    assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
     for op, arguments in samples.items():
-        torch.library.opcheck(op.default, arguments)
+        names = [argument.name for argument in op.default._schema.arguments]
+        torch.library.opcheck(op.default, tuple(arguments.pop(name) for name in names))
+        assert not arguments
+
+
+def test_a_registered_op_takes_what_the_op_takes(torch):
+    """By the names of C's description, rows first; in place where the op is; what is optional there, is here."""
+    import minivllm.torch  # noqa: F401
+
+    for name in REGISTERED:
+        op = name if name in OPS else name.removeprefix("add_")
+        schema = getattr(torch.ops.minivllm, name).default._schema
+        given = {p.name: p for p in OPS[op] if p.role != "output" and (p.name != "residual" or "add_" in name)}
+        arguments = {argument.name: argument for argument in schema.arguments}
+        assert arguments.keys() == given.keys() and next(iter(arguments)) == "x"
+        for parameter in given.values():
+            argument = arguments[parameter.name]
+            assert argument.is_write == (parameter.role == "in place")
+            may_be_none = isinstance(argument.type, torch.OptionalType)
+            assert may_be_none == (parameter.optional and parameter.type != "tensors" and parameter.name != "residual")
 
 
 def test_a_lazily_negated_tensor(torch):

@@ -318,9 +318,11 @@ COLD = """
     torch.cuda.synchronize()
     def call():  # through the registered ops, as a compiled graph calls them
         ops = torch.ops.minivllm
-        total = ops.add_rms_norm(x, x, weight, 1e-6, "hf", 0.0, None)[1]
+        norm = dict(eps=1e-6, rounding="hf", weight_offset=0.0, kernel=None)
+        total = ops.add_rms_norm(x=x, residual=x, weight=weight, **norm)[1]
         return minivllm.rms_norm(total, weight), ops.rms_norm_qkv(
-            x, weight, [matrix], [], 3, 1, 1e-6, "auto", "hf", 0.0, False, False, True, None)
+            x=x, norm_weight=weight, qkv_weight=[matrix], bias=[], num_heads=3, num_kv_heads=1, head_dim=None,
+            weight_layout="auto", batch_invariant=False, allow_tf32=False, static_weights=True, **norm)
     import minivllm.torch
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):  # the process's first launches: nothing was warmed up

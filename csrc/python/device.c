@@ -5,7 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "buffers.h"
+#include "base/nesting.h"
+#include "base/refusals.h"
+#include "convert/buffers.h"
+#include "frameworks/dlpack.h"
+#include "frameworks/views.h"
 
 /* ---- memory ----------------------------------------------------------------------------------------------------- */
 

@@ -2,7 +2,7 @@
 #ifndef MV_PYTHON_DEVICE_H
 #define MV_PYTHON_DEVICE_H
 
-#include "binding.h"
+#include "base/state.h"
 
 PyObject *py_allocate(PyObject *module, PyObject *args);
 PyObject *py_address(PyObject *module, PyObject *memory);

@@ -1,6 +1,9 @@
 /* info.c: see info.h. */
 #include "info.h"
 
+#include "base/refusals.h"
+#include "frameworks/views.h"
+
 /* [(op, name, dtype, isa, usable, why_not), ...] */
 PyObject *py_kernels(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
@@ -23,8 +26,8 @@ PyObject *py_last_kernel(PyObject *module, PyObject *unused) {
     return Py_BuildValue("(sss)", ran.op, ran.name, ran.why);
 }
 
-static const parameter thread_parameters[] = {{"n", to_integer, 0}};
-const signature set_num_threads_signature = {"set_num_threads", 7, 1, 1, 1, thread_parameters};
+static const parameter set_num_threads_parameters[] = {{"n", &integer_value, OPTION, 0}};
+SIGNATURE(set_num_threads, SIGNATURE_SET_NUM_THREADS, "set_num_threads", .required = 1, .positional = 1);
 
 PyObject *py_set_num_threads(PyObject *module, PyObject *const *given, Py_ssize_t count, PyObject *names) {
     int64_t n = 0;

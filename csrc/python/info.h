@@ -2,7 +2,7 @@
 #ifndef MV_PYTHON_INFO_H
 #define MV_PYTHON_INFO_H
 
-#include "ops.h"
+#include "ops/ops.h"
 
 PyObject *py_kernels(PyObject *module, PyObject *unused);
 PyObject *py_last_kernel(PyObject *module, PyObject *unused);

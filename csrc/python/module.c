@@ -1,98 +1,22 @@
-/* module.c: minivllm._C: its methods, its state, its birth and death. */
+/* module.c: minivllm._C: its methods, its birth and death. */
+#include "base/steps.h"
 #include "device.h"
-#include "docstrings.h"
 #include "info.h"
-#include "layer.h"
-#include "steps.h"
-#include "xla_ffi.h"
-
-/* ---- objects of other modules ----------------------------------------------------------------------------------- */
-
-static const struct {
-    const char *module, *attribute;
-} object_places[KNOWN_OBJECTS] = {
-    [TORCH_TENSOR] = {"torch", "Tensor"},
-    [TORCH_EMPTY] = {"torch", "empty"},
-    [TORCH_DTYPES + MV_F32] = {"torch", "float32"},
-    [TORCH_DTYPES + MV_F16] = {"torch", "float16"},
-    [TORCH_DTYPES + MV_BF16] = {"torch", "bfloat16"},
-    [TORCH_UINT8] = {"torch", "uint8"},
-    [TORCH_DEVICE] = {"torch", "device"},
-    [TORCH_SPLIT] = {"torch", "split_with_sizes"},
-    [TORCH_SPLIT_FRESH] = {"torch", "unsafe_split_with_sizes"},
-    [TORCH_IS_GRAD_ENABLED] = {"torch", "is_grad_enabled"},
-    [TORCH_DISPATCH_MODES] = {"torch._C", "_len_torch_dispatch_stack"},
-    [TORCH_IS_TRACING] = {"torch._C", "_is_tracing"},
-    [TORCH_IS_FUNCTIONAL] = {"torch", "_is_functional_tensor"},
-    [TORCH_FORWARD_AD] = {"torch.autograd", "forward_ad"},
-    [TORCH_IS_INFERENCE_MODE] = {"torch", "is_inference_mode_enabled"},
-    [TORCH_INCREMENT_VERSION] = {"torch.autograd.graph", "increment_version"},
-    [TORCH_NO_FUNCTION] = {"torch._C", "_disabled_torch_function_impl"},
-    [TORCH_CURRENT_STREAM] = {"torch.cuda", "current_stream"},
-    [NUMPY_EMPTY] = {"numpy", "empty"},
-    [NUMPY_DTYPE] = {"numpy", "dtype"},
-    [NUMPY_TYPES + MV_F32] = {"numpy", "float32"},
-    [NUMPY_TYPES + MV_F16] = {"numpy", "float16"},
-    [NUMPY_TYPES + MV_BF16] = {"ml_dtypes", "bfloat16"},
-    [CUPY_EMPTY] = {"cupy", "empty"},
-    [CUPY_DEVICE] = {"cupy.cuda", "Device"},
-    [CUPY_CURRENT_STREAM] = {"cupy.cuda", "get_current_stream"},
-    [JAX_DEVICE_PUT] = {"jax", "device_put"},
-    [JAX_FROM_DLPACK] = {"jax.dlpack", "from_dlpack"},
-    [DEVICE_ARRAY_EMPTY] = {"minivllm.device_array", "empty"},
-};
-
-static const char *const name_texts[KNOWN_NAMES] = {
-    [NAME_ARRAY_STRUCT] = "__array_struct__",
-    [NAME_CDATA] = "_cdata",
-    [NAME_CUDA_ARRAY_INTERFACE] = "__cuda_array_interface__",
-    [NAME_CURRENT_LEVEL] = "_current_level",
-    [NAME_DATA] = "data",
-    [NAME_DETACH] = "detach",
-    [NAME_DEVICE] = "device",
-    [NAME_DEVICE_ID] = "device_id",
-    [NAME_DLPACK] = "__dlpack__",
-    [NAME_DLPACK_DEVICE] = "__dlpack_device__",
-    [NAME_DTYPE] = "dtype",
-    [NAME_IS_NEG] = "is_neg",
-    [NAME_PTR] = "ptr",
-    [NAME_REQUIRES_GRAD] = "requires_grad",
-    [NAME_RESHAPE] = "reshape",
-    [NAME_SHAPE] = "shape",
-    [NAME_STRIDES] = "strides",
-    [NAME_VERSION] = "_version",
-    [NAME_VIEW] = "view",
-};
-
-PyObject *keep_first(_Atomic(PyObject *) *slot, PyObject *value) {
-    PyObject *stored = NULL;
-    if (!value || atomic_compare_exchange_strong(slot, &stored, value)) return value;
-    Py_DECREF(value);
-    return stored;
-}
-
-PyObject *known(module_state *state, int object) {
-    PyObject *made = atomic_load_explicit(&state->objects[object], memory_order_acquire);
-    if (made) return made;
-    PyObject *module = PyImport_ImportModule(object_places[object].module);
-    if (!module) return NULL;
-    PyObject *value = PyObject_GetAttrString(module, object_places[object].attribute);
-    Py_DECREF(module);
-    return keep_first(&state->objects[object], value);
-}
-
-/* ---- the module ------------------------------------------------------------------------------------------------- */
+#include "ops/docstrings.h"
+#include "ops/layer.h"
+#include "xla/handlers.h"
+#include "xla/plan.h"
 
 #define FAST(name, function, doc)                                                                                      \
     { name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS, doc }
 
+#define METHOD(name, args) FAST(#name, py_##name, DOC_##name),
+
 static PyMethodDef methods[] = {
-    FAST("rms_norm", py_rms_norm, DOC_RMS_NORM),
-    FAST("add_rms_norm", py_add_rms_norm, DOC_ADD_RMS_NORM),
-    FAST("fused_add_rms_norm", py_fused_add_rms_norm, DOC_FUSED_ADD_RMS_NORM),
-    FAST("rms_norm_qkv", py_rms_norm_qkv, DOC_RMS_NORM_QKV),
+    FACES(METHOD) /* the ops */
+    {"_ops", py_ops, METH_NOARGS, "{op: ((name, type, role, optional, required, positional, default), ...)}"},
     FAST("_rms_norm_qkv_packed", py_rms_norm_qkv_packed, "rms_norm_qkv -> out [..., qkv], or (out, residual_out)"),
-    FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, numbers) of a layer"),
+    FAST("_check_rms_norm_qkv", py_check_rms_norm_qkv, "(hidden, qkv, head_dim, in_out, numbers) of a layer"),
     FAST("_call_layer", py_call_layer,
          "_call_layer($module, layer, x, *, residual=None, out=None, residual_out=None)\n--\n\nlayer(x, ...)"),
     {"_callable_layer", py_callable_layer, METH_O, "(class) -> a subclass whose instances are called from C"},
@@ -112,7 +36,7 @@ static PyMethodDef methods[] = {
      "without CUDA."},
     {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
     {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
-    FAST("_xla_plan", py_xla_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, scratch_bytes, attributes)"),
+    FAST("_plan", py_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, in_out, scratch_bytes, attributes)"),
     {"_xla_handlers", py_xla_handlers, METH_NOARGS, "[(op, platform, capsule), ...]"},
     {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
     {"_address", py_address, METH_O, "(memory) -> int"},
@@ -126,6 +50,15 @@ static PyMethodDef methods[] = {
      "(on) -> nanoseconds of calls since the last time: (read, plan, allocate, run, return)"},
     {"_empty", py_empty, METH_VARARGS, "(like, shape) -> a new array of like's framework, device and dtype"},
     {NULL, NULL, 0, NULL},
+};
+
+#define PLACE(name, args) [SIGNATURE_##name] = &name##_signature,
+static const signature *const signatures[SIGNATURES] = {
+    [SIGNATURE_LAYER_CHECK] = &layer_check_signature,
+    [SIGNATURE_LAYER_HELD] = &layer_held_signature,
+    [SIGNATURE_LAYER_CALL] = &layer_call_signature,
+    [SIGNATURE_SET_NUM_THREADS] = &set_num_threads_signature,
+    FACES(PLACE) /* the ops */
 };
 
 /* What C keeps is the process's own, and what runs on other threads enters the main interpreter. That one has the
@@ -144,40 +77,18 @@ static bool is_main_interpreter(void) {
 static int execute(PyObject *module) {
     if (!is_main_interpreter()) return -1;
     module_state *state = PyModule_GetState(module); /* zeroed by CPython */
-    for (int i = 0; i < KNOWN_NAMES; i++) {
-        state->names[i] = PyUnicode_InternFromString(name_texts[i]);
-        if (!state->names[i]) return -1;
-    }
-    for (int i = 0; all_signatures[i]; i++)
-        if (!intern_keywords(state, all_signatures[i])) return -1;
+    if (!begin_state(state)) return -1;
+    for (int i = 0; i < SIGNATURES; i++)
+        if (!prepare_signature(state, signatures[i], i)) return -1;
     return PyModule_AddStringConstant(module, "version", MV_VERSION);
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg) {
-    module_state *state = PyModule_GetState(module);
-    for (int i = 0; i < KNOWN_OBJECTS; i++) Py_VISIT(atomic_load(&state->objects[i]));
-    for (int i = 0; i < MAX_TYPES; i++) Py_VISIT(atomic_load(&state->types[i].type));
-    return 0;
-}
-
-static void clear_slot(_Atomic(PyObject *) *slot) {
-    PyObject *value = atomic_exchange(slot, NULL);
-    Py_XDECREF(value);
+    return visit_state(PyModule_GetState(module), visit, arg);
 }
 
 static int clear(PyObject *module) {
-    module_state *state = PyModule_GetState(module);
-    for (int i = 0; i < KNOWN_OBJECTS; i++) clear_slot(&state->objects[i]);
-    for (int i = 0; i < 3; i++) clear_slot(&state->numpy_dtypes[i]);
-    for (int i = 0; i < 4; i++)
-        for (int d = 0; d <= MAX_CUDA_DEVICES; d++) clear_slot(&state->torch_options[i][d]);
-    for (int i = 0; i < MAX_TYPES; i++) {
-        PyTypeObject *type = atomic_exchange(&state->types[i].type, NULL);
-        Py_XDECREF((PyObject *)type);
-    }
-    for (int i = 0; i < KNOWN_NAMES; i++) Py_CLEAR(state->names[i]);
-    for (int i = 0; i < MAX_SIGNATURES; i++)
-        for (int p = 0; p < MAX_PARAMETERS; p++) Py_CLEAR(state->keywords[i][p]);
+    clear_state(PyModule_GetState(module));
     return 0;
 }
 

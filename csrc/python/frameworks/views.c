@@ -1,0 +1,87 @@
+/* views.c: see views.h. */
+#include "views.h"
+
+#include "../base/refusals.h"
+
+const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
+
+static int64_t itemsize_of(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
+
+bool check_view(call *c, tensor *t) {
+    bool empty = false;
+    for (int d = 0; d < t->view.ndim; d++) {
+        if (t->shape[d] < 0) return refuse(c, t, PyExc_BufferError, "was exported with a negative size");
+        empty = empty || t->shape[d] == 0;
+    }
+    if (empty) { /* nothing to step over, and NumPy's strides may be zero then */
+        t->view.strides = NULL;
+        return true;
+    }
+    if (!t->view.data)
+        return refuse(c, t, PyExc_BufferError, "has no data: its exporter gave a null pointer for its elements");
+    const int itemsize = (int)itemsize_of(t->view.dtype);
+    if ((uintptr_t)t->view.data % (uintptr_t)itemsize != 0)
+        return refuse(c, t, PyExc_ValueError,
+                      "starts at an address that is no multiple of its %d-byte elements; pass "
+                      "a copy",
+                      itemsize);
+    return true;
+}
+
+bool strides_from_bytes(call *c, tensor *t) {
+    const int64_t itemsize = itemsize_of(t->view.dtype);
+    bool empty = false;
+    for (int d = 0; d < t->view.ndim; d++) empty = empty || t->shape[d] == 0;
+    for (int d = 0; d < t->view.ndim; d++) {
+        if (t->shape[d] > 1 && !empty && t->strides[d] % itemsize != 0)
+            return refuse(c, t, PyExc_ValueError,
+                          "has a stride of %lld bytes in dimension %d, expected a multiple of "
+                          "its %d-byte elements; pass a contiguous copy",
+                          (long long)t->strides[d], d, (int)itemsize);
+        t->strides[d] /= itemsize;
+    }
+    return true;
+}
+
+static const char *dl_dtype_text(dl_dtype dtype, char *text, size_t size) {
+    static const char *const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    const bool small = dtype.code >= sizeof kinds / sizeof kinds[0]; /* the many floats of 8, 6 and 4 bits */
+    PyOS_snprintf(text, size, dtype.lanes == 1 ? "dtype %s%d" : "dtype %s%d in vectors of %d",
+                  small ? "float" : kinds[dtype.code], (int)dtype.bits, (int)dtype.lanes);
+    return text;
+}
+
+bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
+    mv_view *view = &t->view;
+    switch (source->device.type) {
+    case DL_CPU:
+    case DL_CUDA_HOST: /* pinned */ view->device = (mv_device){MV_CPU, 0}; break;
+    case DL_CUDA:
+    case DL_CUDA_MANAGED: view->device = (mv_device){MV_CUDA, source->device.id}; break;
+    default:
+        return refuse(c, t, PyExc_ValueError, "is on a device of DLPack type %d, expected the CPU or a CUDA device",
+                      (int)source->device.type);
+    }
+    const dl_dtype dtype = source->dtype;
+    if (dtype.code == DL_FLOAT && dtype.bits == 32 && dtype.lanes == 1)
+        view->dtype = MV_F32;
+    else if (dtype.code == DL_FLOAT && dtype.bits == 16 && dtype.lanes == 1)
+        view->dtype = MV_F16;
+    else if (dtype.code == DL_BFLOAT && dtype.bits == 16 && dtype.lanes == 1)
+        view->dtype = MV_BF16;
+    else {
+        char text[64];
+        return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
+    }
+    if (source->ndim > 0 && !source->shape) return refuse(c, t, PyExc_BufferError, "was exported without a shape");
+    if (source->ndim < 0 || source->ndim > MAX_DIMS)
+        return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);
+    view->ndim = source->ndim;
+    for (int d = 0; d < source->ndim; d++) {
+        t->shape[d] = source->shape[d];
+        if (source->strides) t->strides[d] = source->strides[d];
+    }
+    view->strides = source->strides ? t->strides : NULL;
+    view->data = source->data ? (void *)((uintptr_t)source->data + source->byte_offset) : NULL;
+    return check_view(c, t);
+}

@@ -1,0 +1,29 @@
+/* plan.h: a call that is checked and planned, and not run: what JAX needs while it traces, and torch's checks of calls
+ * that torch takes part in (minivllm/torch_checks.py). It also says how XLA gets the arguments: what plan.c makes of
+ * them, handlers.c reads. */
+#ifndef MV_PYTHON_PLAN_H
+#define MV_PYTHON_PLAN_H
+
+#include "../ops/ops.h"
+
+/* The attribute that tells which of an op's tensors there are, as bits. */
+#define XLA_GIVEN "given"
+
+/* Bytes of the scratch result, in which a 256-byte aligned workspace has room. */
+enum { XLA_ALIGNMENT = 256 };
+static inline size_t xla_scratch_bytes(const mv_plan *plan) {
+    return plan->workspace_bytes ? plan->workspace_bytes + XLA_ALIGNMENT : 0;
+}
+
+/* How many views of p XLA may be given, and where they are: none of an output, which is its own. */
+static inline int xla_views(const parameter *p, op_args *args, mv_view **views) {
+    *views = (mv_view *)((char *)args + p->offset);
+    return p->role != ROWS && p->role != WEIGHT ? 0 : p->kind->type == TENSORS ? 3 : 1;
+}
+
+/* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (qkv, head_dim, in_out, scratch_bytes, attributes). The
+ * arguments are checked in the words of the op. in_out: the weights are [hidden, out]. For XLA: the bytes of a result
+ * that serves as scratch, and the options. */
+fast_function py_plan;
+
+#endif
