@@ -171,7 +171,8 @@ mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *args, mv_plan *plan,
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
     OP(add_rms_norm, mv_rms_norm_args)                                                                                 \
-    OP(rms_norm_qkv, mv_rms_norm_qkv_args)
+    OP(rms_norm_qkv, mv_rms_norm_qkv_args)                                                                             \
+    OP(rms_norm_linear, mv_rms_norm_linear_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

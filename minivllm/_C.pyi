@@ -103,6 +103,44 @@ class _RMSNormQKV(Protocol):
 
 rms_norm_qkv: _RMSNormQKV  # a function; so that FusedRMSNormQKV.forward is one with both variants, too
 
+@overload
+def rms_norm_linear(
+    x: _T,
+    norm_weight: _Tensor,
+    weight: _Tensor,
+    eps: SupportsFloat = 1e-6,
+    *,
+    bias: _Tensor | None = None,
+    residual: None = None,
+    out: _T | None = None,
+    residual_out: None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> _T: ...
+@overload
+def rms_norm_linear(
+    x: _T,
+    norm_weight: _Tensor,
+    weight: _Tensor,
+    eps: SupportsFloat = 1e-6,
+    *,
+    bias: _Tensor | None = None,
+    residual: _Tensor,
+    out: _T | None = None,
+    residual_out: _T | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> tuple[_T, _T]: ...
 def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any], ...]]: ...
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...

@@ -40,6 +40,7 @@ else:
         fused_add_rms_norm,
         get_num_threads,
         rms_norm,
+        rms_norm_linear,
         rms_norm_qkv,
         set_num_threads,
     )
@@ -63,6 +64,7 @@ else:
         "kernels",
         "last_kernel",
         "rms_norm",
+        "rms_norm_linear",
         "rms_norm_qkv",
         "set_num_threads",
         "shard_qkv",

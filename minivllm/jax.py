@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from . import _C
 from .signatures import names
 
-__all__ = ["add_rms_norm", "rms_norm", "rms_norm_qkv"]
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_linear", "rms_norm_qkv"]
 
 for _op, _platform, _handler in _C._xla_handlers():
     jax.ffi.register_ffi_target(f"minivllm_{_op}", _handler, platform=_platform)
@@ -80,6 +80,40 @@ def rms_norm_qkv(
         static_weights=static_weights,
         kernel=kernel,
     )
+
+
+def rms_norm_linear(
+    x,
+    norm_weight,
+    weight,
+    eps=1e-6,
+    *,
+    bias=None,
+    residual=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`minivllm.rms_norm_linear`: x [..., hidden] and weight [outputs, hidden] or [hidden, outputs] -> [..., outputs];
+    with a residual (out, residual_out).
+    """
+    out, *sums = _call(
+        "rms_norm_linear",
+        _without_none(x=x, norm_weight=norm_weight, weight=weight, bias=bias, residual=residual),
+        eps=eps,
+        weight_layout=weight_layout,
+        rounding=rounding,
+        weight_offset=weight_offset,
+        batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32,
+        static_weights=static_weights,
+        kernel=kernel,
+    )
+    return (out, *sums) if sums else out
 
 
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
@@ -157,10 +191,11 @@ def _repeat(size, array, is_batched):
 
 
 def _foreign_call(op, options, arrays):
-    """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for the projection."""
+    """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for q, k and v."""
     qkv, head_dim, _, scratch_bytes, attributes = _plan(op, options, arrays)
     x = arrays["x"]
-    out = (*x.shape[:-1], qkv // head_dim, head_dim) if qkv else x.shape
+    last = (qkv // head_dim, head_dim) if head_dim else (qkv or x.shape[-1],)
+    out = (*x.shape[:-1], *last)
     results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
     in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
@@ -218,7 +253,7 @@ def _formula(
     **without_influence,
 ):
     """What the foreign function computes, with the same roundings."""
-    x, weight = arrays["x"], arrays.get("weight", arrays.get("norm_weight"))
+    x, weight = arrays["x"], arrays.get("norm_weight", arrays.get("weight"))
     s = x + arrays["residual"] if "residual" in arrays else x
     wide = s.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
@@ -226,10 +261,10 @@ def _formula(
         normed = normed.astype(x.dtype).astype(jnp.float32)
     y = (normed * (weight_offset + (1 if weight is None else weight.astype(jnp.float32)))).astype(x.dtype)
     sums = [s] if "residual" in arrays else []
-    if "qkv_weight" not in arrays:
+    if "norm_weight" not in arrays:
         return [y, *sums]
 
-    matrices = jax.tree.leaves(arrays["qkv_weight"])
+    matrices = jax.tree.leaves(arrays.get("qkv_weight", arrays.get("weight")))
     product = functools.partial(
         jnp.einsum,
         "...k,kn->...n" if in_out else "...k,nk->...n",
@@ -239,5 +274,6 @@ def _formula(
     out = jnp.concatenate([product(y, matrix) for matrix in matrices], -1)
     if "bias" in arrays:
         out = out + jnp.concatenate([bias.astype(jnp.float32) for bias in jax.tree.leaves(arrays["bias"])])
-    heads = num_heads + 2 * num_kv_heads
-    return [out.astype(x.dtype).reshape(*x.shape[:-1], heads, out.shape[-1] // heads), *sums]
+    if heads := num_heads + 2 * num_kv_heads:
+        out = out.reshape(*x.shape[:-1], heads, out.shape[-1] // heads)
+    return [out.astype(x.dtype), *sums]

@@ -61,20 +61,23 @@ class _Norm(torch.autograd.Function):
         return dx, dx if ctx.adds else None, dweight, None
 
 
-class _NormQKV(torch.autograd.Function):
-    """rms_norm_qkv, or with a residual add_rms_norm_qkv. weights: `members` matrices, then the biases."""
+class _NormLinear(torch.autograd.Function):
+    """rms_norm_qkv or rms_norm_linear. weights: `members` matrices, then the biases."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, residual, norm_weight, members, options, *weights):
+    def forward(op, x, residual, norm_weight, members, options, *weights):
         tensors = {"x": x, "residual": residual, "norm_weight": norm_weight}
-        matrices = {"qkv_weight": weights[:members], "bias": weights[members:]}
-        return torch_ops.call("rms_norm_qkv", tensors | matrices | options)
+        if op == "rms_norm_qkv":
+            matrices = {"qkv_weight": weights[:members], "bias": weights[members:]}
+        else:
+            matrices = {"weight": weights[0], "bias": weights[1] if len(weights) > 1 else None}
+        return torch_ops.call(op, tensors | matrices | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, norm_weight, ctx.members, options, *weights = inputs
+        _, x, residual, norm_weight, ctx.members, options, *weights = inputs
         ctx.adds = residual is not None
         ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
         ctx.in_out = torch_ops.is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
@@ -83,7 +86,7 @@ class _NormQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, ds=None):
         s, norm_weight, *weights = ctx.saved_tensors
-        _, _, _, _, _, *needed = ctx.needs_input_grad
+        _, _, _, _, _, _, *needed = ctx.needs_input_grad
         weights, biases = weights[: ctx.members], weights[ctx.members :]
         if ctx.in_out:
             weights = [weight.t() for weight in weights]
@@ -103,7 +106,7 @@ class _NormQKV(torch.autograd.Function):
 
         dx, dscale = _norm_gradients(dy.reshape(s.shape), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
-        return dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
+        return None, dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
 
 
 # ---- the faces: what the C functions hand over to, and what torch.compile traces ------------------------------------
@@ -168,7 +171,7 @@ def _checked(op, inputs, outputs, **options):
         raise ValueError(f"{op}: residual_out was given without a residual")
     for name, out in given.items():
         for other, tensor in (inputs | given).items():
-            in_place = other in ("x", "residual") and op != "rms_norm_qkv"
+            in_place = other in ("x", "residual") and "norm_weight" not in inputs
             if out is tensor and name != other and not in_place:
                 raise ValueError(f"{op}: {name} overlaps {other}; pass memory of its own")
 
@@ -239,12 +242,43 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_o
     return x, residual
 
 
-def _qkv_with_gradients(inputs, options):
-    weights, biases = torch_ops.listed(inputs["qkv_weight"]), torch_ops.listed(inputs["bias"])
+def _linear_with_gradients(op, weight, inputs, options):
+    weights, biases = torch_ops.listed(inputs[weight]), torch_ops.listed(inputs["bias"])
     x, residual, norm_weight, *weights_and_biases = _each_once(
         inputs["x"], inputs["residual"], inputs["norm_weight"], *weights, *biases
     )
-    return _NormQKV.apply(x, residual, norm_weight, len(weights), options, *weights_and_biases)
+    return _NormLinear.apply(op, x, residual, norm_weight, len(weights), options, *weights_and_biases)
+
+
+def rms_norm_linear(
+    x,
+    norm_weight,
+    weight,
+    eps=1e-6,
+    *,
+    bias=None,
+    residual=None,
+    out=None,
+    residual_out=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+):
+    """minivllm.rms_norm_linear for every torch tensor, with gradients of x, residual, the weights and the bias."""
+    op = "rms_norm_linear"
+    inputs = {"x": x, "norm_weight": norm_weight, "weight": weight, "bias": bias, "residual": residual}
+    options = {
+        "eps": eps, "weight_layout": weight_layout, "rounding": rounding, "weight_offset": weight_offset,
+        "batch_invariant": batch_invariant, "allow_tf32": allow_tf32, "static_weights": static_weights,
+        "kernel": kernel,
+    }  # fmt: skip
+    outputs = {"out": out, "residual_out": residual_out}
+    results = _results(op, inputs, outputs, options, functools.partial(_linear_with_gradients, op, "weight"))
+    return results[0] if residual is None else results
 
 
 def rms_norm_qkv_packed(
@@ -254,7 +288,8 @@ def rms_norm_qkv_packed(
     options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps} | options
     tensors = {"norm_weight": norm_weight, "qkv_weight": unpacked(qkv_weight), "bias": bias, "residual": residual}
     outputs = {"out": out, "residual_out": residual_out}
-    results = _results("rms_norm_qkv", {"x": x} | tensors, outputs, options, _qkv_with_gradients)
+    with_gradients = functools.partial(_linear_with_gradients, "rms_norm_qkv", "qkv_weight")
+    results = _results("rms_norm_qkv", {"x": x} | tensors, outputs, options, with_gradients)
     return results[0] if residual is None else results
 
 

@@ -15,13 +15,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "number": "float", "integer": "int", "flag": "bool",
           "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
-_SEVERAL = frozenset(p.name for parameters in OPS.values() for p in parameters if p.type == "tensors")
+_SEVERAL = {op: frozenset(p.name for p in parameters if p.type == "tensors") for op, parameters in OPS.items()}
 _registered = {}
 
 
 def call(op, arguments):
     """Calls `op` as registered, with arguments by name. Given a residual that it need not be given: add_<op>."""
-    given = {name: listed(value) if name in _SEVERAL else value for name, value in arguments.items()}
+    given = {name: listed(value) if name in _SEVERAL[op] else value for name, value in arguments.items()}
     if given.get("residual", 0) is None:
         del given["residual"]
     with_residual = f"add_{op}" in _registered and "residual" in given
@@ -107,12 +107,13 @@ def _fake(op, takes, outputs):
 
 
 def _shape_of_out(op, x, given):
-    if op != "rms_norm_qkv":
+    if "norm_weight" not in given:
         return x.shape
-    matrices = given["qkv_weight"]
+    name = "qkv_weight" if "qkv_weight" in given else "weight"
+    matrices = listed(given[name])
     for matrix in matrices:
         if matrix.ndim != 2:
-            raise ValueError(f"rms_norm_qkv: qkv_weight has shape {list(matrix.shape)}, expected two dimensions")
+            raise ValueError(f"{op}: {name} has shape {list(matrix.shape)}, expected two dimensions")
     dim = 1 if is_in_out(matrices, x.shape[-1], given["weight_layout"]) else 0
     return (*x.shape[:-1], sum(matrix.shape[dim] for matrix in matrices))
 

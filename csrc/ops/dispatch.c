@@ -194,15 +194,13 @@ static int32_t current_gpu(void) {
 #endif
 }
 
+#define LIST_OF(name, args) {#name, &mv_##name##_list},
+
 bool mv_kernel_at(int index, mv_kernel_info *info) {
-    /* rms_norm and add_rms_norm are one list: a kernel of the norm serves both. */
-    const struct {
+    static const struct {
         const char *op;
         const mv_list *list;
-    } ops[] = {{"rms_norm", &mv_rms_norm_list},
-               {"add_rms_norm", &mv_rms_norm_list},
-               {"rms_norm_qkv", &mv_rms_norm_qkv_list},
-               {"rms_norm_linear", &mv_rms_norm_qkv_list}};
+    } ops[] = {MV_OPS(LIST_OF)};
     for (size_t i = 0; i < sizeof ops / sizeof ops[0]; index -= ops[i].list->count, i++) {
         if (index < 0) return false;
         if (index >= ops[i].list->count) continue;

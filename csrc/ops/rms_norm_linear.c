@@ -3,7 +3,7 @@
 #include "norm_linear.h"
 
 mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *a, mv_plan *plan, mv_error *error) {
-    const mv_norm_linear all = MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_linear", a, mv_rms_norm_qkv_list);
+    const mv_norm_linear all = MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_linear", a, mv_rms_norm_linear_list);
     const mv_linear_views views = {.op = all.op,
                                    .x = &a->x,
                                    .weight_name = "weight",

@@ -55,6 +55,18 @@
     "head_dim: checked if given, else qkv / (num_heads + 2 * num_kv_heads). residual_out: where the sum goes, as in\n" \
     "add_rms_norm. eps, rounding, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_rms_norm_linear                                                                                            \
+    "rms_norm_linear($module, x, norm_weight, weight, eps=1e-06, *, bias=None, residual=None, out=None, "              \
+    "residual_out=None, weight_layout='auto', rounding='hf', weight_offset=0.0, batch_invariant=False, "               \
+    "allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"                                                     \
+    "rms_norm(x, norm_weight) @ weight.T + bias, in one call\n\n"                                                      \
+    "x: [..., hidden]. norm_weight: [hidden]. weight: [outputs, hidden] as nn.Linear keeps it, or [hidden, outputs]\n" \
+    "(its .t(), also contiguous); bias: [outputs]. Weights and biases are of x's dtype or float32; none is copied.\n"  \
+    "Returns [..., outputs], or with a residual, which x is added to before the norm, the sum as well: (out,\n"        \
+    "residual_out). out, residual_out: where they go; they must overlap nothing.\n"                                    \
+    "weight_layout, batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. eps, rounding, weight_offset,\n"  \
+    "kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
     "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."
