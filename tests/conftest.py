@@ -27,7 +27,7 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-ROWS = {op: [row for row in minivllm.kernels(op)] for op in ("rms_norm", "rms_norm_qkv")}
+ROWS = {op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear")}
 
 
 def device_of(row) -> str:

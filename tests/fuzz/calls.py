@@ -55,16 +55,21 @@ def inputs_of(case: Case, wide=None, concatenate=np.concatenate) -> dict:
     found = {}
     for name, specs in case.tensors.items():
         parts = [wide(spec) for spec in members(specs)]
-        if name == "qkv_weight" and is_in_out(case):
+        if name == matrix_of(case) and is_in_out(case):
             parts = [part.T for part in parts]
         found[name] = parts[0] if len(parts) == 1 else concatenate(parts)
     return found
 
 
+def matrix_of(case: Case) -> str | None:
+    """The argument that is a matrix, if the op has one."""
+    return "qkv_weight" if "qkv_weight" in case.tensors else "weight" if "norm_weight" in case.tensors else None
+
+
 def is_in_out(case: Case) -> bool:
     """As the shapes say, or the option where they could be either."""
     hidden = case.tensors["x"].shape[-1]
-    for spec in members(case.tensors["qkv_weight"]):
+    for spec in members(case.tensors[matrix_of(case)]):
         if spec.shape[0] != spec.shape[1]:
             return spec.shape[1] != hidden
     return case.options.get("weight_layout") == "in_out"
@@ -202,7 +207,7 @@ def again(case: Case, arguments: dict, memory, results: dict) -> int:
     """The same bits once more, in how many calls: into fresh outputs, with other threads where these must not matter,
     and where other rows must not matter one row alone."""
     lead = case.tensors["x"].shape[:-1]
-    invariant = "num_heads" not in case.options or case.options.get("batch_invariant", False)
+    invariant = matrix_of(case) is None or case.options.get("batch_invariant", False)
     in_place = "x" in case.outputs.values()
     fresh = {} if in_place else dict.fromkeys(case.outputs.values())
     written = case.outputs.values() if in_place else ()

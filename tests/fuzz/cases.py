@@ -86,9 +86,11 @@ def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> S
 
 
 def weights(d: Drawing, sizes, hidden: int):
-    """qkv_weight and weight_layout: one matrix, three, or three slices of one."""
+    """The weight and weight_layout: one matrix, three, or three slices of one."""
     rng, in_out, kind = d.rng, d.chance(0.4), d.rng.random()
-    if kind < 0.5:
+    name = "weight" if len(sizes) == 1 else "qkv_weight"
+    if kind < 0.5 or len(sizes) == 1:
+        kind = 0.0
         weight = matrix(d, sum(sizes), hidden, in_out, d.parameter_dtype())
     elif kind < 0.8:
         weight = tuple(matrix(d, size, hidden, in_out, d.parameter_dtype()) for size in sizes)
@@ -104,7 +106,7 @@ def weights(d: Drawing, sizes, hidden: int):
             for start, size in zip(starts, sizes)
         )
     members = weight if kind >= 0.5 else (weight,)
-    d.tensors["qkv_weight"] = weight
+    d.tensors[name] = weight
     if all(member.shape[0] == member.shape[1] for member in members):
         if d.spoil and hidden > 1:
             d.refused = Refused(ValueError, r"weight_layout")
@@ -115,8 +117,8 @@ def weights(d: Drawing, sizes, hidden: int):
 
 
 def projection(d: Drawing):
-    """rms_norm_qkv, and the layer object."""
-    rng = d.rng
+    """rms_norm_linear, rms_norm_qkv, and the layer object."""
+    rng, one = d.rng, d.op == "rms_norm_linear"
     hidden = d.hidden()
     heads, kv_heads = rng.randint(1, 5), rng.randint(1, 3)
     total = heads + 2 * kv_heads
@@ -129,6 +131,10 @@ def projection(d: Drawing):
         heads = kv_heads = 1  # three square ones
         total, head_dim = 3, hidden
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    if one:
+        sizes = (
+            hidden if rng.random() < 0.05 and hidden * hidden <= products // 4 else sum(sizes) + rng.randint(0, 7),
+        )
     qkv = sum(sizes)
     lead = d.lead(max(1, min(products // (hidden * qkv), d.most_elements // max(hidden, qkv))))
     shape, tokens = (*lead, hidden), math.prod(lead)
@@ -152,13 +158,14 @@ def projection(d: Drawing):
     d.tensors["norm_weight"] = d.vector(hidden)
     weights(d, sizes, hidden)
     if rng.random() < 0.4:
-        if rng.random() < 0.6:
+        if one or rng.random() < 0.6:
             d.tensors["bias"] = d.vector(qkv)
         else:
             d.tensors["bias"] = tuple(d.vector(size) for size in sizes)
-    d.options |= {"num_heads": heads, "num_kv_heads": kv_heads}
-    if rng.random() < 0.2:
-        d.give(head_dim=head_dim)
+    if not one:
+        d.options |= {"num_heads": heads, "num_kv_heads": kv_heads}
+        if rng.random() < 0.2:
+            d.give(head_dim=head_dim)
     d.numbers()
     if rng.random() < 0.3:
         d.give(batch_invariant=rng.random() < 0.8)
@@ -166,8 +173,7 @@ def projection(d: Drawing):
         d.give(allow_tf32=rng.random() < 0.5)
     if rng.random() < 0.3:
         d.give(static_weights=rng.random() < 0.5)
-    one_dtype = len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1
-    if one_dtype and rng.random() < 0.3:
+    if not one and len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1 and rng.random() < 0.3:
         d.give(prepack=True)
     if d.spoil and not d.refused:
         spoil.projection(d, shape, tokens, qkv)
@@ -185,6 +191,7 @@ OPS = {
     "rms_norm": Op(norm, expect.norm),
     "add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
     "fused_add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
+    "rms_norm_linear": Op(projection, expect.projection),
     "rms_norm_qkv": Op(projection, expect.projection),
     "FusedRMSNormQKV": Op(projection, expect.projection),
 }

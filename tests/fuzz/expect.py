@@ -68,7 +68,8 @@ def norm(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
 
 
 def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
-    weight, bias, hf = inputs["qkv_weight"], inputs.get("bias"), options.get("rounding", "hf") == "hf"
+    weight = inputs["qkv_weight"] if "qkv_weight" in inputs else inputs["weight"]
+    bias, hf = inputs.get("bias"), options.get("rounding", "hf") == "hf"
     y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=hf)
 
     def product(rows):

@@ -42,7 +42,8 @@ def norm(d: Drawing, shape):
 
 def projection(d: Drawing, shape, tokens: int, qkv: int):
     hidden = shape[-1]
-    what = d.rng.choice(("x steps", "norm_weight is long", "heads", "out overlaps", "out is x", "bias is long"))
+    heads = ("heads",) if "num_heads" in d.options else ()
+    what = d.rng.choice(("x steps", "norm_weight is long", *heads, "out overlaps", "out is x", "bias is long"))
     if what == "norm_weight is long":
         d.tensors["norm_weight"] = d.vector(hidden + 1)
         of_layer = "|qkv_weight" if d.op == "FusedRMSNormQKV" else ""  # to it norm_weight says what is hidden
