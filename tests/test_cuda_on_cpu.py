@@ -14,6 +14,8 @@ from test_prefill import LATE, MEANWHILE, SHAPES
 from test_tf32 import SHAPES as TF32
 
 EMULATION = ROOT / "tests" / "emulation"
+# A GPU ends a kernel whose address is not aligned for what it loads, where this CPU would go on.
+CHECKS = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 
 
 def cuda_headers():
@@ -52,7 +54,7 @@ def tree(tmp_path_factory):
         )
         path.write_text(text.replace("__shared__ ", "static "))
     cpp = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-I", headers, "-I", EMULATION, "-include", "cuda_on_cpu.h"]
-    return build, [*cpp, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
+    return build, [*cpp, *CHECKS, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
 def run_driver(tree, sources, *arguments):
@@ -68,7 +70,7 @@ def run_driver(tree, sources, *arguments):
         list(pool.map(compiled, jobs))
     # The lists name the kernels of the CPU too: those are not linked.
     driver = build / "driver"
-    compiled(["g++", "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *cuda.glob("*.o"), "-o", driver])
+    compiled(["g++", *CHECKS, "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *cuda.glob("*.o"), "-o", driver])
     return subprocess.run([driver, *arguments], capture_output=True, text=True, timeout=600)
 
 

@@ -461,7 +461,8 @@ const char *mv_ffma_sm80_decide(const mv_task *task, double below, mv_decision *
 const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_ffma_us(task), below)) return mv_too_dear;
     decision->workspace = plan_workspace(task);
-    const PlanTasks tasks = plan_tasks(task);
+    PlanTasks tasks = plan_tasks(task);
+    tasks.product.x.data = reinterpret_cast<void *>(16); /* y will be aligned; where it lies is not known yet */
     choose<false>(&tasks.product, decision);
     return nullptr;
 }

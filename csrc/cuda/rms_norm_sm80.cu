@@ -6,9 +6,9 @@
  * row's bits do not depend on its neighbours, its alignment or its strides.
  *
  * Before the wait for the previous kernel, which may still write the norm weights, a thread finds out where its row is,
- * and L2 is asked for the weights. They are loaded together with x, or before the wait in a plan whose caller vouches
- * for them; but where a thread holds 4 packets and as many of a residual, the weights take over those registers. Rows
- * of whole packets have kernels of their own, without the code for the others. */
+ * and L2 is asked for the weights. They are loaded together with x; but where a thread holds 4 packets and as many of a
+ * residual, the weights take over those registers. Rows of whole packets have kernels of their own, without the code
+ * for the others. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -95,21 +95,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         compute_now(residual_out);
         compute_now(out);
     }
-    Packet<T> weights[kPackets];
-    const auto load_weights = [&](const auto &load) {
-        if constexpr (kWhole) {
-#pragma unroll
-            for (int p = 0; p < kPackets; p++)
-                weights[p] = as_packet<T>(load(static_cast<const T *>(task.norm.weight) + at(p), at(p) < hidden));
-        }
-    };
-    constexpr bool kWeightsLast = kAdd && kPackets == 4;
-    const auto now = [](const T *p, bool wanted) { return load_if(p, wanted); };
-    const auto early = [](const T *p, bool wanted) { return load_past_l1(p, wanted); };
-    if (!kWeightsLast && task.static_weights)
-        load_weights(early);
-    else
-        prefetch_norm_weight(task);
+    prefetch_norm_weight(task);
     constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
     const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
     if (task.next.launch_early) griddepcontrol_launch();
@@ -117,7 +103,16 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     clear_counters(task);
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
-    if (!kWeightsLast && !task.static_weights) load_weights(now);
+    Packet<T> weights[kPackets];
+    const auto load_weights = [&] {
+        if constexpr (kWhole) {
+#pragma unroll
+            for (int p = 0; p < kPackets; p++)
+                weights[p] = as_packet<T>(load_if(static_cast<const T *>(task.norm.weight) + at(p), at(p) < hidden));
+        }
+    };
+    constexpr bool kWeightsLast = kAdd && kPackets == 4;
+    if (!kWeightsLast) load_weights();
     /* A warp for a row of 4 packets a lane: every row is on its way at once. */
     constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
     const auto load = [&](const T *from, int p) {
@@ -142,7 +137,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
             if constexpr (kAdd) s[p] = add_residual(s[p], other[p]);
             squares[p] = sum_of_squares(s[p]);
         }
-        if (kWeightsLast) load_weights(now);
+        if (kWeightsLast) load_weights();
         if (kAdd && residual_out) {
 #pragma unroll
             for (int p = 0; p < kPackets; p++) store(residual_out, p, s[p]);
