@@ -155,7 +155,7 @@ class FusedRMSNormQKV:
         if not self.prepack:
             return
         members = self.qkv_weight if isinstance(self.qkv_weight, (tuple, list)) else (self.qkv_weight,)
-        dtypes = [_C._view(weight)[3] for weight in members]
+        dtypes = [_C._kind(weight)[0] for weight in members]
         if len(set(dtypes)) > 1:
             raise TypeError(
                 f"FusedRMSNormQKV: prepack=True makes one matrix of qkv_weight, whose members are {', '.join(dtypes)}; "
@@ -180,7 +180,7 @@ class FusedRMSNormQKV:
 
                 self._packed = packed(self._packed, members)
         *_, self._numbers = self._checked(self._packed, self.head_dim, "out_in")
-        self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._view(self._packed)[3] == "float32" else 2)
+        self.prepacked_bytes = self.qkv * self.hidden * (4 if _C._kind(self._packed)[0] == "float32" else 2)
 
     def __repr__(self) -> str:
         return (
@@ -206,7 +206,7 @@ def _concatenate(blocks, shape, packed=None):
     their dtype and device."""
     if type(blocks[0]).__module__.partition(".")[0] in ("jax", "jaxlib"):  # immutable
         return sys.modules["jax"].numpy.concatenate(blocks)
-    if packed is None or _kind(packed) != _kind(blocks[0]):
+    if packed is None or _C._kind(packed) != _C._kind(blocks[0]):
         packed = _C._empty(blocks[0], shape)
     row = 0
     for block in blocks:
@@ -214,11 +214,6 @@ def _concatenate(blocks, shape, packed=None):
         _detached(packed)[row : row + rows] = _detached(block)
         row += rows
     return packed
-
-
-def _kind(array):
-    """(dtype, device)"""
-    return _C._view(array)[3:5]
 
 
 def _detached(array):

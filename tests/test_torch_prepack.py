@@ -96,6 +96,24 @@ def test_a_graph(torch, device, learns):
         assert i.norm.grad is not None
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_refreshes(cuda_torch):
+    """Weights that change between replays are copied by the graph itself, to the same address."""
+    i = Inputs("cuda")
+    weight = i.wide.clone()
+    layer = prepacked(i, weight)
+    with cuda_torch.no_grad():
+        layer(i.x)
+        graph = cuda_torch.cuda.CUDAGraph()
+        with cuda_torch.cuda.graph(graph):
+            layer.refresh()
+            q, *_ = layer(i.x)
+        for scale in (2.0, -0.5):
+            weight.mul_(scale)
+            graph.replay()
+            assert_same_bits(q, prepacked(i, weight)(i.x)[0])
+
+
 def test_refresh_adds_nothing(torch, device):
     i = Inputs(device)
     layer = prepacked(i, torch.nn.Parameter(i.wide))

@@ -181,6 +181,24 @@ static bool check_size(call *c, const mv_view *view) {
            refuse(c, tensor_of(c, view), PyExc_ValueError, "has a shape and strides that reach past all memory");
 }
 
+static PyObject *device_text(const mv_view *view) {
+    return view->device.kind == MV_CPU ? PyUnicode_FromString("cpu")
+                                       : PyUnicode_FromFormat("cuda:%d", (int)view->device.index);
+}
+
+/* _kind(object) -> (dtype, device). No stream waits for another, so a CUDA graph may be captured meanwhile. */
+PyObject *py_kind(PyObject *module, PyObject *object) {
+    PyObject *device = NULL, *result = NULL;
+    mv_view view = {0};
+    call c;
+    begin_call(&c, module, "_kind");
+    c.may_hand_over = false;
+    if (check_stack(&c) && take_tensor(&c, "array", -1, object, &view)) device = device_text(&view);
+    if (device) result = Py_BuildValue("(sN)", dtype_names[view.dtype], device);
+    end_call(&c);
+    return result;
+}
+
 /* _view(object) -> (address, shape, strides in elements, dtype, device, read_only, keeper) */
 PyObject *py_view(PyObject *module, PyObject *object) {
     PyObject *result = NULL;
@@ -193,8 +211,7 @@ PyObject *py_view(PyObject *module, PyObject *object) {
         tensor *t = &c.tensors[0];
         if (!view.strides) contiguous_strides(view.ndim, t->shape, t->strides);
         PyObject *shape = shape_tuple(view.ndim, t->shape), *strides = shape_tuple(view.ndim, t->strides);
-        PyObject *device = view.device.kind == MV_CPU ? PyUnicode_FromString("cpu")
-                                                      : PyUnicode_FromFormat("cuda:%d", (int)view.device.index);
+        PyObject *device = device_text(&view);
         PyObject *keeper = shape && strides && device ? keeper_of(t) : NULL;
         if (keeper)
             result = Py_BuildValue("(KOOsOOO)", (unsigned long long)(uintptr_t)view.data, shape, strides,

@@ -10,6 +10,7 @@ PyObject *py_copy_from_host(PyObject *module, PyObject *args);
 PyObject *py_copy_to_host(PyObject *module, PyObject *args);
 PyObject *py_stream_wait(PyObject *module, PyObject *args);
 PyObject *py_to_dlpack(PyObject *module, PyObject *args);
+PyObject *py_kind(PyObject *module, PyObject *object);
 PyObject *py_view(PyObject *module, PyObject *object);
 PyObject *py_empty(PyObject *module, PyObject *args);
 

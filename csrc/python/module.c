@@ -44,6 +44,7 @@ static PyMethodDef methods[] = {
     {"_copy_to_host", py_copy_to_host, METH_VARARGS, "(device, address, writable host buffer, stream)"},
     {"_stream_wait", py_stream_wait, METH_VARARGS, "(device, waiting, producing)"},
     {"_to_dlpack", py_to_dlpack, METH_VARARGS, "(owner, device, address, dtype, shape, strides, versioned) -> capsule"},
+    {"_kind", py_kind, METH_O, "(array) -> (dtype, device)"},
     {"_view", py_view, METH_O, "(array) -> (address, shape, strides, dtype, device, read_only, keeper)"},
     {"_launch_nothing", py_launch_nothing, METH_O, "(device): launches an empty kernel"},
     {"_steps", py_steps, METH_O,

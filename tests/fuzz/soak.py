@@ -201,10 +201,9 @@ def run(seed: int, index: int, device: str) -> dict:
             return {"refused": 1}
         raise
     program.eager()
-    if not program.prepacked:
-        program.graphs()
+    program.graphs()
     program.finish()
-    return {"programs": 1, "eager": VARIANTS + EAGER, "in graphs": 0 if program.prepacked else CAPTURED * REPLAYS}
+    return {"programs": 1, "eager": VARIANTS + EAGER, "in graphs": CAPTURED * REPLAYS}
 
 
 def worker(rank: int, shared, device: str, seed: int, first: int, seconds: float):
