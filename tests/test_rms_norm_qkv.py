@@ -82,11 +82,12 @@ def test_every_kernel_with_every_weight_layout(kernel, framework, weights):
 @pytest.mark.rows("rms_norm_qkv")
 def test_every_kernel_with_every_layout_of_x_and_out(kernel, framework):
     dtype = short_dtype(kernel.dtype)
+    lead = (2, 2) if kernel.name == "f32_decode_sm90a" else (2, 3)  # that one takes four tokens at most
     ran = 0
     for hidden, x_layout in ((128, layout) for layout in LAYOUTS):
         for out_layout in (CONTIGUOUS, UNALIGNED, PADDED, RAGGED, TRANSPOSED, None):
             case = QKV(
-                (2, 3),
+                lead,
                 hidden,
                 2,
                 1,

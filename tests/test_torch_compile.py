@@ -135,6 +135,8 @@ QKV = NORM | {
     "allow_tf32": False, "static_weights": True, "kernel": None,
 }  # fmt: skip
 
+LINEAR = {name: value for name, value in QKV.items() if name not in ("num_heads", "num_kv_heads", "head_dim")}
+
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_the_registered_ops(torch, device, dtype):
@@ -150,6 +152,9 @@ def test_the_registered_ops(torch, device, dtype):
         ops.rms_norm_qkv: QKV | {"x": i.x, "norm_weight": i.norm, "qkv_weight": [i.wide], "bias": []},
         ops.add_rms_norm_qkv: QKV
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "qkv_weight": [i.square], "bias": [i.bias]},
+        ops.rms_norm_linear: LINEAR | {"x": i.x, "norm_weight": i.norm, "weight": i.wide, "bias": None},
+        ops.add_rms_norm_linear: LINEAR
+        | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
     }
     assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
     for op, arguments in samples.items():
