@@ -213,7 +213,7 @@ enum { MV_MAX_THREADS = 1024 };
 void mv_set_num_threads(int n);
 int mv_get_num_threads(void);
 
-/* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16", separated by spaces. */
+/* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16 amx", separated by spaces. */
 const char *mv_cpu_features(void);
 
 /* ---- the CUDA backend; in a build without it each returns MV_DEVICE_ERROR and says how to get one ---------------- */

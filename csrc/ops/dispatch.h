@@ -38,6 +38,7 @@ typedef struct {
 #define avx2_CAPABILITIES 0, 0
 #define avx512_CAPABILITIES 0, 0
 #define avx512bf16_CAPABILITIES 0, 0
+#define amx_CAPABILITIES 0, 0
 
 #if defined(__x86_64__)
 #define MV_X86(...) __VA_ARGS__
