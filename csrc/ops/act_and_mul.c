@@ -5,6 +5,7 @@
 
 /*                         name      isa       backend  invariant  decide */
 #define ACT_AND_MUL_KERNELS(K)                                                                                         \
+    MV_GPU(MV_ALL_DTYPES(K, act_and_mul, sm80, sm80, MV_CUDA, true, mv_decide_wide))                                   \
     MV_X86(MV_ALL_DTYPES(K, act_and_mul, avx512, avx512, MV_CPU, true, mv_decide_wide))                                \
     MV_X86(MV_ALL_DTYPES(K, act_and_mul, avx2, avx2, MV_CPU, true, mv_decide_half))                                    \
     MV_ALL_DTYPES(K, act_and_mul, portable, portable, MV_CPU, true, mv_decide_scalar)
