@@ -29,30 +29,29 @@ static mv_status check(const char *op, const mv_act_and_mul_args *a, mv_error *e
     return mv_check_apart(out, x, false, error);
 }
 
-static mv_status make_plan(const char *op, const mv_act_and_mul_args *a, mv_plan *plan, mv_error *error) {
+static mv_status make_plan(const char *op, const mv_act_and_mul_args *a, mv_activation activation, mv_plan *plan,
+                           mv_error *error) {
     MV_TRY(check(op, a, error));
-    plan->qkv = plan->head_dim = 0;
     const int64_t hidden = a->x.shape[a->x.ndim - 1] / 2;
+    plan->qkv = hidden;
+    plan->head_dim = 0;
     const mv_view absent = {0};
     const mv_row_views rows = {&a->x, &absent, &a->out, &absent, hidden};
     MV_TRY(mv_start_plan(plan, &mv_act_and_mul_list, op, &a->call, &rows, error));
     mv_task *task = &mv_state(plan)->part[0].task;
     task->hidden = hidden;
-    task->activation = a->activation;
+    task->activation = activation;
     task->rounding = a->rounding;
     return mv_finish_plan(plan, error);
 }
 
 mv_status mv_silu_and_mul(const mv_act_and_mul_args *a, mv_plan *plan, mv_error *error) {
-    const char *op = a->call.op ? a->call.op : "silu_and_mul";
-    MV_REQUIRE(a->activation == MV_SILU, MV_BAD_VALUE,
-               "%s: the activation is no silu; mv_gelu_and_mul takes the others", op);
-    return make_plan(op, a, plan, error);
+    return make_plan(a->call.op ? a->call.op : "silu_and_mul", a, MV_SILU, plan, error);
 }
 
 mv_status mv_gelu_and_mul(const mv_act_and_mul_args *a, mv_plan *plan, mv_error *error) {
     const char *op = a->call.op ? a->call.op : "gelu_and_mul";
-    MV_REQUIRE(a->activation == MV_GELU_TANH || a->activation == MV_GELU, MV_BAD_VALUE,
-               "%s: unknown gelu, expected \"tanh\" or \"none\"", op);
-    return make_plan(op, a, plan, error);
+    MV_REQUIRE(a->approximate == MV_APPROXIMATE_TANH || a->approximate == MV_APPROXIMATE_NONE, MV_BAD_VALUE,
+               "%s: unknown approximate, expected \"tanh\" or \"none\"", op);
+    return make_plan(op, a, a->approximate == MV_APPROXIMATE_TANH ? MV_GELU_TANH : MV_GELU, plan, error);
 }

@@ -125,7 +125,7 @@ static void call(const Kernel *kernel, const Layout *at, void *x, void *out) {
         .call.kernel = name_of(kernel),
         .x = {(char *)x + at->x_offset * bytes, x_shape, x_strides, 3, kernel->dtype, device, true},
         .out = {(char *)out + at->out_offset * bytes, out_shape, out_strides, 3, kernel->dtype, device, false},
-        .activation = kernel->activation,
+        .approximate = kernel->activation == MV_GELU ? MV_APPROXIMATE_NONE : MV_APPROXIMATE_TANH,
         .rounding = kernel->rounding};
     mv_plan plan;
     require((kernel->activation == MV_SILU ? mv_silu_and_mul : mv_gelu_and_mul)(&args, &plan, &error),

@@ -1,6 +1,6 @@
-/* act_and_mul.cpp: runs the CUDA kernels of silu_and_mul and gelu_and_mul on rows of many lengths, aligned and not, with
- * gaps, and holds every result to what it may be (tests/c/activation.h). Prints a line for each kernel; the exit status
- * is 1 if a result is wrong; a kernel that reads or writes too early ends the run. */
+/* act_and_mul.cpp: runs the CUDA kernels of silu_and_mul and gelu_and_mul on rows of many lengths, aligned and not,
+ * with gaps, and holds every result to what it may be (tests/c/activation.h). Prints a line for each kernel; the exit
+ * status is 1 if a result is wrong; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
 #include "rows.h"
 
