@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("op", choices=(*OPS, "model", "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
-        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names, or TOKENSxHIDDEN for the norms and activations"
+        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names; of norms and activations TOKENSxHIDDEN"
     )
     commands.add_argument(
         "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model: batches"

@@ -77,6 +77,11 @@ def bars(axis, cases: list[Case], labels: list[str], series: dict, value, text) 
     axis.set_xticks(range(len(cases)), labels)
 
 
+def dashed(axis, at: float, meaning: str) -> None:
+    """A line across, which the legend names."""
+    axis.axhline(at, color=INK, linewidth=1, linestyle="--", label=meaning)
+
+
 def legend(drawing, axes) -> None:
     """One row above everything, of what any of the axes shows."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -121,7 +126,7 @@ def decode(results: Results) -> None:
         lambda case, us: us / case.us("read_floor_pdl"),
         short,
     )
-    axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+    dashed(axis, 1, "read floor")
     axis.set_ylabel("time / read floor")
     axis.margins(y=0.12)
     axis.set_title(
@@ -168,19 +173,19 @@ def tokens(results: Results) -> None:
     for axis, peer, name in ((axes[0], "torch", "torch pair"), (axes[1], "gemm alone", "GEMM alone")):
         title, label = f"bfloat16, against the {name}: higher is better", f"time of the {name} / time of minivllm"
         by_tokens(axis, cases, title, label, lambda case, peer=peer: case.us(peer) / case.us(OURS))
-        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        dashed(axis, 1, "as fast as the peer")
     legend(drawing, axes[:1])
     save(drawing, "tokens.png", cases)
 
 
-def beside_gemm(cases: list[Case], label: str, value, top: float, name: str, dashed: float | None = None) -> None:
+def beside_gemm(cases: list[Case], label: str, value, top: float, name: str, floor: float | None = None) -> None:
     """By tokens, value(case, variant): of ours, and beside it of torch's GEMM without the norm."""
     drawing, axes = figure(2)
     titles = {OURS: "bfloat16, minivllm, norm included", "gemm alone": "bfloat16, torch's GEMM alone"}
     for axis, (variant, title) in zip(axes, titles.items(), strict=True):
         by_tokens(axis, cases, title, label, lambda case, variant=variant: value(case, variant))
-        if dashed is not None:
-            axis.axhline(dashed, color=INK, linewidth=1, linestyle="--")
+        if floor is not None:
+            dashed(axis, floor, "read floor")
         axis.set_ylim(0, top)
     legend(drawing, axes[:1])
     save(drawing, name, cases)
@@ -189,8 +194,8 @@ def beside_gemm(cases: list[Case], label: str, value, top: float, name: str, das
 def floors(results: Results) -> None:
     """Few tokens: time over that of only reading the weights."""
     if cases := timed(results, "gemm alone", "read_floor_pdl"):
-        label = "time / read floor (dashed): lower is better"
-        beside_gemm(cases, label, lambda case, of: case.us(of) / case.us("read_floor_pdl"), 6, "floors.png", dashed=1)
+        label = "time / read floor: lower is better"
+        beside_gemm(cases, label, lambda case, of: case.us(of) / case.us("read_floor_pdl"), 6, "floors.png", floor=1)
 
 
 def rates(results: Results) -> None:
@@ -239,7 +244,7 @@ def cpu(results: Results) -> None:
         bars(
             axis, chosen, [case.shape for case in chosen], series, lambda case, us: case.us("torch") / us, lambda us: ""
         )
-        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        dashed(axis, 1, "torch pair")
         axis.tick_params(axis="x", labelrotation=60, labelsize=8)
         axis.set_title(f"{DTYPE_NAMES[dtype]}, {count} token{'s' if count > 1 else ''}", loc="left")
     axes[0].set_ylabel("time of the torch pair / time:\nhigher is better")

@@ -90,20 +90,31 @@ typedef struct {
     bool plain_launch;  /* begin when all work in front on the stream has finished, and not a little earlier  */
 } mv_call;
 
-/* A call that was checked, and its kernels. The caller owns it and may drop it at any time; it holds no reference, so
- * the tensors' memory and the texts of mv_call have to live until it has run. */
+/* An output of an op: it goes to the member `name` of the args, or where that is absent to where mv_run() is told. Its
+ * shape is that of `like`, one of the args' views, but for the last dimension, which has so many columns. */
+enum { MV_MAX_OUTPUTS = 4 };
 typedef struct {
-    int64_t qkv, head_dim;  /* rms_norm_qkv: out is [..., qkv]; q, k, v: [..., num_heads or num_kv_heads, head_dim] */
-    size_t workspace_bytes; /* scratch that the kernels want                                                        */
-    bool is_long;           /* computes on the CPU for more than some tens of microseconds (release the GIL)        */
-    uint64_t state[576];    /* the library's own */
+    const char *name;
+    const mv_view *like;
+    int64_t columns;
+} mv_output;
+
+/* A call that was checked, and its kernels. The caller owns it and may drop it at any time; it holds no reference, so
+ * the args and the tensors' memory have to live until it has run. */
+typedef struct {
+    int outputs;
+    mv_output output[MV_MAX_OUTPUTS]; /* in the order of the op's results                                            */
+    mv_weight_layout weight_layout;   /* what the weights of a linear layer were taken for: not AUTO then             */
+    size_t workspace_bytes;           /* scratch that the kernels want                                               */
+    bool is_long;        /* computes on the CPU for more than some tens of microseconds (release the GIL) */
+    uint64_t state[640]; /* the library's own */
 } mv_plan;
 
 /* Memory that the args did not name, all of it on x's device. */
 typedef struct {
-    void *out, *residual_out; /* of an output that was absent: C-contiguous, 16-byte aligned, overlapping nothing; a
-                                 residual_out that is absent here too is not written                              */
-    void *workspace;          /* workspace_bytes, 256-byte aligned, free again when the stream has passed the run */
+    void *output[MV_MAX_OUTPUTS]; /* of the plan's outputs those that were absent: C-contiguous, 16-byte aligned,
+                                     overlapping nothing; a residual_out that is NULL here too is not written         */
+    void *workspace;              /* workspace_bytes, 256-byte aligned, free again when the stream has passed the run */
 } mv_memory;
 
 /* Runs a plan on the stream of its args; it may run again. memory: may be NULL when nothing is wanted of it. */

@@ -151,7 +151,9 @@ def _jitted(op, options, types, arrays):
     if op != "rms_norm_qkv":
         return out, *sums
     num_heads, num_kv_heads = dict(options)["num_heads"], dict(options)["num_kv_heads"]
-    return *jnp.split(out, [num_heads, num_heads + num_kv_heads], axis=-2), *sums
+    all_heads = num_heads + 2 * num_kv_heads
+    heads = out.reshape(*out.shape[:-1], all_heads, out.shape[-1] // all_heads)
+    return *jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=-2), *sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -164,7 +166,7 @@ def _forward(op, options, arrays):
 
 
 def _backward(op, options, arrays, gradients):
-    _, _, in_out, _, _ = _plan(op, options, arrays)
+    _, in_out, _, _ = _plan(op, options, arrays)
     formula = _act_and_mul if op.endswith("_and_mul") else _formula
     _, pull_back = jax.vjp(functools.partial(formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
@@ -204,12 +206,9 @@ def _repeat(size, array, is_batched):
 
 
 def _foreign_call(op, options, arrays):
-    """[out] or [out, residual_out]; out is packed, [..., all heads, head_dim], for q, k and v."""
-    qkv, head_dim, _, scratch_bytes, attributes = _plan(op, options, arrays)
-    x = arrays["x"]
-    last = (qkv // head_dim, head_dim) if head_dim else (qkv or x.shape[-1],)
-    out = (*x.shape[:-1], *last)
-    results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in [out, x.shape][: 2 if "residual" in arrays else 1]]
+    """[out] or [out, residual_out]; out is packed, [..., qkv], for q, k and v."""
+    shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
+    results = [jax.ShapeDtypeStruct(shape, arrays["x"].dtype) for shape in shapes]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
     in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
     call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
@@ -230,8 +229,8 @@ def _plan(op, options, arrays):
             refusals.append(refusal)
     if not plans:
         raise refusals[-1]
-    qkv, head_dim, in_out, _, attributes = plans[0]
-    return qkv, head_dim, in_out, max(scratch for _, _, _, scratch, _ in plans), attributes
+    shapes, in_out, _, attributes = plans[0]
+    return shapes, in_out, max(scratch for _, _, scratch, _ in plans), attributes
 
 
 def _stand_in(array):
@@ -260,8 +259,6 @@ def _formula(
     eps,
     rounding,
     weight_offset,
-    num_heads=0,
-    num_kv_heads=0,
     allow_tf32=False,
     **without_influence,
 ):
@@ -287,8 +284,6 @@ def _formula(
     out = jnp.concatenate([product(y, matrix) for matrix in matrices], -1)
     if "bias" in arrays:
         out = out + jnp.concatenate([bias.astype(jnp.float32) for bias in jax.tree.leaves(arrays["bias"])])
-    if heads := num_heads + 2 * num_kv_heads:
-        out = out.reshape(*x.shape[:-1], heads, out.shape[-1] // heads)
     return [out.astype(x.dtype), *sums]
 
 

@@ -378,8 +378,8 @@ def test_a_plan_for_jax_does_not_go_to_torch(torch):
     x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(8)
     minivllm.rms_norm(np.ones((3, 16), np.float32), np.ones(16, np.float32))
     before = minivllm.last_kernel()
-    qkv, _, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
-    assert qkv == 0 and attributes["eps"] == 1e-5
+    shapes, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
+    assert shapes == ((2, 8),) and attributes["eps"] == 1e-5
     assert minivllm.last_kernel() == before
 
 
@@ -397,7 +397,7 @@ def test_a_plan_tells_the_layout_of_the_weights(weights, in_out):
     given = matrices[0] if weights == "packed" else tuple(matrices)
     named = "in_out" if in_out else "out_in"
     for layout in ("auto", named):
-        assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, given, *heads, weight_layout=layout)[2] == in_out
+        assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, given, *heads, weight_layout=layout)[1] == in_out
         layer = minivllm.FusedRMSNormQKV(
             norm_weight=norm,
             qkv_weight=given,
@@ -408,9 +408,9 @@ def test_a_plan_tells_the_layout_of_the_weights(weights, in_out):
         )
         assert layer._packed.shape == (sum(sizes), 16)
     square = np.ones((16, 16), np.float32)
-    assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, square, 2, 1, weight_layout=named)[2] == in_out
+    assert minivllm._C._plan("rms_norm_qkv", -1, x, norm, square, 2, 1, weight_layout=named)[1] == in_out
     refuses(lambda: minivllm._C._plan("rms_norm_qkv", -1, x, norm, square, 2, 1), ValueError, "is square")
-    assert minivllm._C._plan("rms_norm", -1, x, norm)[2] is False
+    assert minivllm._C._plan("rms_norm", -1, x, norm)[1] is False
 
 
 def test_set_num_threads_by_name():

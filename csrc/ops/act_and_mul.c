@@ -33,11 +33,9 @@ static mv_status make_plan(const char *op, const mv_act_and_mul_args *a, mv_acti
                            mv_error *error) {
     MV_TRY(check(op, a, error));
     const int64_t hidden = a->x.shape[a->x.ndim - 1] / 2;
-    plan->qkv = hidden;
-    plan->head_dim = 0;
-    const mv_view absent = {0};
-    const mv_row_views rows = {&a->x, &absent, &a->out, &absent, hidden};
-    MV_TRY(mv_start_plan(plan, &mv_act_and_mul_list, op, &a->call, &rows, error));
+    const mv_row_view rows[] = {MV_READS(&a->x, 2 * hidden, x),
+                                {&a->out, hidden, offsetof(mv_task, out), .output = "out"}};
+    MV_TRY(mv_start_plan(plan, &mv_act_and_mul_list, op, &a->call, rows, 2, error));
     mv_task *task = &mv_state(plan)->part[0].task;
     task->hidden = hidden;
     task->activation = activation;

@@ -63,9 +63,8 @@ mv_status mv_read_weights(const mv_linear_views *v, int64_t hidden, mv_layer *la
         MV_REQUIRE(w.view->ndim == 2, MV_BAD_VALUE, "%s: %s has shape %s, expected a matrix", w.op, w.name,
                    mv_shape_text(w.view).text);
     }
-    mv_weight_layout common;
-    MV_TRY(common_layout(v, layer->blocks, hidden, &common, error));
-    const int out_dim = common == MV_LAYOUT_OUT_IN ? 0 : 1;
+    MV_TRY(common_layout(v, layer->blocks, hidden, &layer->layout, error));
+    const int out_dim = layer->layout == MV_LAYOUT_OUT_IN ? 0 : 1;
     layer->outputs = 0;
     for (int i = 0; i < layer->blocks; i++) {
         const mv_view *w = &v->weight[i];

@@ -25,7 +25,8 @@ typedef struct {
     mv_dtype weight_dtype[MV_MAX_BLOCKS];
     int blocks;
     int64_t outputs;
-    bool packed; /* the blocks are adjacent in memory, and so are their biases */
+    mv_weight_layout layout; /* that they were taken for: never AUTO */
+    bool packed;             /* the blocks are adjacent in memory, and so are their biases */
 } mv_layer;
 
 mv_named mv_weight_at(const mv_linear_views *views, int i);

@@ -33,8 +33,13 @@ static mv_status check_outputs(const mv_norm_linear *a, const mv_linear_views *v
 mv_status mv_plan_norm_linear(const mv_norm_linear *a, const mv_linear_views *views, const mv_layer *layer,
                               mv_plan *plan, mv_error *error) {
     MV_TRY(check_outputs(a, views, layer->outputs, error));
-    const mv_row_views rows = {a->x, a->residual, a->out, a->residual_out, layer->outputs};
-    MV_TRY(mv_start_plan(plan, a->list, a->op, a->call, &rows, error));
+    const int64_t hidden = a->x->shape[a->x->ndim - 1];
+    const mv_row_view rows[] = {MV_READS(a->x, hidden, x),
+                                MV_READS(a->residual, hidden, norm.residual),
+                                {a->out, layer->outputs, offsetof(mv_task, out), .output = "out", .divided = true},
+                                MV_RESIDUAL_OUT(a->residual_out, hidden)};
+    MV_TRY(mv_start_plan(plan, a->list, a->op, a->call, rows, mv_present(a->residual) ? 4 : 3, error));
+    plan->weight_layout = layer->layout;
     mv_task *task = &mv_state(plan)->part[0].task;
     task->rounding = a->rounding;
     task->batch_invariant = a->batch_invariant;

@@ -15,9 +15,14 @@ static int64_t lead_stride(const mv_view *view, const mv_view *x, int64_t column
 }
 
 /* One step of `outer` is the whole of `inner`, in every tensor. */
-static bool merges(const mv_lead *outer, const mv_lead *inner) {
-    return outer->x == inner->x * inner->size && outer->residual == inner->residual * inner->size &&
-           outer->out == inner->out * inner->size && outer->residual_out == inner->residual_out * inner->size;
+static bool merges(const mv_plan_state *state, const mv_lead *outer, const mv_lead *inner) {
+    for (int r = 0; r < state->rows; r++)
+        if (outer->stride[r] != inner->stride[r] * inner->size) return false;
+    return true;
+}
+
+static mv_rows *rows_at(mv_task *task, const mv_row_place *row) {
+    return (mv_rows *)(void *)((char *)task + row->place);
 }
 
 static void *advance(void *data, int64_t elements, mv_dtype dtype) {
@@ -26,42 +31,50 @@ static void *advance(void *data, int64_t elements, mv_dtype dtype) {
 
 /* Where memory that comes later is taken to be, until it comes: nothing may depend on more than its alignment. */
 enum { MEMORY_ALIGNMENT = 16, WORKSPACE_ALIGNMENT = 256 };
-static void *data_of(const mv_view *view, bool later) { return later ? (void *)MEMORY_ALIGNMENT : view->data; }
 
-static void take_rows(mv_plan_state *state, const mv_row_views *rows) {
-    const mv_view *x = rows->x;
+/* Keeps those that there are, and tells the plan of the outputs. */
+static void keep_rows(mv_plan *plan, const mv_row_view *rows, int count, const mv_row_view *kept[MV_MAX_ROW_VIEWS]) {
+    mv_plan_state *state = mv_state(plan);
+    state->rows = plan->outputs = 0;
+    for (int r = 0; r < count; r++) {
+        const bool present = mv_present(rows[r].view);
+        if (rows[r].output) plan->output[plan->outputs++] = (mv_output){rows[r].output, rows->view, rows[r].columns};
+        if (!present && !rows[r].output) continue;
+        kept[state->rows] = &rows[r];
+        state->row[state->rows++] =
+            (mv_row_place){rows[r].output, rows[r].place, rows[r].divided, rows[r].optional, !present};
+    }
+}
+
+static void take_rows(mv_plan_state *state, const mv_row_view *const *rows) {
+    const mv_view *x = rows[0]->view;
     mv_task *task = &state->part[0].task;
     mv_lead *lead = state->lead;
     int leads = 0;
     task->device = x->device;
     task->dtype = x->dtype;
     task->hidden = x->shape[x->ndim - 1];
-    const int64_t sum_columns = mv_present(rows->residual) ? task->hidden : 0;
     for (int d = 0; d < x->ndim - 1; d++) {
         if (x->shape[d] == 1) continue;
-        const mv_lead next = {x->shape[d], mv_stride(x, d), lead_stride(rows->residual, x, 0, d),
-                              lead_stride(rows->out, x, rows->columns, d),
-                              lead_stride(rows->residual_out, x, sum_columns, d)};
-        if (leads > 0 && merges(&lead[leads - 1], &next)) {
-            const int64_t size = lead[leads - 1].size * next.size;
+        mv_lead next = {.size = x->shape[d]};
+        for (int r = 0; r < state->rows; r++) next.stride[r] = lead_stride(rows[r]->view, x, rows[r]->columns, d);
+        if (leads > 0 && merges(state, &lead[leads - 1], &next)) {
+            next.size *= lead[leads - 1].size;
             lead[leads - 1] = next;
-            lead[leads - 1].size = size;
         } else {
             lead[leads++] = next;
         }
     }
-    const mv_lead none = {1, 0, 0, 0, 0};
-    const mv_lead inner = leads > 0 ? lead[leads - 1] : none;
-    const mv_lead outer = leads > 1 ? lead[leads - 2] : none;
+    static const mv_lead none = {.size = 1};
+    const mv_lead *inner = leads > 0 ? &lead[leads - 1] : &none, *outer = leads > 1 ? &lead[leads - 2] : &none;
     state->leads = leads > 2 ? leads - 2 : 0;
 
-    task->tokens = outer.size * inner.size;
-    task->inner = inner.size;
-    task->x = (mv_rows){x->data, outer.x, inner.x};
-    task->norm.residual = (mv_rows){rows->residual->data, outer.residual, inner.residual};
-    task->out = (mv_rows){data_of(rows->out, state->out_later), outer.out, inner.out};
-    task->norm.residual_out =
-        (mv_rows){data_of(rows->residual_out, state->residual_out_later), outer.residual_out, inner.residual_out};
+    task->tokens = outer->size * inner->size;
+    task->inner = inner->size;
+    for (int r = 0; r < state->rows; r++) {
+        void *data = state->row[r].later ? (void *)MEMORY_ALIGNMENT : rows[r]->view->data;
+        *rows_at(task, &state->row[r]) = (mv_rows){data, outer->stride[r], inner->stride[r]};
+    }
 }
 
 static int64_t task_count(const mv_plan_state *state) {
@@ -78,10 +91,10 @@ static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, i
         const mv_lead *lead = &state->lead[d];
         const int64_t at = i % lead->size;
         i /= lead->size;
-        moved->x.data = advance(moved->x.data, at * lead->x, moved->dtype);
-        moved->norm.residual.data = advance(moved->norm.residual.data, at * lead->residual, moved->dtype);
-        moved->out.data = advance(moved->out.data, at * lead->out, moved->dtype);
-        moved->norm.residual_out.data = advance(moved->norm.residual_out.data, at * lead->residual_out, moved->dtype);
+        for (int r = 0; r < state->rows; r++) {
+            mv_rows *rows = rows_at(moved, &state->row[r]);
+            rows->data = advance(rows->data, at * lead->stride[r], moved->dtype);
+        }
     }
     return moved;
 }
@@ -89,35 +102,43 @@ static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, i
 /* ---- planning ------------------------------------------------------------------------------------------------- */
 
 mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, const mv_call *call,
-                        const mv_row_views *rows, mv_error *error) {
+                        const mv_row_view *rows, int count, mv_error *error) {
     MV_TRY(mv_check_kernel_name(list, op, call->kernel, error));
     plan->workspace_bytes = 0;
     plan->is_long = false;
+    plan->weight_layout = MV_LAYOUT_AUTO;
     mv_plan_state *state = mv_state(plan);
     state->op = op;
     state->kernel = call->kernel;
     state->list = list;
-    state->out_later = !mv_present(rows->out);
-    state->residual_out_later = !mv_present(rows->residual_out) && mv_present(rows->residual);
     state->leads = state->parts = 0;
     state->part[0].first_output = 0;
     mv_task *task = &state->part[0].task;
     *task = (mv_task){.stream = call->stream};
-    if (mv_is_empty(rows->x)) return MV_OK;
+    const mv_row_view *kept[MV_MAX_ROW_VIEWS];
+    keep_rows(plan, rows, count, kept);
+    if (mv_is_empty(rows->view)) return MV_OK;
     state->parts = 1;
-    take_rows(state, rows);
+    take_rows(state, kept);
     MV_TRY(mv_bind_device(op, task, error));
     task->programmatic_launch = task->programmatic_launch && !call->plain_launch;
     return MV_OK;
 }
 
+/* Every part reads the same rows, but has only its own outputs; what else there is to write, the first writes. */
 mv_task *mv_add_part(mv_plan *plan, int index, int64_t first_output) {
     mv_plan_state *state = mv_state(plan);
     mv_part *part = &state->part[index];
     *part = state->part[0];
     part->first_output = first_output;
-    part->task.out.data = advance(part->task.out.data, first_output, part->task.dtype);
-    part->task.norm.residual_out.data = NULL; /* the first part writes it */
+    for (int r = 0; r < state->rows; r++) {
+        const mv_row_place *row = &state->row[r];
+        mv_rows *rows = rows_at(&part->task, row);
+        if (row->divided)
+            rows->data = advance(rows->data, first_output, part->task.dtype);
+        else if (row->output)
+            rows->data = NULL;
+    }
     memset(part->task.linear.block, 0, sizeof part->task.linear.block);
     part->task.linear.outputs = 0;
     state->parts = index + 1;
@@ -156,36 +177,43 @@ mv_status mv_finish_plan(mv_plan *plan, mv_error *error) {
 
 static bool is_aligned(const void *data, uintptr_t alignment) { return (uintptr_t)data % alignment == 0; }
 
-static mv_status check_memory(const mv_plan *plan, const mv_plan_state *state, const mv_memory *memory,
+static mv_status check_output(const mv_plan_state *state, const mv_row_place *row, int i, const void *data,
                               mv_error *error) {
-    MV_REQUIRE(!state->out_later || (memory->out && is_aligned(memory->out, MEMORY_ALIGNMENT)), MV_BAD_VALUE,
-               "%s: memory.out is %p, expected the %d-byte aligned memory of the output that the plan was made without",
-               state->op, memory->out, MEMORY_ALIGNMENT);
-    MV_REQUIRE(!state->residual_out_later || is_aligned(memory->residual_out, MEMORY_ALIGNMENT), MV_BAD_VALUE,
-               "%s: memory.residual_out is %p, expected %d-byte aligned memory", state->op, memory->residual_out,
-               MEMORY_ALIGNMENT);
-    MV_REQUIRE(plan->workspace_bytes == 0 || (memory->workspace && is_aligned(memory->workspace, WORKSPACE_ALIGNMENT)),
-               MV_BAD_VALUE, "%s: memory.workspace is %p, expected %zu bytes, %d-byte aligned (plan.workspace_bytes)",
-               state->op, memory->workspace, plan->workspace_bytes, WORKSPACE_ALIGNMENT);
+    const bool there = data || row->optional;
+    MV_REQUIRE(
+        there && is_aligned(data, MEMORY_ALIGNMENT), MV_BAD_VALUE,
+        "%s: memory.output[%d] is %p, expected the %d-byte aligned memory of %s, which the plan was made without",
+        state->op, i, data, MEMORY_ALIGNMENT, row->output);
     return MV_OK;
 }
 
-static void take_memory(mv_plan_state *state, const mv_memory *memory) {
-    for (int p = 0; p < state->parts; p++) {
-        mv_task *task = &state->part[p].task;
-        task->workspace = memory->workspace;
-        if (state->out_later) task->out.data = advance(memory->out, state->part[p].first_output, task->dtype);
+static mv_status take_memory(const mv_plan *plan, mv_plan_state *state, const mv_memory *memory, mv_error *error) {
+    MV_REQUIRE(plan->workspace_bytes == 0 || (memory->workspace && is_aligned(memory->workspace, WORKSPACE_ALIGNMENT)),
+               MV_BAD_VALUE, "%s: memory.workspace is %p, expected %zu bytes, %d-byte aligned (plan.workspace_bytes)",
+               state->op, memory->workspace, plan->workspace_bytes, WORKSPACE_ALIGNMENT);
+    for (int p = 0; p < state->parts; p++) state->part[p].task.workspace = memory->workspace;
+    for (int r = 0, i = 0; r < state->rows; r++) {
+        const mv_row_place *row = &state->row[r];
+        if (!row->output) continue;
+        if (row->later) {
+            void *data = memory->output[i];
+            MV_TRY(check_output(state, row, i, data, error));
+            for (int p = 0; p < (row->divided ? state->parts : 1); p++) {
+                mv_part *part = &state->part[p];
+                rows_at(&part->task, row)->data = advance(data, part->first_output, part->task.dtype);
+            }
+        }
+        i++;
     }
-    if (state->residual_out_later) state->part[0].task.norm.residual_out.data = memory->residual_out;
+    return MV_OK;
 }
 
 mv_status mv_run(mv_plan *plan, const mv_memory *memory, mv_error *error) {
     mv_plan_state *state = mv_state(plan);
-    const mv_memory none = {NULL, NULL, NULL};
+    static const mv_memory none = {0};
     if (!memory) memory = &none;
     if (state->parts == 0) return MV_OK;
-    MV_TRY(check_memory(plan, state, memory, error));
-    take_memory(state, memory);
+    MV_TRY(take_memory(plan, state, memory, error));
     const int64_t count = task_count(state);
     for (int64_t i = 0; i < count; i++) {
         for (int p = 0; p < state->parts; p++) {

@@ -53,9 +53,12 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
 
 static mv_status make_plan(const char *op, const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
     MV_TRY(check(op, a, error));
-    plan->qkv = plan->head_dim = 0;
-    const mv_row_views rows = {&a->x, &a->residual, &a->out, &a->residual_out, a->x.shape[a->x.ndim - 1]};
-    MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, &rows, error));
+    const int64_t hidden = a->x.shape[a->x.ndim - 1];
+    const mv_row_view rows[] = {MV_READS(&a->x, hidden, x),
+                                MV_READS(&a->residual, hidden, norm.residual),
+                                {&a->out, hidden, offsetof(mv_task, out), .output = "out"},
+                                MV_RESIDUAL_OUT(&a->residual_out, hidden)};
+    MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, rows, mv_present(&a->residual) ? 4 : 3, error));
     mv_task *task = &mv_state(plan)->part[0].task;
     task->norm.weight = a->weight.data;
     task->norm.weight_dtype = mv_present(&a->weight) ? a->weight.dtype : a->x.dtype;

@@ -19,7 +19,5 @@ mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *a, mv_plan *plan, mv
     MV_TRY(mv_read_weights(&views, a->x.shape[a->x.ndim - 1], &layer, error));
     MV_REQUIRE(layer.outputs > 0, MV_BAD_VALUE, "%s: weight has no outputs, expected at least one", all.op);
     MV_TRY(mv_read_biases(&views, &layer, error));
-    plan->qkv = layer.outputs;
-    plan->head_dim = 0;
     return mv_plan_norm_linear(&all, &views, &layer, plan, error);
 }

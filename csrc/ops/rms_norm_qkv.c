@@ -76,7 +76,7 @@ static bool counts_are_swapped(const mv_rms_norm_qkv_args *a, const mv_layer *la
 
 /* Three blocks, however the weights were given. */
 static mv_status read_projection(const mv_linear_views *views, const mv_rms_norm_qkv_args *a, int64_t hidden,
-                                 mv_layer *layer, int64_t *head_dim, mv_error *error) {
+                                 mv_layer *layer, mv_error *error) {
     MV_TRY(mv_read_weights(views, hidden, layer, error));
     const char *op = views->op;
     const char *hint = counts_are_swapped(a, layer) ? "; are num_heads and num_kv_heads swapped?" : "";
@@ -84,16 +84,16 @@ static mv_status read_projection(const mv_linear_views *views, const mv_rms_norm
     MV_REQUIRE(layer->outputs > 0 && layer->outputs % total_heads == 0, MV_BAD_VALUE,
                "%s: qkv_weight has %lld outputs, expected a multiple of %lld (= num_heads + 2 * num_kv_heads)%s", op,
                (long long)layer->outputs, (long long)total_heads, hint);
-    *head_dim = layer->outputs / total_heads;
-    MV_REQUIRE(a->head_dim == 0 || a->head_dim == *head_dim, MV_BAD_VALUE,
+    const int64_t head_dim = layer->outputs / total_heads;
+    MV_REQUIRE(a->head_dim == 0 || a->head_dim == head_dim, MV_BAD_VALUE,
                "%s: head_dim is %lld, expected %lld (= %lld outputs of qkv_weight / (num_heads + 2 * num_kv_heads))",
-               op, (long long)a->head_dim, (long long)*head_dim, (long long)layer->outputs);
-    const int64_t kv_size = a->num_kv_heads * *head_dim, sizes[] = {a->num_heads * *head_dim, kv_size, kv_size};
+               op, (long long)a->head_dim, (long long)head_dim, (long long)layer->outputs);
+    const int64_t kv_size = a->num_kv_heads * head_dim, sizes[] = {a->num_heads * head_dim, kv_size, kv_size};
     for (int i = 0; layer->blocks == 3 && i < 3; i++)
         MV_REQUIRE(layer->block[i].outputs == sizes[i], MV_BAD_VALUE,
                    "%s: %s has %lld outputs, expected %lld (= %s * head_dim, where head_dim is %lld)%s", op,
                    views->weight_names[i], (long long)layer->block[i].outputs, (long long)sizes[i],
-                   i == 0 ? "num_heads" : "num_kv_heads", (long long)*head_dim, hint);
+                   i == 0 ? "num_heads" : "num_kv_heads", (long long)head_dim, hint);
     if (layer->blocks == 1) mv_cut_weight(layer, 3, sizes);
     return mv_read_biases(views, layer, error);
 }
@@ -106,7 +106,6 @@ mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error
     mv_layer layer = {0};
     MV_TRY(check_heads(all.op, a, error));
     MV_TRY(mv_check_norm_inputs(&all, error));
-    MV_TRY(read_projection(&views, a, a->x.shape[a->x.ndim - 1], &layer, &plan->head_dim, error));
-    plan->qkv = layer.outputs;
+    MV_TRY(read_projection(&views, a, a->x.shape[a->x.ndim - 1], &layer, error));
     return mv_plan_norm_linear(&all, &views, &layer, plan, error);
 }

@@ -36,7 +36,7 @@ static PyMethodDef methods[] = {
      "without CUDA."},
     {"cuda_device_count", py_cuda_device_count, METH_NOARGS, "The number of GPUs; RuntimeError where CUDA cannot run."},
     {"cuda_device_info", py_cuda_device_info, METH_O, "A dict about one GPU, by index."},
-    FAST("_plan", py_plan, "(op, GPU or -1, the op's arguments) -> (qkv, head_dim, in_out, scratch_bytes, attributes)"),
+    FAST("_plan", py_plan, "(op, GPU or -1, the op's arguments) -> (shapes, in_out, scratch_bytes, attributes)"),
     {"_xla_handlers", py_xla_handlers, METH_NOARGS, "[(op, platform, capsule), ...]"},
     {"_allocate", py_allocate, METH_VARARGS, "(device, bytes) -> memory"},
     {"_address", py_address, METH_O, "(memory) -> int"},

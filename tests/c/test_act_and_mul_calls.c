@@ -39,8 +39,8 @@ static void test_plans(void) {
            "what ran");
     args.out = (mv_view){0};
     expect(mv_silu_and_mul(&args, &plan, &error) == MV_OK && plan.workspace_bytes == 0, "a plan without its output");
-    expect(mv_run(&plan, NULL, &error) == MV_BAD_VALUE && strstr(error.text, "memory.out"), "no output");
-    const mv_memory memory = {.out = later};
+    expect(mv_run(&plan, NULL, &error) == MV_BAD_VALUE && strstr(error.text, "memory.output[0]"), "no output");
+    const mv_memory memory = {.output = {later}};
     expect(mv_run(&plan, &memory, &error) == MV_OK && memcmp(later, given, sizeof given) == 0,
            "memory that comes later");
     expect(mv_gelu_and_mul(&args, &plan, &error) == MV_OK, "gelu");

@@ -41,28 +41,30 @@ static void test_memory_that_comes_later(void) {
                                  .num_kv_heads = KV_HEADS,
                                  .eps = 1e-6};
     expect(mv_rms_norm_qkv(&args, &plan, &error) == MV_OK, "a plan with its output");
-    expect(plan.qkv == QKV && plan.head_dim == HEAD_DIM && !plan.is_long, "the sizes that a plan tells");
+    expect(plan.outputs == 2 && plan.output[0].columns == QKV && plan.output[1].columns == HIDDEN && !plan.is_long,
+           "the sizes that a plan tells");
     expect(plan.workspace_bytes > 0 && plan.workspace_bytes <= sizeof workspace, "the workspace that a plan tells");
     expect_refused(NULL, "memory.workspace", "no workspace");
     expect_refused(&(mv_memory){.workspace = workspace + 16}, "memory.workspace", "a misaligned workspace");
     expect(mv_run(&plan, &(mv_memory){.workspace = workspace}, &error) == MV_OK, "a run into the output of the args");
 
     args.out = (mv_view){0};
-    expect(mv_rms_norm_qkv(&args, &plan, &error) == MV_OK && plan.qkv == QKV, "a plan without its output");
+    expect(mv_rms_norm_qkv(&args, &plan, &error) == MV_OK && plan.output[0].columns == QKV,
+           "a plan without its output");
     mv_memory memory = {.workspace = workspace};
-    expect_refused(&memory, "memory.out", "no output");
-    memory.out = later + 1;
-    expect_refused(&memory, "memory.out", "a misaligned output");
+    expect_refused(&memory, "memory.output[0]", "no output");
+    memory.output[0] = later + 1;
+    expect_refused(&memory, "memory.output[0]", "a misaligned output");
     for (int twice = 0; twice < 2; twice++) {
-        memory.out = later + 4 * twice;
+        memory.output[0] = later + 4 * twice;
         memset(later, 0xff, sizeof later);
         expect(mv_run(&plan, &memory, &error) == MV_OK, "a run into memory that came later");
-        expect(memcmp(memory.out, given, sizeof given) == 0, "the same bits there");
+        expect(memcmp(memory.output[0], given, sizeof given) == 0, "the same bits there");
     }
 
-    memory.residual_out = sums + 1;
-    expect_refused(&memory, "memory.residual_out", "a misaligned sum");
-    memory.residual_out = sums;
+    memory.output[1] = sums + 1;
+    expect_refused(&memory, "memory.output[1]", "a misaligned sum");
+    memory.output[1] = sums;
     expect(mv_run(&plan, &memory, &error) == MV_OK && sums[5] == x[5] + residual[5], "the sum, where it is wanted");
 }
 

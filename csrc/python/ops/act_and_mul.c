@@ -8,14 +8,12 @@
 typedef mv_status act_and_mul_entry(const mv_act_and_mul_args *args, mv_plan *plan, mv_error *error);
 
 static PyObject *run_act_and_mul(call *c, mv_act_and_mul_args *a, act_and_mul_entry *entry) {
-    const mv_view none = {0};
     mv_plan plan;
     mv_error error;
     a->call.stream = c->stream;
     if (!check_status(entry(a, &plan, &error), &error)) return NULL;
     end_step(c, STEP_PLAN);
-    if (!provide(c, "out", &a->out, &a->x, 1, &plan.qkv) || !run_plan(c, &plan, &a->x, &a->out, &none)) return NULL;
-    return returned(c, &a->out, &a->x);
+    return RUN_PLAN(c, &plan, &a->x, &a->out) ? returned(c, &a->out, &a->x) : NULL;
 }
 
 #define ACT_AND_MUL(field, kind, role)                                                                                 \

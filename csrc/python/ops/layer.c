@@ -58,10 +58,11 @@ PyObject *py_check_rms_norm_qkv(PyObject *module, PyObject *const *given, Py_ssi
         for (int i = 0; i < c.count; i++)
             if (c.tensors[i].view.dtype != MV_F32) qkv->x.dtype = c.tensors[i].view.dtype;
         if (check_status(mv_rms_norm_qkv(qkv, &plan, &error), &error)) {
-            PyObject *in_out = is_in_out(&ops[OP_rms_norm_qkv], qkv) ? Py_True : Py_False;
-            qkv->head_dim = plan.head_dim;
-            result = Py_BuildValue("(LLLOy#)", (long long)sizes[1], (long long)plan.qkv, (long long)plan.head_dim,
-                                   in_out, (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
+            const int64_t outputs = plan.output[0].columns;
+            qkv->head_dim = outputs / (qkv->num_heads + 2 * qkv->num_kv_heads);
+            result = Py_BuildValue("(LLLOy#)", (long long)sizes[1], (long long)outputs, (long long)qkv->head_dim,
+                                   plan.weight_layout == MV_LAYOUT_IN_OUT ? Py_True : Py_False,
+                                   (const char *)&a + NUMBERS_AT, (Py_ssize_t)NUMBERS_SIZE);
         }
     }
     end_call(&c);

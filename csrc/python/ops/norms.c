@@ -14,10 +14,7 @@ static bool run_norm(call *c, mv_rms_norm_args *a, norm_entry *entry) {
     a->call.stream = c->stream;
     if (!check_status(entry(a, &plan, &error), &error)) return false;
     end_step(c, STEP_PLAN);
-    const int64_t hidden = hidden_of(&a->x);
-    return provide(c, "out", &a->out, &a->x, 1, &hidden) &&
-           (!is_given(&a->residual) || provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) &&
-           run_plan(c, &plan, &a->x, &a->out, &a->residual_out);
+    return RUN_PLAN(c, &plan, &a->x, &a->out, &a->residual_out);
 }
 
 #define NORM(field, kind, role)                                                                                        \

@@ -13,22 +13,6 @@ MV_OPS(DEFINE_PLAN)
 #define ROW_OF(name, args) {#name, &name##_signature, plan_##name, sizeof(args)},
 const op ops[OPS] = {MV_OPS(ROW_OF)};
 
-/* Of weights that leave it open, the op accepts the one layout that they have. */
-bool is_in_out(const op *o, const void *args) {
-    const signature *s = o->arguments;
-    int i = 0;
-    while (i < s->count && s->parameters[i].kind != &weight_layout_value) i++;
-    if (i == s->count) return false;
-    op_args named;
-    mv_plan plan;
-    mv_error error;
-    memcpy(&named, args, o->args_size);
-    mv_weight_layout *layout = (mv_weight_layout *)(void *)((char *)&named + s->parameters[i].offset);
-    if (*layout != MV_LAYOUT_AUTO) return *layout == MV_LAYOUT_IN_OUT;
-    *layout = MV_LAYOUT_OUT_IN;
-    return o->plan(&named, &plan, &error) != MV_OK;
-}
-
 #define DESCRIBE(name, args)                                                                                           \
     ok = ok && (parameters = described(&name##_signature)) && PyDict_SetItemString(all, #name, parameters) == 0;       \
     Py_CLEAR(parameters);

@@ -36,8 +36,4 @@ typedef struct {
 enum { MV_OPS(INDEX_OF) OPS };
 extern const op ops[OPS];
 
-/* Are the weights [hidden, out]? args: what the op has accepted, with whatever weight_layout. False of an op that has
- * none. */
-bool is_in_out(const op *o, const void *args);
-
 #endif

@@ -36,12 +36,7 @@ static PyObject *run_rms_norm_linear(call *c, mv_rms_norm_linear_args *a) {
     a->call.stream = c->stream;
     if (!check_status(mv_rms_norm_linear(a, &plan, &error), &error)) return NULL;
     end_step(c, STEP_PLAN);
-    const bool adds = is_given(&a->residual);
-    const int64_t hidden = hidden_of(&a->x);
-    if (!provide(c, "out", &a->out, &a->x, 1, &plan.qkv) ||
-        (adds && !provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) ||
-        !run_plan(c, &plan, &a->x, &a->out, &a->residual_out))
-        return NULL;
-    return adds ? returned_pair(c, &a->out, &a->residual_out, &a->x) : returned(c, &a->out, &a->x);
+    if (!RUN_PLAN(c, &plan, &a->x, &a->out, &a->residual_out)) return NULL;
+    return is_given(&a->residual) ? returned_pair(c, &a->out, &a->residual_out, &a->x) : returned(c, &a->out, &a->x);
 }
 FACE(rms_norm_linear, mv_rms_norm_linear_args)

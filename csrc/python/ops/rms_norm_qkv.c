@@ -47,12 +47,10 @@ PyObject *run_qkv(call *c, mv_rms_norm_qkv_args *a, bool packed) {
     if (!check_status(mv_rms_norm_qkv(a, &plan, &error), &error)) return NULL;
     end_step(c, STEP_PLAN);
     if (!packed && !check_splittable(c, &a->out)) return NULL;
-    const int64_t hidden = hidden_of(&a->x), heads[2] = {plan.qkv / plan.head_dim, plan.head_dim};
-    if (!provide(c, "out", &a->out, &a->x, packed ? 1 : 2, packed ? &plan.qkv : heads) ||
-        (is_given(&a->residual) && !provide(c, "residual_out", &a->residual_out, &a->x, 1, &hidden)) ||
-        !run_plan(c, &plan, &a->x, &a->out, &a->residual_out))
-        return NULL;
-    return packed ? returned_packed(c, a) : returned_qkv(c, a, plan.head_dim);
+    const int64_t heads = a->num_heads + 2 * a->num_kv_heads, head_dim = plan.output[0].columns / heads;
+    mv_view *const slots[] = {&a->out, &a->residual_out};
+    if (!run_plan(c, &plan, &a->x, slots, packed ? 0 : 2, (const int64_t[]){heads, head_dim})) return NULL;
+    return packed ? returned_packed(c, a) : returned_qkv(c, a, head_dim);
 }
 
 static PyObject *run_rms_norm_qkv(call *c, mv_rms_norm_qkv_args *a) { return run_qkv(c, a, false); }

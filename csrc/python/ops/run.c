@@ -6,10 +6,18 @@
 #include "../convert/buffers.h"
 #include "../convert/results.h"
 
-bool run_plan(call *c, mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out) {
-    mv_memory memory = {.out = out->data, .residual_out = residual_out->data};
+bool run_plan(call *c, mv_plan *plan, const mv_view *x, mv_view *const *slots, int last_count, const int64_t *last) {
+    mv_memory memory = {0};
     mv_error error;
     mv_status status;
+    for (int i = 0; i < plan->outputs; i++) {
+        const mv_output *output = &plan->output[i];
+        const bool several = i == 0 && last_count > 0;
+        if (!provide(c, output->name, slots[i], output->like, several ? last_count : 1,
+                     several ? last : &output->columns))
+            return false;
+        memory.output[i] = slots[i]->data;
+    }
     if (!provide_workspace(c, x, plan->workspace_bytes, &memory.workspace)) return false;
     end_step(c, STEP_ALLOCATE);
     if (plan->is_long) {

@@ -20,7 +20,10 @@
     }
 
 static inline int64_t hidden_of(const mv_view *x) { return x->ndim ? x->shape[x->ndim - 1] : 0; }
-/* Runs a plan whose outputs are there, with the workspace that it wants. */
-bool run_plan(call *c, mv_plan *plan, const mv_view *x, const mv_view *out, const mv_view *residual_out);
+/* Makes the outputs that are absent, each of the plan's in `slots`; `last`: the last dimensions of the first one, where
+ * it has several in place of its columns. Then runs the plan, with the workspace that it wants. */
+bool run_plan(call *c, mv_plan *plan, const mv_view *x, mv_view *const *slots, int last_count, const int64_t *last);
+/* Of an op that is told where each output goes: */
+#define RUN_PLAN(c, plan, x, ...) run_plan(c, plan, x, (mv_view *const[]){__VA_ARGS__}, 0, NULL)
 
 #endif

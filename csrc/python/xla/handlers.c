@@ -113,27 +113,17 @@ static bool take_result(reader *r, int64_t i, int dtype, int64_t wanted, void **
                                  (int)i, (long long)got, (long long)wanted);
 }
 
-/* The view of the parameter of that name; NULL: there is no such parameter. */
-static const mv_view *view_named(const op *o, const op_args *args, const char *name) {
-    for (int i = 0; i < o->arguments->count; i++) {
-        const parameter *p = &o->arguments->parameters[i];
-        if (strcmp(p->name, name) == 0) return (const mv_view *)((const char *)args + p->offset);
-    }
-    return NULL;
-}
-
-/* The results in their order: out, residual_out where there is a residual, scratch. */
-static bool take_memory(reader *r, const op_args *args, const mv_plan *plan, mv_memory *memory) {
+/* The results in their order: the plan's outputs, then scratch. */
+static bool take_memory(reader *r, const mv_plan *plan, mv_memory *memory) {
     static const int dtypes[] = {[MV_F32] = XLA_F32, [MV_F16] = XLA_F16, [MV_BF16] = XLA_BF16};
-    const mv_view *x = view_named(r->op, args, "x"), *residual = view_named(r->op, args, "residual");
-    const int64_t size = elements(x->ndim, x->shape), hidden = x->shape[x->ndim - 1];
-    const int64_t columns = plan->qkv ? plan->qkv : hidden;
-    const int64_t scratch = (int64_t)xla_scratch_bytes(plan);
-    int64_t next = 0;
-    if (!take_result(r, next++, dtypes[x->dtype], size / hidden * columns, &memory->out)) return false;
-    if (residual && residual->shape && !take_result(r, next++, dtypes[x->dtype], size, &memory->residual_out))
-        return false;
-    if (!take_result(r, next, XLA_U8, scratch, &memory->workspace)) return false;
+    for (int i = 0; i < plan->outputs; i++) {
+        const mv_output *output = &plan->output[i];
+        const mv_view *like = output->like;
+        const int64_t wanted = elements(like->ndim - 1, like->shape) * output->columns;
+        if (!take_result(r, i, dtypes[like->dtype], wanted, &memory->output[i])) return false;
+    }
+    const size_t scratch = xla_scratch_bytes(plan);
+    if (!take_result(r, plan->outputs, XLA_U8, (int64_t)scratch, &memory->workspace)) return false;
     const uintptr_t start = (uintptr_t)memory->workspace + XLA_ALIGNMENT - 1;
     memory->workspace = scratch ? (void *)(start / XLA_ALIGNMENT * XLA_ALIGNMENT) : NULL;
     return true;
@@ -159,7 +149,7 @@ static bool run(reader *r, mv_device_kind kind, xla_error **theirs) {
         if (p->role == OPTION && !take_attribute(r, p->name, p->kind->type, (char *)&args + p->offset, kernel))
             return false;
     }
-    return check(r, o->plan(&args, &plan, &r->error)) && take_memory(r, &args, &plan, &memory) &&
+    return check(r, o->plan(&args, &plan, &r->error)) && take_memory(r, &plan, &memory) &&
            check(r, mv_run(&plan, &memory, &r->error));
 }
 

@@ -42,6 +42,25 @@ static PyObject *attributes_of(const op *o, op_args *args) {
     return dict;
 }
 
+static PyObject *shape_of(const mv_output *output) {
+    const int dims = output->like->ndim;
+    PyObject *shape = PyTuple_New(dims);
+    for (int d = 0; shape && d < dims; d++) {
+        PyObject *size = PyLong_FromLongLong(d < dims - 1 ? output->like->shape[d] : output->columns);
+        if (!size || PyTuple_SetItem(shape, d, size) < 0) Py_CLEAR(shape);
+    }
+    return shape;
+}
+
+static PyObject *shapes_of(const mv_plan *plan) {
+    PyObject *shapes = PyTuple_New(plan->outputs);
+    for (int i = 0; shapes && i < plan->outputs; i++) {
+        PyObject *shape = shape_of(&plan->output[i]);
+        if (!shape || PyTuple_SetItem(shapes, i, shape) < 0) Py_CLEAR(shapes);
+    }
+    return shapes;
+}
+
 static const op *op_named(PyObject *name) {
     for (int i = 0; i < OPS; i++)
         if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, ops[i].name) == 0) return &ops[i];
@@ -68,9 +87,9 @@ PyObject *py_plan(PyObject *module, PyObject *const *given, Py_ssize_t count, Py
     if (parse(&c, o->arguments, &args, given + 2, count - 2, names)) {
         for (int i = 0; i < c.count; i++) c.tensors[i].slot->device = device;
         if (check_status(o->plan(&args, &plan, &error), &error)) {
-            PyObject *in_out = is_in_out(o, &args) ? Py_True : Py_False;
-            result = Py_BuildValue("(LLOnN)", (long long)plan.qkv, (long long)plan.head_dim, in_out,
-                                   (Py_ssize_t)xla_scratch_bytes(&plan), attributes_of(o, &args));
+            PyObject *in_out = plan.weight_layout == MV_LAYOUT_IN_OUT ? Py_True : Py_False;
+            result = Py_BuildValue("(NOnN)", shapes_of(&plan), in_out, (Py_ssize_t)xla_scratch_bytes(&plan),
+                                   attributes_of(o, &args));
         }
     }
     end_call(&c);
