@@ -38,11 +38,13 @@ else:
     from ._C import (
         add_rms_norm,
         fused_add_rms_norm,
+        gelu_and_mul,
         get_num_threads,
         rms_norm,
         rms_norm_linear,
         rms_norm_qkv,
         set_num_threads,
+        silu_and_mul,
     )
     from .device_array import DeviceArray, empty, to_device
     from .layers import FusedRMSNormQKV
@@ -60,6 +62,7 @@ else:
         "add_rms_norm",
         "empty",
         "fused_add_rms_norm",
+        "gelu_and_mul",
         "get_num_threads",
         "kernels",
         "last_kernel",
@@ -68,5 +71,6 @@ else:
         "rms_norm_qkv",
         "set_num_threads",
         "shard_qkv",
+        "silu_and_mul",
         "to_device",
     ]
