@@ -107,7 +107,7 @@ def _fake(op, takes, outputs):
 
 
 def _shape_of_out(op, x, given):
-    if "norm_weight" not in given:
+    if "weight_layout" not in given:
         return x.shape
     name = "qkv_weight" if "qkv_weight" in given else "weight"
     matrices = listed(given[name])

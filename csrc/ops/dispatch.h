@@ -74,5 +74,7 @@ extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
 /* Ops whose kernels are those of another one. */
 #define mv_add_rms_norm_list mv_rms_norm_list
 #define mv_rms_norm_linear_list mv_rms_norm_qkv_list
+#define mv_linear_list mv_rms_norm_qkv_list
+#define mv_linear_add_list mv_rms_norm_qkv_list
 
 #endif
