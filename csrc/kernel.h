@@ -47,7 +47,10 @@ typedef struct {
     mv_dtype weight_dtype;
     bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
     bool allow_tf32;
-} mv_linear;
+    bool plain_x;   /* it multiplies x as it is, and there is no norm; else y, the norm of x */
+    mv_rows addend; /* [tokens, outputs], of x's dtype: out = rn(rn(rn(sum + bias) * scale) + addend) */
+    float scale;    /* where there is an addend; "fp32" rounds once, "hf" after a scale only where it is not 1 */
+} mv_linear_layer;
 
 /* What the norm does for the next launch of its plan, which multiplies its output. */
 typedef struct {
@@ -73,9 +76,10 @@ typedef struct {
     int64_t tokens, inner, hidden;
     mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or [tokens, hidden] without a linear layer */
     mv_norm norm;
-    mv_linear linear;
+    mv_linear_layer linear;
     mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
     mv_next_launch next;
+    const char *op; /* that was called: for messages */
 } mv_task;
 
 /* What a row of a kernel list makes of a task: what it will take, and how it cuts it. Its launch goes by this and

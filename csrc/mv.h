@@ -209,6 +209,28 @@ typedef struct {
 mv_status mv_silu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_error *error);
 mv_status mv_gelu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- linear, linear_add ---------------------------------------------------------------------------------------
+ *
+ *   linear:      out[t][n] = rn(sum_k x[t][k] * W[n][k] + bias[n])
+ *   linear_add:  out[t][n] = rn(rn(rn(sum_k x[t][k] * W[n][k] + bias[n]) * scale) + residual[t][n])
+ *
+ * The inner roundings are those of MV_ROUNDING_HF, the one after the product is left out where scale is 1;
+ * MV_ROUNDING_FP32 rounds once. x: [..., hidden]. weight and bias as in rms_norm_linear. residual, out:
+ * [..., outputs], of x's dtype; out may be exactly residual, and must overlap nothing else. */
+typedef struct {
+    mv_call call;
+    mv_view x, weight, bias;
+    mv_view residual; /* of linear_add only */
+    mv_view out;
+    double scale; /* of linear_add only, where 1 changes nothing */
+    mv_rounding rounding;
+    mv_weight_layout weight_layout;
+    bool batch_invariant, allow_tf32, static_weights; /* as rms_norm_qkv's */
+} mv_linear_args;
+
+mv_status mv_linear(const mv_linear_args *args, mv_plan *plan, mv_error *error);
+mv_status mv_linear_add(const mv_linear_args *args, mv_plan *plan, mv_error *error);
+
 /* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
@@ -216,7 +238,9 @@ mv_status mv_gelu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_err
     OP(rms_norm_qkv, mv_rms_norm_qkv_args)                                                                             \
     OP(rms_norm_linear, mv_rms_norm_linear_args)                                                                       \
     OP(silu_and_mul, mv_act_and_mul_args)                                                                              \
-    OP(gelu_and_mul, mv_act_and_mul_args)
+    OP(gelu_and_mul, mv_act_and_mul_args)                                                                              \
+    OP(linear, mv_linear_args)                                                                                         \
+    OP(linear_add, mv_linear_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

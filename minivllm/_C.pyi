@@ -150,6 +150,34 @@ def gelu_and_mul(
     rounding: _Rounding = "hf",
     kernel: str | None = None,
 ) -> _T: ...
+def linear(
+    x: _T,
+    weight: _Tensor,
+    *,
+    bias: _Tensor | None = None,
+    out: _T | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> _T: ...
+def linear_add(
+    x: _T,
+    weight: _Tensor,
+    residual: _T,
+    *,
+    bias: _Tensor | None = None,
+    scale: SupportsFloat = 1.0,
+    out: _T | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> _T: ...
 def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any], ...]]: ...
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...

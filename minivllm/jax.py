@@ -17,7 +17,16 @@ from jax import numpy as jnp
 from . import _C
 from .signatures import names
 
-__all__ = ["add_rms_norm", "gelu_and_mul", "rms_norm", "rms_norm_linear", "rms_norm_qkv", "silu_and_mul"]
+__all__ = [
+    "add_rms_norm",
+    "gelu_and_mul",
+    "linear",
+    "linear_add",
+    "rms_norm",
+    "rms_norm_linear",
+    "rms_norm_qkv",
+    "silu_and_mul",
+]
 
 for _op, _platform, _handler in _C._xla_handlers():
     jax.ffi.register_ffi_target(f"minivllm_{_op}", _handler, platform=_platform)
@@ -125,6 +134,63 @@ def silu_and_mul(x, *, rounding="hf", kernel=None) -> jax.Array:
 def gelu_and_mul(x, *, approximate="tanh", rounding="hf", kernel=None) -> jax.Array:
     """`minivllm.gelu_and_mul`: x [..., 2 d], which is gate | up -> gelu(gate) * up, [..., d]."""
     (out,) = _call("gelu_and_mul", {"x": x}, approximate=approximate, rounding=rounding, kernel=kernel)
+    return out
+
+
+def linear(
+    x,
+    weight,
+    *,
+    bias=None,
+    weight_layout="auto",
+    rounding="hf",
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+) -> jax.Array:
+    """`minivllm.linear`: x [..., hidden] and weight [outputs, hidden] or [hidden, outputs] -> [..., outputs]."""
+    (out,) = _call(
+        "linear",
+        _without_none(x=x, weight=weight, bias=bias),
+        weight_layout=weight_layout,
+        rounding=rounding,
+        batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32,
+        static_weights=static_weights,
+        kernel=kernel,
+    )
+    return out
+
+
+def linear_add(
+    x,
+    weight,
+    residual,
+    *,
+    bias=None,
+    scale=1.0,
+    weight_layout="auto",
+    rounding="hf",
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+) -> jax.Array:
+    """`minivllm.linear_add`: x [..., hidden], weight [outputs, hidden] or [hidden, outputs] and residual
+    [..., outputs] -> [..., outputs].
+    """
+    (out,) = _call(
+        "linear_add",
+        _without_none(x=x, weight=weight, residual=residual, bias=bias),
+        scale=scale,
+        weight_layout=weight_layout,
+        rounding=rounding,
+        batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32,
+        static_weights=static_weights,
+        kernel=kernel,
+    )
     return out
 
 
@@ -256,14 +322,19 @@ def _formula(
     arrays: dict[str, Any],
     *,
     in_out,
-    eps,
     rounding,
-    weight_offset,
+    eps=None,
+    weight_offset=None,
+    scale=1.0,
     allow_tf32=False,
     **without_influence,
 ):
-    """What the foreign function computes, with the same roundings."""
-    x, weight = arrays["x"], arrays.get("norm_weight", arrays.get("weight"))
+    """What the foreign function computes, with the same roundings; without an eps there is no norm."""
+    x = arrays["x"]
+    if eps is None:
+        out = _product(x, arrays, in_out, allow_tf32)
+        return [_added(out, arrays["residual"], scale, rounding) if "residual" in arrays else out.astype(x.dtype)]
+    weight = arrays.get("norm_weight", arrays.get("weight"))
     s = x + arrays["residual"] if "residual" in arrays else x
     wide = s.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
@@ -274,6 +345,11 @@ def _formula(
     if "norm_weight" not in arrays:
         return [y, *sums]
 
+    return [_product(y, arrays, in_out, allow_tf32).astype(x.dtype), *sums]
+
+
+def _product(y, arrays, in_out, allow_tf32):
+    """The linear layer of y, in float32."""
     matrices = jax.tree.leaves(arrays.get("qkv_weight", arrays.get("weight")))
     product = functools.partial(
         jnp.einsum,
@@ -284,7 +360,16 @@ def _formula(
     out = jnp.concatenate([product(y, matrix) for matrix in matrices], -1)
     if "bias" in arrays:
         out = out + jnp.concatenate([bias.astype(jnp.float32) for bias in jax.tree.leaves(arrays["bias"])])
-    return [out.astype(x.dtype), *sums]
+    return out
+
+
+def _added(out, residual, scale, rounding):
+    """residual + scale out, of a float32 out."""
+    rounded = (lambda v: v.astype(residual.dtype).astype(jnp.float32)) if rounding == "hf" else (lambda v: v)
+    out = rounded(out)
+    if scale != 1:
+        out = rounded(out * scale)
+    return (out + residual).astype(residual.dtype)
 
 
 def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):

@@ -18,6 +18,13 @@ from .torch_checks import check
 from .torch_prepack import unpacked
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NORM_IN_PLACE = ("x", "residual")
+_IN_PLACE = {  # what an output may be exactly
+    "rms_norm": _NORM_IN_PLACE,
+    "add_rms_norm": _NORM_IN_PLACE,
+    "fused_add_rms_norm": _NORM_IN_PLACE,
+    "linear_add": ("residual",),
+}
 
 # ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------
 
@@ -61,6 +68,50 @@ class _Norm(torch.autograd.Function):
         return dx, dx if ctx.adds else None, dweight, None
 
 
+def _product_gradients(dout, y, weights, biases, needed, in_out):
+    """For out = y W^T + b, with one matrix or several: the gradient of y in float32, and those of W and b."""
+    if in_out:
+        weights = [weight.t() for weight in weights]
+    dy, gradients = 0.0, []
+    for weight, part, need in zip(weights, dout.split([len(weight) for weight in weights], 1), needed):
+        dtype = torch.promote_types(part.dtype, weight.dtype)
+        dy = dy + (part.to(dtype) @ weight.to(dtype)).float()
+        gradient = (part.t().to(dtype) @ y.to(dtype)).to(weight.dtype) if need else None
+        gradients.append(gradient.t() if need and in_out else gradient)
+    for bias, part in zip(biases, dout.split([len(bias) for bias in biases], 1)) if biases else ():
+        gradients.append(part.float().sum(0).to(bias.dtype))
+    return dy, gradients
+
+
+class _Linear(torch.autograd.Function):
+    """linear, or with a residual linear_add. weights: the matrix, and the bias where there is one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, x, residual, options, *weights):
+        tensors = {"x": x, "weight": weights[0], "bias": weights[1] if len(weights) > 1 else None}
+        if residual is not None:
+            tensors["residual"] = residual
+        return torch_ops.call(op, tensors | options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, residual, options, *weights = inputs
+        ctx.adds, ctx.scale = residual is not None, options.get("scale", 1.0)
+        ctx.in_out = torch_ops.is_in_out(weights[:1], x.shape[-1], options["weight_layout"])
+        ctx.save_for_backward(x, *weights)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, *biases = ctx.saved_tensors
+        _, _, _, _, *needed = ctx.needs_input_grad
+        dsum = (dout * ctx.scale).reshape(-1, dout.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        dx, gradients = _product_gradients(dsum, rows, [weight], biases, needed, ctx.in_out)
+        return None, dx.to(x.dtype).reshape(x.shape), dout if ctx.adds else None, None, *gradients
+
+
 class _NormLinear(torch.autograd.Function):
     """rms_norm_qkv or rms_norm_linear. weights: `members` matrices, then the biases."""
 
@@ -88,22 +139,10 @@ class _NormLinear(torch.autograd.Function):
         s, norm_weight, *weights = ctx.saved_tensors
         _, _, _, _, _, _, *needed = ctx.needs_input_grad
         weights, biases = weights[: ctx.members], weights[ctx.members :]
-        if ctx.in_out:
-            weights = [weight.t() for weight in weights]
         n, r = _normed(s, ctx.eps)
         scale = ctx.weight_offset + norm_weight.float()
         y = (n * scale).to(s.dtype).reshape(-1, s.shape[-1])
-        dout = dout.reshape(-1, dout.shape[-1])
-
-        dy, gradients = 0.0, []
-        for weight, part, need in zip(weights, dout.split([len(weight) for weight in weights], 1), needed):
-            dtype = torch.promote_types(part.dtype, weight.dtype)
-            dy = dy + (part.to(dtype) @ weight.to(dtype)).float()
-            gradient = (part.t().to(dtype) @ y.to(dtype)).to(weight.dtype) if need else None
-            gradients.append(gradient.t() if need and ctx.in_out else gradient)
-        for bias, part in zip(biases, dout.split([len(bias) for bias in biases], 1)) if biases else ():
-            gradients.append(part.float().sum(0).to(bias.dtype))
-
+        dy, gradients = _product_gradients(dout.reshape(-1, dout.shape[-1]), y, weights, biases, needed, ctx.in_out)
         dx, dscale = _norm_gradients(dy.reshape(s.shape), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
         return None, dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
@@ -199,8 +238,7 @@ def _checked(op, inputs, outputs, **options):
         raise ValueError(f"{op}: residual_out was given without a residual")
     for name, out in given.items():
         for other, tensor in (inputs | given).items():
-            in_place = other in ("x", "residual") and "norm_weight" not in inputs
-            if out is tensor and name != other and not in_place:
+            if out is tensor and name != other and other not in _IN_PLACE.get(op, ()):
                 raise ValueError(f"{op}: {name} overlaps {other}; pass memory of its own")
 
 
@@ -307,6 +345,60 @@ def rms_norm_linear(
     outputs = {"out": out, "residual_out": residual_out}
     results = _results(op, inputs, outputs, options, functools.partial(_linear_with_gradients, op, "weight"))
     return results[0] if residual is None else results
+
+
+def _linear(op, inputs, out, options):
+    def with_gradients(inputs, options):
+        weights = [tensor for tensor in (inputs["weight"], inputs["bias"]) if tensor is not None]
+        x, residual, *weights = _each_once(inputs["x"], inputs.get("residual"), *weights)
+        return _Linear.apply(op, x, residual, options, *weights)
+
+    (result,) = _results(op, inputs, {"out": out}, options, with_gradients)
+    return result
+
+
+def linear(
+    x,
+    weight,
+    *,
+    bias=None,
+    out=None,
+    weight_layout="auto",
+    rounding="hf",
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+):
+    """minivllm.linear for every torch tensor, with gradients of x, the weight and the bias."""
+    options = {
+        "weight_layout": weight_layout, "rounding": rounding, "batch_invariant": batch_invariant,
+        "allow_tf32": allow_tf32, "static_weights": static_weights, "kernel": kernel,
+    }  # fmt: skip
+    return _linear("linear", {"x": x, "weight": weight, "bias": bias}, out, options)
+
+
+def linear_add(
+    x,
+    weight,
+    residual,
+    *,
+    bias=None,
+    scale=1.0,
+    out=None,
+    weight_layout="auto",
+    rounding="hf",
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+):
+    """minivllm.linear_add for every torch tensor, with gradients of x, residual, the weight and the bias."""
+    options = {
+        "scale": scale, "weight_layout": weight_layout, "rounding": rounding, "batch_invariant": batch_invariant,
+        "allow_tf32": allow_tf32, "static_weights": static_weights, "kernel": kernel,
+    }  # fmt: skip
+    return _linear("linear_add", {"x": x, "weight": weight, "residual": residual, "bias": bias}, out, options)
 
 
 def rms_norm_qkv_packed(

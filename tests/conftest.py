@@ -27,9 +27,8 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-ROWS = {
-    op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "silu_and_mul", "gelu_and_mul")
-}
+OPS_OF_ROWS = ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "linear", "linear_add", "silu_and_mul", "gelu_and_mul")
+ROWS = {op: minivllm.kernels(op) for op in OPS_OF_ROWS}
 
 
 def device_of(row) -> str:

@@ -75,9 +75,10 @@ def test_signatures_of_the_layer():
     assert arguments_of(minivllm.FusedRMSNormQKV.__call__) == (positional, options)
 
 
-def test_signatures_of_the_modules_of_torch():
+def test_signatures_of_the_modules_of_torch(torch):
     """They own the weights, and let the shape of those speak; the rest is as in the ops."""
-    nn = pytest.importorskip("minivllm.nn", reason="needs torch, which is not installed")
+    from minivllm import nn
+
     place = {"device": None, "dtype": None}
     _, options = arguments_by("rms_norm", "weight", "output")
     del options["kernel"]

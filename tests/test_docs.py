@@ -10,6 +10,7 @@ import minivllm
 
 # A page, and the module that it needs.
 PAGES = [
+    pytest.param("linear.md", "numpy"),
     pytest.param("parallel.md", "torch"),
     pytest.param("torch.md", "torch"),
     pytest.param("transformers.md", "transformers"),

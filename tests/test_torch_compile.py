@@ -136,6 +136,7 @@ QKV = NORM | {
 }  # fmt: skip
 
 LINEAR = {name: value for name, value in QKV.items() if name not in ("num_heads", "num_kv_heads", "head_dim")}
+PLAIN = {name: value for name, value in LINEAR.items() if name not in ("eps", "weight_offset")}
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -157,6 +158,8 @@ def test_the_registered_ops(torch, device, dtype):
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
         ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
         ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
+        ops.linear: PLAIN | {"x": i.x, "weight": i.wide, "bias": None},
+        ops.linear_add: PLAIN | {"x": i.x, "residual": i.residual, "weight": i.square, "bias": i.bias, "scale": 0.22},
     }
     assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
     for op, arguments in samples.items():
@@ -172,7 +175,11 @@ def test_a_registered_op_takes_what_the_op_takes(torch):
     for name in REGISTERED:
         op = name if name in OPS else name.removeprefix("add_")
         schema = getattr(torch.ops.minivllm, name).default._schema
-        given = {p.name: p for p in OPS[op] if p.role != "output" and (p.name != "residual" or "add_" in name)}
+        given = {
+            p.name: p
+            for p in OPS[op]
+            if p.role != "output" and (p.name != "residual" or p.required or name.startswith("add_"))
+        }
         arguments = {argument.name: argument for argument in schema.arguments}
         assert arguments.keys() == given.keys() and next(iter(arguments)) == "x"
         for parameter in given.values():

@@ -4,6 +4,8 @@
  *   r = 1 / sqrt(mean(s^2) + eps)    row_scale, which also leaves s in residual_out
  *   y = s * r * (offset + weight)    row_norm, from s, r and the weight
  *
+ * A linear layer that takes x as it is has r = 1 and weights of 1: then y is x.
+ *
  * Sums run in four vectors over the columns from 0, whatever the alignment, and are added in one order: the bits of a
  * row depend on its values, hidden and the instruction set alone. Four, because an add waits four cycles for the one
  * before it, and because shorter sums err less. A row of more than RUN_COLUMNS is summed in such runs, and their sums
@@ -61,6 +63,7 @@ MV_INLINE float MV_NAME(row_squares, DTYPE)(ROW row, int64_t i, int64_t end) {
 static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
     const int64_t hidden = task->hidden;
     double squares = 0;
+    if (task->linear.plain_x) return 1;
     for (int64_t i = 0; i < hidden; i += RUN_COLUMNS)
         squares += (double)MV_NAME(row_squares, DTYPE)(row, i, least(i + RUN_COLUMNS, hidden));
     /* rounded once: its error is that of the whole row */

@@ -13,8 +13,6 @@
  * rows, 2.2 with 2, 2.6 with 1. Prefetching by hand, 512 to 4096 bytes ahead, gained nothing with 8 rows and lost up
  * to a third. Against prefill it wins up to 8 tokens in every dtype, and is even with it at 12.
  */
-#include "bias.h"
-
 #define ELEMENT MV_NAME(element, DTYPE)
 #define STEP (LANES * UNIT)
 
@@ -80,16 +78,14 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         }
     }
 
-    for (int t = 0; t < tokens; t++) {
-        const int64_t row = mv_row_offset(task->out, task->inner, decode->first + token + t);
-        ELEMENT *out = (ELEMENT *)task->out.data + row + span.column + r;
+    for (int t = 0; t < tokens; t++)
         for (int i = 0; i < rows; i++) {
             const vf bias = span_bias(span.block, span.row + r + i, 1);
             const float sum =
                 MV_NAME(settle, DTYPE)((float)total[i][t], task, span.block, span.row + r + i, y + t * units, 1);
-            MV_NAME(v_store, DTYPE)(out + i, v_add(v_set(sum), bias), 1);
+            MV_NAME(store_outputs, DTYPE)
+            (task, decode->first + token + t, span.column + r + i, v_add(v_set(sum), bias), 1);
         }
-    }
 }
 
 MV_INLINE void MV_NAME(decode_span, DTYPE)(const MV_NAME(decode, DTYPE) * decode, output_span span, bool wide) {

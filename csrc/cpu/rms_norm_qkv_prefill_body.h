@@ -16,7 +16,6 @@
  * block of weights by hand: nothing at 128 tokens and a third slower at 1 where they are read in place; a quarter
  * faster, and kept, where they are staged.
  */
-#include "bias.h"
 #ifdef TILES_OF_AMX
 #include "tile_amx.h"
 #else
@@ -154,10 +153,8 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
             for (int i = 0; i < LANES; i++)
                 m[i] = i < n ? v_load_f32(sum + (r + i) * CHUNK_TOKENS + t, LANES) : v_set(0);
             v_transpose(m);
-            for (int64_t i = 0; i < least(LANES, chunk->tokens - t); i++) {
-                const int64_t row = mv_row_offset(task->out, task->inner, chunk->first + t + i);
-                MV_NAME(v_store, DTYPE)((ELEMENT *)task->out.data + row + span.column + r, v_add(m[i], bias), n);
-            }
+            for (int64_t i = 0; i < least(LANES, chunk->tokens - t); i++) MV_NAME(store_outputs, DTYPE)
+            (task, chunk->first + t + i, span.column + r, v_add(m[i], bias), n);
         }
 }
 
@@ -197,7 +194,7 @@ mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill),
         mv_parallel_for(tiles, 1 + PARALLEL_PRODUCTS / (hidden * TILE_OUTPUTS * round_up(chunk.tokens, LANES)),
                         MV_NAME(chunk_outputs, DTYPE), &chunk);
         if (chunk.no_memory)
-            return mv_fail(error, MV_NO_MEMORY, "rms_norm_qkv: no memory for the %zu bytes that each thread works in",
+            return mv_fail(error, MV_NO_MEMORY, "%s: no memory for the %zu bytes that each thread works in", task->op,
                            sizeof(stripe_scratch));
     }
     return MV_OK;

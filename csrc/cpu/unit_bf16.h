@@ -6,6 +6,7 @@
  * comes out NaN is computed once more, in float32. bfloat16 weights only; float32 weights go to the plain AVX-512
  * kernel.
  */
+#include "epilogue.h"
 #include "norm_row.h"
 
 #undef UNIT

@@ -16,6 +16,7 @@
  *
  * In "fp32" rounding y stays unrounded.
  */
+#include "epilogue.h"
 #include "norm_row.h"
 
 #undef UNIT

@@ -16,6 +16,12 @@ template <typename Cut> Cut cut_of(const mv_decision *decision) {
     return cut;
 }
 
+/* Of a row that has a norm in front of its product, and only a rounding behind it. */
+static inline const char *norm_linear_why_not(const mv_task *task) {
+    if (task->linear.plain_x) return "it multiplies normalised rows only";
+    return task->linear.addend.data ? "it adds no residual to its outputs" : nullptr;
+}
+
 struct PlanTasks {
     mv_task norm, product;
 };

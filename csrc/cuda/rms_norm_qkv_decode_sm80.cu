@@ -14,6 +14,7 @@
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "norm_plan.cuh"
 #include "qkv_epilogue.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
@@ -387,6 +388,7 @@ template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
 
 extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::decode_sm80_us(task), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16 ||

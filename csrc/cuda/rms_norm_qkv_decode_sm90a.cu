@@ -319,12 +319,14 @@ const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decisio
     const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
     const double missed = groups.tokens > 0 ? missed_us(task, groups) : 0;
     if (!mv_at_price(decision, h100::decode_sm90a_us(task, missed), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     keep_cut(decision, groups);
     return why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
 }
 
 const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, HUGE_VAL, below)) return mv_too_dear; /* only by name */
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     const Groups groups = counts_fit(task) ? choose_heads(task) : Groups{};
     keep_cut(decision, groups);
     if (const char *reason = why_not(task, groups, "it takes up to 16 tokens")) return reason;

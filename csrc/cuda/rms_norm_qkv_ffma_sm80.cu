@@ -454,12 +454,14 @@ mv_kernel mv_rms_norm_f32_sm80, mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::ffma_us(task), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     choose<true>(task, decision);
     return nullptr;
 }
 
 const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_ffma_us(task), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
     PlanTasks tasks = plan_tasks(task);
     tasks.product.x.data = reinterpret_cast<void *>(16); /* y will be aligned; where it lies is not known yet */

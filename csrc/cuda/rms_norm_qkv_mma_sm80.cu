@@ -323,6 +323,7 @@ extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
 
 extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_mma_us(task), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
     decision->launch = task->dtype == MV_F16 ? choose_tile<__half>(task) : choose_tile<__nv_bfloat16>(task);

@@ -319,6 +319,7 @@ mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_wgmma_us(task), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = plan_why_not(task)) return reason;
     decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
     keep_cut(decision, choose_tile(task));
@@ -328,6 +329,7 @@ const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_dec
 const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const TileChoice choice = choose_late_tile(task);
     if (!mv_at_price(decision, late_us(task, choice), below)) return mv_too_dear;
+    if (const char *reason = norm_linear_why_not(task)) return reason;
     keep_cut(decision, choice);
     return late_why_not(task);
 }

@@ -158,20 +158,25 @@ mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns,
     return check_extent((mv_named){out.op, out.name, &view}, error);
 }
 
-mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
-    const mv_view *view = out.view;
-    MV_REQUIRE(view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", out.op, out.name,
+mv_status mv_check_rows(mv_named t, const mv_view *x, int64_t columns, mv_error *error) {
+    const mv_view *view = t.view;
+    MV_REQUIRE(view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", t.op, t.name,
                mv_dtype_name(view->dtype), mv_dtype_name(x->dtype));
-    MV_TRY(check_device(out, x, error));
+    MV_TRY(check_device(t, x, error));
     int64_t expected_shape[MV_MAX_DIMS];
     memcpy(expected_shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
     expected_shape[x->ndim - 1] = columns;
     const mv_view expected = {.shape = expected_shape, .ndim = x->ndim};
     MV_REQUIRE(view->ndim == x->ndim && memcmp(view->shape, expected_shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
-               MV_BAD_VALUE, "%s: %s has shape %s, expected %s", out.op, out.name, mv_shape_text(view).text,
+               MV_BAD_VALUE, "%s: %s has shape %s, expected %s", t.op, t.name, mv_shape_text(view).text,
                mv_shape_text(&expected).text);
-    MV_TRY(check_extent(out, error));
-    MV_TRY(check_last_contiguous(out, error));
+    MV_TRY(check_extent(t, error));
+    return check_last_contiguous(t, error);
+}
+
+mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
+    const mv_view *view = out.view;
+    MV_TRY(mv_check_rows(out, x, columns, error));
     MV_REQUIRE(!view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", out.op, out.name);
     MV_REQUIRE(mv_is_empty(view) || elements_are_distinct(view), MV_BAD_VALUE,
                "%s: %s has elements that share memory (strides of a broadcast or sliding view); pass a fresh array",

@@ -39,7 +39,9 @@ mv_text mv_device_text(mv_device device);   /* "cuda:0"    */
 mv_status mv_check_x(mv_named x, mv_error *error);
 /* A tensor of x's shape, dtype and device, contiguous along the last dimension. */
 mv_status mv_check_like_x(mv_named tensor, const mv_view *x, mv_error *error);
-/* An output of shape [*x.shape[:-1], columns], writable, whose elements do not overlap each other. */
+/* A tensor of x's dtype and device, of shape [*x.shape[:-1], columns], contiguous along the last dimension. */
+mv_status mv_check_rows(mv_named tensor, const mv_view *x, int64_t columns, mv_error *error);
+/* An output of that shape, writable, whose elements do not overlap each other. */
 mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error);
 /* The same of an output that is still to be made: is there room for it? */
 mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error);

@@ -119,6 +119,26 @@ mv_status mv_read_biases(const mv_linear_views *v, mv_layer *layer, mv_error *er
     return MV_OK;
 }
 
+mv_linear_views mv_one_weight(const char *op, const mv_view *x, const mv_view *weight, const mv_view *bias,
+                              mv_weight_layout layout) {
+    return (mv_linear_views){.op = op,
+                             .x = x,
+                             .weight_name = "weight",
+                             .bias_name = "bias",
+                             .outputs = "outputs",
+                             .bias_size = "= the outputs of weight",
+                             .weight = weight,
+                             .bias = bias,
+                             .most = 1,
+                             .layout = layout};
+}
+
+mv_status mv_read_one_weight(const mv_linear_views *v, mv_layer *layer, mv_error *error) {
+    MV_TRY(mv_read_weights(v, v->x->shape[v->x->ndim - 1], layer, error));
+    MV_REQUIRE(layer->outputs > 0, MV_BAD_VALUE, "%s: weight has no outputs, expected at least one", v->op);
+    return mv_read_biases(v, layer, error);
+}
+
 mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *v, mv_error *error) {
     for (int i = 0; i < v->most; i++) {
         MV_TRY(mv_check_apart(out, mv_weight_at(v, i), false, error));
@@ -129,7 +149,7 @@ mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *v, mv
 
 void mv_add_layer(mv_plan *plan, const mv_layer *layer) {
     if (mv_state(plan)->parts == 0) return; /* there are no tokens */
-    mv_linear *linear = &mv_state(plan)->part[0].task.linear;
+    mv_linear_layer *linear = &mv_state(plan)->part[0].task.linear;
     int64_t first_output = 0;
     for (int i = 0, part = 0, blocks = 0; i < layer->blocks; i++) {
         const mv_block *block = &layer->block[i], *before = &layer->block[i - (i > 0)];

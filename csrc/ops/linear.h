@@ -29,6 +29,12 @@ typedef struct {
     bool packed;             /* the blocks are adjacent in memory, and so are their biases */
 } mv_layer;
 
+/* Of an op with one `weight` and one `bias`. */
+mv_linear_views mv_one_weight(const char *op, const mv_view *x, const mv_view *weight, const mv_view *bias,
+                              mv_weight_layout layout);
+/* All of its layer, which has an output or more. */
+mv_status mv_read_one_weight(const mv_linear_views *views, mv_layer *layer, mv_error *error);
+
 mv_named mv_weight_at(const mv_linear_views *views, int i);
 mv_named mv_bias_at(const mv_linear_views *views, int i);
 

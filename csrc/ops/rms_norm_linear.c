@@ -4,20 +4,9 @@
 
 mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *a, mv_plan *plan, mv_error *error) {
     const mv_norm_linear all = MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_linear", a, mv_rms_norm_linear_list);
-    const mv_linear_views views = {.op = all.op,
-                                   .x = &a->x,
-                                   .weight_name = "weight",
-                                   .bias_name = "bias",
-                                   .outputs = "outputs",
-                                   .bias_size = "= the outputs of weight",
-                                   .weight = &a->weight,
-                                   .bias = &a->bias,
-                                   .most = 1,
-                                   .layout = a->weight_layout};
+    const mv_linear_views views = mv_one_weight(all.op, &a->x, &a->weight, &a->bias, a->weight_layout);
     mv_layer layer = {0};
     MV_TRY(mv_check_norm_inputs(&all, error));
-    MV_TRY(mv_read_weights(&views, a->x.shape[a->x.ndim - 1], &layer, error));
-    MV_REQUIRE(layer.outputs > 0, MV_BAD_VALUE, "%s: weight has no outputs, expected at least one", all.op);
-    MV_TRY(mv_read_biases(&views, &layer, error));
+    MV_TRY(mv_read_one_weight(&views, &layer, error));
     return mv_plan_norm_linear(&all, &views, &layer, plan, error);
 }

@@ -129,6 +129,26 @@ def act_and_mul_ends(x, kind: str, rounding: str, dtype: str):
     return least, most
 
 
+def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, rounding: str = "hf"):
+    """How wrong rn(rn(rn(sums) scale) + residual) may be, given the tolerance of rn(sums), held against `added`: what a
+    reference makes of it with the same roundings but the last. A rounding takes two numbers that are `error` apart to
+    ones that are at most a spacing further apart; and float32 multiplies and adds with an error of 2 u each."""
+    xp = namespace(sums)
+
+    def spacing(value, error):
+        return quantum(abs(value) + error, dtype)
+
+    error = bound - quantum(sums, dtype) / 2
+    if rounding == "hf":
+        error = error + spacing(sums, error)
+    scaled = sums * scale
+    error = abs(scale) * error + 2 * UNIT_F32 * abs(scaled)
+    if rounding == "hf" and scale != 1:
+        error = error + spacing(scaled, error)
+    error = error + 2 * UNIT_F32 * xp.maximum(abs(added), abs(scaled))
+    return error + spacing(added, error) / 2
+
+
 class Errors(NamedTuple):
     """How far `got` is from `expected`; ulp counts spacings of the dtype at the expected value."""
 

@@ -148,3 +148,20 @@ def act_and_mul(x, kind: str, *, rounding="hf", dtype=None, round_last=True):
     with np.errstate(all="ignore"):
         out = (rn(active) if rounding == "hf" else active) * up
         return rn(out) if round_last else out
+
+
+def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dtype=None, round_last=True):
+    """(out, sums): sums = x @ weight.T + bias, not rounded; weight [outputs, hidden]. Without a residual out is rn of
+    it, with one rn(rn(rn(sums) scale) + residual): of the inner roundings "fp32" makes none, and "hf" the second only
+    where scale is not 1.
+    """
+    rn = _rounder(dtype)
+    sums = x @ weight.T if bias is None else x @ weight.T + bias
+    out = sums
+    if residual is not None:
+        inner = rn if rounding == "hf" else _rounder(None)
+        out = inner(out)
+        if scale != 1:
+            out = inner(out * scale)
+        out = out + residual
+    return (rn(out) if round_last else out), sums

@@ -63,7 +63,14 @@ def inputs_of(case: Case, wide=None, concatenate=np.concatenate) -> dict:
 
 def matrix_of(case: Case) -> str | None:
     """The argument that is a matrix, if the op has one."""
-    return "qkv_weight" if "qkv_weight" in case.tensors else "weight" if "norm_weight" in case.tensors else None
+    if "weight_layout" not in parameters(case.op):
+        return None
+    return "qkv_weight" if "qkv_weight" in case.tensors else "weight"
+
+
+def gives_sum(case: Case) -> bool:
+    """Whether x + residual is a result."""
+    return "residual" in case.tensors and case.op != "linear_add"
 
 
 def is_in_out(case: Case) -> bool:
@@ -101,7 +108,7 @@ def results_of(case: Case, returned, lead: tuple) -> dict:
     if "num_heads" not in case.options:
         parts = returned if isinstance(returned, tuple) else (returned,)
         names = ("out", "residual_out")
-        require(len(parts) == 1 + ("residual" in case.tensors), f"{len(parts)} results")
+        require(len(parts) == 1 + gives_sum(case), f"{len(parts)} results")
         return {name: to_numpy(part, dtype) for name, part in zip(names, parts)}
     require(len(returned) == 3 + ("residual" in case.tensors), f"{len(returned)} results")
     kv_heads = case.options["num_kv_heads"]
@@ -132,7 +139,7 @@ class Judge:
     def __init__(self, case: Case):
         self.dtype, inputs = case.tensors["x"].dtype, inputs_of(case)
         self.expected = OPS[case.op].expect(inputs, case.judged_by(), self.dtype, case.wild)
-        self.sums = round_to(inputs["x"] + inputs["residual"], self.dtype) if "residual" in inputs else None
+        self.sums = round_to(inputs["x"] + inputs["residual"], self.dtype) if gives_sum(case) else None
 
     def check(self, results: dict, what: str = ""):
         wrong = expect.first_wrong(results["out"].astype(np.float64), self.expected, self.dtype)

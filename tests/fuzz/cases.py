@@ -167,12 +167,7 @@ def projection(d: Drawing):
         if rng.random() < 0.2:
             d.give(head_dim=head_dim)
     d.numbers()
-    if rng.random() < 0.3:
-        d.give(batch_invariant=rng.random() < 0.8)
-    if rng.random() < 0.1:
-        d.give(allow_tf32=rng.random() < 0.5)
-    if rng.random() < 0.3:
-        d.give(static_weights=rng.random() < 0.5)
+    d.layer_options()
     if not one and len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1 and rng.random() < 0.3:
         d.give(prepack=True)
     if d.spoil and not d.refused:
@@ -201,6 +196,44 @@ def act_and_mul(d: Drawing):
         spoil.act_and_mul(d, lead, columns)
 
 
+def linear(d: Drawing):
+    """linear and linear_add."""
+    rng, adds = d.rng, d.op == "linear_add"
+    hidden, products = d.hidden(), d.most_products
+    outputs = rng.choice(
+        (rng.randint(1, 70), rng.choice((64, 128, 192, 256)) + rng.randint(-1, 1), rng.randint(1, 500))
+    )
+    if rng.random() < 0.1 and hidden * hidden <= products // 4:
+        outputs = hidden
+    outputs = max(1, min(outputs, products // 4 // hidden))
+    lead = d.lead(max(1, min(products // (hidden * outputs), d.most_elements // max(hidden, outputs))))
+    shape = (*lead, hidden)
+    given = rng.random()
+    in_place, out = adds and given < 0.3, 0.3 <= given < 0.7
+    names = ["x", *["residual"] * adds, *["out"] * out]
+    if rng.random() < 0.15:
+        d.tensors |= dict(zip(names, d.at.beside(lead, [hidden, *[outputs] * (len(names) - 1)], d.dtype)))
+    else:
+        d.tensors["x"] = d.at.rows(shape, d.dtype, distinct=False)
+        if adds:
+            d.tensors["residual"] = d.at.rows((*lead, outputs), d.dtype, distinct=in_place)
+        if out:
+            d.tensors["out"] = d.at.rows((*lead, outputs), d.dtype, distinct=True)
+    if in_place:
+        d.tensors["out"] = d.tensors["residual"]
+    for name in ("x", "residual") if adds else ("x",):
+        d.at.fill(d.tensors[name])
+    weights(d, (outputs,), hidden)
+    if rng.random() < 0.4:
+        d.tensors["bias"] = d.vector(outputs)
+    d.numbers()
+    if rng.random() < 0.5:
+        d.give(scale=rng.choice((1.0, 0.22, 0.22, -1.5, 0.0, 1000)))
+    d.layer_options()
+    if d.spoil and not d.refused:
+        spoil.linear(d, shape, outputs)
+
+
 # ---- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +248,8 @@ OPS = {
     "fused_add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
     "rms_norm_linear": Op(projection, expect.projection),
     "rms_norm_qkv": Op(projection, expect.projection),
+    "linear": Op(linear, expect.linear),
+    "linear_add": Op(linear, expect.linear),
     "FusedRMSNormQKV": Op(projection, expect.projection),
     "silu_and_mul": Op(act_and_mul, functools.partial(expect.act_and_mul, kind="silu")),
     "gelu_and_mul": Op(act_and_mul, expect.act_and_mul),

@@ -147,6 +147,15 @@ class Drawing:
         if names and rng.random() < 0.4:
             self.give(kernel=rng.choice(names))
 
+    def layer_options(self):
+        rng = self.rng
+        if rng.random() < 0.3:
+            self.give(batch_invariant=rng.random() < 0.8)
+        if rng.random() < 0.1:
+            self.give(allow_tf32=rng.random() < 0.5)
+        if rng.random() < 0.3:
+            self.give(static_weights=rng.random() < 0.5)
+
     def case(self, name: str, outputs: dict | None) -> Case:
         outputs = outputs or {name: name for name in ("out", "residual_out") if name in self.tensors}
         if self.refused:

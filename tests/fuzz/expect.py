@@ -91,16 +91,40 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
         gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1,
         tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
-    # The tolerance takes rounding errors as independent. Where all products are nearly equal they are not: the partial
-    # sums grow steadily, and as long as they have one exponent every addition loses the same part of a unit. A kernel
-    # adds 64 float32 products to one sum before that joins a larger one: at most 64 / 4 units of the whole sum.
-    steady = 64 / 4 * numeric.UNIT_F32 * abs(_finite(out))
+    bound = bound + _unlucky(_finite(out), finite_y, finite_weight, abs(finite_gain))
+    return Expected(out, bound, unsure if unsure.any() else None)
+
+
+def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
+    x, weight, bias, residual = inputs["x"], inputs["weight"], inputs.get("bias"), inputs.get("residual")
+    scale, rounding = float(np.float32(options.get("scale", 1.0))), options.get("rounding", "hf")
+    out, sums = reference.linear(x, weight, bias=bias, residual=residual, scale=scale, rounding=rounding, dtype=dtype,
+                                 round_last=False)  # fmt: skip
+    finite_x, finite_weight, finite_sums, finite_out = map(_finite, (x, weight, sums, out))
+    bound = numeric.tolerance(finite_sums, finite_x, dtype, weight=finite_weight, length=x.shape[-1],
+                              tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
+    bound = bound + _unlucky(finite_sums, finite_x, finite_weight)
+    unsure = abs(finite_x) @ abs(finite_weight).T > SAFE_SUM
+    if residual is not None:
+        largest = LARGEST[dtype]  # where rounding in between may give infinity, or not
+        unsure = (
+            unsure | (abs(abs(finite_sums) / largest - 1) < 0.01) | (abs(abs(finite_sums * scale) / largest - 1) < 0.01)
+        )
+        bound = numeric.added_tolerance(finite_sums, bound, finite_out, dtype, scale=scale, rounding=rounding)
+    return Expected(out, bound, unsure if unsure.any() else None)
+
+
+def _unlucky(sums, y, weight, gain=0.0):
+    """What a float32 sum may lose beyond the tolerance, which takes rounding errors as independent."""
+    # Where all products are nearly equal they are not: the partial sums grow steadily, and as long as they have one
+    # exponent every addition loses the same part of a unit. A kernel adds 64 float32 products to one sum before that
+    # joins a larger one: at most 64 / 4 units of the whole sum.
+    steady = 64 / 4 * numeric.UNIT_F32 * abs(sums)
     # Where one term dominates, every later addition rounds a sum of its size: a walk that is now and then, in 10^9
     # elements, longer than the tolerance's ||e W||_1.
-    terms = namespace(out).sqrt(finite_y**2 @ (finite_weight**2).T)
-    steps = (abs(finite_gain) + 1) * abs(finite_weight) + 1
-    bound = bound + steady + s.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
-    return Expected(out, bound, unsure if unsure.any() else None)
+    terms = namespace(sums).sqrt(y**2 @ (weight**2).T)
+    steps = (gain + 1) * abs(weight) + 1
+    return steady + y.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
 
 
 def act_and_mul(inputs: dict, options: dict, dtype: str, wild: bool, kind: str | None = None) -> Expected:

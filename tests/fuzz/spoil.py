@@ -62,6 +62,29 @@ def act_and_mul(d: Drawing, lead, columns: int):
             d.refused = Refused(ValueError, r"out overlaps x")
 
 
+def linear(d: Drawing, shape, outputs: int):
+    tokens, what = (
+        math.prod(shape[:-1]),
+        d.rng.choice(("x steps", "residual is wide", "out is residual in part", "bias is long")),
+    )
+    if what == "bias is long":
+        d.tensors["bias"] = d.vector(outputs + 1)
+        d.refused = Refused(ValueError, rf"bias has {outputs + 1} elements, expected {outputs} ")
+    elif shape[-1] > 1 and tokens and what == "x steps":
+        d.tensors["x"] = stepping(d.tensors["x"], d)
+        d.refused = Refused(ValueError, r"x must be contiguous in its last dimension")
+    elif "residual" in d.tensors and what == "residual is wide":
+        wide = (*shape[:-1], outputs + 1)
+        d.tensors["residual"] = d.at.fill(d.at.place(wide, d.dtype, c_strides(wide)), "normal")
+        d.tensors.pop("out", None)
+        d.refused = Refused(ValueError, r"residual has shape .*, expected")
+    elif "residual" in d.tensors and tokens and outputs > 1 and what == "out is residual in part":
+        wide = d.at.place((*shape[:-1], outputs + 1), d.dtype, c_strides((*shape[:-1], outputs + 1)))
+        d.tensors["residual"] = d.at.fill(wide, "normal")._replace(shape=(*shape[:-1], outputs))
+        d.tensors["out"] = wide._replace(shape=(*shape[:-1], outputs), offset=wide.offset + 1)
+        d.refused = Refused(ValueError, r"out overlaps residual in part")
+
+
 def projection(d: Drawing, shape, tokens: int, qkv: int):
     hidden = shape[-1]
     heads = ("heads",) if "num_heads" in d.options else ()

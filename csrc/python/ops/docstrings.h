@@ -82,6 +82,28 @@
     "0.5 z (1 + erf(z / sqrt(2))). x: [..., 2 * d]; out: [..., d]; rounding, kernel: as in "                           \
     "silu_and_mul.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_linear                                                                                                     \
+    "linear($module, x, weight, *, bias=None, out=None, weight_layout='auto', rounding='hf', batch_invariant=False, "  \
+    "allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"                                                     \
+    "x @ weight.T + bias\n\n"                                                                                          \
+    "x: [..., hidden]. weight: [outputs, hidden] as nn.Linear keeps it, or [hidden, outputs] (its .t(), also\n"        \
+    "contiguous); bias: [outputs]. Weight and bias are of x's dtype or float32; neither is copied. Returns\n"          \
+    "[..., outputs], in x's dtype; out: where it goes, which must overlap nothing.\n"                                  \
+    "Sums are float32, the bias joins them, and they are rounded once, in either rounding. weight_layout,\n"           \
+    "batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. kernel: a name of "                              \
+    "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
+#define DOC_linear_add                                                                                                 \
+    "linear_add($module, x, weight, residual, *, bias=None, scale=1.0, out=None, weight_layout='auto', "               \
+    "rounding='hf', "                                                                                                  \
+    "batch_invariant=False, allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"                              \
+    "residual + scale * (x @ weight.T + bias), in one call\n\n"                                                        \
+    "x, weight, bias: as in linear. residual: [..., outputs], of x's dtype. Returns [..., outputs]; out: where it\n"   \
+    "goes, which may be exactly residual (in place), and must overlap nothing else.\n"                                 \
+    "rounding 'hf' rounds to x's dtype wherever torch would: the product with its bias, what scale makes of it (not\n" \
+    "for scale=1.0), and the sum; 'fp32' rounds once, at the end. weight_layout, batch_invariant, allow_tf32,\n"       \
+    "static_weights: as in rms_norm_qkv. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
     "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."
