@@ -117,8 +117,8 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
     const mv_block *block = span.block;
     const int64_t padded = round_up(chunk->tokens, LANES), rows = round_up(span.count, TILE_OUTPUTS);
     const int64_t bytes = (int64_t)mv_dtype_bytes(task->linear.weight_dtype);
-    const bool in_place = MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 &&
-                          span.count % TILE_OUTPUTS == 0 && READ_IN_PLACE(padded);
+    const bool in_place =
+        MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 && span.count % TILE_OUTPUTS == 0;
     for (int64_t r = 0; r < rows; r++) memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
 
     const int64_t run = RUN_UNITS * UNIT;

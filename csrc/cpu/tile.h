@@ -5,7 +5,6 @@
 #define MV_TILE_H
 
 #define READ_UNITS 1 /* of a row are read at a time: where they are not all there, the weights are staged */
-#define READ_IN_PLACE(tokens) true
 
 /* The same bits in every lane; of any alignment. */
 MV_INLINE vf broadcast_unit(const char *p) {
