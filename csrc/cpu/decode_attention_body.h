@@ -10,6 +10,10 @@
  *
  * A sequence is cut by the number of its keys alone, so its bits do not depend on what else is in the batch. From the
  * queries to the result all is float32; sums run over a tile, and then over the tiles. */
+#include "norm_row.h"
+
+#include "head.h"
+
 #define ELEMENT MV_NAME(element, DTYPE)
 
 /* ---- scores ------------------------------------------------------------------------------------------------------- */
@@ -140,21 +144,25 @@ static void MV_NAME(prepare, DTYPE)(void *context, int64_t begin, int64_t end) {
     const mv_attention_work *all = context;
     const mv_task *task = all->task;
     const mv_attention *a = &task->attention;
+    const int64_t dim = task->hidden;
     for (int64_t i = begin; i < end; i++) {
         const int64_t s = i / a->kv_heads, kv_head = i % a->kv_heads;
         if (all->spans[s].count <= 0) continue;
-        for (int64_t h = kv_head * all->group; h < (kv_head + 1) * all->group; h++) {
-            const ELEMENT *x = (const ELEMENT *)task->x.data + mv_row_offset(task->x, task->inner, s * a->heads + h);
-            float *q = all->q + (s * a->heads + h) * all->padded_dim;
-            for (int64_t i = 0; i < all->padded_dim; i += LANES)
-                v_store_f32(q + i, MV_NAME(v_load, DTYPE)(x + i, (int)(task->hidden > i ? least(LANES, task->hidden - i) : 0)), LANES);
+        float *turned = all->spare + 2 * i * all->padded_dim, *key = turned + all->padded_dim;
+        for (int64_t h = s * a->heads + kv_head * all->group, last = h + all->group; h < last; h++) {
+            const ELEMENT *q = (const ELEMENT *)task->x.data + mv_row_offset(task->x, task->inner, h);
+            MV_NAME(prepare_head, DTYPE)(q, dim, &a->q_norm, &a->rotary, s, task->rounding,
+                                         all->q + h * all->padded_dim, turned);
         }
         int64_t block, row;
         find_row(a, s, all->spans[s].last, &block, &row);
-        memcpy(row_at(a->keys, block, row, kv_head, sizeof(ELEMENT)),
-               (ELEMENT *)a->k.data + s * a->k.outer_stride + kv_head * a->k.inner_stride, (size_t)task->hidden * sizeof(ELEMENT));
-        memcpy(row_at(a->values, block, row, kv_head, sizeof(ELEMENT)),
-               (ELEMENT *)a->v.data + s * a->v.outer_stride + kv_head * a->v.inner_stride, (size_t)task->hidden * sizeof(ELEMENT));
+        ELEMENT *cached = (ELEMENT *)row_at(a->keys, block, row, kv_head, sizeof(ELEMENT));
+        const ELEMENT *k = (const ELEMENT *)a->k.data + mv_row_offset(a->k, a->kv_heads, i);
+        const ELEMENT *v = (const ELEMENT *)a->v.data + mv_row_offset(a->v, a->kv_heads, i);
+        MV_NAME(prepare_head, DTYPE)(k, dim, &a->k_norm, &a->rotary, s, task->rounding, key, turned);
+        for (int64_t c = 0; c < dim; c += LANES)
+            MV_NAME(v_store, DTYPE)(cached + c, v_load_f32(key + c, LANES), (int)least(LANES, dim - c));
+        memcpy(row_at(a->values, block, row, kv_head, sizeof(ELEMENT)), v, (size_t)dim * sizeof(ELEMENT));
     }
 }
 

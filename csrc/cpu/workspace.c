@@ -28,9 +28,10 @@ size_t mv_attention_workspace(const mv_task *task, mv_attention_work *work) {
     const int64_t pieces = least((keys + MV_PIECE_KEYS - 1) / MV_PIECE_KEYS, MV_MOST_PIECES);
     const size_t heads = (size_t)task->tokens, row = (size_t)padded_dim * sizeof(float), parts = heads * (size_t)pieces;
     size_t used = 0;
-    mv_attention_work all = {task, a->heads / a->kv_heads, padded_dim, pieces, NULL, NULL, NULL, NULL, NULL};
+    mv_attention_work all = {task, a->heads / a->kv_heads, padded_dim, pieces, NULL, NULL, NULL, NULL, NULL, NULL};
     all.spans = take(task, &used, heads / (size_t)a->heads * sizeof *all.spans);
     all.q = take(task, &used, heads * row);
+    all.spare = take(task, &used, heads / (size_t)all.group * 2 * row);
     all.most = take(task, &used, parts * sizeof(float));
     all.sums = take(task, &used, parts * sizeof(float));
     all.out = take(task, &used, parts * row);

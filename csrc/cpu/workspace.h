@@ -18,6 +18,7 @@ typedef struct {
     int64_t group, padded_dim, pieces; /* query heads of a key-value head; of a sequence's keys, at most */
     mv_key_span *spans;                /* [sequences]                                                    */
     float *q;                          /* [sequences, heads]                                             */
+    float *spare;                      /* [sequences, kv_heads, 2 padded_dim]                            */
     float *most, *sums, *out;          /* [sequences, heads, pieces]: m, sum p_j, sum p_j v_j            */
 } mv_attention_work;
 

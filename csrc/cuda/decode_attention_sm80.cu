@@ -484,7 +484,7 @@ mv_status run(const mv_task *task, const mv_decision *decision, mv_error *error)
 
 } // namespace
 
-extern "C" const char *mv_decode_attention_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+extern "C" const char *mv_attention_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     return task->dtype == MV_F32   ? decide<float>(task, below, decision)
            : task->dtype == MV_F16 ? decide<__half>(task, below, decision)
                                    : decide<__nv_bfloat16>(task, below, decision);
