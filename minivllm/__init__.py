@@ -37,6 +37,7 @@ else:
     from . import dynamo
     from ._C import (
         add_rms_norm,
+        decode_attention,
         fused_add_rms_norm,
         get_num_threads,
         rms_norm,
@@ -58,6 +59,7 @@ else:
         "QKVShard",
         "Ran",
         "add_rms_norm",
+        "decode_attention",
         "empty",
         "fused_add_rms_norm",
         "get_num_threads",

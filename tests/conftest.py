@@ -27,7 +27,7 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-ROWS = {op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear")}
+ROWS = {op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "decode_attention")}
 
 
 def device_of(row) -> str:

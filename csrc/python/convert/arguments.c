@@ -16,7 +16,7 @@ static int most_tensors(const signature *s) {
     int count = s->beside ? most_tensors(s->beside) : 1;
     for (int i = 0; i < s->count; i++) {
         const value_type type = s->parameters[i].kind->type;
-        count += type == TENSOR ? 1 : type == TENSORS ? 3 : 0;
+        count += type == TENSOR || type == INTEGERS ? 1 : type == TENSORS ? 3 : 0;
     }
     return count;
 }
@@ -318,8 +318,8 @@ const value_kind tensor_value = {TENSOR, false, to_tensor, NULL};
 const value_kind optional_tensor_value = {TENSOR, true, to_optional_tensor, NULL};
 const value_kind tensors_value = {TENSORS, false, to_tensors, NULL};
 const value_kind optional_tensors_value = {TENSORS, true, to_optional_tensors, NULL};
-const value_kind integers_value = {TENSOR, false, to_integers, NULL};
-const value_kind optional_integers_value = {TENSOR, true, to_integers, NULL};
+const value_kind integers_value = {INTEGERS, false, to_integers, NULL};
+const value_kind optional_integers_value = {INTEGERS, true, to_integers, NULL};
 const value_kind optional_number_value = {NUMBER, true, to_optional_number, NULL};
 const value_kind number_value = {NUMBER, false, to_number, NULL};
 const value_kind integer_value = {INTEGER, false, to_integer, NULL};
@@ -333,8 +333,8 @@ const value_kind cache_layout_value = {CHOICE, true, to_choice, cache_layouts};
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
 
 static const char *const type_names[] = {
-    [TENSOR] = "tensor", [TENSORS] = "tensors", [NUMBER] = "number", [INTEGER] = "integer",
-    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",     [HELD] = "held"};
+    [TENSOR] = "tensor",   [TENSORS] = "tensors", [INTEGERS] = "integers", [NUMBER] = "number", [INTEGER] = "integer",
+    [FLAG] = "flag",       [CHOICE] = "choice",   [TEXT] = "text",         [HELD] = "held"};
 static const char *const role_names[] = {
     [ROWS] = "rows", [WEIGHT] = "weight", [OUTPUT] = "output", [IN_PLACE] = "in place", [OPTION] = "option"};
 
