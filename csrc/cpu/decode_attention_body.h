@@ -40,8 +40,7 @@ MV_INLINE void MV_NAME(score_keys, DTYPE)(key_tile *tile, int64_t key, int head,
         MV_UNROLL
         for (int h = 0; h < heads; h++) sum[r][h] = v_set(0);
     }
-    for (int64_t i = 0; i < whole; i += LANES)
-        MV_NAME(score_step, DTYPE)(tile, key, head, i, LANES, rows, heads, sum);
+    for (int64_t i = 0; i < whole; i += LANES) MV_NAME(score_step, DTYPE)(tile, key, head, i, LANES, rows, heads, sum);
     if (whole < dim) MV_NAME(score_step, DTYPE)(tile, key, head, whole, (int)(dim - whole), rows, heads, sum);
     MV_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -151,8 +150,8 @@ static void MV_NAME(prepare, DTYPE)(void *context, int64_t begin, int64_t end) {
         float *turned = all->spare + 2 * i * all->padded_dim, *key = turned + all->padded_dim;
         for (int64_t h = s * a->heads + kv_head * all->group, last = h + all->group; h < last; h++) {
             const ELEMENT *q = (const ELEMENT *)task->x.data + mv_row_offset(task->x, task->inner, h);
-            MV_NAME(prepare_head, DTYPE)(q, dim, &a->q_norm, &a->rotary, s, task->rounding,
-                                         all->q + h * all->padded_dim, turned);
+            MV_NAME(prepare_head, DTYPE)
+            (q, dim, &a->q_norm, &a->rotary, s, task->rounding, all->q + h * all->padded_dim, turned);
         }
         int64_t block, row;
         find_row(a, s, all->spans[s].last, &block, &row);

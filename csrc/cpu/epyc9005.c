@@ -21,8 +21,8 @@ static double price(const mv_task *t, double bytes_per_us, double flops_per_us) 
 #define DECIDE_ATTENTION(isa, bytes_per_us, flops_per_us)                                                              \
     const char *mv_attention_##isa##_decide(const mv_task *t, double below, mv_decision *decision) {                   \
         const mv_attention *a = &t->attention;                                                                         \
-        const double products = (double)(a->rows < a->window ? a->rows : a->window) * (double)t->tokens *              \
-                                (double)t->hidden;                                                                     \
+        const double products =                                                                                        \
+            (double)(a->rows < a->window ? a->rows : a->window) * (double)t->tokens * (double)t->hidden;               \
         const double bytes = 2 * products * (double)a->kv_heads / (double)a->heads * (double)mv_dtype_bytes(t->dtype); \
         if (!mv_at_price(decision, bytes / bytes_per_us + 4 * products / flops_per_us, below)) return mv_too_dear;     \
         decision->workspace = mv_attention_workspace(t, NULL);                                                         \

@@ -13,16 +13,15 @@
  *
  * The block whose piece has the new token makes its key, too: the first that one of its groups meets. So what has just
  * been written is read back by nobody. Only this block writes to the cache. */
+#include "head.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
-#include "reduce.cuh"
-#include "rms_norm.cuh"
 
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kMostHeads = 8;  /* of a warp */
-constexpr int kLeastKeys = 64; /* of a piece: fewer are not worth a block */
+constexpr int kMostHeads = 8;      /* of a warp */
+constexpr int kLeastKeys = 64;     /* of a piece: fewer are not worth a block */
 constexpr int kMostColumns = 1024; /* of a head */
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -40,9 +39,10 @@ template <typename T_, int kLanes_, int kPackets_, int kHeads_, bool kWhole_> st
     static constexpr int kLanes = kLanes_, kPackets = kPackets_, kHeads = kHeads_;
     static constexpr bool kWhole = kWhole_;
     static constexpr int kSize = Packet<T>::size, kValues = kPackets * kSize, kColumns = kLanes * kValues;
-    static constexpr int kRows = 32 / kLanes;            /* of a warp, side by side */
-    static constexpr int kUnroll = kPackets > 2 ? 1 : 4; /* of them on their way */
-    static constexpr int kStretch = kRows * kUnroll;     /* keys of a warp at a time */
+    static constexpr int kRows = 32 / kLanes;                                       /* of a warp, side by side */
+    static constexpr int kUnroll = kPackets > 2 ? 1 : 4;                            /* of them on their way */
+    static constexpr int kBlocks = kHeads * kValues <= 16 && kPackets == 1 ? 2 : 1; /* that an SM has room for */
+    static constexpr int kStretch = kRows * kUnroll;                                /* keys of a warp at a time */
 };
 
 /* Where the softmax of a block's part is: of a (query head, piece). */
@@ -171,9 +171,8 @@ template <typename S> struct Attention {
     }
 
     /* Keys that are not there weigh nothing. */
-    template <int kCount>
-    __device__ __forceinline__ void add(const Row<S> (&keys)[kCount], const Row<S> (&values)[kCount],
-                                        const bool (&there)[kCount]) {
+    template <int kCount> __device__ __forceinline__ void
+    add(const Row<S> (&keys)[kCount], const Row<S> (&values)[kCount], const bool (&there)[kCount]) {
 #pragma unroll
         for (int h = 0; h < S::kHeads; h++) {
             Softmax<S::kValues> &of = head[h];
@@ -233,26 +232,34 @@ template <typename S> struct Shared {
     }
 };
 
-/* By all threads: the queries of a block, and if it has the new token's key, that and the value. */
-template <typename S>
-__device__ __forceinline__ void prepare_heads(const mv_task &task, const Shared<S> &shared, int sequence, int kv_head,
-                                              int first_head, int group, bool has_new) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = static_cast<int>(task.hidden);
+/* By all threads: the queries of a block, and with the new token its key and value. */
+template <typename S> __device__ __forceinline__ void prepare_heads(const mv_task &task, const Shared<S> &shared,
+                                                                    int sequence, int kv_head, int64_t row, int group,
+                                                                    bool has_new) {
     using T = typename S::T;
-    for (int r = warp; r < group; r += kWarps)
-        for (int i = lane; i < S::kColumns; i += 32)
-            shared.queries[r * S::kColumns + i] = i < dim ? to_float(row_address<T>(task.x, task.inner, sequence * task.attention.heads + first_head + r)[i]) : 0;
+    const mv_attention &a = task.attention;
+    const int dim = static_cast<int>(task.hidden);
+    for (int h = threadIdx.x / 32; h < group; h += kWarps)
+        prepare_head(row_address<const T>(task.x, task.inner, row + h), dim, a.q_norm, a.rotary, sequence,
+                     task.rounding, shared.queries + h * S::kColumns, S::kColumns);
     if (!has_new) return;
+    const int64_t kv_row = sequence * a.kv_heads + kv_head;
+    float *const key = shared.out; /* not in use yet */
+    if (threadIdx.x / 32 == kWarps - 1)
+        prepare_head(row_address<const T>(a.k, a.kv_heads, kv_row), dim, a.k_norm, a.rotary, sequence, task.rounding,
+                     key, S::kColumns);
+    __syncthreads();
+    const T *value = row_address<const T>(a.v, a.kv_heads, kv_row);
     for (int i = threadIdx.x; i < S::kColumns; i += kThreads) {
-        reinterpret_cast<T *>(shared.new_key)[i] = i < dim ? row_address<T>(task.attention.k, task.attention.kv_heads, sequence * task.attention.kv_heads + kv_head)[i] : T(0.0f);
-        reinterpret_cast<T *>(shared.new_value)[i] = i < dim ? row_address<T>(task.attention.v, task.attention.kv_heads, sequence * task.attention.kv_heads + kv_head)[i] : T(0.0f);
+        reinterpret_cast<T *>(shared.new_key)[i] = from_float<T>(key[i]);
+        reinterpret_cast<T *>(shared.new_value)[i] = i < dim ? value[i] : from_float<T>(0);
     }
 }
 
 /* The keys of [first, end) that are a warp's. */
-template <typename S>
-__device__ __forceinline__ float add_keys(Attention<S> &attention, const mv_task &task, const Keys &keys, int sequence,
-                                          int kv_head, const Share<S> &share, int first, int end) {
+template <typename S> __device__ __forceinline__ float add_keys(Attention<S> &attention, const mv_task &task,
+                                                                const Keys &keys, int sequence, int kv_head,
+                                                                const Share<S> &share, int first, int end) {
     using T = typename S::T;
     const int dim = static_cast<int>(task.hidden), lane = threadIdx.x % 32, member = lane % S::kLanes;
     float missing = 0; /* NaN where there is no page for a key */
@@ -277,9 +284,9 @@ __device__ __forceinline__ float add_keys(Attention<S> &attention, const mv_task
 }
 
 /* Leaves what a block's slots have found as one: where it is all that there is, as the result. */
-template <typename S>
-__device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut, const Shared<S> &shared, int slots,
-                                            int64_t row, int group, int piece) {
+template <typename S> __device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut,
+                                                                  const Shared<S> &shared, int slots, int64_t row,
+                                                                  int group, int piece) {
     const int dim = static_cast<int>(task.hidden);
     const Partials partials(task, cut.pieces);
     for (int i = threadIdx.x; i < group * dim; i += kThreads) {
@@ -302,7 +309,7 @@ __device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut,
     }
 }
 
-template <typename S> __global__ void __launch_bounds__(kThreads)
+template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     decode_attention_kernel(const __grid_constant__ mv_task task, Cut cut) {
     using T = typename S::T;
     extern __shared__ __align__(16) char smem[];
@@ -329,7 +336,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads)
 
     const Shared<S> shared(smem, cut.group);
     const bool has_new = end == keys.count, whole = !has_new || has_all_pages(task, keys, sequence);
-    prepare_heads(task, shared, sequence, kv_head, first_head, group, has_new);
+    prepare_heads(task, shared, sequence, kv_head, row, group, has_new);
     __syncthreads();
     if (has_new && whole && pass == 0) {
         const CacheRow place(task, keys, sequence, keys.count - 1);
@@ -441,8 +448,10 @@ bool cache_aligned(const mv_cache &cache, int64_t per_packet) {
 /* At capacity, at the speed of memory. */
 double price(const mv_task *task) {
     const mv_attention &a = task->attention;
-    const double keys = static_cast<double>(least(a.rows, a.window)), heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
-    return 4 + 2 * keys * heads * static_cast<double>(task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) / 2.5e6;
+    const double keys = static_cast<double>(least(a.rows, a.window)),
+                 heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
+    return 4 + 2 * keys * heads * static_cast<double>(task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) /
+                   2.5e6;
 }
 
 template <typename T> const char *decide(const mv_task *task, double below, mv_decision *decision) {
@@ -460,7 +469,8 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
                        : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
                        : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
                        : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
-                                       : for_heads<T, 32, size == 4 ? 2 : 1>(of_warp);
+                                       : for_heads < T,
+    32, size == 4 ? 2 : 1 > (of_warp);
     /* Two blocks an SM, if there are keys for them. Whatever else is in the batch, where the bits may not depend on it. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
     const int64_t blocks = sequences * a.kv_heads * cut.passes, most = parts(least(a.rows, a.window), kLeastKeys);
@@ -473,7 +483,6 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
 }
 
 mv_status run(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    const mv_attention &a = task->attention;
     const Cut cut = cut_of<Cut>(decision);
     const double blocks = static_cast<double>(task->tokens) * cut.passes * cut.pieces;
     if (blocks > INT32_MAX)

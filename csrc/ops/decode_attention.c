@@ -124,8 +124,8 @@ static mv_status read_caches(shape *s, mv_error *error) {
                           : paged ? "pages, kv_heads, rows, head_dim"
                                   : "sequences, kv_heads, rows, head_dim";
     MV_TRY(check_cache(s, named(s, "key_cache", keys), s->blocks, s->block_rows, meaning, error));
-    MV_TRY(check_cache(s, named(s, "value_cache", &a->value_cache), s->blocks, s->block_rows,
-                       "the shape of key_cache", error));
+    MV_TRY(check_cache(s, named(s, "value_cache", &a->value_cache), s->blocks, s->block_rows, "the shape of key_cache",
+                       error));
     MV_REQUIRE(s->block_rows >= 1, MV_BAD_VALUE, "%s: key_cache has shape %s, expected a row at least", s->op,
                mv_shape_text(keys).text);
     return MV_OK;

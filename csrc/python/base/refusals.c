@@ -95,8 +95,8 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
 }
 
 bool refuse_dtype(const call *c, const tensor *t, const char *got) {
-    const char *wanted = t->integers ? "expected int32 or int64; convert it"
-                                     : "expected float32, float16 or bfloat16; convert it";
+    const char *wanted =
+        t->integers ? "expected int32 or int64; convert it" : "expected float32, float16 or bfloat16; convert it";
     const char *conversion = t->integers ? NULL : t->kind.framework->to_float32;
     const char *such_as = conversion ? ", such as by " : "";
     if (!conversion) conversion = "";

@@ -333,8 +333,8 @@ const value_kind cache_layout_value = {CHOICE, true, to_choice, cache_layouts};
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
 
 static const char *const type_names[] = {
-    [TENSOR] = "tensor",   [TENSORS] = "tensors", [INTEGERS] = "integers", [NUMBER] = "number", [INTEGER] = "integer",
-    [FLAG] = "flag",       [CHOICE] = "choice",   [TEXT] = "text",         [HELD] = "held"};
+    [TENSOR] = "tensor", [TENSORS] = "tensors", [INTEGERS] = "integers", [NUMBER] = "number", [INTEGER] = "integer",
+    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",         [HELD] = "held"};
 static const char *const role_names[] = {
     [ROWS] = "rows", [WEIGHT] = "weight", [OUTPUT] = "output", [IN_PLACE] = "in place", [OPTION] = "option"};
 

@@ -39,8 +39,7 @@ static bool read_dtype(call *c, tensor *t, PyObject *interface) {
     ok = ok && is_wanted(t, t->view.dtype);
     if (!ok && !PyErr_Occurred())
         refuse(c, t, PyExc_TypeError, "has typestr %R, expected %s", typestr,
-               t->integers ? "'<i4' or '<i8'"
-                           : "'<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)");
+               t->integers ? "'<i4' or '<i8'" : "'<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)");
 
     Py_XDECREF(typestr);
     return ok;

@@ -74,17 +74,24 @@
     "batch_invariant=False, static_weights=False, static_rows=False, kernel=None)\n--\n\n"                             \
     "One new token per sequence: k and v join the cache, and q attends to it, in one call\n\n"                         \
     "q: [B, heads, D] or [B, 1, heads, D]; k, v: [B, kv_heads, D], such as rms_norm_qkv returns. Returns out, like\n"  \
-    "q. positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and k\n" \
-    "go through the norm of their heads where a weight [D] is given, then through the rotary embedding where cos and\n" \
-    "sin are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new k and v are written to the\n" \
-    "caches, and q attends to the positions max(starts, positions - window + 1) to positions: softmax(scale * q k), or\n" \
+    "q. positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and "   \
+    "k\n"                                                                                                              \
+    "go through the norm of their heads where a weight [D] is given, then through the rotary embedding where cos "     \
+    "and\n"                                                                                                            \
+    "sin are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new k and v are written to "    \
+    "the\n"                                                                                                            \
+    "caches, and q attends to the positions max(starts, positions - window + 1) to positions: softmax(scale * q k), "  \
+    "or\n"                                                                                                             \
     "of soft_cap * tanh(scale * q k / soft_cap); scale is 1 / sqrt(D) if not given. Sums and P are float32.\n"         \
-    "key_cache, value_cache, in place: [B, kv_heads, S, D]; with ring=True position p is row p % S; with block_table\n" \
+    "key_cache, value_cache, in place: [B, kv_heads, S, D]; with ring=True position p is row p % S; with "             \
+    "block_table\n"                                                                                                    \
     "[B, blocks] (int32; negative: no page) and cache_layout 'NHD' [pages, page, kv_heads, D] or 'HND' [pages,\n"      \
     "kv_heads, page, D]. Any strides but the last.\n"                                                                  \
-    "A sequence whose position is negative is skipped: zeros. Where a position or a page is outside of the cache, or\n" \
+    "A sequence whose position is negative is skipped: zeros. Where a position or a page is outside of the cache, "    \
+    "or\n"                                                                                                             \
     "starts exceeds the position, out is NaN. Neither is written to the cache.\n"                                      \
-    "batch_invariant: a sequence's bits do not depend on the others. static_weights: as in rms_norm_qkv; static_rows:\n" \
+    "batch_invariant: a sequence's bits do not depend on the others. static_weights: as in rms_norm_qkv; "             \
+    "static_rows:\n"                                                                                                   \
     "the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in rms_norm. No "             \
     "gradients.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
