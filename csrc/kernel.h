@@ -120,6 +120,7 @@ typedef struct {
     mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or [tokens, hidden] without a linear layer */
     mv_norm norm;
     mv_linear linear;
+    mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
     mv_next_launch next;
     mv_attention attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
 } mv_task;

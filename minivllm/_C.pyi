@@ -141,6 +141,15 @@ def rms_norm_linear(
     static_weights: bool = False,
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
+def silu_and_mul(x: _T, *, out: _T | None = None, rounding: _Rounding = "hf", kernel: str | None = None) -> _T: ...
+def gelu_and_mul(
+    x: _T,
+    *,
+    approximate: Literal["tanh", "none"] = "tanh",
+    out: _T | None = None,
+    rounding: _Rounding = "hf",
+    kernel: str | None = None,
+) -> _T: ...
 def decode_attention(
     q: _T,
     k: _Tensor,

@@ -39,11 +39,13 @@ else:
         add_rms_norm,
         decode_attention,
         fused_add_rms_norm,
+        gelu_and_mul,
         get_num_threads,
         rms_norm,
         rms_norm_linear,
         rms_norm_qkv,
         set_num_threads,
+        silu_and_mul,
     )
     from .device_array import DeviceArray, empty, to_device
     from .layers import FusedRMSNormQKV
@@ -62,6 +64,7 @@ else:
         "decode_attention",
         "empty",
         "fused_add_rms_norm",
+        "gelu_and_mul",
         "get_num_threads",
         "kernels",
         "last_kernel",
@@ -70,5 +73,6 @@ else:
         "rms_norm_qkv",
         "set_num_threads",
         "shard_qkv",
+        "silu_and_mul",
         "to_device",
     ]

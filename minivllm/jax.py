@@ -17,7 +17,15 @@ from jax import numpy as jnp
 from . import _C
 from .signatures import names
 
-__all__ = ["add_rms_norm", "rms_norm", "rms_norm_linear", "rms_norm_qkv"]
+__all__ = [
+    "add_rms_norm",
+    "decode_attention",
+    "gelu_and_mul",
+    "rms_norm",
+    "rms_norm_linear",
+    "rms_norm_qkv",
+    "silu_and_mul",
+]
 
 for _op, _platform, _handler in _C._xla_handlers():
     jax.ffi.register_ffi_target(f"minivllm_{_op}", _handler, platform=_platform)
@@ -116,6 +124,82 @@ def rms_norm_linear(
     return (out, *sums) if sums else out
 
 
+def silu_and_mul(x, *, rounding="hf", kernel=None) -> jax.Array:
+    """`minivllm.silu_and_mul`: x [..., 2 d], which is gate | up -> silu(gate) * up, [..., d]."""
+    (out,) = _call("silu_and_mul", {"x": x}, rounding=rounding, kernel=kernel)
+    return out
+
+
+def gelu_and_mul(x, *, approximate="tanh", rounding="hf", kernel=None) -> jax.Array:
+    """`minivllm.gelu_and_mul`: x [..., 2 d], which is gate | up -> gelu(gate) * up, [..., d]."""
+    (out,) = _call("gelu_and_mul", {"x": x}, approximate=approximate, rounding=rounding, kernel=kernel)
+    return out
+
+
+def decode_attention(
+    q,
+    k,
+    v,
+    key_cache,
+    value_cache,
+    positions,
+    *,
+    cos=None,
+    sin=None,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+    interleaved=False,
+    block_table=None,
+    cache_layout=None,
+    ring=False,
+    starts=None,
+    scale=None,
+    window=None,
+    soft_cap=None,
+    rounding="hf",
+    batch_invariant=False,
+    static_weights=False,
+    static_rows=False,
+    kernel=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`minivllm.decode_attention`: (out, key_cache, value_cache), the caches with the new keys and values.
+
+    Inside of `jax.jit` with donated caches it works in their memory; else they are copied. No gradients, no `jax.vmap`.
+    """
+    return _call(
+        "decode_attention",
+        _without_none(
+            q=q,
+            k=k,
+            v=v,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            q_norm_weight=q_norm_weight,
+            k_norm_weight=k_norm_weight,
+            block_table=block_table,
+            starts=starts,
+        ),
+        eps=eps,
+        weight_offset=weight_offset,
+        interleaved=interleaved,
+        cache_layout=cache_layout,
+        ring=ring,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        rounding=rounding,
+        batch_invariant=batch_invariant,
+        static_weights=static_weights,
+        static_rows=static_rows,
+        kernel=kernel,
+    )
+
+
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
 
 
@@ -129,7 +213,8 @@ def _call(op, arrays, **options):
             raise TypeError(f"{op}: {name} is a JAX array, expected a Python value: it is part of what is compiled")
         if getattr(value, "ndim", None) == 0:  # NumPy's numbers, which may have no hash
             options[name] = value.item()
-    return _jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
+    jitted = _jitted_in_place if names(op, "in place") else _jitted
+    return jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
 
 
 # types: of the options. 2, 2.0 and True are equal, but not all of them are numbers of heads.
@@ -144,6 +229,12 @@ def _jitted(op, options, types, arrays):
     return *jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=-2), *sums
 
 
+# Without gradients, and no batch of caches.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _jitted_in_place(op, options, types, arrays):
+    return tuple(_foreign_call(op, options, arrays))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(op, options, arrays):
     return _batchable(op, options)(arrays)
@@ -155,7 +246,8 @@ def _forward(op, options, arrays):
 
 def _backward(op, options, arrays, gradients):
     _, in_out, _, _ = _plan(op, options, arrays)
-    _, pull_back = jax.vjp(functools.partial(_formula, in_out=in_out, **dict(options)), arrays)
+    formula = _act_and_mul if op.endswith("_and_mul") else _formula
+    _, pull_back = jax.vjp(functools.partial(formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
 
@@ -193,13 +285,20 @@ def _repeat(size, array, is_batched):
 
 
 def _foreign_call(op, options, arrays):
-    """[out] or [out, residual_out]; out is packed, [..., qkv], for q, k and v."""
+    """[out] or [out, residual_out], where out is packed, [..., qkv], for q, k and v; then what the op has written to in
+    place: arrays of their own, in the memory of the old ones if nobody needs those."""
     shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
-    results = [jax.ShapeDtypeStruct(shape, arrays["x"].dtype) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, arrays[names(op, "rows")[0]].dtype) for shape in shapes]
+    in_order = [name for name in names(op, *_READ) if name in arrays]
+    in_place = names(op, "in place")
+    aliases = {in_order.index(name): len(results) + i for i, name in enumerate(in_place)}
+    results += [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in in_place]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
-    in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
-    call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
-    return list(call(*jax.tree.leaves(in_order), **attributes))[:-1]
+    call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch], input_output_aliases=aliases)
+    return list(call(*jax.tree.leaves([arrays[name] for name in in_order]), **attributes))[:-1]
+
+
+_READ = ("rows", "weight", "in place")
 
 
 def _plan(op, options, arrays):
@@ -207,7 +306,7 @@ def _plan(op, options, arrays):
 
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
-    stand_ins = dict.fromkeys(names(op, "rows", "weight")) | jax.tree.map(_stand_in, arrays)
+    stand_ins = dict.fromkeys(names(op, *_READ)) | jax.tree.map(_stand_in, arrays)
     plans, refusals = [], []
     for device in _devices():
         try:
@@ -272,3 +371,13 @@ def _formula(
     if "bias" in arrays:
         out = out + jnp.concatenate([bias.astype(jnp.float32) for bias in jax.tree.leaves(arrays["bias"])])
     return [out.astype(x.dtype), *sums]
+
+
+def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):
+    """The same of silu_and_mul, and of gelu_and_mul, which alone has `approximate`."""
+    x = arrays["x"]
+    gate, up = jnp.split(x.astype(jnp.float32), 2, -1)
+    active = jax.nn.silu(gate) if approximate is None else jax.nn.gelu(gate, approximate == "tanh")
+    if rounding == "hf":
+        active = active.astype(x.dtype).astype(jnp.float32)
+    return [(active * up).astype(x.dtype)]

@@ -98,7 +98,9 @@ def _fake(op, takes, outputs):
         for name, value in given.items():
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
-                    raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where {takes[0].name} is)")
+                    raise ValueError(
+                        f"{op}: {name} is on {tensor.device}, expected {x.device} (where {takes[0].name} is)"
+                    )
         shapes = {"out": _shape_of_out(op, x, given)}
         results = tuple(x.new_empty(shapes.get(name, x.shape)) for name in outputs)
         return results[0] if len(results) == 1 else results or None
@@ -107,6 +109,8 @@ def _fake(op, takes, outputs):
 
 
 def _shape_of_out(op, x, given):
+    if op.endswith("_and_mul"):  # x is gate | up
+        return (*x.shape[:-1], x.shape[-1] // 2)
     if "norm_weight" not in given:
         return x.shape
     name = "qkv_weight" if "qkv_weight" in given else "weight"

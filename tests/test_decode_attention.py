@@ -1,7 +1,6 @@
 """decode_attention: every kernel against float64, over lengths, heads, caches and everything that cuts the keys; what
 no key may touch is NaN."""
 
-import functools
 from typing import NamedTuple
 
 import numpy as np

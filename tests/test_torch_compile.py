@@ -155,6 +155,8 @@ def test_the_registered_ops(torch, device, dtype):
         ops.rms_norm_linear: LINEAR | {"x": i.x, "norm_weight": i.norm, "weight": i.wide, "bias": None},
         ops.add_rms_norm_linear: LINEAR
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
+        ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
+        ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
     }
     assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
     for op, arguments in samples.items():

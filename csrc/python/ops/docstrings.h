@@ -67,21 +67,35 @@
     "weight_layout, batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. eps, rounding, weight_offset,\n"  \
     "kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_silu_and_mul                                                                                               \
+    "silu_and_mul($module, x, *, out=None, rounding='hf', kernel=None)\n--\n\n"                                        \
+    "out = silu(gate) * up, where x is gate | up and silu(z) = z / (1 + exp(-z))\n\n"                                  \
+    "x: [..., 2 * d], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"     \
+    "out: [..., d], which may share no memory with x. Returns out, or a new tensor.\n"                                 \
+    "The activation is computed in float32. rounding 'hf' rounds it to x's dtype before up multiplies it (HF);\n"      \
+    "'fp32' rounds once, at the end. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
+#define DOC_gelu_and_mul                                                                                               \
+    "gelu_and_mul($module, x, *, approximate='tanh', out=None, rounding='hf', kernel=None)\n--\n\n"                    \
+    "out = gelu(gate) * up, where x is gate | up\n\n"                                                                  \
+    "approximate, as in torch: 'tanh' is 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) (Gemma), 'none' is\n"       \
+    "0.5 z (1 + erf(z / sqrt(2))). x: [..., 2 * d]; out: [..., d]; rounding, kernel: as in "                           \
+    "silu_and_mul.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_decode_attention                                                                                           \
     "decode_attention($module, q, k, v, key_cache, value_cache, positions, *, cos=None, sin=None, "                    \
     "q_norm_weight=None, k_norm_weight=None, eps=1e-06, weight_offset=0.0, interleaved=False, block_table=None, "      \
     "cache_layout=None, ring=False, starts=None, scale=None, window=None, soft_cap=None, out=None, rounding='hf', "    \
     "batch_invariant=False, static_weights=False, static_rows=False, kernel=None)\n--\n\n"                             \
     "One new token per sequence: k and v join the cache, and q attends to it, in one call\n\n"                         \
-    "q: [B, heads, D] or [B, 1, heads, D]; k, v: [B, kv_heads, D], such as rms_norm_qkv returns. Returns out, like\n"  \
-    "q. positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and "   \
-    "k\n"                                                                                                              \
-    "go through the norm of their heads where a weight [D] is given, then through the rotary embedding where cos "     \
-    "and\n"                                                                                                            \
-    "sin are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new k and v are written to "    \
-    "the\n"                                                                                                            \
-    "caches, and q attends to the positions max(starts, positions - window + 1) to positions: softmax(scale * q k), "  \
-    "or\n"                                                                                                             \
+    "q: [B, heads, D] or [B, 1, heads, D]; k, v: [B, kv_heads, D], such as rms_norm_qkv returns. Returns out, like "   \
+    "q.\n"                                                                                                             \
+    "positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and k "    \
+    "go\n"                                                                                                             \
+    "through the norm of their heads where a weight [D] is given, then through the rotary embedding where cos and "    \
+    "sin\n"                                                                                                            \
+    "are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new k and v are written to the\n"   \
+    "caches, and q attends to positions max(starts, positions - window + 1) to positions: softmax(scale * q k), or\n"  \
     "of soft_cap * tanh(scale * q k / soft_cap); scale is 1 / sqrt(D) if not given. Sums and P are float32.\n"         \
     "key_cache, value_cache, in place: [B, kv_heads, S, D]; with ring=True position p is row p % S; with "             \
     "block_table\n"                                                                                                    \
@@ -92,8 +106,8 @@
     "starts exceeds the position, out is NaN. Neither is written to the cache.\n"                                      \
     "batch_invariant: a sequence's bits do not depend on the others. static_weights: as in rms_norm_qkv; "             \
     "static_rows:\n"                                                                                                   \
-    "the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in rms_norm. No "             \
-    "gradients.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in rms_norm.\n\n" DOC_TENSORS \
+    "\n" DOC_ERRORS
 
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
