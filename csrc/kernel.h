@@ -61,6 +61,52 @@ typedef struct {
                           out with allow_tf32 */
 } mv_next_launch;
 
+/* Integers on the task's device, `stride` elements apart, which are read when the kernel runs. NULL data: absent. */
+typedef struct {
+    const void *data;
+    int64_t stride;
+    bool wide; /* int64, else int32 */
+} mv_integers;
+
+/* Keys or values: row r of head h of block b starts b * block_stride + r * row_stride + h * head_stride elements past
+ * data. A block is a page, or what a sequence has. */
+typedef struct {
+    void *data;
+    int64_t block_stride, row_stride, head_stride;
+} mv_cache;
+
+/* The norm and the rotary embedding of heads. weight NULL: no norm; columns 0: no embedding. */
+typedef struct {
+    const void *weight; /* [dim] */
+    mv_dtype weight_dtype;
+    float eps, weight_offset;
+} mv_head_norm;
+
+/* Row s of cos and sin is sequence s's; what is behind `columns` passes through. */
+typedef struct {
+    const void *cos, *sin;
+    mv_dtype dtype;
+    int64_t cos_stride, sin_stride, columns;
+    bool interleaved; /* pairs are neighbours, else one is in each half */
+} mv_rotary;
+
+/* One new token per sequence, and the cache that it joins. Position p of a sequence is row p of its own, or of a ring
+ * p modulo rows; with a block table that is a row of the page that the table has for it. */
+typedef struct {
+    int64_t heads, kv_heads; /* query heads for each sequence; heads of k and v, which divide them */
+    mv_rows k, v;            /* [sequences, kv_heads]: row (sequence, head) as outer and inner  */
+    mv_head_norm q_norm, k_norm;
+    mv_rotary rotary;
+    mv_cache keys, values;
+    int64_t rows, block_rows, blocks; /* of a sequence at most, up to 2^30; of a block; in the cache */
+    const int32_t *block_table;       /* NULL: block b is sequence b's. Outside of [0, blocks): there is no page */
+    int64_t table_stride;
+    bool ring;
+    mv_integers positions, starts; /* of each sequence: keys before the new token's; the first that counts */
+    int64_t window;                /* keys that the token attends to at most, itself included */
+    float scale, soft_cap;         /* soft_cap 0: none */
+} mv_attention;
+
 typedef struct {
     mv_device device;
     void *stream;
@@ -79,7 +125,8 @@ typedef struct {
     mv_linear_layer linear;
     mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
     mv_next_launch next;
-    const char *op; /* that was called: for messages */
+    mv_attention attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
+    const char *op;         /* that was called: for messages */
 } mv_task;
 
 /* What a row of a kernel list makes of a task: what it will take, and how it cuts it. Its launch goes by this and
@@ -110,7 +157,9 @@ static inline int64_t mv_row_offset(mv_rows rows, int64_t inner, int64_t r) {
     return (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
 }
 
-static inline size_t mv_dtype_bytes(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
+static inline size_t mv_dtype_bytes(mv_dtype dtype) {
+    return dtype == MV_I64 ? 8 : dtype == MV_F32 || dtype == MV_I32 ? 4 : 2;
+}
 
 /* Leaves a sentence in *error and gives back status, so that a refusal is one return statement. */
 mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...)

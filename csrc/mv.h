@@ -26,7 +26,7 @@ extern "C" {
 
 #define MV_VERSION "0.1.0"
 
-typedef enum { MV_F32, MV_F16, MV_BF16 } mv_dtype;
+typedef enum { MV_F32, MV_F16, MV_BF16, MV_I32, MV_I64 } mv_dtype; /* integers: of positions and indices only */
 typedef enum { MV_CPU, MV_CUDA } mv_device_kind;
 
 typedef enum {
@@ -55,6 +55,12 @@ typedef enum {
     MV_LAYOUT_OUT_IN, /* [qkv, hidden], as nn.Linear keeps it                     */
     MV_LAYOUT_IN_OUT  /* [hidden, qkv]                                            */
 } mv_weight_layout;
+
+typedef enum {
+    MV_CACHE_STATIC, /* [sequences, kv_heads, rows, head_dim]: no pages */
+    MV_CACHE_NHD,    /* [pages, rows, kv_heads, head_dim]               */
+    MV_CACHE_HND     /* [pages, kv_heads, rows, head_dim]               */
+} mv_cache_layout;
 
 typedef struct {
     mv_device_kind kind;
@@ -107,7 +113,7 @@ typedef struct {
     mv_weight_layout weight_layout;   /* what the weights of a linear layer were taken for: not AUTO then             */
     size_t workspace_bytes;           /* scratch that the kernels want                                               */
     bool is_long;        /* computes on the CPU for more than some tens of microseconds (release the GIL) */
-    uint64_t state[640]; /* the library's own */
+    uint64_t state[832]; /* the library's own */
 } mv_plan;
 
 /* Memory that the args did not name, all of it on x's device. */
@@ -231,6 +237,47 @@ typedef struct {
 mv_status mv_linear(const mv_linear_args *args, mv_plan *plan, mv_error *error);
 mv_status mv_linear_add(const mv_linear_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- decode_attention -----------------------------------------------------------------------------------------
+ *
+ *   out = softmax(scale q k_j, or soft_cap tanh(scale q k_j / soft_cap)) v_j, j the positions max(starts, p - window + 1)
+ *   to p, where p = positions is how many tokens the sequence has in the cache
+ *
+ * One new token per sequence: k and v join the cache at p, k and q after the norm of their heads, where there is a
+ * weight, and after the rotary embedding, where there are cos and sin. q, out: [sequences, heads, head_dim], one shape,
+ * with or without a dimension of 1 behind the first; k, v: [sequences, kv_heads, head_dim], alike; heads a multiple of
+ * kv_heads, head_dim up to 1024. positions, starts: int32 or int64, [sequences] or [], read when the kernel runs. cos,
+ * sin: [..., R], R even and at most head_dim, leading dimensions of 1 but for one of the sequences; of q's dtype or
+ * float32. Norm weights: [head_dim], likewise.
+ *
+ * The caches are written to. Position p is row p of the sequence's rows, up to 2^30 of them; with `ring` p modulo their
+ * number, which the window must not exceed; with a block_table, int32 [sequences, blocks], row p % page of the page
+ * that it has for p / page, where negative is none.
+ *
+ * A sequence whose p is negative is skipped: its out is zeros. Where p or a page it needs is outside of the cache, or
+ * starts exceeds p, out is NaN. Neither writes to the cache. No two sequences of a call may write to one row, or read
+ * what another writes. */
+typedef struct {
+    mv_call call;
+    mv_view q, k, v, key_cache, value_cache, positions;
+    mv_view cos, sin, q_norm_weight, k_norm_weight;
+    double eps, weight_offset;
+    bool interleaved; /* the pairs of the rotary embedding are neighbours, else one is in each half of R */
+    mv_view block_table;
+    mv_cache_layout cache_layout;
+    bool ring;
+    mv_view starts;
+    double scale;    /* 0: 1 / sqrt(head_dim) */
+    int64_t window;  /* 0: all keys           */
+    double soft_cap; /* 0: none               */
+    mv_view out;
+    mv_rounding rounding;
+    bool batch_invariant; /* the bits of a sequence do not depend on the others */
+    bool static_weights;  /* as rms_norm_qkv's                                  */
+    bool static_rows;     /* the same of what the caches hold already           */
+} mv_decode_attention_args;
+
+mv_status mv_decode_attention(const mv_decode_attention_args *args, mv_plan *plan, mv_error *error);
+
 /* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
@@ -240,7 +287,8 @@ mv_status mv_linear_add(const mv_linear_args *args, mv_plan *plan, mv_error *err
     OP(silu_and_mul, mv_act_and_mul_args)                                                                              \
     OP(gelu_and_mul, mv_act_and_mul_args)                                                                              \
     OP(linear, mv_linear_args)                                                                                         \
-    OP(linear_add, mv_linear_args)
+    OP(linear_add, mv_linear_args)                                                                                     \
+    OP(decode_attention, mv_decode_attention_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

@@ -178,6 +178,35 @@ def linear_add(
     static_weights: bool = False,
     kernel: str | None = None,
 ) -> _T: ...
+def decode_attention(
+    q: _T,
+    k: _Tensor,
+    v: _Tensor,
+    key_cache: _Tensor,
+    value_cache: _Tensor,
+    positions: _Tensor,
+    *,
+    cos: _Tensor | None = None,
+    sin: _Tensor | None = None,
+    q_norm_weight: _Tensor | None = None,
+    k_norm_weight: _Tensor | None = None,
+    eps: SupportsFloat = 1e-6,
+    weight_offset: SupportsFloat = 0.0,
+    interleaved: bool = False,
+    block_table: _Tensor | None = None,
+    cache_layout: Literal["NHD", "HND"] | None = None,
+    ring: bool = False,
+    starts: _Tensor | None = None,
+    scale: SupportsFloat | None = None,
+    window: SupportsIndex | None = None,
+    soft_cap: SupportsFloat | None = None,
+    out: _T | None = None,
+    rounding: _Rounding = "hf",
+    batch_invariant: bool = False,
+    static_weights: bool = False,
+    static_rows: bool = False,
+    kernel: str | None = None,
+) -> _T: ...
 def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any], ...]]: ...
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...

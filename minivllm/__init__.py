@@ -37,6 +37,7 @@ else:
     from . import dynamo
     from ._C import (
         add_rms_norm,
+        decode_attention,
         fused_add_rms_norm,
         gelu_and_mul,
         get_num_threads,
@@ -62,6 +63,7 @@ else:
         "QKVShard",
         "Ran",
         "add_rms_norm",
+        "decode_attention",
         "empty",
         "fused_add_rms_norm",
         "gelu_and_mul",

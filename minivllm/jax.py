@@ -19,6 +19,7 @@ from .signatures import names
 
 __all__ = [
     "add_rms_norm",
+    "decode_attention",
     "gelu_and_mul",
     "linear",
     "linear_add",
@@ -194,6 +195,70 @@ def linear_add(
     return out
 
 
+def decode_attention(
+    q,
+    k,
+    v,
+    key_cache,
+    value_cache,
+    positions,
+    *,
+    cos=None,
+    sin=None,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+    interleaved=False,
+    block_table=None,
+    cache_layout=None,
+    ring=False,
+    starts=None,
+    scale=None,
+    window=None,
+    soft_cap=None,
+    rounding="hf",
+    batch_invariant=False,
+    static_weights=False,
+    static_rows=False,
+    kernel=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`minivllm.decode_attention`: (out, key_cache, value_cache), the caches with the new keys and values.
+
+    Inside of `jax.jit` with donated caches it works in their memory; else they are copied. No gradients, no `jax.vmap`.
+    """
+    return _call(
+        "decode_attention",
+        _without_none(
+            q=q,
+            k=k,
+            v=v,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            q_norm_weight=q_norm_weight,
+            k_norm_weight=k_norm_weight,
+            block_table=block_table,
+            starts=starts,
+        ),
+        eps=eps,
+        weight_offset=weight_offset,
+        interleaved=interleaved,
+        cache_layout=cache_layout,
+        ring=ring,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        rounding=rounding,
+        batch_invariant=batch_invariant,
+        static_weights=static_weights,
+        static_rows=static_rows,
+        kernel=kernel,
+    )
+
+
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
 
 
@@ -207,7 +272,8 @@ def _call(op, arrays, **options):
             raise TypeError(f"{op}: {name} is a JAX array, expected a Python value: it is part of what is compiled")
         if getattr(value, "ndim", None) == 0:  # NumPy's numbers, which may have no hash
             options[name] = value.item()
-    return _jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
+    jitted = _jitted_in_place if names(op, "in place") else _jitted
+    return jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
 
 
 # types: of the options. 2, 2.0 and True are equal, but not all of them are numbers of heads.
@@ -220,6 +286,12 @@ def _jitted(op, options, types, arrays):
     all_heads = num_heads + 2 * num_kv_heads
     heads = out.reshape(*out.shape[:-1], all_heads, out.shape[-1] // all_heads)
     return *jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=-2), *sums
+
+
+# Without gradients, and no batch of caches.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _jitted_in_place(op, options, types, arrays):
+    return tuple(_foreign_call(op, options, arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -272,13 +344,20 @@ def _repeat(size, array, is_batched):
 
 
 def _foreign_call(op, options, arrays):
-    """[out] or [out, residual_out]; out is packed, [..., qkv], for q, k and v."""
+    """[out] or [out, residual_out], where out is packed, [..., qkv], for q, k and v; then what the op has written to in
+    place: arrays of their own, in the memory of the old ones if nobody needs those."""
     shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
-    results = [jax.ShapeDtypeStruct(shape, arrays["x"].dtype) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, arrays[names(op, "rows")[0]].dtype) for shape in shapes]
+    in_order = [name for name in names(op, *_READ) if name in arrays]
+    in_place = names(op, "in place")
+    aliases = {in_order.index(name): len(results) + i for i, name in enumerate(in_place)}
+    results += [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in in_place]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
-    in_order = [arrays[name] for name in names(op, "rows", "weight") if name in arrays]
-    call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch])
-    return list(call(*jax.tree.leaves(in_order), **attributes))[:-1]
+    call = jax.ffi.ffi_call(f"minivllm_{op}", [*results, scratch], input_output_aliases=aliases)
+    return list(call(*jax.tree.leaves([arrays[name] for name in in_order]), **attributes))[:-1]
+
+
+_READ = ("rows", "weight", "in place")
 
 
 def _plan(op, options, arrays):
@@ -286,7 +365,7 @@ def _plan(op, options, arrays):
 
     JAX decides where only after this. So what both refuse is refused here, and what one of them does, there.
     """
-    stand_ins = dict.fromkeys(names(op, "rows", "weight")) | jax.tree.map(_stand_in, arrays)
+    stand_ins = dict.fromkeys(names(op, *_READ)) | jax.tree.map(_stand_in, arrays)
     plans, refusals = [], []
     for device in _devices():
         try:

@@ -25,6 +25,7 @@ _IN_PLACE = {  # what an output may be exactly
     "fused_add_rms_norm": _NORM_IN_PLACE,
     "linear_add": ("residual",),
 }
+_INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
 
 # ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------
 
@@ -202,7 +203,9 @@ def _wants_gradient(op, outputs, **tensors):
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
-            if tensor.dtype not in _DTYPES:
+            if name in _INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{what} has dtype {tensor.dtype}, expected int32 or int64; convert it")
+            if name not in _INTEGERS and tensor.dtype not in _DTYPES:
                 raise TypeError(
                     f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
                     ".to(torch.float32)"
@@ -216,10 +219,11 @@ def _wants_gradient(op, outputs, **tensors):
             if tensor.requires_grad and torch.is_grad_enabled():
                 wants = True
                 if any(output is not None for output in outputs.values()):
+                    without = f"{op.replace('fused_', '')} without {', '.join(outputs)}, or"
+                    how = "it" if "key_cache" in outputs else without  # which is not to be left out
                     raise RuntimeError(
                         f"{what} requires grad and grad mode is on, but an op that is told where to write carries no "
-                        f"gradients; call {op.replace('fused_', '')} without {', '.join(outputs)}, or under "
-                        "torch.no_grad()"
+                        f"gradients; call {how} under torch.no_grad()"
                     )
     # torch.compiler.is_exporting() is the name of it, and in torch 2.11 true of torch.compile as well.
     return wants and not getattr(torch.compiler, "_is_exporting_flag", False)
@@ -468,6 +472,53 @@ def silu_and_mul(x, *, out=None, rounding="hf", kernel=None):
 def gelu_and_mul(x, *, approximate="tanh", out=None, rounding="hf", kernel=None):
     """minivllm.gelu_and_mul for every torch tensor, with the gradient of x."""
     return _act_and_mul("gelu_and_mul", x, out, approximate=approximate, rounding=rounding, kernel=kernel)
+
+
+def decode_attention(
+    q,
+    k,
+    v,
+    key_cache,
+    value_cache,
+    positions,
+    *,
+    cos=None,
+    sin=None,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+    interleaved=False,
+    block_table=None,
+    cache_layout=None,
+    ring=False,
+    starts=None,
+    scale=None,
+    window=None,
+    soft_cap=None,
+    out=None,
+    rounding="hf",
+    batch_invariant=False,
+    static_weights=False,
+    static_rows=False,
+    kernel=None,
+):
+    """minivllm.decode_attention for every torch tensor; no gradients."""
+    op = "decode_attention"
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    inputs = {"q": q, "k": k, "v": v} | caches | {
+        "positions": positions, "cos": cos, "sin": sin, "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+        "block_table": block_table, "starts": starts,
+    }  # fmt: skip
+    options = {
+        "eps": eps, "weight_offset": weight_offset, "interleaved": interleaved, "cache_layout": cache_layout,
+        "ring": ring, "scale": scale, "window": window, "soft_cap": soft_cap, "rounding": rounding,
+        "batch_invariant": batch_invariant, "static_weights": static_weights, "static_rows": static_rows,
+        "kernel": kernel,
+    }  # fmt: skip
+    _wants_gradient(op, caches | {"out": out}, **inputs)
+    _checked(op, inputs, {"out": out}, **options)
+    return _written(op, "out", out, torch_ops.call(op, inputs | options))
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):

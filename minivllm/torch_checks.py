@@ -7,8 +7,10 @@ planned, as the C function would, with stand-ins: arrays of the same shapes, str
 import torch
 
 from . import _C
+from .signatures import OPS
 
-_LIKE_X = ("residual", "out", "residual_out")
+_LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache")
+_INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
 
@@ -20,10 +22,10 @@ class _Unknown(Exception):
 class _Place:
     """For NumPy: an array that is said to be there."""
 
-    def __init__(self, address, shape, strides, itemsize):
+    def __init__(self, address, shape, strides, itemsize, kind):
         self.__array_interface__ = {
             "version": 3,
-            "typestr": f"<f{itemsize}",
+            "typestr": f"<{kind}{itemsize}",
             "data": (address, False),
             "shape": shape,
             "strides": tuple(stride * itemsize for stride in strides),
@@ -55,19 +57,23 @@ def _place(name, tensor, storages):
     return base + offset * itemsize, shape, strides, itemsize
 
 
-def _stand_in(numpy, address, shape, strides, itemsize):
+def _stand_in(numpy, kind, address, shape, strides, itemsize):
     if not all(type(number) is int for number in (address, *shape, *strides)):
         raise _Unknown
-    return numpy.asarray(_Place(address, shape, strides, itemsize))
+    return numpy.asarray(_Place(address, shape, strides, itemsize, kind))
 
 
-def _check_like(op, name, tensor, x):
-    """Dtype and device, which a stand-in does not have."""
+def _check_like(op, name, tensor, first, x):
+    """Dtype and device, which a stand-in does not have. first: the name of x."""
     if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where x is)")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where {first} is)")
+    if name in _INTEGERS:
+        return
     if tensor.dtype != x.dtype and (name in _LIKE_X or tensor.dtype != torch.float32):
         also = "" if name in _LIKE_X or x.dtype == torch.float32 else " or float32"
-        raise TypeError(f"{op}: {name} is {_name(tensor.dtype)}, expected {_name(x.dtype)} (the dtype of x){also}")
+        raise TypeError(
+            f"{op}: {name} is {_name(tensor.dtype)}, expected {_name(x.dtype)} (the dtype of {first}){also}"
+        )
 
 
 def _name(dtype):
@@ -75,16 +81,17 @@ def _name(dtype):
 
 
 def check(op, tensors, **options):
-    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x is among them.
-    Names of kernels are left to the device that has them."""
+    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x comes first. Names
+    of kernels are left to the device that has them."""
     if isinstance(options.get("kernel"), str):
         options["kernel"] = None
+    first, x = next(iter(tensors.items()))
     with torch._C.DisableTorchFunctionSubclass():
         for name, given in tensors.items():
             several = isinstance(given, (tuple, list))
             for i, tensor in enumerate(given if several else (given,)):
                 if tensor is not None:
-                    _check_like(op, f"{name}[{i}]" if several else name, tensor, tensors["x"])
+                    _check_like(op, f"{name}[{i}]" if several else name, tensor, first, x)
     if not _is_right(op, tensors, options):
         _check_stand_ins(op, tensors, options)
 
@@ -115,9 +122,9 @@ def _check_stand_ins(op, tensors, options):
     try:
         with torch._C.DisableTorchFunctionSubclass():
             for name, given in tensors.items():
-                several = isinstance(given, (tuple, list))
+                several, kind = isinstance(given, (tuple, list)), "i" if name in _INTEGERS else "f"
                 made = [
-                    None if tensor is None else _stand_in(numpy, *_place(name, tensor, storages))
+                    None if tensor is None else _stand_in(numpy, kind, *_place(name, tensor, storages))
                     for tensor in (given if several else (given,))
                 ]
                 stand_ins[name] = made if several else made[0]

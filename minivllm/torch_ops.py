@@ -12,8 +12,8 @@ from . import _C
 from .signatures import OPS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "number": "float", "integer": "int", "flag": "bool",
-          "choice": "str", "text": "str"}  # fmt: skip
+_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "number": "float", "integer": "int",
+          "flag": "bool", "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
 _SEVERAL = {op: frozenset(p.name for p in parameters if p.type == "tensors") for op, parameters in OPS.items()}
 _registered = {}
@@ -50,7 +50,7 @@ def _register(op, adds):
         _library.impl(name, _implementation(op, takes, outputs), backend)
     registered = getattr(torch.ops.minivllm, name).default
     torch.library.register_fake(f"minivllm::{name}", _fake(op, takes, outputs), lib=_library)
-    if rows:
+    if rows and not in_place:
         torch.library.register_vmap(f"minivllm::{name}", _batching_rule(registered, len(rows)), lib=_library)
     _registered[name] = registered
 
@@ -60,14 +60,14 @@ def _declaration(parameter, in_place):
     kind = _TYPES[parameter.type]
     if parameter.name in in_place:
         kind += f"({'abcdefgh'[in_place.index(parameter.name)]}!)"
-    may_be_none = parameter.optional and parameter.type != "tensors" and parameter.role != "rows"
+    may_be_none = parameter.optional and parameter.type != "tensors" and parameter.name != "residual"
     return f"{kind}{'?' if may_be_none else ''} {parameter.name}"
 
 
 def _implementation(op, takes, outputs):
     function = getattr(_C, f"_{op}_packed", None) or getattr(_C, op)
     names = [p.name for p in takes]
-    tensors = [p.name for p in takes if p.type == "tensor"]
+    tensors = [p.name for p in takes if p.type in ("tensor", "integers")]
     several = [p.name for p in takes if p.type == "tensors"]
 
     def run(*values):
@@ -94,11 +94,13 @@ def _fake(op, takes, outputs):
 
     def fake(*values):
         given = {p.name: value for p, value in zip(takes, values)}
-        x = given["x"]
+        x = values[0]
         for name, value in given.items():
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
-                    raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where x is)")
+                    raise ValueError(
+                        f"{op}: {name} is on {tensor.device}, expected {x.device} (where {takes[0].name} is)"
+                    )
         shapes = {"out": _shape_of_out(op, x, given)}
         results = tuple(x.new_empty(shapes.get(name, x.shape)) for name in outputs)
         return results[0] if len(results) == 1 else results or None

@@ -27,7 +27,16 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-OPS_OF_ROWS = ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "linear", "linear_add", "silu_and_mul", "gelu_and_mul")
+OPS_OF_ROWS = (
+    "rms_norm",
+    "rms_norm_qkv",
+    "rms_norm_linear",
+    "linear",
+    "linear_add",
+    "silu_and_mul",
+    "gelu_and_mul",
+    "decode_attention",
+)
 ROWS = {op: minivllm.kernels(op) for op in OPS_OF_ROWS}
 
 

@@ -48,6 +48,9 @@ class NumPy:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.ascontiguousarray(np.asarray(values, np.float64).astype(self.dtype(dtype)))
 
+    def integers(self, values, wide: bool):
+        return np.array(values, np.int64 if wide else np.int32)
+
     def full(self, shape, value: float, dtype: str):
         return np.full(shape, value, self.dtype(dtype))
 
@@ -100,6 +103,9 @@ class Torch:
         values = np.ascontiguousarray(values, np.float64)
         return self.torch.from_numpy(values.copy()).to(self.device).to(self.dtype(dtype))
 
+    def integers(self, values, wide: bool):
+        return self.torch.tensor(values, dtype=self.torch.int64 if wide else self.torch.int32, device=self.device)
+
     def full(self, shape, value: float, dtype: str):
         return self.torch.full(shape, value, dtype=self.dtype(dtype), device=self.device)
 
@@ -130,6 +136,9 @@ class CuPy:
         if dtype == "bf16":
             return "CuPy has no bfloat16 of its own"
         return None
+
+    def integers(self, values, wide: bool):
+        return optional("cupy").asarray(NumPy().integers(values, wide))
 
     def tensor(self, values, dtype: str):
         return optional("cupy").asarray(NumPy().tensor(values, dtype))

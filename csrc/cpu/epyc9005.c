@@ -17,6 +17,21 @@ static double price(const mv_task *t, double bytes_per_us, double flops_per_us) 
         return NULL;                                                                                                   \
     }
 
+/* Of decode_attention, where every sequence has all the keys that it may have. */
+#define DECIDE_ATTENTION(isa, bytes_per_us, flops_per_us)                                                              \
+    const char *mv_attention_##isa##_decide(const mv_task *t, double below, mv_decision *decision) {                   \
+        const mv_attention *a = &t->attention;                                                                         \
+        const double products =                                                                                        \
+            (double)(a->rows < a->window ? a->rows : a->window) * (double)t->tokens * (double)t->hidden;               \
+        const double bytes = 2 * products * (double)a->kv_heads / (double)a->heads * (double)mv_dtype_bytes(t->dtype); \
+        if (!mv_at_price(decision, bytes / bytes_per_us + 4 * products / flops_per_us, below)) return mv_too_dear;     \
+        decision->workspace = mv_attention_workspace(t, NULL);                                                         \
+        return NULL;                                                                                                   \
+    }
+DECIDE_ATTENTION(avx512, 3.8e4, 2.4e5)
+DECIDE_ATTENTION(avx2, 3.5e4, 1.2e5)
+DECIDE_ATTENTION(portable, 3e4, 1e4)
+
 DECIDE(decode, avx512bf16, 4e4, 4.5e5)
 DECIDE(decode, avx512, 3.8e4, 2.4e5)
 DECIDE(decode, avx2, 3.5e4, 1.2e5)

@@ -60,14 +60,17 @@ MV_INLINE float MV_NAME(row_squares, DTYPE)(ROW row, int64_t i, int64_t end) {
     return v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
 }
 
-static float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
-    const int64_t hidden = task->hidden;
+MV_INLINE float MV_NAME(row_factor, DTYPE)(ROW row, int64_t hidden, float eps) {
     double squares = 0;
-    if (task->linear.plain_x) return 1;
     for (int64_t i = 0; i < hidden; i += RUN_COLUMNS)
         squares += (double)MV_NAME(row_squares, DTYPE)(row, i, least(i + RUN_COLUMNS, hidden));
     /* rounded once: its error is that of the whole row */
-    return (float)(1 / sqrt(squares / (double)hidden + (double)task->norm.eps));
+    return (float)(1 / sqrt(squares / (double)hidden + (double)eps));
+}
+
+static __attribute__((unused)) float MV_NAME(row_scale, DTYPE)(const mv_task *task, ROW row) {
+    if (task->linear.plain_x) return 1;
+    return MV_NAME(row_factor, DTYPE)(row, task->hidden, task->norm.eps);
 }
 
 /* The norm weight, in x's dtype or float32. */

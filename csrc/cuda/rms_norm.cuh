@@ -67,12 +67,15 @@ template <typename T> __host__ __device__ __forceinline__ float mean_scale(const
 
 /* 1 / sqrt(mean + eps): of float32 rows with every step correctly rounded, for 16 bits within two units in the last
  * place, as torch.rsqrt gives it. */
+template <typename T> __device__ __forceinline__ float row_factor(float sum_of_squares, float scale, float eps) {
+    if constexpr (sizeof(T) == 4)
+        return __frsqrt_rn(__fdiv_rn(sum_of_squares, scale) + eps);
+    else
+        return rsqrtf(sum_of_squares * scale + eps);
+}
 template <typename T>
 __device__ __forceinline__ float row_factor(float sum_of_squares, float scale, const mv_task &task) {
-    if constexpr (sizeof(T) == 4)
-        return __frsqrt_rn(__fdiv_rn(sum_of_squares, scale) + task.norm.eps);
-    else
-        return rsqrtf(sum_of_squares * scale + task.norm.eps);
+    return row_factor<T>(sum_of_squares, scale, task.norm.eps);
 }
 template <typename T> __device__ __forceinline__ float row_factor(float sum_of_squares, const mv_task &task) {
     return row_factor<T>(sum_of_squares, mean_scale<T>(task), task);

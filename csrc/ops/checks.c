@@ -15,7 +15,7 @@ mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...) {
 }
 
 const char *mv_dtype_name(mv_dtype dtype) {
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
     return names[dtype];
 }
 
@@ -79,10 +79,15 @@ mv_text mv_device_text(mv_device device) {
 
 static bool same_device(mv_device a, mv_device b) { return a.kind == b.kind && a.index == b.index; }
 
-static mv_status check_device(mv_named t, const mv_view *x, mv_error *error) {
-    MV_REQUIRE(same_device(t.view->device, x->device), MV_BAD_VALUE, "%s: %s is on %s, expected %s (where x is)", t.op,
-               t.name, mv_device_text(t.view->device).text, mv_device_text(x->device).text);
+static mv_status check_device_of(mv_named t, mv_named first, mv_error *error) {
+    MV_REQUIRE(same_device(t.view->device, first.view->device), MV_BAD_VALUE,
+               "%s: %s is on %s, expected %s (where %s is)", t.op, t.name, mv_device_text(t.view->device).text,
+               mv_device_text(first.view->device).text, first.name);
     return MV_OK;
+}
+
+static mv_status check_device(mv_named t, const mv_view *x, mv_error *error) {
+    return check_device_of(t, (mv_named){t.op, "x", x}, error);
 }
 
 static mv_status check_dims(mv_named t, mv_error *error) {
@@ -98,12 +103,18 @@ static mv_status check_extent(mv_named t, mv_error *error) {
     return MV_OK;
 }
 
-static mv_status check_last_contiguous(mv_named t, mv_error *error) {
+mv_status mv_check_last_contiguous(mv_named t, mv_error *error) {
     const int last = t.view->ndim - 1;
     MV_REQUIRE(t.view->shape[last] <= 1 || mv_stride(t.view, last) == 1, MV_BAD_VALUE,
                "%s: %s must be contiguous in its last dimension, got stride %lld; pass a contiguous copy", t.op, t.name,
                (long long)mv_stride(t.view, last));
     return MV_OK;
+}
+
+mv_status mv_check_place(mv_named t, mv_named first, mv_error *error) {
+    MV_TRY(check_device_of(t, first, error));
+    MV_TRY(check_dims(t, error));
+    return check_extent(t, error);
 }
 
 mv_status mv_check_x(mv_named x, mv_error *error) {
@@ -112,7 +123,7 @@ mv_status mv_check_x(mv_named x, mv_error *error) {
     MV_REQUIRE(x.view->shape[x.view->ndim - 1] >= 1, MV_BAD_VALUE, "%s: %s has shape %s, expected a hidden size >= 1",
                x.op, x.name, mv_shape_text(x.view).text);
     MV_TRY(check_extent(x, error));
-    return check_last_contiguous(x, error);
+    return mv_check_last_contiguous(x, error);
 }
 
 mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
@@ -123,7 +134,7 @@ mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
                MV_BAD_VALUE, "%s: %s has shape %s, expected %s (the shape of x)", t.op, t.name,
                mv_shape_text(t.view).text, mv_shape_text(x).text);
     MV_TRY(check_extent(t, error));
-    return check_last_contiguous(t, error);
+    return mv_check_last_contiguous(t, error);
 }
 
 /* Sorted by stride, each dimension must step past everything inside it. */
@@ -150,6 +161,14 @@ static bool elements_are_distinct(const mv_view *view) {
     return true;
 }
 
+mv_status mv_check_writable(mv_named t, mv_error *error) {
+    MV_REQUIRE(!t.view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", t.op, t.name);
+    MV_REQUIRE(mv_is_empty(t.view) || elements_are_distinct(t.view), MV_BAD_VALUE,
+               "%s: %s has elements that share memory (strides of a broadcast or sliding view); pass a fresh array",
+               t.op, t.name);
+    return MV_OK;
+}
+
 mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
     int64_t shape[MV_MAX_DIMS];
     memcpy(shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
@@ -171,17 +190,12 @@ mv_status mv_check_rows(mv_named t, const mv_view *x, int64_t columns, mv_error 
                MV_BAD_VALUE, "%s: %s has shape %s, expected %s", t.op, t.name, mv_shape_text(view).text,
                mv_shape_text(&expected).text);
     MV_TRY(check_extent(t, error));
-    return check_last_contiguous(t, error);
+    return mv_check_last_contiguous(t, error);
 }
 
 mv_status mv_check_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
-    const mv_view *view = out.view;
     MV_TRY(mv_check_rows(out, x, columns, error));
-    MV_REQUIRE(!view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", out.op, out.name);
-    MV_REQUIRE(mv_is_empty(view) || elements_are_distinct(view), MV_BAD_VALUE,
-               "%s: %s has elements that share memory (strides of a broadcast or sliding view); pass a fresh array",
-               out.op, out.name);
-    return MV_OK;
+    return mv_check_writable(out, error);
 }
 
 mv_status mv_check_parameter(mv_named t, const mv_view *x, mv_error *error) {
@@ -200,7 +214,7 @@ mv_status mv_check_vector(mv_named t, const mv_view *x, int64_t size, const char
                mv_shape_text(t.view).text, (long long)size, meaning);
     MV_REQUIRE(t.view->shape[0] == size, MV_BAD_VALUE, "%s: %s has %lld elements, expected %lld (%s)", t.op, t.name,
                (long long)t.view->shape[0], (long long)size, meaning);
-    return check_last_contiguous(t, error);
+    return mv_check_last_contiguous(t, error);
 }
 
 mv_status mv_check_numbers(const char *op, double eps, double weight_offset, mv_rounding rounding, mv_error *error) {

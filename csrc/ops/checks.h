@@ -52,6 +52,12 @@ mv_status mv_check_numbers(const char *op, double eps, double weight_offset, mv_
 /* Dtype and device of any weight or bias: x's dtype or float32, on x's device. */
 mv_status mv_check_parameter(mv_named tensor, const mv_view *x, mv_error *error);
 
+/* On the device of the first tensor, of not too many dimensions, and addressable. */
+mv_status mv_check_place(mv_named tensor, mv_named first, mv_error *error);
+mv_status mv_check_last_contiguous(mv_named tensor, mv_error *error);
+/* Not read-only, and without elements that overlap each other. */
+mv_status mv_check_writable(mv_named tensor, mv_error *error);
+
 /* Do two tensors share a byte? Exact for every layout that nests; a layout too tangled to decide counts as sharing. */
 bool mv_overlap(const mv_view *a, const mv_view *b);
 /* Are they the same elements at the same places: pointer, shape and strides? */

@@ -165,3 +165,16 @@ def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dty
             out = inner(out * scale)
         out = out + residual
     return (rn(out) if round_last else out), sums
+
+
+def attention(q, keys, values, *, scale, soft_cap=None):
+    """(out [heads, dim], p [heads, n]) of one token's queries q [heads, dim] against n keys and values [n, kv_heads,
+    dim]: p = softmax(s), out = p v, where s = scale q k, or soft_cap tanh(scale q k / soft_cap)."""
+    xp = namespace(q)
+    kv_head = [h * keys.shape[1] // q.shape[0] for h in range(q.shape[0])]
+    s = xp.einsum("hd,nhd->hn", q, keys[:, kv_head]) * scale
+    if soft_cap is not None:
+        s = soft_cap * xp.tanh(s / soft_cap)
+    p = xp.exp(s - xp.amax(s, -1)[:, None])
+    p = p / p.sum(-1)[:, None]
+    return xp.einsum("hn,nhd->hd", p, values[:, kv_head]), p

@@ -27,6 +27,7 @@ typedef struct tensor {
     void *unfinished; /* what a framework made, to be finished or dropped */
     const char *name; /* as the user knows it */
     int member;       /* of a tuple given under that name, or -1 */
+    bool integers;    /* it is to hold them, else floats */
     type_kind kind;
     mv_view *slot; /* where in the op's args its view went */
     mv_view view;  /* shape and strides point to the arrays below */
@@ -77,6 +78,7 @@ static inline tensor *add_tensor(call *c, const char *name, int member, PyObject
     t->unfinished = NULL;
     t->name = name;
     t->member = member;
+    t->integers = false;
     t->slot = slot;
     t->managed = NULL;
     t->keeper = NULL;

@@ -95,8 +95,9 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
 }
 
 bool refuse_dtype(const call *c, const tensor *t, const char *got) {
-    static const char wanted[] = "expected float32, float16 or bfloat16; convert it";
-    const char *conversion = t->kind.framework->to_float32;
+    const char *wanted =
+        t->integers ? "expected int32 or int64; convert it" : "expected float32, float16 or bfloat16; convert it";
+    const char *conversion = t->integers ? NULL : t->kind.framework->to_float32;
     const char *such_as = conversion ? ", such as by " : "";
     if (!conversion) conversion = "";
     PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);

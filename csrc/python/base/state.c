@@ -27,6 +27,8 @@ static const struct {
     [NUMPY_TYPES + MV_F32] = {"numpy", "float32"},
     [NUMPY_TYPES + MV_F16] = {"numpy", "float16"},
     [NUMPY_TYPES + MV_BF16] = {"ml_dtypes", "bfloat16"},
+    [NUMPY_TYPES + MV_I32] = {"numpy", "int32"},
+    [NUMPY_TYPES + MV_I64] = {"numpy", "int64"},
     [CUPY_EMPTY] = {"cupy", "empty"},
     [CUPY_DEVICE] = {"cupy.cuda", "Device"},
     [CUPY_CURRENT_STREAM] = {"cupy.cuda", "get_current_stream"},

@@ -30,8 +30,8 @@ typedef enum {
     TORCH_CURRENT_STREAM,
     NUMPY_EMPTY,
     NUMPY_DTYPE,
-    NUMPY_TYPES, /* three, in the order of mv_dtype */
-    CUPY_EMPTY = NUMPY_TYPES + 3,
+    NUMPY_TYPES, /* five, in the order of mv_dtype */
+    CUPY_EMPTY = NUMPY_TYPES + 5,
     CUPY_DEVICE,
     CUPY_CURRENT_STREAM,
     JAX_DEVICE_PUT,
@@ -97,7 +97,7 @@ typedef struct {
     PyObject *keywords[SIGNATURES][MAX_PARAMETERS]; /* interned: see arguments.h */
     /* torch.empty's keywords by dtype (3: uint8) and device (0: the CPU, then the GPUs) */
     _Atomic(PyObject *) torch_options[4][1 + MAX_CUDA_DEVICES];
-    _Atomic(PyObject *) numpy_dtypes[3];
+    _Atomic(PyObject *) numpy_dtypes[5];
     type_slot types[MAX_TYPES];
     atomic_int types_used;
     bool counts_steps; /* see steps.h */

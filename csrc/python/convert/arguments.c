@@ -1,6 +1,7 @@
 /* arguments.c: see arguments.h. Keywords are compared by address first: the compiler of Python code interns them. */
 #include "arguments.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "../base/nesting.h"
@@ -15,7 +16,7 @@ static int most_tensors(const signature *s) {
     int count = s->beside ? most_tensors(s->beside) : 1;
     for (int i = 0; i < s->count; i++) {
         const value_type type = s->parameters[i].kind->type;
-        count += type == TENSOR ? 1 : type == TENSORS ? 3 : 0;
+        count += type == TENSOR || type == INTEGERS ? 1 : type == TENSORS ? 3 : 0;
     }
     return count;
 }
@@ -178,6 +179,10 @@ static bool to_optional_tensor(call *c, const parameter *p, PyObject *value, voi
     return value == Py_None || take_tensor(c, p->name, -1, value, target);
 }
 
+static bool to_integers(call *c, const parameter *p, PyObject *value, void *target) {
+    return (p->kind->optional && value == Py_None) || take_integers(c, p->name, value, target);
+}
+
 /* A list may change under our hands; its members are taken, and so kept, one by one. */
 static bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     mv_view *views = target;
@@ -208,6 +213,18 @@ static bool to_number(call *c, const parameter *p, PyObject *value, void *target
     }
     *(double *)target = number;
     return true;
+}
+
+/* 0 stands for None. */
+static bool to_optional_number(call *c, const parameter *p, PyObject *value, void *target) {
+    if (value == Py_None) return true;
+    if (!to_number(c, p, value, target)) return false;
+    const double number = *(double *)target;
+    if (isfinite(number) && number > 0) return true;
+    PyObject *given = PyObject_Str(value);
+    if (given) refuse_argument(c, p->name, PyExc_ValueError, "is %U, expected a finite number > 0", given);
+    Py_XDECREF(given);
+    return false;
 }
 
 static bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
@@ -250,7 +267,7 @@ static PyObject *text_of_choices(const char *const *choices) {
 }
 
 static bool refuse_choice(const call *c, const parameter *p, PyObject *value) {
-    PyObject *expected = text_of_choices(p->kind->choices);
+    PyObject *expected = text_of_choices(p->kind->choices + p->kind->optional);
     const char *text = expected ? PyUnicode_AsUTF8AndSize(expected, NULL) : NULL;
     if (text && !PyUnicode_Check(value))
         refuse_type(c, p, text, value);
@@ -260,9 +277,11 @@ static bool refuse_choice(const call *c, const parameter *p, PyObject *value) {
     return false;
 }
 
+/* None is the first choice where it is one. */
 static bool to_choice(call *c, const parameter *p, PyObject *value, void *target) {
     const char *const *choices = p->kind->choices;
-    for (int i = 0; PyUnicode_Check(value) && choices[i]; i++) {
+    if (p->kind->optional && value == Py_None) return true;
+    for (int i = p->kind->optional; PyUnicode_Check(value) && choices[i]; i++) {
         if (PyUnicode_CompareWithASCIIString(value, choices[i]) == 0) {
             *(int *)target = i;
             return true;
@@ -286,17 +305,23 @@ static bool to_optional_text(call *c, const parameter *p, PyObject *value, void 
 }
 
 _Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) == sizeof(int) &&
-                   sizeof(mv_approximate) == sizeof(int),
+                   sizeof(mv_approximate) == sizeof(int) && sizeof(mv_cache_layout) == sizeof(int),
                "what to_choice() writes");
 static const char *const roundings[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
 static const char *const weight_layouts[] = {
     [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
 static const char *const approximations[] = {[MV_APPROXIMATE_TANH] = "tanh", [MV_APPROXIMATE_NONE] = "none", NULL};
 
+static const char *const cache_layouts[] = {
+    [MV_CACHE_STATIC] = "None", [MV_CACHE_NHD] = "NHD", [MV_CACHE_HND] = "HND", NULL};
+
 const value_kind tensor_value = {TENSOR, false, to_tensor, NULL};
 const value_kind optional_tensor_value = {TENSOR, true, to_optional_tensor, NULL};
 const value_kind tensors_value = {TENSORS, false, to_tensors, NULL};
 const value_kind optional_tensors_value = {TENSORS, true, to_optional_tensors, NULL};
+const value_kind integers_value = {INTEGERS, false, to_integers, NULL};
+const value_kind optional_integers_value = {INTEGERS, true, to_integers, NULL};
+const value_kind optional_number_value = {NUMBER, true, to_optional_number, NULL};
 const value_kind number_value = {NUMBER, false, to_number, NULL};
 const value_kind integer_value = {INTEGER, false, to_integer, NULL};
 const value_kind optional_integer_value = {INTEGER, true, to_optional_integer, NULL};
@@ -305,12 +330,13 @@ const value_kind optional_text_value = {TEXT, true, to_optional_text, NULL};
 const value_kind rounding_value = {CHOICE, false, to_choice, roundings};
 const value_kind weight_layout_value = {CHOICE, false, to_choice, weight_layouts};
 const value_kind approximate_value = {CHOICE, false, to_choice, approximations};
+const value_kind cache_layout_value = {CHOICE, true, to_choice, cache_layouts};
 
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
 
 static const char *const type_names[] = {
-    [TENSOR] = "tensor", [TENSORS] = "tensors", [NUMBER] = "number", [INTEGER] = "integer",
-    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",     [HELD] = "held"};
+    [TENSOR] = "tensor", [TENSORS] = "tensors", [INTEGERS] = "integers", [NUMBER] = "number", [INTEGER] = "integer",
+    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",         [HELD] = "held"};
 static const char *const role_names[] = {
     [ROWS] = "rows", [WEIGHT] = "weight", [OUTPUT] = "output", [IN_PLACE] = "in place", [OPTION] = "option"};
 
@@ -318,13 +344,19 @@ static const char *const role_names[] = {
 static PyObject *value_of(const parameter *p, const void *args) {
     const void *field = (const char *)args + p->offset;
     switch (p->kind->type) {
-    case NUMBER: return PyFloat_FromDouble(*(const double *)field);
+    case NUMBER: {
+        const double number = *(const double *)field;
+        return p->kind->optional && number == 0 ? Py_NewRef(Py_None) : PyFloat_FromDouble(number);
+    }
     case INTEGER: {
         const int64_t number = *(const int64_t *)field;
         return p->kind->optional && number == 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(number);
     }
     case FLAG: return PyBool_FromLong(*(const bool *)field);
-    case CHOICE: return PyUnicode_FromString(p->kind->choices[*(const int *)field]);
+    case CHOICE: {
+        const int choice = *(const int *)field;
+        return p->kind->optional && choice == 0 ? Py_NewRef(Py_None) : PyUnicode_FromString(p->kind->choices[choice]);
+    }
     case TEXT: {
         const char *text = *(const char *const *)field;
         return text ? PyUnicode_FromString(text) : Py_NewRef(Py_None);

@@ -10,9 +10,9 @@
 
 typedef struct parameter parameter;
 
-/* The C types: mv_view, mv_view[3] (one, or a tuple of three), double, int64_t, bool, an enum, const char *. HELD: what
+/* The C types: mv_view, mv_view[3] (one, or a tuple of three), mv_view of integers, double, int64_t, bool, an enum, const char *. HELD: what
  * only a layer hands to itself. */
-typedef enum { TENSOR, TENSORS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
+typedef enum { TENSOR, TENSORS, INTEGERS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
 
 typedef struct {
     value_type type;
@@ -23,7 +23,9 @@ typedef struct {
 
 extern const value_kind tensor_value, optional_tensor_value, tensors_value, optional_tensors_value;
 extern const value_kind number_value, integer_value, optional_integer_value, flag_value, optional_text_value;
-extern const value_kind rounding_value, weight_layout_value, approximate_value;
+extern const value_kind integers_value, optional_integers_value; /* tensors of int32 or int64 */
+extern const value_kind optional_number_value, rounding_value, weight_layout_value, approximate_value,
+    cache_layout_value;
 
 /* What an op does with a parameter. ROWS: it reads a tensor whose rows do not depend on each other. WEIGHT: it reads a
  * tensor that is the same for every row. OUTPUT: it writes to it, and makes it where it is absent. IN_PLACE: it reads

@@ -68,6 +68,12 @@ bool view_fresh_tensor(call *c, tensor *t, const tensor *like, int ndim, const i
     return true;
 }
 
+bool take_integers(call *c, const char *name, PyObject *object, mv_view *slot) {
+    tensor *t = add_tensor(c, name, -1, object, slot);
+    t->integers = true;
+    return read_tensor(c, t);
+}
+
 bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot) {
     return read_tensor(c, add_tensor(c, name, member, object, slot));
 }

@@ -51,6 +51,8 @@ static PyObject *finished(call *c, tensor *result, const tensor *like) {
     return result->object;
 }
 
+bool note_written(call *c, const mv_view *slot) { return note_write(c, tensor_of(c, slot)); }
+
 PyObject *returned(call *c, const mv_view *slot, const mv_view *x) {
     return finished(c, tensor_of(c, slot), tensor_of(c, x));
 }

@@ -12,6 +12,8 @@ bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace
 PyObject *returned(call *c, const mv_view *slot, const mv_view *x);
 /* Two of them, as a tuple. */
 PyObject *returned_pair(call *c, const mv_view *first, const mv_view *second, const mv_view *x);
+/* The op has written to a tensor that it was given and gives nothing back for. */
+bool note_written(call *c, const mv_view *slot);
 /* Before the op runs: will returned_parts() be able to cut this output, where it is given? */
 bool check_splittable(call *c, const mv_view *slot);
 /* (q, k, v) of the packed output. A new reference. */

@@ -29,11 +29,18 @@ static bool read_dtype(call *c, tensor *t, PyObject *interface) {
         t->view.dtype = MV_F32;
     } else if (PyUnicode_CompareWithASCIIString(typestr, "<f2") == 0) {
         t->view.dtype = MV_F16;
+    } else if (PyUnicode_CompareWithASCIIString(typestr, "<i4") == 0) {
+        t->view.dtype = MV_I32;
+    } else if (PyUnicode_CompareWithASCIIString(typestr, "<i8") == 0) {
+        t->view.dtype = MV_I64;
     } else {
-        ok = refuse(c, t, PyExc_TypeError,
-                    "has typestr %R, expected '<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)",
-                    typestr);
+        ok = false;
     }
+    ok = ok && is_wanted(t, t->view.dtype);
+    if (!ok && !PyErr_Occurred())
+        refuse(c, t, PyExc_TypeError, "has typestr %R, expected %s", typestr,
+               t->integers ? "'<i4' or '<i8'" : "'<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)");
+
     Py_XDECREF(typestr);
     return ok;
 }

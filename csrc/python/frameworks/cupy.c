@@ -26,7 +26,7 @@ static bool cupy_view(call *c, tensor *t) {
     }
     if (!ok) {
         refuse_because(c, t, PyExc_BufferError, "cannot be read");
-    } else if (!dtype_of_numpy(c->state, dtype, &t->view.dtype)) {
+    } else if (!dtype_of_numpy(c->state, dtype, &t->view.dtype) || !is_wanted(t, t->view.dtype)) {
         ok = refuse_dtype(c, t, NULL);
     } else {
         ok = strides_from_bytes(c, t) && check_view(c, t);

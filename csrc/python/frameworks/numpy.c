@@ -37,7 +37,7 @@ static bool is_bfloat16_loaded(void) {
 }
 
 bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
-    for (int i = MV_F32; i <= MV_BF16; i++) {
+    for (int i = MV_F32; i <= MV_I64; i++) {
         PyObject *made = atomic_load_explicit(&state->numpy_dtypes[i], memory_order_acquire);
         if (!made) made = i == MV_BF16 && !is_bfloat16_loaded() ? NULL : numpy_dtype(state, (mv_dtype)i);
         if (made && (made == dtype || PyObject_RichCompareBool(made, dtype, Py_EQ) == 1)) {
@@ -65,12 +65,17 @@ static bool dtype_of_struct(call *c, tensor *t, const array_struct *array) {
         t->view.dtype = MV_F32;
     else if (array->typekind == 'f' && array->itemsize == 2)
         t->view.dtype = MV_F16;
+    else if (array->typekind == 'i' && array->itemsize == 4)
+        t->view.dtype = MV_I32;
+    else if (array->typekind == 'i' && array->itemsize == 8)
+        t->view.dtype = MV_I64;
     else {
         PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
         const bool found = dtype && dtype_of_numpy(c->state, dtype, &t->view.dtype);
         Py_XDECREF(dtype);
         if (!found) return refuse_dtype(c, t, NULL);
     }
+    if (!is_wanted(t, t->view.dtype)) return refuse_dtype(c, t, NULL);
     return (array->flags & NATIVE_ORDER) || refuse_byte_order(c, t);
 }
 

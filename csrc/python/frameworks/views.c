@@ -5,7 +5,10 @@
 
 const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
 
-static int64_t itemsize_of(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
+static int64_t itemsize_of(mv_dtype dtype) {
+    static const int64_t bytes[] = {[MV_F32] = 4, [MV_F16] = 2, [MV_BF16] = 2, [MV_I32] = 4, [MV_I64] = 8};
+    return bytes[dtype];
+}
 
 bool check_view(call *c, tensor *t) {
     bool empty = false;
@@ -51,6 +54,19 @@ static const char *dl_dtype_text(dl_dtype dtype, char *text, size_t size) {
     return text;
 }
 
+static bool find_dtype(dl_dtype dtype, mv_dtype *found) {
+    static const dl_dtype dtypes[] = {[MV_F32] = {DL_FLOAT, 32, 1},
+                                      [MV_F16] = {DL_FLOAT, 16, 1},
+                                      [MV_BF16] = {DL_BFLOAT, 16, 1},
+                                      [MV_I32] = {DL_INT, 32, 1},
+                                      [MV_I64] = {DL_INT, 64, 1}};
+    for (int i = MV_F32; i <= MV_I64; i++) {
+        *found = (mv_dtype)i;
+        if (dtype.code == dtypes[i].code && dtype.bits == dtypes[i].bits && dtype.lanes == 1) return true;
+    }
+    return false;
+}
+
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
     mv_view *view = &t->view;
     switch (source->device.type) {
@@ -62,17 +78,9 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
         return refuse(c, t, PyExc_ValueError, "is on a device of DLPack type %d, expected the CPU or a CUDA device",
                       (int)source->device.type);
     }
-    const dl_dtype dtype = source->dtype;
-    if (dtype.code == DL_FLOAT && dtype.bits == 32 && dtype.lanes == 1)
-        view->dtype = MV_F32;
-    else if (dtype.code == DL_FLOAT && dtype.bits == 16 && dtype.lanes == 1)
-        view->dtype = MV_F16;
-    else if (dtype.code == DL_BFLOAT && dtype.bits == 16 && dtype.lanes == 1)
-        view->dtype = MV_BF16;
-    else {
-        char text[64];
-        return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
-    }
+    char text[64];
+    if (!find_dtype(source->dtype, &view->dtype) || !is_wanted(t, view->dtype))
+        return refuse_dtype(c, t, dl_dtype_text(source->dtype, text, sizeof text));
     if (source->ndim > 0 && !source->shape) return refuse(c, t, PyExc_BufferError, "was exported without a shape");
     if (source->ndim < 0 || source->ndim > MAX_DIMS)
         return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);

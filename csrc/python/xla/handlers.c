@@ -89,8 +89,10 @@ static bool take_view(reader *r, int64_t i, mv_device device, mv_view *view) {
     case XLA_F32: view->dtype = MV_F32; return true;
     case XLA_F16: view->dtype = MV_F16; return true;
     case XLA_BF16: view->dtype = MV_BF16; return true;
+    case XLA_S32: view->dtype = MV_I32; return true;
+    case XLA_S64: view->dtype = MV_I64; return true;
     default:
-        return fail(r, XLA_INVALID_ARGUMENT, "argument %d has XLA's dtype %d, expected float32, float16 or bfloat16",
+        return fail(r, XLA_INVALID_ARGUMENT, "argument %d has XLA's dtype %d, expected a float or integer that ops take",
                     (int)i, buffer->dtype);
     }
 }
@@ -113,7 +115,7 @@ static bool take_result(reader *r, int64_t i, int dtype, int64_t wanted, void **
                                  (int)i, (long long)got, (long long)wanted);
 }
 
-/* The results in their order: the plan's outputs, then scratch. */
+/* The results in their order: the plan's outputs, what is in place, then scratch. */
 static bool take_memory(reader *r, const mv_plan *plan, mv_memory *memory) {
     static const int dtypes[] = {[MV_F32] = XLA_F32, [MV_F16] = XLA_F16, [MV_BF16] = XLA_BF16};
     for (int i = 0; i < plan->outputs; i++) {
@@ -123,7 +125,7 @@ static bool take_memory(reader *r, const mv_plan *plan, mv_memory *memory) {
         if (!take_result(r, i, dtypes[like->dtype], wanted, &memory->output[i])) return false;
     }
     const size_t scratch = xla_scratch_bytes(plan);
-    if (!take_result(r, plan->outputs, XLA_U8, (int64_t)scratch, &memory->workspace)) return false;
+    if (!take_result(r, r->frame->results.count - 1, XLA_U8, (int64_t)scratch, &memory->workspace)) return false;
     const uintptr_t start = (uintptr_t)memory->workspace + XLA_ALIGNMENT - 1;
     memory->workspace = scratch ? (void *)(start / XLA_ALIGNMENT * XLA_ALIGNMENT) : NULL;
     return true;

@@ -15,10 +15,11 @@ static inline size_t xla_scratch_bytes(const mv_plan *plan) {
     return plan->workspace_bytes ? plan->workspace_bytes + XLA_ALIGNMENT : 0;
 }
 
-/* How many views of p XLA may be given, and where they are: none of an output, which is its own. */
+/* How many views of p XLA may be given, and where they are: none of an output, which is its own. What an op works on in
+ * place is a result as well, in the same memory. */
 static inline int xla_views(const parameter *p, op_args *args, mv_view **views) {
     *views = (mv_view *)((char *)args + p->offset);
-    return p->role != ROWS && p->role != WEIGHT ? 0 : p->kind->type == TENSORS ? 3 : 1;
+    return p->role == OUTPUT || p->role == OPTION ? 0 : p->kind->type == TENSORS ? 3 : 1;
 }
 
 /* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (shapes, in_out, scratch_bytes, attributes). The arguments

@@ -15,7 +15,7 @@ enum { XLA_COMMAND_BUFFER_COMPATIBLE = 1 << 0 }; /* a trait: may be captured in 
 enum { XLA_EXECUTE = 3 };                        /* a stage                                     */
 enum { XLA_BUFFER = 1 };                         /* the type of an argument or result           */
 enum { XLA_SCALAR = 3, XLA_STRING = 4 };         /* types of an attribute                       */
-enum { XLA_PRED = 1, XLA_S64 = 5, XLA_U8 = 6, XLA_F16 = 10, XLA_F32 = 11, XLA_F64 = 12, XLA_BF16 = 16 };
+enum { XLA_PRED = 1, XLA_S32 = 4, XLA_S64 = 5, XLA_U8 = 6, XLA_F16 = 10, XLA_F32 = 11, XLA_F64 = 12, XLA_BF16 = 16 };
 enum { XLA_INVALID_ARGUMENT = 3, XLA_RESOURCE_EXHAUSTED = 8, XLA_INTERNAL = 13 };
 
 typedef struct xla_error xla_error;     /* theirs */

@@ -1,0 +1,510 @@
+/* decode_attention_sm80.cu: one new token per sequence against its cache, on any GPU.
+ *
+ *   s_j = scale q . k_j, or c tanh(s_j / c);  m = max_j s_j;  p_j = exp(s_j - m);  out = sum_j p_j v_j / sum_j p_j
+ *
+ * A block has a sequence, a key-value head and a piece of the keys. How long the piece is follows from the sequence's
+ * position, which is read on the GPU, so that one graph serves every length. The block's queries go through norm and
+ * rotary embedding into shared memory, and from there into registers. A key or a value is 16 bytes a lane, in a group
+ * of lanes; a warp has several keys side by side and more on their way, for up to 8 query heads; other heads are other
+ * warps', which find the keys in L1. Each group keeps a softmax of its own over the keys that it has met: m, the sum of
+ * p_j and the sum of p_j v_j, scaled down whenever m grows. They are merged by shuffles, then in shared memory, and
+ * those of the pieces by a second launch, always in the same order: nothing has to be zero before, and the bits are the
+ * same every time. All of it is float32, P too.
+ *
+ * The block whose piece has the new token makes its key, too: the first that one of its groups meets. So what has just
+ * been written is read back by nobody. Only this block writes to the cache. */
+#include "head.cuh"
+#include "launch.cuh"
+#include "norm_plan.cuh"
+
+namespace {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kMostHeads = 8;      /* of a warp */
+constexpr int kLeastKeys = 64;     /* of a piece: fewer are not worth a block */
+constexpr int kMostColumns = 1024; /* of a head */
+constexpr float kLog2E = 1.44269504088896341f;
+
+/* How a call is cut. */
+struct Cut {
+    int32_t pieces; /* of a sequence's keys, at most */
+    int32_t passes; /* blocks that share a key-value head, because it has too many query heads for one */
+    int32_t group;  /* query heads of a block */
+};
+
+/* What the groups of a row's lanes are: kLanes of them take kPackets packets each. kWhole: rows are whole aligned
+ * packets. */
+template <typename T_, int kLanes_, int kPackets_, int kHeads_, bool kWhole_> struct Shape {
+    using T = T_;
+    static constexpr int kLanes = kLanes_, kPackets = kPackets_, kHeads = kHeads_;
+    static constexpr bool kWhole = kWhole_;
+    static constexpr int kSize = Packet<T>::size, kValues = kPackets * kSize, kColumns = kLanes * kValues;
+    static constexpr int kRows = 32 / kLanes;                                       /* of a warp, side by side */
+    static constexpr int kUnroll = kPackets > 2 ? 1 : 4;                            /* of them on their way */
+    static constexpr int kBlocks = kHeads * kValues <= 16 && kPackets == 1 ? 2 : 1; /* that an SM has room for */
+    static constexpr int kStretch = kRows * kUnroll;                                /* keys of a warp at a time */
+};
+
+/* Where the softmax of a block's part is: of a (query head, piece). */
+struct Partials {
+    float *most, *sums, *out; /* m and sum p_j; [dim]: sum p_j v_j */
+    __device__ __forceinline__ Partials(const mv_task &task, int pieces) {
+        const int64_t count = task.tokens * pieces;
+        most = static_cast<float *>(task.workspace);
+        sums = most + count;
+        out = sums + count;
+    }
+};
+
+/* exp(a - m) of base-2 logarithms. Without a key, or with scores of -infinity alone, m is that, and nothing weighs. */
+__device__ __forceinline__ float weight(float a, float most) { return exp2f(a - (most == -INFINITY ? 0 : most)); }
+
+/* A softmax over some keys for one query head, of which a lane has kValues columns. */
+template <int kValues> struct Softmax {
+    float most = -INFINITY, sum = 0, out[kValues] = {};
+
+    /* Of the same columns, over other keys, in the lane `lanes` away. */
+    __device__ __forceinline__ void merge_with_lane(int lanes) {
+        const float both = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes)), shrink = weight(most, both);
+        most = both;
+        sum *= shrink;
+        sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+#pragma unroll
+        for (int i = 0; i < kValues; i++) {
+            out[i] *= shrink;
+            out[i] += __shfl_xor_sync(0xffffffffu, out[i], lanes);
+        }
+    }
+};
+
+/* ---- where the keys are ------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ int64_t integer_at(mv_integers integers, int64_t i) {
+    return integers.wide ? static_cast<const int64_t *>(integers.data)[i * integers.stride]
+                         : static_cast<const int32_t *>(integers.data)[i * integers.stride];
+}
+
+/* The keys of a sequence: `count` of them, of which the last is the new token's. 0: the sequence is skipped; -1: it
+ * cannot be served. */
+struct Keys {
+    int count, piece, first; /* of a piece; the cache's row of key 0 */
+
+    __device__ __forceinline__ Keys(const mv_task &task, int64_t sequence, int pieces) : count(0), piece(0), first(0) {
+        const mv_attention &a = task.attention;
+        const int64_t last = integer_at(a.positions, sequence);
+        if (last < 0) return;
+        const int64_t start = a.starts.data ? integer_at(a.starts, sequence) : 0;
+        const int64_t from = max(max(start, last - a.window + 1), int64_t{0});
+        count = -1;
+        if (start > last || (!a.ring && last >= a.rows)) return;
+        count = static_cast<int>(last - from) + 1;
+        piece = max(kLeastKeys, (count + pieces - 1) / pieces);
+        first = static_cast<int>(a.ring ? from % a.rows : from);
+    }
+    __device__ __forceinline__ int pieces() const { return count > 0 ? (count + piece - 1) / piece : 0; }
+};
+
+/* A row of the cache: of a page, or of a sequence. block < 0: there is no such page. */
+struct CacheRow {
+    int block, row;
+    __device__ __forceinline__ CacheRow(const mv_task &task, const Keys &keys, int sequence, int key) {
+        const mv_attention &a = task.attention;
+        const int rows = static_cast<int>(a.rows), page = static_cast<int>(a.block_rows);
+        row = keys.first + key;
+        if (row >= rows) row -= rows; /* of a ring */
+        block = sequence;
+        if (!a.block_table) return;
+        block = a.block_table[sequence * a.table_stride + row / page];
+        if (block >= a.blocks) block = -1;
+        row %= page;
+    }
+    template <typename T> __device__ __forceinline__ T *of(const mv_cache &cache, int head) const {
+        return static_cast<T *>(cache.data) + block * cache.block_stride + row * cache.row_stride +
+               head * cache.head_stride;
+    }
+};
+
+/* By all threads: has the sequence a page for each of its keys? */
+__device__ __forceinline__ bool has_all_pages(const mv_task &task, const Keys &keys, int sequence) {
+    __shared__ int missing;
+    if (!task.attention.block_table) return true;
+    if (threadIdx.x == 0) missing = 0;
+    __syncthreads();
+    const int page = static_cast<int>(task.attention.block_rows), blocks = (keys.first % page + keys.count - 1) / page;
+    for (int i = threadIdx.x; i <= blocks; i += kThreads) {
+        const int key = max(0, i * page - keys.first % page);
+        if (CacheRow(task, keys, sequence, key).block < 0) missing = 1;
+    }
+    __syncthreads();
+    return !missing;
+}
+
+/* ---- the keys of a piece ------------------------------------------------------------------------------------------ */
+
+template <typename S> using Row = Packet<typename S::T>[S::kPackets];
+
+/* A lane's packets of a row; zeros past its end, and of a row that is not wanted. */
+template <typename S>
+__device__ __forceinline__ void load_row(Row<S> &row, const typename S::T *from, int member, int dim, bool wanted) {
+#pragma unroll
+    for (int p = 0; p < S::kPackets; p++) {
+        const int at = (p * S::kLanes + member) * S::kSize;
+        if constexpr (S::kWhole)
+            row[p] = as_packet<typename S::T>(load_if(from + at, wanted && at < dim));
+        else
+            row[p] = load_packet(from + at, wanted ? dim - at : 0, false);
+    }
+}
+
+template <typename S> struct Attention {
+    using T = typename S::T;
+    float q[S::kHeads][S::kValues];
+    Softmax<S::kValues> head[S::kHeads];
+    float scale, soft_cap; /* of base-2 logarithms: both include log2(e) */
+
+    __device__ __forceinline__ float score(int h, const Row<S> &key) const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < S::kValues; i++) sum = fmaf(q[h][i], key[i / S::kSize].get(i % S::kSize), sum);
+        sum = warp_sum<S::kLanes>(sum) * scale;
+        return soft_cap > 0 ? soft_cap * tanhf(sum / soft_cap) : sum;
+    }
+
+    /* Keys that are not there weigh nothing. */
+    template <int kCount> __device__ __forceinline__ void
+    add(const Row<S> (&keys)[kCount], const Row<S> (&values)[kCount], const bool (&there)[kCount]) {
+#pragma unroll
+        for (int h = 0; h < S::kHeads; h++) {
+            Softmax<S::kValues> &of = head[h];
+            float p[kCount], most = of.most;
+#pragma unroll
+            for (int u = 0; u < kCount; u++) {
+                p[u] = score(h, keys[u]);
+                if (!there[u]) p[u] = -INFINITY;
+                most = fmaxf(most, p[u]);
+            }
+            const float shrink = weight(of.most, most);
+            of.most = most;
+            of.sum *= shrink;
+#pragma unroll
+            for (int i = 0; i < S::kValues; i++) of.out[i] *= shrink;
+#pragma unroll
+            for (int u = 0; u < kCount; u++) {
+                p[u] = weight(p[u], most);
+                of.sum += p[u];
+#pragma unroll
+                for (int i = 0; i < S::kValues; i++)
+                    of.out[i] = fmaf(p[u], values[u][i / S::kSize].get(i % S::kSize), of.out[i]);
+            }
+        }
+    }
+};
+
+/* ---- kernels ------------------------------------------------------------------------------------------------------ */
+
+/* What a warp does: kHeads of the block's query heads from `head` on, and every slots-th stretch of the keys. */
+template <typename S> struct Share {
+    int head, slot, slots;
+    __host__ __device__ __forceinline__ Share(int group, int warp) {
+        const int warps = (group + S::kHeads - 1) / S::kHeads; /* that see the same keys */
+        slots = kWarps / warps;
+        slot = warp / warps; /* == slots: this warp is over */
+        head = warp % warps * S::kHeads;
+    }
+};
+
+/* A block's shared memory: its queries, the new key and value; and of each slot what it has found. */
+template <typename S> struct Shared {
+    float *queries; /* [group][kColumns], zeros from dim on */
+    Packet<typename S::T> *new_key, *new_value;
+    float *most, *sums, *out; /* [slots][group], out with kColumns */
+    size_t bytes;
+
+    __host__ __device__ __forceinline__ Shared(char *memory, int group) {
+        const int parts = Share<S>(group, 0).slots * group;
+        queries = reinterpret_cast<float *>(memory);
+        out = queries + group * S::kColumns;
+        new_key = reinterpret_cast<Packet<typename S::T> *>(out + parts * S::kColumns);
+        new_value = new_key + S::kColumns / S::kSize;
+        most = reinterpret_cast<float *>(new_value + S::kColumns / S::kSize);
+        sums = most + parts;
+        bytes = static_cast<size_t>(reinterpret_cast<char *>(sums + parts) - memory);
+    }
+};
+
+/* By all threads: the queries of a block, and with the new token its key and value. */
+template <typename S> __device__ __forceinline__ void prepare_heads(const mv_task &task, const Shared<S> &shared,
+                                                                    int sequence, int kv_head, int64_t row, int group,
+                                                                    bool has_new) {
+    using T = typename S::T;
+    const mv_attention &a = task.attention;
+    const int dim = static_cast<int>(task.hidden);
+    for (int h = threadIdx.x / 32; h < group; h += kWarps)
+        prepare_head(row_address<const T>(task.x, task.inner, row + h), dim, a.q_norm, a.rotary, sequence,
+                     task.rounding, shared.queries + h * S::kColumns, S::kColumns);
+    if (!has_new) return;
+    const int64_t kv_row = sequence * a.kv_heads + kv_head;
+    float *const key = shared.out; /* not in use yet */
+    if (threadIdx.x / 32 == kWarps - 1)
+        prepare_head(row_address<const T>(a.k, a.kv_heads, kv_row), dim, a.k_norm, a.rotary, sequence, task.rounding,
+                     key, S::kColumns);
+    __syncthreads();
+    const T *value = row_address<const T>(a.v, a.kv_heads, kv_row);
+    for (int i = threadIdx.x; i < S::kColumns; i += kThreads) {
+        reinterpret_cast<T *>(shared.new_key)[i] = from_float<T>(key[i]);
+        reinterpret_cast<T *>(shared.new_value)[i] = i < dim ? value[i] : from_float<T>(0);
+    }
+}
+
+/* The keys of [first, end) that are a warp's. */
+template <typename S> __device__ __forceinline__ float add_keys(Attention<S> &attention, const mv_task &task,
+                                                                const Keys &keys, int sequence, int kv_head,
+                                                                const Share<S> &share, int first, int end) {
+    using T = typename S::T;
+    const int dim = static_cast<int>(task.hidden), lane = threadIdx.x % 32, member = lane % S::kLanes;
+    float missing = 0; /* NaN where there is no page for a key */
+    for (int key = first + share.slot * S::kStretch; key < end; key += share.slots * S::kStretch) {
+        Row<S> k[S::kUnroll], v[S::kUnroll];
+        bool there[S::kUnroll];
+        const T *from[S::kUnroll];
+#pragma unroll
+        for (int u = 0; u < S::kUnroll; u++) {
+            const int at = key + u * S::kRows + lane / S::kLanes;
+            const CacheRow row(task, keys, sequence, min(at, end - 1));
+            if (row.block < 0) missing = NAN;
+            there[u] = at < end && row.block >= 0;
+            from[u] = row.of<const T>(task.attention.values, kv_head);
+            load_row<S>(k[u], row.of<const T>(task.attention.keys, kv_head), member, dim, there[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < S::kUnroll; u++) load_row<S>(v[u], from[u], member, dim, there[u]);
+        attention.add(k, v, there);
+    }
+    return missing;
+}
+
+/* Leaves what a block's slots have found as one: where it is all that there is, as the result. */
+template <typename S> __device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut,
+                                                                  const Shared<S> &shared, int slots, int64_t row,
+                                                                  int group, int piece) {
+    const int dim = static_cast<int>(task.hidden);
+    const Partials partials(task, cut.pieces);
+    for (int i = threadIdx.x; i < group * dim; i += kThreads) {
+        const int h = i / dim, column = i % dim;
+        float most = -INFINITY, sum = 0, out = 0;
+        for (int s = 0; s < slots; s++) most = fmaxf(most, shared.most[s * group + h]);
+        for (int s = 0; s < slots; s++) {
+            const int part = s * group + h;
+            const float shrink = weight(shared.most[part], most);
+            sum += shrink * shared.sums[part];
+            out += shrink * shared.out[part * S::kColumns + column];
+        }
+        if (cut.pieces == 1) {
+            row_address<typename S::T>(task.out, task.inner, row + h)[column] = from_float<typename S::T>(out / sum);
+            continue;
+        }
+        const int64_t place = (row + h) * cut.pieces + piece;
+        partials.out[place * dim + column] = out;
+        if (column == 0) partials.most[place] = most, partials.sums[place] = sum;
+    }
+}
+
+template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
+    decode_attention_kernel(const __grid_constant__ mv_task task, Cut cut) {
+    using T = typename S::T;
+    extern __shared__ __align__(16) char smem[];
+    const mv_attention &a = task.attention;
+    const int dim = static_cast<int>(task.hidden), of_head = static_cast<int>(a.heads / a.kv_heads);
+    int block = blockIdx.x;
+    const int piece = block % cut.pieces;
+    block /= cut.pieces;
+    const int pass = block % cut.passes;
+    block /= cut.passes;
+    const int kv_head = block % static_cast<int>(a.kv_heads), sequence = block / static_cast<int>(a.kv_heads);
+    const int first_head = kv_head * of_head + pass * cut.group;
+    const int group = min(cut.group, of_head - pass * cut.group);
+    const int64_t row = sequence * a.heads + first_head; /* of out */
+
+    griddepcontrol_wait();
+    griddepcontrol_launch();
+    const Keys keys(task, sequence, cut.pieces);
+    const int first = piece * keys.piece, end = min(first + keys.piece, keys.count);
+    if (keys.count <= 0 && cut.pieces == 1)
+        for (int i = threadIdx.x; i < group * dim; i += kThreads)
+            row_address<T>(task.out, task.inner, row + i / dim)[i % dim] = from_float<T>(keys.count < 0 ? NAN : 0);
+    if (first >= end) return;
+
+    const Shared<S> shared(smem, cut.group);
+    const bool has_new = end == keys.count, whole = !has_new || has_all_pages(task, keys, sequence);
+    prepare_heads(task, shared, sequence, kv_head, row, group, has_new);
+    __syncthreads();
+    if (has_new && whole && pass == 0) {
+        const CacheRow place(task, keys, sequence, keys.count - 1);
+        for (int i = threadIdx.x; i < dim; i += kThreads) {
+            place.of<T>(a.keys, kv_head)[i] = reinterpret_cast<const T *>(shared.new_key)[i];
+            place.of<T>(a.values, kv_head)[i] = reinterpret_cast<const T *>(shared.new_value)[i];
+        }
+    }
+
+    const int lane = threadIdx.x % 32, member = lane % S::kLanes;
+    const Share<S> share(cut.group, threadIdx.x / 32);
+    if (share.slot < share.slots) {
+        Attention<S> attention;
+        attention.scale = a.scale * kLog2E;
+        attention.soft_cap = a.soft_cap * kLog2E;
+#pragma unroll
+        for (int h = 0; h < S::kHeads; h++)
+#pragma unroll
+            for (int i = 0; i < S::kValues; i++)
+                attention.q[h][i] = shared.queries[min(share.head + h, group - 1) * S::kColumns +
+                                                   (i / S::kSize * S::kLanes + member) * S::kSize + i % S::kSize];
+        if (has_new) {
+            Row<S> k[1], v[1];
+            const bool there[1] = {share.slot == 0 && lane < S::kLanes};
+#pragma unroll
+            for (int p = 0; p < S::kPackets; p++) {
+                k[0][p] = shared.new_key[p * S::kLanes + member];
+                v[0][p] = shared.new_value[p * S::kLanes + member];
+            }
+            attention.add(k, v, there);
+        }
+        float missing = add_keys(attention, task, keys, sequence, kv_head, share, first, has_new ? end - 1 : end);
+        if (!whole) missing = NAN;
+#pragma unroll
+        for (int h = 0; h < S::kHeads; h++) {
+            Softmax<S::kValues> &of = attention.head[h];
+            of.sum += missing;
+#pragma unroll
+            for (int lanes = S::kLanes; lanes < 32; lanes *= 2) of.merge_with_lane(lanes);
+            if (lane >= S::kLanes || share.head + h >= group) continue;
+            const int part = share.slot * group + share.head + h;
+            if (lane == 0) shared.most[part] = of.most, shared.sums[part] = of.sum;
+#pragma unroll
+            for (int i = 0; i < S::kValues; i++)
+                shared.out[part * S::kColumns + (i / S::kSize * S::kLanes + member) * S::kSize + i % S::kSize] =
+                    of.out[i];
+        }
+    }
+    __syncthreads();
+    merge_slots(task, cut, shared, share.slots, row, group, piece);
+}
+
+/* The pieces of a head become the result. */
+constexpr int kMergeThreads = 128;
+
+template <typename T> __global__ void __launch_bounds__(kMergeThreads)
+    merge_pieces_kernel(const __grid_constant__ mv_task task, Cut cut) {
+    const int dim = static_cast<int>(task.hidden);
+    const int64_t row = blockIdx.x, first = row * cut.pieces;
+    const Partials partials(task, cut.pieces);
+    griddepcontrol_wait();
+    griddepcontrol_launch();
+    const Keys keys(task, row / task.attention.heads, cut.pieces);
+    const int pieces = keys.pieces();
+    T *to = row_address<T>(task.out, task.inner, row);
+    float most = -INFINITY;
+    for (int p = 0; p < pieces; p++) most = fmaxf(most, partials.most[first + p]);
+    for (int column = threadIdx.x; column < dim; column += kMergeThreads) {
+        float sum = 0, out = 0;
+        for (int p = 0; p < pieces; p++) {
+            const float shrink = weight(partials.most[first + p], most);
+            sum += shrink * partials.sums[first + p];
+            out += shrink * partials.out[(first + p) * dim + column];
+        }
+        to[column] = from_float<T>(keys.count == 0 ? 0 : keys.count < 0 ? NAN : out / sum);
+    }
+}
+
+/* ---- host --------------------------------------------------------------------------------------------------------- */
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+template <typename S> mv_status launch_shape(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    const Cut cut = cut_of<Cut>(decision);
+    const mv_attention &a = task->attention;
+    const int64_t sequences = task->tokens / a.heads;
+    const Grid grid = {static_cast<unsigned>(sequences * a.kv_heads * cut.passes * cut.pieces), kThreads,
+                       Shared<S>(nullptr, cut.group).bytes};
+    const mv_status status = launch<decode_attention_kernel<S>>(task, grid, error, *task, cut);
+    if (status != MV_OK || cut.pieces == 1) return status;
+    const Grid merge = {static_cast<unsigned>(task->tokens), kMergeThreads, 0};
+    return launch<merge_pieces_kernel<typename S::T>>(task, merge, error, *task, cut);
+}
+
+/* Query heads of a warp: as few as a key-value head has, in powers of two. */
+template <typename T, int kLanes, int kPackets> mv_kernel *for_heads(int64_t heads) {
+    if (heads <= 1) return launch_shape<Shape<T, kLanes, kPackets, 1, true>>;
+    if (heads <= 2) return launch_shape<Shape<T, kLanes, kPackets, 2, true>>;
+    if (heads <= 4) return launch_shape<Shape<T, kLanes, kPackets, 4, true>>;
+    return launch_shape<Shape<T, kLanes, kPackets, 8, true>>;
+}
+
+bool cache_aligned(const mv_cache &cache, int64_t per_packet) {
+    return is_aligned16(cache.data) && cache.block_stride % per_packet == 0 && cache.row_stride % per_packet == 0 &&
+           cache.head_stride % per_packet == 0;
+}
+
+/* At capacity, at the speed of memory. */
+double price(const mv_task *task) {
+    const mv_attention &a = task->attention;
+    const double keys = static_cast<double>(least(a.rows, a.window)),
+                 heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
+    return 4 + 2 * keys * heads * static_cast<double>(task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) /
+                   2.5e6;
+}
+
+template <typename T> const char *decide(const mv_task *task, double below, mv_decision *decision) {
+    if (!mv_at_price(decision, price(task), below)) return mv_too_dear;
+    constexpr int64_t size = Packet<T>::size;
+    const mv_attention &a = task->attention;
+    const int64_t packets = parts(task->hidden, size), of_head = a.heads / a.kv_heads;
+    const bool whole = task->hidden % size == 0 && cache_aligned(a.keys, size) && cache_aligned(a.values, size);
+    const bool fast = whole && packets <= (size == 4 ? 64 : 32);
+    Cut cut = {};
+    cut.passes = static_cast<int32_t>(parts(of_head, fast ? 2 * kMostHeads : kWarps));
+    cut.group = static_cast<int32_t>(parts(of_head, cut.passes));
+    const int64_t of_warp = cut.group > kMostHeads ? kMostHeads : cut.group;
+    decision->launch = !fast           ? launch_shape<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
+                       : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
+                       : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
+                       : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
+                                       : for_heads < T,
+    32, size == 4 ? 2 : 1 > (of_warp);
+    /* Two blocks an SM, if there are keys for them. Whatever else is in the batch, where the bits may not depend on it. */
+    const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
+    const int64_t blocks = sequences * a.kv_heads * cut.passes, most = parts(least(a.rows, a.window), kLeastKeys);
+    const int64_t wanted = least(parts(2 * task->sm_count, blocks), most);
+    cut.pieces = static_cast<int32_t>(wanted > 1 ? wanted : 1);
+    keep_cut(decision, cut);
+    if (cut.pieces > 1)
+        decision->workspace = static_cast<size_t>(task->tokens * cut.pieces * (task->hidden + 2)) * sizeof(float);
+    return nullptr;
+}
+
+mv_status run(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    const Cut cut = cut_of<Cut>(decision);
+    const double blocks = static_cast<double>(task->tokens) * cut.passes * cut.pieces;
+    if (blocks > INT32_MAX)
+        return mv_fail(error, MV_BAD_VALUE, "decode_attention: q has %lld heads in all, more than a GPU's grid takes",
+                       static_cast<long long>(task->tokens));
+    return decision->launch(task, decision, error);
+}
+
+} // namespace
+
+extern "C" const char *mv_attention_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
+    return task->dtype == MV_F32   ? decide<float>(task, below, decision)
+           : task->dtype == MV_F16 ? decide<__half>(task, below, decision)
+                                   : decide<__nv_bfloat16>(task, below, decision);
+}
+
+extern "C" mv_status mv_decode_attention_f32_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return run(task, decision, error);
+}
+extern "C" mv_status mv_decode_attention_f16_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return run(task, decision, error);
+}
+extern "C" mv_status mv_decode_attention_bf16_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+    return run(task, decision, error);
+}
