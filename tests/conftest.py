@@ -28,7 +28,8 @@ def why_no_gpu() -> str | None:
 
 NO_GPU = why_no_gpu()
 ROWS = {
-    op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "silu_and_mul", "gelu_and_mul")
+    op: minivllm.kernels(op)
+    for op in ("rms_norm", "rms_norm_qkv", "norm_add", "rms_norm_linear", "silu_and_mul", "gelu_and_mul")
 }
 
 

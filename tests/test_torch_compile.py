@@ -148,6 +148,7 @@ def test_the_registered_ops(torch, device, dtype):
         ops.rms_norm: NORM | {"x": i.x, "weight": i.norm, "kernel": None},
         ops.add_rms_norm: NORM
         | {"x": i.x, "residual": i.residual, "weight": i.norm, "weight_offset": 1.0, "kernel": None},
+        ops.norm_add: NORM | {"x": i.x, "weight": i.norm, "residual": i.residual, "kernel": None},
         ops.fused_add_rms_norm: NORM | {"x": i.x.clone(), "residual": i.residual.clone(), "weight": None},
         ops.rms_norm_qkv: QKV | {"x": i.x, "norm_weight": i.norm, "qkv_weight": [i.wide], "bias": []},
         ops.add_rms_norm_qkv: QKV
@@ -172,7 +173,9 @@ def test_a_registered_op_takes_what_the_op_takes(torch):
     for name in REGISTERED:
         op = name if name in OPS else name.removeprefix("add_")
         schema = getattr(torch.ops.minivllm, name).default._schema
-        given = {p.name: p for p in OPS[op] if p.role != "output" and (p.name != "residual" or "add_" in name)}
+        given = {
+            p.name: p for p in OPS[op] if p.role != "output" and (p.name != "residual" or p.required or "add_" in name)
+        }
         arguments = {argument.name: argument for argument in schema.arguments}
         assert arguments.keys() == given.keys() and next(iter(arguments)) == "x"
         for parameter in given.values():
