@@ -24,6 +24,7 @@ typedef struct {
 /* The norm that an op is, or that it begins with: s = x, or rn(x + residual); y = s * r * (weight_offset + weight). */
 typedef struct {
     mv_rows residual, residual_out; /* [tokens, hidden], of x's dtype                 */
+    mv_rows added;                  /* the same: of norm_add, which adds it to y      */
     const void *weight;             /* NULL, in norm ops only: ones                   */
     mv_dtype weight_dtype;
     float eps, weight_offset;

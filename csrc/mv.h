@@ -147,6 +147,14 @@ typedef struct {
 mv_status mv_rms_norm(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
 mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- norm_add -------------------------------------------------------------------------------------------------
+ *
+ *   out = rn(residual + y),  y = rms_norm of x, which MV_ROUNDING_HF rounds to x's dtype first
+ *
+ * As rms_norm, with a residual of x's shape and dtype, which is added behind the norm. out may be exactly x or exactly
+ * residual; there is no residual_out. */
+mv_status mv_norm_add(const mv_rms_norm_args *args, mv_plan *plan, mv_error *error);
+
 /* ---- rms_norm_qkv ---------------------------------------------------------------------------------------------
  *
  *   out[t][n] = rn(sum_k y[t][k] * W[n][k] + bias[n]),  y = rms_norm of x (or of s = rn(x + residual)) as above
@@ -282,6 +290,7 @@ mv_status mv_decode_attention(const mv_decode_attention_args *args, mv_plan *pla
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
     OP(add_rms_norm, mv_rms_norm_args)                                                                                 \
+    OP(norm_add, mv_rms_norm_args)                                                                                     \
     OP(rms_norm_qkv, mv_rms_norm_qkv_args)                                                                             \
     OP(rms_norm_linear, mv_rms_norm_linear_args)                                                                       \
     OP(silu_and_mul, mv_act_and_mul_args)                                                                              \

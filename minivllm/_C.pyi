@@ -43,6 +43,17 @@ def add_rms_norm(
     weight_offset: SupportsFloat = 0.0,
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
+def norm_add(
+    x: _T,
+    weight: _Tensor | None,
+    residual: _Tensor,
+    eps: SupportsFloat = 1e-6,
+    *,
+    out: _T | None = None,
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    kernel: str | None = None,
+) -> _T: ...
 def fused_add_rms_norm(
     x: _T,
     residual: _T,

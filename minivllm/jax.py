@@ -23,6 +23,7 @@ __all__ = [
     "gelu_and_mul",
     "linear",
     "linear_add",
+    "norm_add",
     "rms_norm",
     "rms_norm_linear",
     "rms_norm_qkv",
@@ -49,6 +50,13 @@ def add_rms_norm(
     """`minivllm.add_rms_norm`: x and residual [..., hidden], weight [hidden] -> (out, residual_out), both like x."""
     arrays = _without_none(x=x, residual=residual, weight=weight)
     return _call("add_rms_norm", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+
+
+def norm_add(x, weight, residual, eps=1e-6, *, rounding="hf", weight_offset=0.0, kernel=None) -> jax.Array:
+    """`minivllm.norm_add`: x and residual [..., hidden], weight [hidden] -> residual + rms_norm(x, weight), like x."""
+    arrays = _without_none(x=x, weight=weight, residual=residual)
+    (out,) = _call("norm_add", arrays, eps=eps, rounding=rounding, weight_offset=weight_offset, kernel=kernel)
+    return out
 
 
 def rms_norm_qkv(
@@ -305,7 +313,7 @@ def _forward(op, options, arrays):
 
 def _backward(op, options, arrays, gradients):
     _, in_out, _, _ = _plan(op, options, arrays)
-    formula = _act_and_mul if op.endswith("_and_mul") else _formula
+    formula = {"silu_and_mul": _act_and_mul, "gelu_and_mul": _act_and_mul, "norm_add": _norm_add}.get(op, _formula)
     _, pull_back = jax.vjp(functools.partial(formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
@@ -459,3 +467,9 @@ def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):
     if rounding == "hf":
         active = active.astype(x.dtype).astype(jnp.float32)
     return [(active * up).astype(x.dtype)]
+
+
+def _norm_add(arrays, **options):
+    """The same of norm_add. A gradient does not see the roundings."""
+    (y,) = _formula({name: array for name, array in arrays.items() if name != "residual"}, **options)
+    return [y + arrays["residual"]]

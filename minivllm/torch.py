@@ -113,6 +113,30 @@ class _Linear(torch.autograd.Function):
         return None, dx.to(x.dtype).reshape(x.shape), dout if ctx.adds else None, None, *gradients
 
 
+class _NormAdd(torch.autograd.Function):
+    """norm_add."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, residual, options):
+        return torch_ops.call("norm_add", {"x": x, "weight": weight, "residual": residual} | options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, options = inputs
+        ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        n, r = _normed(x, ctx.eps)
+        scale = ctx.weight_offset + (1.0 if weight is None else weight.float())
+        dx, dweight = _norm_gradients(dout.float(), n, r, scale)
+        return dx.to(x.dtype), None if weight is None else dweight.to(weight.dtype), dout, None
+
+
 class _NormLinear(torch.autograd.Function):
     """rms_norm_qkv or rms_norm_linear. weights: `members` matrices, then the biases."""
 
@@ -310,6 +334,18 @@ def fused_add_rms_norm(x, residual, weight, eps=1e-6, *, rounding="hf", weight_o
     _checked("fused_add_rms_norm", inputs, {"out": x, "residual_out": residual}, **options)
     torch_ops.call("fused_add_rms_norm", inputs | options)
     return x, residual
+
+
+def _norm_add_with_gradients(inputs, options):
+    return _NormAdd.apply(*_each_once(inputs["x"], inputs["weight"], inputs["residual"]), options)
+
+
+def norm_add(x, weight, residual, eps=1e-6, *, out=None, rounding="hf", weight_offset=0.0, kernel=None):
+    """minivllm.norm_add for every torch tensor, with gradients of x, weight and residual."""
+    options = {"eps": eps, "rounding": rounding, "weight_offset": weight_offset, "kernel": kernel}
+    inputs, outputs = {"x": x, "weight": weight, "residual": residual}, {"out": out}
+    (result,) = _results("norm_add", inputs, outputs, options, _norm_add_with_gradients)
+    return result
 
 
 def _linear_with_gradients(op, weight, inputs, options):

@@ -30,6 +30,7 @@ NO_GPU = why_no_gpu()
 OPS_OF_ROWS = (
     "rms_norm",
     "rms_norm_qkv",
+    "norm_add",
     "rms_norm_linear",
     "linear",
     "linear_add",

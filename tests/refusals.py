@@ -41,6 +41,9 @@ class Inputs:
         arguments |= changes
         return minivllm.rms_norm_qkv(**arguments)
 
+    def norm_add(self, **changes):
+        return minivllm.norm_add(**{"x": self.x, "weight": self.weight, "residual": self.residual} | changes)
+
     def silu(self, **changes):
         return minivllm.silu_and_mul(**{"x": self.x} | changes)
 

@@ -60,6 +60,19 @@ def test_rms_norm_qkv_refuses(inputs, spoil, exception, message):
         inputs.qkv(**spoil(inputs))
 
 
+SUMS = [refusal for refusal in ADD_REFUSALS if not refusal[0].startswith("residual_out")]
+
+
+@pytest.mark.parametrize("spoil,exception,message", cases([*NORM_REFUSALS, *SUMS]))
+def test_norm_add_refuses(inputs, spoil, exception, message):
+    changes = spoil(inputs)
+    if "x" in changes and not isinstance(changes["x"], (list, type, type(None))):
+        changes["residual"] = changes["x"]
+    refuses(lambda: inputs.norm_add(**changes), exception, message)
+    with pytest.raises(exception, match=r"norm_add"):
+        inputs.norm_add(**changes)
+
+
 @pytest.mark.parametrize("spoil,exception,message", cases(ACT_AND_MUL_REFUSALS))
 def test_silu_and_mul_refuses(inputs, spoil, exception, message):
     refuses(lambda: inputs.silu(**spoil(inputs)), exception, message)

@@ -40,6 +40,7 @@ def calls_of_everything(framework):
         minivllm.add_rms_norm(x, x, weight, rounding="fp32", weight_offset=1.0)
         minivllm.rms_norm_qkv(x, weight, matrix, 3, 1, bias=bias, residual=x, batch_invariant=True)
         minivllm.rms_norm_qkv(x, weight, (matrix[:24], matrix[24:32], matrix[32:]), 3, 1, out=out)
+        minivllm.norm_add(x, weight, x)
         minivllm.silu_and_mul(x), minivllm.gelu_and_mul(x, approximate="none", rounding="fp32")
         layer(x), packed(x, residual=x)
         minivllm.kernels("rms_norm"), minivllm.last_kernel()

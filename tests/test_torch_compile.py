@@ -149,6 +149,7 @@ def test_the_registered_ops(torch, device, dtype):
         ops.rms_norm: NORM | {"x": i.x, "weight": i.norm, "kernel": None},
         ops.add_rms_norm: NORM
         | {"x": i.x, "residual": i.residual, "weight": i.norm, "weight_offset": 1.0, "kernel": None},
+        ops.norm_add: NORM | {"x": i.x, "weight": i.norm, "residual": i.residual, "kernel": None},
         ops.fused_add_rms_norm: NORM | {"x": i.x.clone(), "residual": i.residual.clone(), "weight": None},
         ops.rms_norm_qkv: QKV | {"x": i.x, "norm_weight": i.norm, "qkv_weight": [i.wide], "bias": []},
         ops.add_rms_norm_qkv: QKV

@@ -19,6 +19,7 @@ def test_no_tokens(device, framework, dtype, lead):
     assert framework.is_mine(out) and tuple(out.shape) == (*lead, 24) and out.dtype == x.dtype
     out, sums = minivllm.add_rms_norm(x, x, weight)
     assert tuple(out.shape) == tuple(sums.shape) == (*lead, 24)
+    assert tuple(minivllm.norm_add(x, weight, x).shape) == (*lead, 24)
     same = minivllm.rms_norm(x, weight, out=x)
     assert same is x
     first, second = minivllm.fused_add_rms_norm(x, framework.full((*lead, 24), 1.0, dtype), weight)

@@ -56,6 +56,7 @@ FUNCTIONAL = {
         i.x, i.norm, i.square.split(SIZES), HEADS, KV_HEADS, weight_layout="out_in", bias=i.bias.split(SIZES)
     ),
     "residual": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.residual),
+    "norm_add": lambda i, ops=minivllm: (ops.norm_add(i.x, i.norm, i.residual, weight_offset=0.5),),
     "silu_and_mul": lambda i, ops=minivllm: (ops.silu_and_mul(i.x),),
     "gelu_and_mul": lambda i, ops=minivllm: (ops.gelu_and_mul(i.x, approximate="none", rounding="fp32"),),
     "three dimensions": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x[None], i.norm, i.wide, HEADS, KV_HEADS),

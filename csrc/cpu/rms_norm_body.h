@@ -1,4 +1,5 @@
-/* rms_norm_body.h: mv_rms_norm_<DTYPE>_<ISA>: rms_norm, and with a residual add_rms_norm, one row after another.
+/* rms_norm_body.h: mv_rms_norm_<DTYPE>_<ISA>: rms_norm, and with a residual add_rms_norm or norm_add, one row after
+ * another.
  *
  * A row is read twice and written once; the second read comes from the nearest cache, as long as the row fits there.
  * Outputs may lie exactly on x or residual: every element is read before its place is written, and s is read back
@@ -13,13 +14,18 @@ static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end)
     const int64_t hidden = task->hidden;
     for (int64_t token = begin; token < end; token++) {
         ELEMENT *out = (ELEMENT *)task->out.data + mv_row_offset(task->out, task->inner, token);
+        const ELEMENT *added = task->norm.added.data ? (const ELEMENT *)task->norm.added.data +
+                                                           mv_row_offset(task->norm.added, task->inner, token)
+                                                     : NULL;
         MV_NAME(row, DTYPE) row = MV_NAME(row_of, DTYPE)(task, token);
         const float scale = MV_NAME(row_scale, DTYPE)(task, row);
         row = MV_NAME(row_after_scale, DTYPE)(row);
         for (int64_t i = 0; i < hidden; i += LANES) {
             const int n = (int)least(LANES, hidden - i);
             const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
-            MV_NAME(v_store, DTYPE)(out + i, MV_NAME(row_norm, DTYPE)(task, s, scale, weight), n);
+            vf y = MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
+            if (added) y = v_add(y, MV_NAME(v_load, DTYPE)(added + i, n));
+            MV_NAME(v_store, DTYPE)(out + i, y, n);
         }
     }
 }

@@ -102,6 +102,16 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
     return pack<T>(y);
 }
 
+/* rn(residual + y), y rounded first as "hf" asks. */
+template <typename T> __device__ __forceinline__ Packet<T>
+apply_norm_and_add(const Packet<T> &s, float r, const NormWeights<T> &weights, bool hf, const Packet<T> &residual) {
+    if (hf) return add_residual(apply_norm(s, r, weights, true), residual);
+    float y[Packet<T>::size];
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++) y[i] = s.get(i) * r * weights.v[i] + residual.get(i);
+    return pack<T>(y);
+}
+
 /* Stores y: `store` gets a packet and how far behind its place it goes. Of float32 it may be the nearest TF32,
  * and what that leaves beside it: nothing of infinity. The largest values have no TF32 above them: the one below. */
 template <typename T, typename Store>
@@ -145,5 +155,5 @@ __device__ __forceinline__ Packet<T> apply_norm_hf(const Packet<T> &s, float r, 
 /* Host: are these rows, where they exist, all fit for 16-byte accesses? */
 template <typename T> static inline bool norm_rows_aligned(const mv_task *task) {
     const auto fits = [](mv_rows rows) { return !rows.data || rows_aligned16(rows, sizeof(T)); };
-    return fits(task->x) && fits(task->norm.residual) && fits(task->norm.residual_out);
+    return fits(task->x) && fits(task->norm.residual) && fits(task->norm.residual_out) && fits(task->norm.added);
 }

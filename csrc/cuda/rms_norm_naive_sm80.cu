@@ -20,7 +20,9 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     const T *x = row_address<const T>(task.x, task.inner, row);
     const T *residual = task.norm.residual.data ? row_address<const T>(task.norm.residual, task.inner, row) : nullptr;
     T *residual_out = task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
+    const T *added = task.norm.added.data ? row_address<const T>(task.norm.added, task.inner, row) : nullptr;
     T *out = row_address<T>(task.out, task.inner, row);
+    const bool hf = task.rounding == MV_ROUNDING_HF;
 
     float sum = 0;
     for (int64_t i = threadIdx.x; i < task.hidden; i += kThreads) {
@@ -41,7 +43,9 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
         const T s = residual_out ? residual_out[i] : residual ? add_residual(x[i], residual[i]) : x[i];
         const float own = task.norm.weight ? load_as<T>(task.norm.weight, task.norm.weight_dtype, i) : 1.0f;
         const float w = task.norm.weight_offset + own;
-        out[i] = from_float<T>(apply_norm<T>(to_float(s), r, w, task.rounding == MV_ROUNDING_HF));
+        float y = apply_norm<T>(to_float(s), r, w, hf);
+        if (added) y = (hf ? round_to<T>(y) : y) + to_float(added[i]);
+        out[i] = from_float<T>(y);
     }
 }
 

@@ -1,4 +1,4 @@
-/* rms_norm_sm80.cu: rms_norm and add_rms_norm at memory speed on everything from Ampere up.
+/* rms_norm_sm80.cu: rms_norm, add_rms_norm and norm_add at memory speed on everything from Ampere up.
  *
  * One read, one write. A row belongs to kThreads threads, each of which keeps kPackets 16-byte packets of it in
  * registers between the sum and the scaling; rows of up to 32 packets belong to one warp or less and need no barrier.
@@ -7,13 +7,16 @@
  *
  * Before the wait for the previous kernel, which may still write the norm weights, a thread finds out where its row is,
  * and L2 is asked for the weights. They are loaded together with x; but where a thread holds 4 packets and as many of a
- * residual, the weights take over those registers. Rows of whole packets have kernels of their own, without the code
- * for the others. */
+ * residual, the weights take over those registers, and with 1024 threads a residual that joins behind the norm is
+ * loaded there. Rows of whole packets have kernels of their own, without the code for the others. */
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 
 namespace {
+
+/* What becomes of a residual: the norm sees its sum with x, or it is added to what the norm gives. */
+enum class Residual { kNone, kBefore, kBehind };
 
 struct Access {
     bool whole;        /* whole packets, fit for 16-byte accesses, and weights of x's dtype: the fast path */
@@ -59,16 +62,17 @@ template <int kThreads> constexpr int kBlockThreads = kThreads <= 32 ? 128 : kTh
 
 /* Blocks that shall share an SM: 48 or 64 KB of rows are on their way. 0: the compiler's choice (1 is another: it then
  * takes as many registers as it likes). */
-template <int kThreads, int kPackets, bool kAdd> constexpr int kMinBlocks = 0;
-template <> constexpr int kMinBlocks<512, 2, false> = 3;
-template <> constexpr int kMinBlocks<512, 4, false> = 2;
-template <> constexpr int kMinBlocks<32, 4, true> = 8;
+template <int kThreads, int kPackets, Residual kResidual> constexpr int kMinBlocks = 0;
+template <> constexpr int kMinBlocks<512, 2, Residual::kNone> = 3;
+template <> constexpr int kMinBlocks<512, 4, Residual::kNone> = 2;
+template <> constexpr int kMinBlocks<32, 4, Residual::kBefore> = 8;
 
 /* kTurns: a block takes a row after the other, as many rows apart as there are blocks. */
-template <typename T, int kThreads, int kPackets, bool kAdd, bool kWhole, bool kTurns>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kAdd>))
+template <typename T, int kThreads, int kPackets, Residual kResidual, bool kWhole, bool kTurns>
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kResidual>))
     rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
+    constexpr bool kAdd = kResidual == Residual::kBefore, kTwo = kResidual != Residual::kNone;
     const bool hf = task.rounding == MV_ROUNDING_HF;
     const int lane = threadIdx.x % kThreads;
     const int64_t place =
@@ -83,7 +87,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     T *residual_out, *out;
     const auto find_row = [&] {
         x = row_address<const T>(task.x, task.inner, row);
-        residual = kAdd ? row_address<const T>(task.norm.residual, task.inner, row) : nullptr;
+        residual = kTwo ? row_address<const T>(kAdd ? task.norm.residual : task.norm.added, task.inner, row) : nullptr;
         residual_out =
             kAdd && task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
         out = row_address<T>(task.out, task.inner, row);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         compute_now(out);
     }
     prefetch_norm_weight(task);
-    constexpr bool kKeeps = !kAdd && kThreads * kPackets >= 512;
+    constexpr bool kKeeps = !kTwo && kThreads * kPackets >= 512;
     const uint64_t policy = kKeeps ? l2_policy(access.keep) : 0;
     if (task.next.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
@@ -111,10 +115,11 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
                 weights[p] = as_packet<T>(load_if(static_cast<const T *>(task.norm.weight) + at(p), at(p) < hidden));
         }
     };
-    constexpr bool kWeightsLast = kAdd && kPackets == 4;
+    constexpr bool kWeightsLast = kTwo && kPackets == 4;
+    constexpr bool kResidualLast = kResidual == Residual::kBehind && kPackets == 4 && kThreads == 1024;
     if (!kWeightsLast) load_weights();
     /* A warp for a row of 4 packets a lane: every row is on its way at once. */
-    constexpr bool kPastL1 = kAdd && kThreads == 32 && kPackets > 1;
+    constexpr bool kPastL1 = kTwo && kThreads == 32 && kPackets > 1;
     const auto load = [&](const T *from, int p) {
         const bool wanted = at(p) < hidden;
         if constexpr (!kWhole) return load_packet(from + at(p), hidden - at(p), access.rows);
@@ -125,11 +130,11 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         if (at(p) < hidden) store_packet(to + at(p), packet, kWhole ? size : hidden - at(p), kWhole || access.rows);
     };
     for (;;) {
-        Packet<T> s[kPackets], other[kAdd ? kPackets : 1];
+        Packet<T> s[kPackets], other[kTwo ? kPackets : 1];
 #pragma unroll
         for (int p = 0; p < kPackets; p++) {
             s[p] = load(x, p);
-            if constexpr (kAdd) other[p] = load(residual, p);
+            if constexpr (kTwo && !kResidualLast) other[p] = load(residual, p);
         }
         float squares[kPackets];
 #pragma unroll
@@ -154,6 +159,13 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 #pragma unroll
         for (int p = 0; p < kPackets; p++) {
             if (at(p) >= hidden) break;
+            if constexpr (kResidual == Residual::kBehind) {
+                const NormWeights<T> own = kWhole ? widen_norm_weights<T>(task, weights[p])
+                                                  : load_norm_weights_or_ones<T>(task, at(p), access.weight);
+                const Packet<T> added = kResidualLast ? load(residual, p) : other[p];
+                store(out, p, apply_norm_and_add(s[p], r, own, hf, added));
+                continue;
+            }
             store_normalised(task, normalised(p),
                              [&](const Packet<T> &y, int64_t behind) { store(out + behind, p, y); });
         }
@@ -168,8 +180,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 /* Any hidden size: s is read again, from residual_out where there is one (x may be overwritten by it, then). */
 constexpr int kLongRowThreads = 1024;
 
-template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThreads)
+template <typename T, Residual kResidual> __global__ void __launch_bounds__(kLongRowThreads)
     rms_norm_long_kernel(const __grid_constant__ mv_task task, Access access) {
+    constexpr bool kAdd = kResidual == Residual::kBefore;
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
@@ -203,9 +216,16 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
         Packet<T> s = load_packet(residual_out ? residual_out + at : x + at, left, access.rows);
         if constexpr (kAdd)
             if (!residual_out) s = add_residual(s, load_packet(residual + at, left, access.rows));
-        store_normalised(
-            task, apply_norm(s, r, load_norm_weights_or_ones<T>(task, at, access.weight), hf),
-            [&](const Packet<T> &y, int64_t behind) { store_packet(out + behind + at, y, left, access.rows); });
+        const NormWeights<T> weights = load_norm_weights_or_ones<T>(task, at, access.weight);
+        if constexpr (kResidual == Residual::kBehind) {
+            const Packet<T> added =
+                load_packet(row_address<const T>(task.norm.added, task.inner, row) + at, left, access.rows);
+            store_packet(out + at, apply_norm_and_add(s, r, weights, hf, added), left, access.rows);
+            continue;
+        }
+        store_normalised(task, apply_norm(s, r, weights, hf), [&](const Packet<T> &y, int64_t behind) {
+            store_packet(out + behind + at, y, left, access.rows);
+        });
     }
 }
 
@@ -215,60 +235,62 @@ template <typename T, bool kAdd> __global__ void __launch_bounds__(kLongRowThrea
  * product's own, which then wait for y and not for a place; and few blocks start sooner than many. */
 constexpr int kTurnBlocks = 16, kMostTurns = 4;
 
-template <typename T, bool kAdd, int kThreads, int kPackets>
+template <typename T, Residual kResidual, int kThreads, int kPackets>
 mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
     constexpr int threads = kBlockThreads<kThreads>;
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
     Grid grid = {static_cast<unsigned>(blocks), threads, 0};
-    if constexpr (sizeof(T) == 2 && !kAdd && kThreads == 64) {
+    if constexpr (sizeof(T) == 2 && kResidual == Residual::kNone && kThreads == 64) {
         const int64_t fewest = (blocks + kMostTurns - 1) / kMostTurns, most = int64_t{kTurnBlocks} * task->sm_count;
         if (task->next.launch_early && access.whole && blocks > most) {
             grid.blocks = static_cast<unsigned>(fewest > most ? fewest : most);
-            return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true, true>>(task, grid, error, *task, access);
+            return launch<rms_norm_kernel<T, kThreads, kPackets, kResidual, true, true>>(task, grid, error, *task,
+                                                                                         access);
         }
     }
     if (access.whole)
-        return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, true, false>>(task, grid, error, *task, access);
-    return launch<rms_norm_kernel<T, kThreads, kPackets, kAdd, false, false>>(task, grid, error, *task, access);
+        return launch<rms_norm_kernel<T, kThreads, kPackets, kResidual, true, false>>(task, grid, error, *task, access);
+    return launch<rms_norm_kernel<T, kThreads, kPackets, kResidual, false, false>>(task, grid, error, *task, access);
 }
 
-template <typename T, bool kAdd> mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
+template <typename T, Residual kResidual>
+mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
     const Grid grid = {static_cast<unsigned>(task->tokens), kLongRowThreads, 0};
-    return launch<rms_norm_long_kernel<T, kAdd>>(task, grid, error, *task, access);
+    return launch<rms_norm_long_kernel<T, kResidual>>(task, grid, error, *task, access);
 }
 
 /* Threads for a row by its packets, as measured on an H100 (docs/speed/norms.md): 2 packets a thread are faster than 4,
  * but more blocks on an SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
 template <typename T> mv_status launch_plain(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    if (packets <= 16) return launch_rows<T, false, 16, 1>(task, access, error);
-    if (packets <= 32) return launch_rows<T, false, 32, 1>(task, access, error);
-    if (packets <= 128) return launch_rows<T, false, 64, 2>(task, access, error);
-    if (packets <= 256 && sizeof(T) == 4) return launch_rows<T, false, 256, 1>(task, access, error);
-    if (packets <= 256) return launch_rows<T, false, 128, 2>(task, access, error);
-    if (packets <= 512) return launch_rows<T, false, 256, 2>(task, access, error);
-    if (packets <= 1024) return launch_rows<T, false, 512, 2>(task, access, error);
-    if (packets <= 2048) return launch_rows<T, false, 512, 4>(task, access, error);
-    if (packets <= 4096) return launch_rows<T, false, 1024, 4>(task, access, error);
-    return launch_long_rows<T, false>(task, access, error);
+    if (packets <= 16) return launch_rows<T, Residual::kNone, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_rows<T, Residual::kNone, 32, 1>(task, access, error);
+    if (packets <= 128) return launch_rows<T, Residual::kNone, 64, 2>(task, access, error);
+    if (packets <= 256 && sizeof(T) == 4) return launch_rows<T, Residual::kNone, 256, 1>(task, access, error);
+    if (packets <= 256) return launch_rows<T, Residual::kNone, 128, 2>(task, access, error);
+    if (packets <= 512) return launch_rows<T, Residual::kNone, 256, 2>(task, access, error);
+    if (packets <= 1024) return launch_rows<T, Residual::kNone, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_rows<T, Residual::kNone, 512, 4>(task, access, error);
+    if (packets <= 4096) return launch_rows<T, Residual::kNone, 1024, 4>(task, access, error);
+    return launch_long_rows<T, Residual::kNone>(task, access, error);
 }
 
 /* With a residual 1 packet a thread is faster than 2 up to 512. */
-template <typename T> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
+template <typename T, Residual kResidual> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    if (packets <= 16) return launch_rows<T, true, 16, 1>(task, access, error);
-    if (packets <= 32) return launch_rows<T, true, 32, 1>(task, access, error);
+    if (packets <= 16) return launch_rows<T, kResidual, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_rows<T, kResidual, 32, 1>(task, access, error);
     /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
     if (packets > 96 && packets <= 128 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
-        return launch_rows<T, true, 32, 4>(task, access, error);
-    if (packets <= 128) return launch_rows<T, true, 128, 1>(task, access, error);
-    if (packets <= 256) return launch_rows<T, true, 256, 1>(task, access, error);
-    if (packets <= 512) return launch_rows<T, true, 512, 1>(task, access, error);
-    if (packets <= 1024) return launch_rows<T, true, 512, 2>(task, access, error);
-    if (packets <= 2048) return launch_rows<T, true, 1024, 2>(task, access, error);
-    if (packets <= 4096) return launch_rows<T, true, 1024, 4>(task, access, error);
-    return launch_long_rows<T, true>(task, access, error);
+        return launch_rows<T, kResidual, 32, 4>(task, access, error);
+    if (packets <= 128) return launch_rows<T, kResidual, 128, 1>(task, access, error);
+    if (packets <= 256) return launch_rows<T, kResidual, 256, 1>(task, access, error);
+    if (packets <= 512) return launch_rows<T, kResidual, 512, 1>(task, access, error);
+    if (packets <= 1024) return launch_rows<T, kResidual, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_rows<T, kResidual, 1024, 2>(task, access, error);
+    if (packets <= 4096) return launch_rows<T, kResidual, 1024, 4>(task, access, error);
+    return launch_long_rows<T, kResidual>(task, access, error);
 }
 
 template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
@@ -286,7 +308,9 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     access.keep = task->tokens * task->hidden * static_cast<int64_t>(sizeof(T)) >= kKeptTimes * task->l2_bytes &&
                   !task->next.launch_early;
     access.mean_scale = mean_scale<T>(*task);
-    return task->norm.residual.data ? launch_add<T>(task, access, error) : launch_plain<T>(task, access, error);
+    if (task->norm.residual.data) return launch_add<T, Residual::kBefore>(task, access, error);
+    if (task->norm.added.data) return launch_add<T, Residual::kBehind>(task, access, error);
+    return launch_plain<T>(task, access, error);
 }
 
 } // namespace

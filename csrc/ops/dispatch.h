@@ -78,6 +78,7 @@ mv_status mv_run_row(const char *op, const mv_choice *choice, const mv_task *tas
 extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list, mv_act_and_mul_list, mv_decode_attention_list;
 /* Ops whose kernels are those of another one. */
 #define mv_add_rms_norm_list mv_rms_norm_list
+#define mv_norm_add_list mv_rms_norm_list
 #define mv_rms_norm_linear_list mv_rms_norm_qkv_list
 #define mv_silu_and_mul_list mv_act_and_mul_list
 #define mv_gelu_and_mul_list mv_act_and_mul_list

@@ -1,4 +1,4 @@
-/* rms_norm.c: rms_norm and add_rms_norm: what they require, and the kernels that serve both. */
+/* rms_norm.c: rms_norm, add_rms_norm and norm_add: what they require, and the kernels that serve all three. */
 #include "plan.h"
 
 /* ---- the kernels ---------------------------------------------------------------------------------------------- */
@@ -51,14 +51,19 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
     return mv_check_apart(out, residual_out, false, error);
 }
 
-static mv_status make_plan(const char *op, const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
+/* Where in a task the residual goes: the norm sees its sum with x, or it is added to what the norm gives. */
+enum { BEFORE_NORM = offsetof(mv_task, norm.residual), BEHIND_NORM = offsetof(mv_task, norm.added) };
+
+/* sums: residual_out is an output. */
+static mv_status make_plan(const char *op, const mv_rms_norm_args *a, size_t residual_place, bool sums, mv_plan *plan,
+                           mv_error *error) {
     MV_TRY(check(op, a, error));
     const int64_t hidden = a->x.shape[a->x.ndim - 1];
     const mv_row_view rows[] = {MV_READS(&a->x, hidden, x),
-                                MV_READS(&a->residual, hidden, norm.residual),
+                                {&a->residual, hidden, residual_place, NULL, false, false},
                                 {&a->out, hidden, offsetof(mv_task, out), .output = "out"},
                                 MV_RESIDUAL_OUT(&a->residual_out, hidden)};
-    MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, rows, mv_present(&a->residual) ? 4 : 3, error));
+    MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, rows, sums ? 4 : 3, error));
     mv_task *task = &mv_state(plan)->part[0].task;
     task->norm.weight = a->weight.data;
     task->norm.weight_dtype = mv_present(&a->weight) ? a->weight.dtype : a->x.dtype;
@@ -72,11 +77,18 @@ mv_status mv_rms_norm(const mv_rms_norm_args *a, mv_plan *plan, mv_error *error)
     const char *op = a->call.op ? a->call.op : "rms_norm";
     MV_REQUIRE(!mv_present(&a->residual) && !mv_present(&a->residual_out), MV_BAD_VALUE,
                "%s: a residual was given; mv_add_rms_norm takes one", op);
-    return make_plan(op, a, plan, error);
+    return make_plan(op, a, BEFORE_NORM, false, plan, error);
 }
 
 mv_status mv_add_rms_norm(const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
     const char *op = a->call.op ? a->call.op : "add_rms_norm";
     MV_REQUIRE(mv_present(&a->residual), MV_BAD_VALUE, "%s: residual is missing", op);
-    return make_plan(op, a, plan, error);
+    return make_plan(op, a, BEFORE_NORM, true, plan, error);
+}
+
+mv_status mv_norm_add(const mv_rms_norm_args *a, mv_plan *plan, mv_error *error) {
+    const char *op = a->call.op ? a->call.op : "norm_add";
+    MV_REQUIRE(mv_present(&a->residual), MV_BAD_VALUE, "%s: residual is missing", op);
+    MV_REQUIRE(!mv_present(&a->residual_out), MV_BAD_VALUE, "%s: a residual_out was given; out is the sum", op);
+    return make_plan(op, a, BEHIND_NORM, false, plan, error);
 }

@@ -20,6 +20,7 @@ struct Case {
     float weight_offset;
     int pad; /* elements between rows of x, residual and outputs */
     bool allow_tf32 = false, no_norm_weight = false;
+    bool behind = false; /* norm_add: the residual is added to what the norm gives */
 };
 
 constexpr mv_rounding kHf = MV_ROUNDING_HF, kFp32 = MV_ROUNDING_FP32;
@@ -78,6 +79,14 @@ constexpr Case kNorms[] = {
     {5, 1024, 0, kHf, true, false, false, false, false, 0, 0, false, true},
     {3, 1027, 0, kFp32, false, false, false, false, false, 0.5f, 1, false, true},
     {2, 40000, 0, kHf, true, false, false, false, false, 0, 0, false, true},
+    {7, 33, 0, kFp32, true, false, false, false, false, 1, 0, false, false, true},
+    {5, 256, 0, kHf, true, false, false, false, false, 0, 8, false, false, true},
+    {100, 1000, 0, kHf, true, false, false, false, false, 0, 0, false, false, true},
+    {600, 1000, 0, kFp32, true, false, false, false, false, 0, 0, false, false, true},
+    {3, 1027, 0, kHf, true, false, true, false, false, 0.5f, 1, false, false, true},
+    {2, 8200, 0, kFp32, true, false, false, false, false, 0, 0, false, true, true},
+    {2, 16392, 0, kHf, true, false, false, false, false, 0, 8, false, false, true},
+    {2, 40000, 0, kFp32, true, false, false, false, false, 0, 0, false, false, true},
 };
 
 /* Of rounding to T: half the distance of 1 and the next number. */
@@ -128,7 +137,9 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
     task.static_weights = static_weights;
     task.x = x.view();
     task.out = out.view();
-    if (c.residual) task.norm.residual = residual.view(), task.norm.residual_out = sum.view();
+    const bool before = c.residual && !c.behind;
+    if (before) task.norm.residual = residual.view(), task.norm.residual_out = sum.view();
+    if (c.behind) task.norm.added = residual.view();
     task.norm.weight = c.wide_norm_weight ? static_cast<void *>(wide.values.data()) : narrow.values.data();
     if (c.no_norm_weight) task.norm.weight = nullptr;
     task.norm.weight_dtype = c.wide_norm_weight ? MV_F32 : row.dtype;
@@ -166,7 +177,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
         double squares = 0;
         for (int k = 0; k < c.hidden; k++) {
             y[k] = static_cast<float>(x.at(t, k));
-            if (c.residual) {
+            if (before) {
                 y[k] = rounded(y[k] + static_cast<float>(residual.at(t, k)));
                 if (static_cast<float>(sum.at(t, k)) != y[k]) return INFINITY;
             }
@@ -176,7 +187,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
         for (int k = 0; k < c.hidden; k++) {
             const double normalised = c.rounding == kHf ? rounded(y[k] * r) : y[k] * r;
             y[k] = normalised * (c.weight_offset + wide.at(0, k));
-            if (c.rounding == kHf && projects) y[k] = rounded(y[k]);
+            if (c.rounding == kHf && (projects || c.behind)) y[k] = rounded(y[k]);
         }
         for (int n = 0; n < width; n++) {
             double exact = 0, terms = 0, term_squares = 0;
@@ -191,6 +202,8 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
             } else {
                 exact = y[n];
             }
+            const double of_norm = std::fabs(exact); /* where a residual joins it, both are rounded */
+            if (c.behind) exact += static_cast<float>(residual.at(t, n));
             /* The last rounding (of a norm: each of its roundings may go the other way, where r is a unit off); the
              * float32 sum, whose roundings are random: five standard deviations where partial sums are as large as the
              * root of the squares of their terms, which leaves no room for TF32; and the roundings of y, which are
@@ -199,15 +212,18 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
              * factors' of every term. */
             const double of_y = c.rounding == kHf ? terms / 8 : 5 * 0.41 * std::sqrt(term_squares);
             const double of_tf32 = c.allow_tf32 && row.dtype == MV_F32 ? 5 * 0.58 * std::sqrt(term_squares) : 0;
-            const double may = kUnit<T> * std::fabs(exact) * (projects ? 1 : 3) +
+            const double may = kUnit<T> * (std::fabs(exact) + (projects   ? 0
+                                                               : c.behind ? 3
+                                                                          : 2) *
+                                                                  of_norm) +
                                5 * 0x1p-24 * std::sqrt(c.hidden * term_squares) + kUnit<T> * of_y + 0x1p-11 * of_tf32 +
-                               0x1p-20 * std::fabs(exact) + 1e-30;
+                               0x1p-20 * (std::fabs(exact) + of_norm) + 1e-30;
             const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
             if (std::isnan(far)) return INFINITY;
             worst = std::max(worst, far);
         }
     }
-    return out.gaps_untouched() && (!c.residual || sum.gaps_untouched()) ? worst : INFINITY;
+    return out.gaps_untouched() && (!before || sum.gaps_untouched()) ? worst : INFINITY;
 }
 
 /* The number of wrong results of the rows that have `part` in their names. */

@@ -70,7 +70,7 @@ def matrix_of(case: Case) -> str | None:
 
 def gives_sum(case: Case) -> bool:
     """Whether x + residual is a result."""
-    return "residual" in case.tensors and case.op != "linear_add"
+    return "residual" in case.tensors and case.op not in ("linear_add", "norm_add")
 
 
 def is_in_out(case: Case) -> bool:

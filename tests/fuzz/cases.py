@@ -17,15 +17,17 @@ from fuzz.layouts import Spec
 # ---- the norms ---------------------------------------------------------------------------------------------------------
 
 
-def norm(d: Drawing, inputs=("x",)):
-    """rms_norm and its kin: `inputs` are of x's shape, and so is an output for each of them."""
+OUTPUTS = {"x": "out", "residual": "residual_out"}
+
+
+def norm(d: Drawing, inputs=("x",), outputs=OUTPUTS):
+    """rms_norm and its kin: `inputs` are of x's shape, and so is the output that some of them have."""
     rng = d.rng
     hidden = d.hidden()
     lead = d.lead(d.most_elements // hidden)
     shape = (*lead, hidden)
-    outputs = {"x": "out", "residual": "residual_out"}
     in_place = d.op.startswith("fused")
-    given = {} if in_place else {argument: rng.random() for argument in inputs}
+    given = {} if in_place else {argument: rng.random() for argument in inputs if argument in outputs}
     beside = [outputs[argument] for argument in inputs if 0.3 <= given.get(argument, 0) < 0.6]
     if rng.random() < 0.2:  # everything in one buffer
         names = [*inputs, *beside]
@@ -245,6 +247,7 @@ class Op(NamedTuple):
 OPS = {
     "rms_norm": Op(norm, expect.norm),
     "add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
+    "norm_add": Op(functools.partial(norm, inputs=("x", "residual"), outputs={"x": "out"}), expect.norm_add),
     "fused_add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
     "rms_norm_linear": Op(projection, expect.projection),
     "rms_norm_qkv": Op(projection, expect.projection),

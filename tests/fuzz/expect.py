@@ -67,6 +67,18 @@ def norm(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     return Expected(y, bound + SUBNORMAL_F32 * abs(finite_gain), unsure if unsure.any() else None)
 
 
+def norm_add(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
+    """The norm within its own bound, which holds its own rounding, and the residual added."""
+    y, bound, open_ = norm({name: inputs[name] for name in inputs if name != "residual"}, options, dtype, wild)
+    out, xp = y + inputs["residual"], namespace(y)
+    if wild:  # where the norm may round to infinity before it is added
+        most = round_to(abs(_finite(y)) + bound, dtype)
+        open_ = xp.zeros_like(y, dtype=bool) if open_ is None else open_
+        open_ = open_ | (xp.isfinite(y) & xp.isinf(most))
+    finite = _finite(out) if wild else out
+    return Expected(out, bound + quantum(finite, dtype) / 2 + 2 * numeric.UNIT_F32 * abs(finite), open_)
+
+
 def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     weight = inputs["qkv_weight"] if "qkv_weight" in inputs else inputs["weight"]
     bias, hf = inputs.get("bias"), options.get("rounding", "hf") == "hf"

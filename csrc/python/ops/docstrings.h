@@ -36,6 +36,14 @@
     "x, residual: of one shape and dtype, writable. weight, eps, rounding, weight_offset: as in "                      \
     "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_norm_add                                                                                                   \
+    "norm_add($module, x, weight, residual, eps=1e-06, *, out=None, rounding='hf', weight_offset=0.0, kernel=None)\n"  \
+    "--\n\n"                                                                                                           \
+    "out = residual + rms_norm(x, weight), as Gemma has a norm on either side of a sublayer. Returns out.\n\n"         \
+    "residual, out: of x's shape and dtype; out may be exactly x or exactly residual. rounding 'hf' rounds the norm\n" \
+    "to x's dtype before it is added, 'fp32' the sum alone. weight, eps, weight_offset, kernel: as in "                \
+    "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_rms_norm_qkv                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \
     "residual=None, head_dim=None, out=None, residual_out=None, weight_layout='auto', rounding='hf', "                 \

@@ -1,4 +1,4 @@
-/* norms.c: rms_norm, add_rms_norm, and fused_add_rms_norm, which is the latter in place. */
+/* norms.c: rms_norm, add_rms_norm, fused_add_rms_norm, which is the latter in place, and norm_add. */
 #include "../base/refusals.h"
 #include "../base/steps.h"
 #include "../convert/results.h"
@@ -83,3 +83,21 @@ static PyObject *run_fused_add_rms_norm(call *c, mv_rms_norm_args *a) {
     return run_norm(c, a, mv_add_rms_norm) ? returned_pair(c, &a->x, &a->residual, &a->x) : NULL;
 }
 FACE(fused_add_rms_norm, mv_rms_norm_args)
+
+static const parameter norm_add_parameters[] = {
+    NORM(x, tensor_value, ROWS),
+    NORM(weight, optional_tensor_value, WEIGHT),
+    NORM(residual, tensor_value, ROWS),
+    NORM(eps, number_value, OPTION),
+    NORM(out, optional_tensor_value, OUTPUT),
+    NORM(rounding, rounding_value, OPTION),
+    NORM(weight_offset, number_value, OPTION),
+    KERNEL_PARAMETER(mv_rms_norm_args),
+};
+static const mv_rms_norm_args norm_add_defaults = {.call.op = "norm_add", .eps = 1e-6};
+SIGNATURE(norm_add, SIGNATURE_norm_add, "norm_add", .required = 3, .positional = 4, .defaults = &norm_add_defaults);
+
+static PyObject *run_norm_add(call *c, mv_rms_norm_args *a) {
+    return run_norm(c, a, mv_norm_add) ? returned(c, &a->out, &a->x) : NULL;
+}
+FACE(norm_add, mv_rms_norm_args)
