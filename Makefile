@@ -61,6 +61,8 @@ ctest:
 	$(PYTHON) setup.py -q build_c
 	for run in 1 2 3 4 5 6 7 8 9 10; do build/c/test_first_call || exit; done
 	build/c/test_rms_norm
+	build/c/test_act_and_mul
+	build/c/test_act_and_mul_calls
 	build/c/test_plan
 	build/c/test_pool
 

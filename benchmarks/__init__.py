@@ -2,6 +2,7 @@
 
 __main__        the command line
 norms           rms_norm, add_rms_norm
+act_and_mul     silu_and_mul, gelu_and_mul
 qkv             rms_norm_qkv
 host            what a call costs from Python
 accuracy        errors against float64

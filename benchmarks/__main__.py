@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.peers import COMPILE_MODES
 
-OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", "host", "accuracy")
+OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", "silu_and_mul", "gelu_and_mul", "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("op", choices=(*OPS, "model", "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
-        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names, or TOKENSxHIDDEN for the norms"
+        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names; of norms and activations TOKENSxHIDDEN"
     )
     commands.add_argument(
         "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model: batches"
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 def shape_error(op: str, shapes: list[str]) -> str | None:
     """What is wrong with the --shapes of an op."""
-    if op in ("rms_norm", "add_rms_norm"):
+    if op in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul"):
         wrong = [shape for shape in shapes if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape)]
         return f"--shapes of {op} are TOKENSxHIDDEN, such as 4096x1024, not {wrong[0]}" if wrong else None
     from minivllm.testing import models
@@ -102,11 +102,12 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, host, model, norms, qkv
+    from benchmarks import accuracy, act_and_mul, host, model, norms, qkv
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    module = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model}.get(op, norms)
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model}
+    module = modules.get(op, act_and_mul if op.endswith("_and_mul") else norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
     if options.kernel is None:
         options.kernel = ["all"] if args.device == "cuda" and not args.quick else []
@@ -114,8 +115,8 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
         busy_cuda()
     report = Report(op, args.device, sys.argv[1:], path, module.METHOD, args.commit)
     with torch.inference_mode():
-        if module is norms:
-            norms.run(op, options, report)
+        if module in (norms, act_and_mul):
+            module.run(op, options, report)
         else:
             module.run(options, report)
     report.close()

@@ -37,6 +37,20 @@ def rms_norm_qkv(x, norm_weight, weight, bias):
     return F.linear(rms_norm(x, norm_weight), weight, bias)
 
 
+def silu_and_mul(x):
+    import torch.nn.functional as F
+
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(x):
+    import torch.nn.functional as F
+
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def hf_rms_norm(x, weight):
     """The norm as HF Llama and Qwen write it: rounded before the weight is applied, and after."""
     import torch

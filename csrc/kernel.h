@@ -77,6 +77,7 @@ typedef struct {
     mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or [tokens, hidden] without a linear layer */
     mv_norm norm;
     mv_linear_layer linear;
+    mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
     mv_next_launch next;
     const char *op; /* that was called: for messages */
 } mv_task;

@@ -43,6 +43,14 @@ typedef enum {
 } mv_rounding;
 
 typedef enum {
+    MV_SILU,      /* z / (1 + exp(-z))                                           */
+    MV_GELU_TANH, /* 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))           */
+    MV_GELU       /* 0.5 z (1 + erf(z / sqrt(2)))                                */
+} mv_activation;
+
+typedef enum { MV_APPROXIMATE_TANH, MV_APPROXIMATE_NONE } mv_approximate; /* of gelu: MV_GELU_TANH or MV_GELU */
+
+typedef enum {
     MV_LAYOUT_AUTO,   /* the shape decides; weights that are all square are refused */
     MV_LAYOUT_OUT_IN, /* [qkv, hidden], as nn.Linear keeps it                     */
     MV_LAYOUT_IN_OUT  /* [hidden, qkv]                                            */
@@ -200,6 +208,29 @@ typedef struct {
 mv_status mv_linear(const mv_linear_args *args, mv_plan *plan, mv_error *error);
 mv_status mv_linear_add(const mv_linear_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- silu_and_mul, gelu_and_mul -------------------------------------------------------------------------------
+ *
+ *   MV_ROUNDING_HF:   out = rn(rn(activation(gate)) * up)
+ *   MV_ROUNDING_FP32: out = rn(activation(gate) * up)
+ *
+ * x: [..., 2 d], a row of which is gate | up, so its last dimension is even; out: [..., d]. One dtype, any strides of
+ * the leading dimensions, the last one contiguous. out may share no byte with x, not even where it is exactly the gate
+ * half; or it is absent, and mv_run() is told where.
+ *
+ * NaN and infinity come where the formulas have them in float32. The activation of a gate of -infinity is NaN. It is
+ * -0 where the exponential in it leaves float32 (in silu for z below -88.7), and an infinite up makes NaN of that. The
+ * gelus are computed without the cancellation in 1 + tanh and 1 + erf, as z / (1 + exp(-2 sqrt(2 / pi) (z + 0.044715
+ * z^3))) and as z times the normal distribution, so that small results are right too. */
+typedef struct {
+    mv_call call;
+    mv_view x, out;
+    mv_approximate approximate; /* of gelu_and_mul */
+    mv_rounding rounding;
+} mv_act_and_mul_args;
+
+mv_status mv_silu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_error *error);
+mv_status mv_gelu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_error *error);
+
 /* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
@@ -207,7 +238,9 @@ mv_status mv_linear_add(const mv_linear_args *args, mv_plan *plan, mv_error *err
     OP(rms_norm_qkv, mv_rms_norm_qkv_args)                                                                             \
     OP(rms_norm_linear, mv_rms_norm_linear_args)                                                                       \
     OP(linear, mv_linear_args)                                                                                         \
-    OP(linear_add, mv_linear_args)
+    OP(linear_add, mv_linear_args)                                                                                     \
+    OP(silu_and_mul, mv_act_and_mul_args)                                                                              \
+    OP(gelu_and_mul, mv_act_and_mul_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 
@@ -237,7 +270,7 @@ enum { MV_MAX_THREADS = 1024 };
 void mv_set_num_threads(int n);
 int mv_get_num_threads(void);
 
-/* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16", separated by spaces. */
+/* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16 amx", separated by spaces. */
 const char *mv_cpu_features(void);
 
 /* ---- the CUDA backend; in a build without it each returns MV_DEVICE_ERROR and says how to get one ---------------- */

@@ -38,6 +38,7 @@ else:
     from ._C import (
         add_rms_norm,
         fused_add_rms_norm,
+        gelu_and_mul,
         get_num_threads,
         linear,
         linear_add,
@@ -45,6 +46,7 @@ else:
         rms_norm_linear,
         rms_norm_qkv,
         set_num_threads,
+        silu_and_mul,
     )
     from .device_array import DeviceArray, empty, to_device
     from .layers import FusedRMSNormQKV
@@ -62,6 +64,7 @@ else:
         "add_rms_norm",
         "empty",
         "fused_add_rms_norm",
+        "gelu_and_mul",
         "get_num_threads",
         "kernels",
         "last_kernel",
@@ -72,5 +75,6 @@ else:
         "rms_norm_qkv",
         "set_num_threads",
         "shard_qkv",
+        "silu_and_mul",
         "to_device",
     ]

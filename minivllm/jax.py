@@ -17,7 +17,16 @@ from jax import numpy as jnp
 from . import _C
 from .signatures import names
 
-__all__ = ["add_rms_norm", "linear", "linear_add", "rms_norm", "rms_norm_linear", "rms_norm_qkv"]
+__all__ = [
+    "add_rms_norm",
+    "gelu_and_mul",
+    "linear",
+    "linear_add",
+    "rms_norm",
+    "rms_norm_linear",
+    "rms_norm_qkv",
+    "silu_and_mul",
+]
 
 for _op, _platform, _handler in _C._xla_handlers():
     jax.ffi.register_ffi_target(f"minivllm_{_op}", _handler, platform=_platform)
@@ -173,6 +182,18 @@ def linear_add(
     return out
 
 
+def silu_and_mul(x, *, rounding="hf", kernel=None) -> jax.Array:
+    """`minivllm.silu_and_mul`: x [..., 2 d], which is gate | up -> silu(gate) * up, [..., d]."""
+    (out,) = _call("silu_and_mul", {"x": x}, rounding=rounding, kernel=kernel)
+    return out
+
+
+def gelu_and_mul(x, *, approximate="tanh", rounding="hf", kernel=None) -> jax.Array:
+    """`minivllm.gelu_and_mul`: x [..., 2 d], which is gate | up -> gelu(gate) * up, [..., d]."""
+    (out,) = _call("gelu_and_mul", {"x": x}, approximate=approximate, rounding=rounding, kernel=kernel)
+    return out
+
+
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
 
 
@@ -212,7 +233,8 @@ def _forward(op, options, arrays):
 
 def _backward(op, options, arrays, gradients):
     _, in_out, _, _ = _plan(op, options, arrays)
-    _, pull_back = jax.vjp(functools.partial(_formula, in_out=in_out, **dict(options)), arrays)
+    formula = _act_and_mul if op.endswith("_and_mul") else _formula
+    _, pull_back = jax.vjp(functools.partial(formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
 
@@ -348,3 +370,13 @@ def _added(out, residual, scale, rounding):
     if scale != 1:
         out = rounded(out * scale)
     return (out + residual).astype(residual.dtype)
+
+
+def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):
+    """The same of silu_and_mul, and of gelu_and_mul, which alone has `approximate`."""
+    x = arrays["x"]
+    gate, up = jnp.split(x.astype(jnp.float32), 2, -1)
+    active = jax.nn.silu(gate) if approximate is None else jax.nn.gelu(gate, approximate == "tanh")
+    if rounding == "hf":
+        active = active.astype(x.dtype).astype(jnp.float32)
+    return [(active * up).astype(x.dtype)]

@@ -148,6 +148,34 @@ class _NormLinear(torch.autograd.Function):
         return None, dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
 
 
+class _ActAndMul(torch.autograd.Function):
+    """silu_and_mul or gelu_and_mul."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, x, options):
+        return torch_ops.call(op, {"x": x} | options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, options = inputs
+        ctx.approximate = options.get("approximate")  # None: silu
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        (gate, up), dout = x.float().chunk(2, -1), dout.float()
+        if ctx.approximate is None:
+            active = torch.nn.functional.silu(gate)
+            dgate = torch.ops.aten.silu_backward(dout * up, gate)
+        else:
+            active = torch.nn.functional.gelu(gate, approximate=ctx.approximate)
+            dgate = torch.ops.aten.gelu_backward(dout * up, gate, approximate=ctx.approximate)
+        return None, torch.cat([dgate, dout * active], -1).to(x.dtype), None
+
+
 # ---- the faces: what the C functions hand over to, and what torch.compile traces ------------------------------------
 
 
@@ -422,6 +450,24 @@ def rms_norm_qkv(
         )
     parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
     return *parts, *total
+
+
+def _act_and_mul(op, x, out, **options):
+    def with_gradients(inputs, options):
+        return _ActAndMul.apply(op, inputs["x"], options)
+
+    (result,) = _results(op, {"x": x}, {"out": out}, options, with_gradients)
+    return result
+
+
+def silu_and_mul(x, *, out=None, rounding="hf", kernel=None):
+    """minivllm.silu_and_mul for every torch tensor, with the gradient of x."""
+    return _act_and_mul("silu_and_mul", x, out, rounding=rounding, kernel=kernel)
+
+
+def gelu_and_mul(x, *, approximate="tanh", out=None, rounding="hf", kernel=None):
+    """minivllm.gelu_and_mul for every torch tensor, with the gradient of x."""
+    return _act_and_mul("gelu_and_mul", x, out, approximate=approximate, rounding=rounding, kernel=kernel)
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):

@@ -107,6 +107,8 @@ def _fake(op, takes, outputs):
 
 
 def _shape_of_out(op, x, given):
+    if op.endswith("_and_mul"):  # x is gate | up
+        return (*x.shape[:-1], x.shape[-1] // 2)
     if "weight_layout" not in given:
         return x.shape
     name = "qkv_weight" if "qkv_weight" in given else "weight"

@@ -27,7 +27,8 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-ROWS = {op: minivllm.kernels(op) for op in ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "linear", "linear_add")}
+OPS = ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "linear", "linear_add", "silu_and_mul", "gelu_and_mul")
+ROWS = {op: minivllm.kernels(op) for op in OPS}
 
 
 def device_of(row) -> str:

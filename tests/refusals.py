@@ -41,6 +41,12 @@ class Inputs:
         arguments |= changes
         return minivllm.rms_norm_qkv(**arguments)
 
+    def silu(self, **changes):
+        return minivllm.silu_and_mul(**{"x": self.x} | changes)
+
+    def gelu(self, **changes):
+        return minivllm.gelu_and_mul(**{"x": self.x} | changes)
+
 
 # (what, the spoilt argument, as a function of the inputs; the exception; its message)
 NORM_REFUSALS = [
@@ -247,4 +253,49 @@ QKV_REFUSALS = [
     ("out shape", lambda i: {"out": i.full(5, 41)}, ValueError, r"out has shape \[5, 41\], expected \[5, 40\]"),
     ("batch_invariant", lambda i: {"batch_invariant": "no"}, TypeError, r"batch_invariant"),
     ("unknown keyword", lambda i: {"heads": 1}, TypeError, r"heads"),
+]
+ACT_AND_MUL_REFUSALS = [
+    ("scalar x", lambda i: {"x": i.full()}, ValueError, r"x has (0|no) dimensions, expected "),
+    ("no columns", lambda i: {"x": i.full(3, 0)}, ValueError, r"x has shape \[3, 0\]"),
+    ("odd x", lambda i: {"x": i.full(3, 7)}, ValueError, r"x has shape \[3, 7\], expected an even last dimension"),
+    (
+        "x that steps",
+        lambda i: {"x": i.framework.strided(i.full(5 * 64), (5, 32), (64, 2))},
+        ValueError,
+        r"x must be contiguous in its last dimension",
+    ),
+    ("x None", lambda i: {"x": None}, TypeError, r"x must be a tensor .*, got NoneType"),
+    ("rounding", lambda i: {"rounding": "HF"}, ValueError, r"rounding .*'?HF'?.*hf.*fp32"),
+    (
+        "kernel",
+        lambda i: {"kernel": "f32_abacus"},
+        ValueError,
+        r"no kernel is called 'f32_abacus'; minivllm\.kernels\('",
+    ),
+    ("unknown keyword", lambda i: {"eps": 1e-6}, TypeError, r"eps"),
+    ("out as wide as x", lambda i: {"out": i.full(5, 64)}, ValueError, r"out has shape \[5, 64\], expected \[5, 32\]"),
+    ("out rank", lambda i: {"out": i.full(1, 5, 32)}, ValueError, r"out has shape \[1, 5, 32\], expected \[5, 32\]"),
+    (
+        "out dtype",
+        lambda i: {"out": i.full(5, 32, dtype="f16")},
+        TypeError,
+        r"out is float16, expected float32 \(the dtype of x\)",
+    ),
+    (
+        "out that repeats",
+        lambda i: {"out": i.framework.strided(i.full(32), (5, 32), (0, 1))},
+        ValueError,
+        r"out has elements that share memory",
+    ),
+    ("the gate", lambda i: {"out": i.x[:, :32]}, ValueError, r"out overlaps x; pass memory of its own"),
+    ("up", lambda i: {"out": i.x[:, 32:]}, ValueError, r"out overlaps x; pass memory of its own"),
+]
+GELU_REFUSALS = [
+    (
+        "approximate",
+        lambda i: {"approximate": "erf"},
+        ValueError,
+        r"approximate is 'erf', expected \"tanh\" or \"none\"",
+    ),
+    ("approximate None", lambda i: {"approximate": None}, TypeError, r"approximate .*\"tanh\" or \"none\""),
 ]

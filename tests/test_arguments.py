@@ -5,7 +5,18 @@ import pytest
 from cases import CANARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from refusals import ADD_REFUSALS, HEADS, HIDDEN, KV_HEADS, NORM_REFUSALS, QKV, QKV_REFUSALS, Inputs
+from refusals import (
+    ACT_AND_MUL_REFUSALS,
+    ADD_REFUSALS,
+    GELU_REFUSALS,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    NORM_REFUSALS,
+    QKV,
+    QKV_REFUSALS,
+    Inputs,
+)
 
 import minivllm
 from minivllm.testing.reference import to_float64
@@ -47,6 +58,20 @@ def test_rms_norm_qkv_refuses(inputs, spoil, exception, message):
     refuses(lambda: inputs.qkv(**spoil(inputs)), exception, message)
     with pytest.raises(exception, match=r"rms_norm_qkv"):
         inputs.qkv(**spoil(inputs))
+
+
+@pytest.mark.parametrize("spoil,exception,message", cases(ACT_AND_MUL_REFUSALS))
+def test_silu_and_mul_refuses(inputs, spoil, exception, message):
+    refuses(lambda: inputs.silu(**spoil(inputs)), exception, message)
+    with pytest.raises(exception, match=r"^silu_and_mul(\(\))?: |silu_and_mul"):
+        inputs.silu(**spoil(inputs))
+
+
+@pytest.mark.parametrize("spoil,exception,message", cases([*ACT_AND_MUL_REFUSALS, *GELU_REFUSALS]))
+def test_gelu_and_mul_refuses(inputs, spoil, exception, message):
+    refuses(lambda: inputs.gelu(**spoil(inputs)), exception, message)
+    with pytest.raises(exception, match=r"^gelu_and_mul(\(\))?: |gelu_and_mul"):
+        inputs.gelu(**spoil(inputs))
 
 
 def test_what_the_norm_refuses_the_projection_refuses(inputs):

@@ -57,21 +57,21 @@ def tree(tmp_path_factory):
     return build, [*cpp, *CHECKS, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
-def run_driver(tree, sources, *arguments):
-    """What the driver prints, of the kernels in these files."""
+def run_driver(tree, sources, *arguments, driver="driver"):
+    """What a driver prints, of the kernels in these files."""
     build, cpp = tree
     cuda = build / "csrc" / "cuda"
     jobs = [[*cpp, "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
-    jobs += [[*cpp, "-c", EMULATION / "driver.cpp", "-o", cuda / "driver.o"]]
+    jobs += [[*cpp, "-c", EMULATION / f"{driver}.cpp", "-o", cuda / f"{driver}.o"]]
     c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
-    for name in ("rms_norm", "rms_norm_qkv", "dispatch", "checks"):  # the lists, and what they and the kernels call
+    for name in ("rms_norm", "rms_norm_qkv", "act_and_mul", "dispatch", "checks"):  # the lists, and what is called
         jobs += [[*c, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, jobs))
     # The lists name the kernels of the CPU too: those are not linked.
-    driver = build / "driver"
-    compiled(["g++", *CHECKS, "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *cuda.glob("*.o"), "-o", driver])
-    return subprocess.run([driver, *arguments], capture_output=True, text=True, timeout=600)
+    objects, program = [job[-1] for job in jobs], build / driver
+    compiled(["g++", *CHECKS, "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *objects, "-o", program])
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,12 @@ def test_every_case_of_the_norms(tree):
     build, _ = tree
     done = run_driver(tree, (build / "csrc" / "cuda").glob("rms_norm_[!q]*.cu"), "norms")
     assert done.returncode == 0 and done.stdout.count("at most") == 6, done.stdout + done.stderr
+
+
+def test_every_case_of_the_activations(tree):
+    build, _ = tree
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("act_and_mul_*.cu"), driver="act_and_mul")
+    assert done.returncode == 0 and done.stdout.count(" 0 wrong results") == 3, done.stdout + done.stderr
 
 
 def test_every_case_of_every_kernel(report):

@@ -166,7 +166,7 @@ def rows():
 def test_every_kernel_file_has_a_row_and_every_row_a_file():
     """csrc/<backend>/<op>[_<variant>]_<isa>.{c,cu}: one file may serve several variants of its isa."""
     lists = rows()
-    assert all(len(found) >= 5 for found in lists.values())
+    assert all(len(found) >= 3 for found in lists.values())
     isas = {isa for found in lists.values() for _, isa in found}
     served = set()
     for path in SOURCES:

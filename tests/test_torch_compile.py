@@ -158,6 +158,8 @@ def test_the_registered_ops(torch, device, dtype):
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
         ops.linear: PLAIN | {"x": i.x, "weight": i.wide, "bias": None},
         ops.linear_add: PLAIN | {"x": i.x, "residual": i.residual, "weight": i.square, "bias": i.bias, "scale": 0.22},
+        ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
+        ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
     }
     assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
     for op, arguments in samples.items():

@@ -17,7 +17,7 @@ class Float64:
     gradient is taken, and keep what the bounds are made of."""
 
     def __init__(self, torch, dtype):
-        self.torch, self.dtype, self.weights = torch, dtype, []
+        self.torch, self.dtype, self.weights, self.y = torch, dtype, [], None
 
     def rms_norm(self, x, weight, eps=1e-6, *, rounding="hf", weight_offset=0.0):
         if weight is None:
@@ -54,9 +54,19 @@ class Float64:
         parts = self.packed.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], -2)
         return *parts, *total
 
+    def silu_and_mul(self, x):
+        gate, up = x.chunk(2, -1)
+        return self.torch.nn.functional.silu(gate) * up
+
+    def gelu_and_mul(self, x, *, approximate, rounding):
+        gate, up = x.chunk(2, -1)
+        return self.torch.nn.functional.gelu(gate, approximate=approximate) * up
+
     def bound(self, leaf, expected):
         """How far the gradient of a leaf may be off: by the one tolerance, of sums of the gradient of y times what y
         changes by; and by what that gradient, itself a product and rounded for each member of a tuple, was off."""
+        if self.y is None:  # an activation: a dozen operations of float32 on numbers up to 4, and one rounding
+            return reference.quantum(expected, self.dtype) / 2 + 64 * numeric.UNIT_F32 * (1 + abs(expected))
         tensors = [to_float64(t) for t in (self.s, self.r, self.y, self.y.grad)]
         s, r, y, dy = (t.reshape(-1, t.shape[-1]) for t in tensors)  # a row per token
         n, tokens, scale = s * r, len(s), to_float64(self.scale)

@@ -23,6 +23,8 @@ def test_no_tokens(device, framework, dtype, lead):
     assert same is x
     first, second = minivllm.fused_add_rms_norm(x, framework.full((*lead, 24), 1.0, dtype), weight)
     assert first is x and tuple(second.shape) == (*lead, 24)
+    for gated in (minivllm.silu_and_mul(x), minivllm.gelu_and_mul(x, out=framework.full((*lead, 12), 1.0, dtype))):
+        assert framework.is_mine(gated) and tuple(gated.shape) == (*lead, 12) and gated.dtype == x.dtype
     matrix = framework.tensor(normal((40, 24), dtype), dtype)
     for weights in (matrix, matrix.T, (matrix[:24], matrix[24:32], matrix[32:])):
         q, k, v = minivllm.rms_norm_qkv(x, weight, weights, 3, 1)
@@ -41,6 +43,10 @@ def test_arguments_are_checked_without_tokens_too(device, framework):
         minivllm.rms_norm(x, framework.full((24,), 1.0, "f16"))
     with pytest.raises(ValueError, match="qkv_weight has 41 outputs"):
         minivllm.rms_norm_qkv(x, framework.full((24,), 1.0, "f32"), framework.full((41, 24), 1.0, "f32"), 3, 1)
+    with pytest.raises(ValueError, match="expected an even last dimension"):
+        minivllm.silu_and_mul(framework.full((0, 23), 1.0, "f32"))
+    with pytest.raises(ValueError, match="no kernel is called"):
+        minivllm.gelu_and_mul(x, kernel="f32_abacus")
     with pytest.raises(ValueError, match="no kernel is called"):
         minivllm.rms_norm(x, framework.full((24,), 1.0, "f32"), kernel="f32_abacus")
     with pytest.raises(ValueError, match="no kernel is called"):

@@ -56,6 +56,8 @@ FUNCTIONAL = {
         i.x, i.norm, i.square.split(SIZES), HEADS, KV_HEADS, weight_layout="out_in", bias=i.bias.split(SIZES)
     ),
     "residual": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x, i.norm, i.wide, HEADS, KV_HEADS, residual=i.residual),
+    "silu_and_mul": lambda i, ops=minivllm: (ops.silu_and_mul(i.x),),
+    "gelu_and_mul": lambda i, ops=minivllm: (ops.gelu_and_mul(i.x, approximate="none", rounding="fp32"),),
     "three dimensions": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x[None], i.norm, i.wide, HEADS, KV_HEADS),
     "one dimension": lambda i, ops=minivllm: ops.rms_norm_qkv(i.x[0], i.norm, i.wide, HEADS, KV_HEADS, head_dim=16),
 }

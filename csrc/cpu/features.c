@@ -4,11 +4,16 @@
  * a hypervisor or a boot option may leave the first true and the second false. This file is compiled for the baseline
  * architecture, because it runs before anything is known. Asked once; the answer never changes.
  */
+#define _GNU_SOURCE
 #include "cpu.h"
 
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -18,9 +23,9 @@
 static struct {
     const char *isa;
     bool usable;
-} instruction_sets[] = {{"portable", true}, {"avx2", false}, {"avx512", false}, {"avx512bf16", false}};
+} instruction_sets[] = {{"portable", true}, {"avx2", false}, {"avx512", false}, {"avx512bf16", false}, {"amx", false}};
 
-enum { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_COUNT };
+enum { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_AMX, ISA_COUNT };
 
 static char feature_names[96];
 static pthread_once_t asked = PTHREAD_ONCE_INIT;
@@ -32,8 +37,20 @@ static uint64_t saved_registers(void) {
     return (uint64_t)high << 32 | low;
 }
 
+/* Linux gives a process the state of the tiles when it asks: a signal's frame is then larger in the threads that use
+ * them. */
+static bool may_use_tiles(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
 static void ask_cpu(void) {
     const uint64_t ymm_state = 0x06, zmm_state = 0xe6; /* XCR0: SSE and AVX; the same, mask registers and ZMM */
+    const uint64_t tile_state = 0x60000;               /* the configuration of the tiles, and the tiles */
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
     const bool fma_f16c = (c & bit_FMA) && (c & bit_F16C);
@@ -43,11 +60,14 @@ static void ask_cpu(void) {
     const bool avx2_here = fma_f16c && (b & bit_AVX2) && (saved & ymm_state) == ymm_state;
     const bool avx512_here = avx2_here && (b & avx512) == avx512 && (saved & zmm_state) == zmm_state;
     const unsigned last_subleaf = a;
+    const unsigned amx = 1u << 22 | 1u << 24; /* leaf 7, EDX: products of bfloat16, and tiles */
+    const bool amx_here = (d & amx) == amx && (saved & tile_state) == tile_state;
     const unsigned bit_bf16 = 1u << 5; /* leaf 7, subleaf 1, EAX */
     const bool bf16_here = last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_bf16);
     instruction_sets[ISA_AVX2].usable = avx2_here;
     instruction_sets[ISA_AVX512].usable = avx512_here;
     instruction_sets[ISA_AVX512BF16].usable = avx512_here && bf16_here;
+    instruction_sets[ISA_AMX].usable = avx512_here && bf16_here && amx_here && may_use_tiles();
 }
 #else
 static void ask_cpu(void) {}

@@ -41,8 +41,9 @@ typedef float element_f32;
 typedef uint16_t element_f16;
 typedef uint16_t element_bf16;
 
-/* Work worth handing to another thread, some ten microseconds: elements to normalise, products to sum. */
-enum { PARALLEL_ELEMENTS = 65536, PARALLEL_PRODUCTS = 131072 };
+/* Work worth handing to another thread, some ten microseconds: elements to normalise, elements to activate, products to
+ * sum. */
+enum { PARALLEL_ELEMENTS = 65536, PARALLEL_ACTIVATIONS = 16384, PARALLEL_PRODUCTS = 131072 };
 
 /* The longest row whose squares are one float32 sum: a multiple of four vectors of any width. */
 enum { RUN_COLUMNS = 16384 };

@@ -16,7 +16,11 @@
  * block of weights by hand: nothing at 128 tokens and a third slower at 1 where they are read in place; a quarter
  * faster, and kept, where they are staged.
  */
+#ifdef TILES_OF_AMX
+#include "tile_amx.h"
+#else
 #include "tile.h"
+#endif
 
 #define ELEMENT MV_NAME(element, DTYPE)
 #define STEP (LANES * UNIT)
@@ -113,8 +117,8 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
     const mv_block *block = span.block;
     const int64_t padded = round_up(chunk->tokens, LANES), rows = round_up(span.count, TILE_OUTPUTS);
     const int64_t bytes = (int64_t)mv_dtype_bytes(task->linear.weight_dtype);
-    const bool in_place =
-        MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 && span.count % TILE_OUTPUTS == 0;
+    const bool in_place = MV_NAME(weight_is_unit, DTYPE)(task) && block->col_stride == 1 &&
+                          span.count % TILE_OUTPUTS == 0 && READ_IN_PLACE(padded);
     for (int64_t r = 0; r < rows; r++) memset(sum + r * CHUNK_TOKENS, 0, sizeof(float) * (size_t)padded);
 
     const int64_t run = RUN_UNITS * UNIT;
@@ -123,17 +127,18 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
         const int64_t count = least(BLOCK_UNITS * UNIT, task->hidden - k), units = (count + UNIT - 1) / UNIT;
         tile_weights weights = {(const char *)block->weight + (span.row * block->row_stride + k) * bytes,
                                 block->row_stride * bytes, sizeof(float)};
-        if (!in_place || count % UNIT != 0) weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, scratch->stage);
-        for (int64_t t = 0; t < padded; t += GROUP_TOKENS) {
-            const token_group group = group_of(t, padded, chunk->units, chunk->panel);
-            MV_NAME(multiply_group, DTYPE)
-            (group.panel + k / UNIT * group.width, (int)(group.width / LANES), weights, units, sum + t, rows);
-        }
+        if (!in_place || count % (READ_UNITS * UNIT) != 0)
+            weights = MV_NAME(stage_block, DTYPE)(task, span, k, count, scratch->stage);
+        MV_NAME(multiply_block, DTYPE)(chunk->panel, chunk->units, k / UNIT, padded, weights, units, sum, rows);
     }
     if (task->hidden > run) finish_run(scratch, rows, padded, false, true);
 #if UNIT > 1
     for (int64_t r = 0; r < span.count; r++)
         for (int64_t t = 0; t < chunk->tokens; t++) {
+            if (t % LANES == 0 && !v_any_nan(v_load_f32(sum + r * CHUNK_TOKENS + t, LANES))) {
+                t += LANES - 1;
+                continue;
+            }
             const token_group group = group_of(t, padded, chunk->units, chunk->panel);
             float *to = sum + r * CHUNK_TOKENS + t;
             *to = MV_NAME(settle, DTYPE)(*to, task, block, span.row + r, group.panel + t % GROUP_TOKENS, group.width);
@@ -163,14 +168,19 @@ static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t 
     }
     int64_t column = begin * TILE_OUTPUTS;
     const int64_t last = least(end * TILE_OUTPUTS, chunk->task->linear.outputs);
+    MV_NAME(begin_tiles, DTYPE)();
     while (column < last)
         MV_NAME(chunk_stripe, DTYPE)(chunk, next_span(chunk->task, &column, least(last, column + STRIPE)), scratch);
+    MV_NAME(end_tiles, DTYPE)();
 }
 
 mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill),
                   ISA)(const mv_task *task, const mv_decision *decision, mv_error *error) {
 #if UNIT == 2
     if (task->linear.weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, decision, error);
+#endif
+#ifdef TILES_OF_AMX
+    if (!rows_are_contiguous(task)) return mv_rms_norm_qkv_bf16_prefill_avx512bf16(task, decision, error);
 #endif
     (void)decision;
     const int64_t hidden = task->hidden, tiles = (task->linear.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;

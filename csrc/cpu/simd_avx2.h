@@ -12,6 +12,18 @@ MV_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 MV_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 MV_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 
+MV_INLINE vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+MV_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+MV_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+MV_INLINE vf v_if_negative(vf a, vf b, vf c) { return _mm256_blendv_ps(c, b, a); }
+MV_INLINE vf power_of_two(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+MV_INLINE vf v_scale(vf a, vf n) { /* by two factors, since 2^n alone may be too large or too small for a float */
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+}
+
 MV_INLINE float v_sum(vf a) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

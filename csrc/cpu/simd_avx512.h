@@ -14,6 +14,14 @@ MV_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 MV_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 MV_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 
+MV_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+MV_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+MV_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+MV_INLINE vf v_if_negative(vf a, vf b, vf c) {
+    return _mm512_mask_mov_ps(c, _mm512_movepi32_mask(_mm512_castps_si512(a)), b);
+}
+MV_INLINE vf v_scale(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+
 /* By halves, so that the order is ours and not the compiler's. */
 MV_INLINE float v_sum(vf a) {
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));

@@ -3,6 +3,9 @@
  *
  *   vf, LANES                        a vector of floats, and how many
  *   v_set v_add v_mul v_fma          lane by lane; v_fma(a, b, c) = a * b + c, fused where the hardware can
+ *   v_div v_min v_max                lane by lane; v_min(a, b) and v_max(a, b) are b where a or b is NaN
+ *   v_if_negative(a, b, c)           b where a has its sign bit set, else c
+ *   v_scale(a, n)                    a * 2^n, rounded once; n: whole numbers from -252 to 252
  *   v_sum                            of all lanes, in one fixed order
  *   v_load_<dtype>(p, n)             n <= LANES elements as floats, zeros after them; touches nothing past them
  *   v_store_<dtype>(p, a, n)         rounds to nearest even (NaN stays NaN, too large becomes Inf) and stores n lanes
@@ -27,6 +30,16 @@ MV_INLINE vf v_set(float a) { return (vf){a, a, a, a}; }
 MV_INLINE vf v_add(vf a, vf b) { return a + b; }
 MV_INLINE vf v_mul(vf a, vf b) { return a * b; }
 MV_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+MV_INLINE vf v_div(vf a, vf b) { return a / b; }
+MV_INLINE vf choose_lanes(vu mask, vf a, vf b) { return (vf)(((vu)a & mask) | ((vu)b & ~mask)); }
+MV_INLINE vf v_min(vf a, vf b) { return choose_lanes((vu)(a < b), a, b); }
+MV_INLINE vf v_max(vf a, vf b) { return choose_lanes((vu)(a > b), a, b); }
+MV_INLINE vf v_if_negative(vf a, vf b, vf c) { return choose_lanes(0 - ((vu)a >> 31), b, c); }
+/* The bits of 1.5 * 2^23 + n count n; by two factors, since 2^n alone may be too large or too small for a float. */
+MV_INLINE vf v_scale(vf a, vf n) {
+    const vu whole = (vu)(n + 0x1.8p23f) - 0x4b400000 + 252, half = whole >> 1;
+    return a * (vf)((half + 1) << 23) * (vf)((whole - half + 1) << 23);
+}
 MV_INLINE float v_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
 /* Of any alignment; a whole vector is one instruction, a tail a call. */

@@ -1,49 +1,11 @@
 /* tile.h: the register tile of the prefill product, once per DTYPE after its units. */
+#include "stripe.h"
+
 #ifndef MV_TILE_H
 #define MV_TILE_H
 
-enum {
-    GROUP_TOKENS = TILE_VECTORS * LANES,
-    TILE_OUTPUTS = 24, /* a multiple of every TILE_ROWS */
-    STRIPE = 2 * TILE_OUTPUTS,
-    BLOCK_UNITS = 256,           /* a multiple of LANES; 64 KiB of panel: 128 and 512 are within 3 % */
-    RUN_UNITS = 64 * BLOCK_UNITS /* whose sums are float32; longer ones go on in double */
-};
-
-/* The tokens that one register tile spans: a part of the panel. */
-typedef struct {
-    float *panel; /* [units][width] */
-    int64_t width;
-} token_group;
-
-/* The group of the token t of a chunk, all of which is `padded` tokens wide. */
-MV_INLINE token_group group_of(int64_t t, int64_t padded, int64_t units, float *panel) {
-    const int64_t first = t / GROUP_TOKENS * GROUP_TOKENS;
-    return (token_group){panel + first * units, least(GROUP_TOKENS, padded - first)};
-}
-
-/* What a thread works in: too much for the stack of a thread that may have been given a small one. */
-typedef struct {
-    _Alignas(64) float sum[STRIPE * CHUNK_TOKENS]; /* [output][token] */
-    float stage[STRIPE * BLOCK_UNITS];
-    double total[STRIPE * CHUNK_TOKENS]; /* of the runs before, where there are more than one */
-} stripe_scratch;
-
-/* The sums of a run join the totals; after the last run the totals are the sums. */
-static void finish_run(stripe_scratch *scratch, int64_t rows, int64_t tokens, bool first, bool last) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = r * CHUNK_TOKENS; i < r * CHUNK_TOKENS + tokens; i++) {
-            const double total = (first ? 0 : scratch->total[i]) + (double)scratch->sum[i];
-            scratch->total[i] = total;
-            scratch->sum[i] = last ? (float)total : 0;
-        }
-}
-
-/* Unit u of output r is at corner + r * row_bytes + u * unit_bytes. */
-typedef struct {
-    const char *corner;
-    int64_t row_bytes, unit_bytes;
-} tile_weights;
+#define READ_UNITS 1 /* of a row are read at a time: where they are not all there, the weights are staged */
+#define READ_IN_PLACE(tokens) true
 
 /* The same bits in every lane; of any alignment. */
 MV_INLINE vf broadcast_unit(const char *p) {
@@ -52,6 +14,9 @@ MV_INLINE vf broadcast_unit(const char *p) {
     return v_set(unit);
 }
 #endif
+
+MV_INLINE void MV_NAME(begin_tiles, DTYPE)(void) {}
+MV_INLINE void MV_NAME(end_tiles, DTYPE)(void) {}
 
 /* sum[r][t] += the product of output r with token t, for TILE_ROWS(vectors) outputs and `vectors` vectors of tokens: in
  * registers over `piece` units, then those sums in their order. */
@@ -102,5 +67,15 @@ static void MV_NAME(multiply_group, DTYPE)(const float *panel, int vectors, tile
         case 4: MV_NAME(multiply_tile, DTYPE)(panel, below, units, to, 4); break;
 #endif
         }
+    }
+}
+
+/* sum[r][t] += the product of `rows` outputs with `tokens` tokens, over `units` units of y from the unit `from` on. */
+static void MV_NAME(multiply_block, DTYPE)(float *panel, int64_t panel_units, int64_t from, int64_t tokens,
+                                           tile_weights weights, int64_t units, float *sum, int64_t rows) {
+    for (int64_t t = 0; t < tokens; t += GROUP_TOKENS) {
+        const token_group group = group_of(t, tokens, panel_units, panel);
+        MV_NAME(multiply_group, DTYPE)
+        (group.panel + from * group.width, (int)(group.width / LANES), weights, units, sum + t, rows);
     }
 }

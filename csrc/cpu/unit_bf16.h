@@ -27,6 +27,8 @@ MV_INLINE vf norm_units_bf16(const mv_task *task, row_bf16 row, float scale, int
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 
+MV_INLINE bool v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+
 /* The sum of the products of one output, again in float32 and in the order of k, where it is NaN. Unit u of y is at
  * y + u * stride. */
 MV_INLINE float settle_bf16(float sum, const mv_task *task, const mv_block *block, int64_t row, const float *y,

@@ -4,14 +4,6 @@
 #include "mma.cuh"
 #include "vec.cuh"
 
-/* The address of row r of a matrix. Most matrices have one stride: then inner is the number of rows, and no division
- * is made. */
-template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, int64_t inner, int64_t r) {
-    T *data = static_cast<T *>(rows.data);
-    if (r < inner) return data + r * rows.inner_stride;
-    return data + (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
-}
-
 /* As many norm weights as a packet has values, with the offset, as float; zeros past the hidden size. */
 template <typename T> struct NormWeights { float v[Packet<T>::size]; };
 

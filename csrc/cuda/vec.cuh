@@ -137,6 +137,14 @@ __device__ __forceinline__ void store_packet(T *p, const Packet<T> &packet, int6
     }
 }
 
+/* The address of row r of a matrix. Most matrices have one stride: then inner is the number of rows, and no division
+ * is made. */
+template <typename T> __device__ __forceinline__ T *row_address(mv_rows rows, int64_t inner, int64_t r) {
+    T *data = static_cast<T *>(rows.data);
+    if (r < inner) return data + r * rows.inner_stride;
+    return data + (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;
+}
+
 /* Host: may rows that start at data + a multiple of the strides be read 16 bytes at a time? */
 static inline bool is_aligned16(const void *data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 static inline bool rows_aligned16(mv_rows rows, size_t element_bytes) {

@@ -14,6 +14,15 @@
 
 const char mv_too_dear[] = "another kernel is faster";
 
+#define DECIDE(name, price)                                                                                            \
+    const char *mv_decide_##name(const mv_task *task, double below, mv_decision *decision) {                           \
+        const double us = (price)*1e-5 * (double)task->tokens * (double)task->hidden;                                  \
+        return mv_at_price(decision, us, below) ? NULL : mv_too_dear;                                                  \
+    }
+DECIDE(wide, 1)
+DECIDE(half, 2)
+DECIDE(scalar, 10)
+
 mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     if (task->device.kind == MV_CPU) return MV_OK;
 #ifdef MV_WITH_CUDA

@@ -16,6 +16,10 @@ typedef struct {
     mv_kernel *run;
 } mv_row;
 
+/* Of ops that memory bounds: their rows can serve any task, and on one machine the widest registers win at every shape.
+ * The prices only order the rows. */
+mv_decide mv_decide_wide, mv_decide_half, mv_decide_scalar;
+
 typedef struct {
     const char *op;
     const mv_row *rows;
@@ -38,6 +42,7 @@ typedef struct {
 #define avx2_CAPABILITIES 0, 0
 #define avx512_CAPABILITIES 0, 0
 #define avx512bf16_CAPABILITIES 0, 0
+#define amx_CAPABILITIES 0, 0
 
 #if defined(__x86_64__)
 #define MV_X86(...) __VA_ARGS__
@@ -70,11 +75,13 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
 /* Runs a row and remembers, for this thread, that it did and why. */
 mv_status mv_run_row(const char *op, const mv_choice *choice, const mv_task *task, mv_error *error);
 
-extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list;
+extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list, mv_act_and_mul_list;
 /* Ops whose kernels are those of another one. */
 #define mv_add_rms_norm_list mv_rms_norm_list
 #define mv_rms_norm_linear_list mv_rms_norm_qkv_list
 #define mv_linear_list mv_rms_norm_qkv_list
 #define mv_linear_add_list mv_rms_norm_qkv_list
+#define mv_silu_and_mul_list mv_act_and_mul_list
+#define mv_gelu_and_mul_list mv_act_and_mul_list
 
 #endif

@@ -3,26 +3,20 @@
 
 /* ---- the kernels ---------------------------------------------------------------------------------------------- */
 
-/* They can serve any task. On one machine the widest registers win at every shape; the prices only order the rows. */
-#define DECIDE(name, price)                                                                                            \
-    static const char *decide_##name(const mv_task *task, double below, mv_decision *decision) {                       \
-        const double us = (price)*1e-5 * (double)task->tokens * (double)task->hidden;                                  \
-        return mv_at_price(decision, us, below) ? NULL : mv_too_dear;                                                  \
-    }
-DECIDE(wide, 1)
-DECIDE(half, 2)
-DECIDE(scalar, 10)
 #ifdef MV_WITH_CUDA
-DECIDE(by_name, HUGE_VAL)
+static const char *decide_by_name(const mv_task *task, double below, mv_decision *decision) {
+    (void)task;
+    return mv_at_price(decision, HUGE_VAL, below) ? NULL : mv_too_dear;
+}
 #endif
 
 /*                      name        isa       backend  invariant  decide */
 #define RMS_NORM_KERNELS(K)                                                                                            \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, decide_wide))                                         \
+    MV_GPU(MV_ALL_DTYPES(K, rms_norm, sm80, sm80, MV_CUDA, true, mv_decide_wide))                                      \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, decide_by_name))                                \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, decide_wide))                                      \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, decide_half))                                          \
-    MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, decide_scalar)
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, mv_decide_wide))                                   \
+    MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, mv_decide_half))                                       \
+    MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, mv_decide_scalar)
 
 RMS_NORM_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_KERNELS(MV_TABLE_ROW)};

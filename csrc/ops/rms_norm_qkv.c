@@ -22,6 +22,7 @@
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_ffma_sm80_decide))                       \
     MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_norm_ffma_sm80_decide))              \
     MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_decode_avx512bf16_decide))  \
+    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_amx, amx, MV_CPU, true, mv_prefill_amx_decide))                      \
     MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_prefill_avx512bf16_decide)) \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_decode_avx512_decide))              \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_prefill_avx512_decide))             \

@@ -25,11 +25,12 @@ h_k` for the elements this may happen to (`may_flip`), and nothing for the other
 bits repeat, and those with the same mantissa are equally far from a tie.)
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from .reference import FORMATS, namespace, quantum, rms_norm, round_to
+from .reference import FORMATS, activation, gelu_exponent, halves, namespace, quantum, rms_norm, round_to
 
 UNIT_F32 = 2.0**-24
 UNIT_TF32 = 2.0**-11
@@ -107,6 +108,45 @@ def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, round
         error = error + spacing(scaled, error)
     error = error + 2 * UNIT_F32 * xp.maximum(abs(added), abs(scaled))
     return error + spacing(added, error) / 2
+
+
+def _activation_ends(z, kind: str):
+    """Between what two numbers float32 may put the activation of z: within E u |activation| + 2^-149 (|z| + 1) of it,
+    E = 4 of silu, 12 + min(z, 0)^2 / 2 of gelu, 4 + 5 max(w, 0.4) of gelu by tanh, which is z / (1 + exp(w)). 4 and 12
+    are for exp, a sum, a quotient and the normal distribution; the rest is what exp makes of an argument that was
+    rounded. Where exp(w) exceeds float32 the activation is zero."""
+    xp, a = namespace(z), activation(z, kind)
+    w = -z if kind == "silu" else gelu_exponent(z)
+    below = xp.clip(z, -math.inf, 0.0)
+    units = 4.0 if kind == "silu" else 12.0 + below**2 / 2 if kind == "none" else 4.0 + 5 * xp.clip(w, 0.4, math.inf)
+    error = abs(a) * units * UNIT_F32 + (abs(z) + 1) * 2.0**-149
+    low, high = a - error, a + error
+    zero = xp.copysign(xp.zeros_like(z), z)
+    if kind != "none":
+        most, off = 128 * math.log(2.0), (4 + 5 * abs(w)) * UNIT_F32
+        low = xp.where(w > most + off, zero, low)
+        high = xp.where(w > most - off, zero, high)
+    low = xp.where((z >= 0) & (low < 0), zero, low)  # the sign is that of z
+    high = xp.where((z <= 0) & (high > 0), zero, high)
+    finite = xp.isfinite(z)
+    return xp.where(finite, low, a), xp.where(finite, high, a)
+
+
+def act_and_mul_ends(x, kind: str, rounding: str, dtype: str):
+    """(least, most) that silu_and_mul or gelu_and_mul of x may give, in float64 and not rounded at the end. All that
+    follows the activation is monotonic, so they come from the ends of what that may be."""
+    xp, (gate, up) = namespace(x), halves(x)
+    with np.errstate(all="ignore"):
+        ends = _activation_ends(gate, kind)
+        if rounding == "hf":
+            ends = [round_to(end, dtype) for end in ends]
+        products = [end * up for end in ends]
+        least, most = xp.minimum(*products), xp.maximum(*products)
+        if dtype != "f32":  # rounded to float32 first: exact of "hf", but below 2^-149
+            unit = UNIT_F32 if rounding == "fp32" else 0.0
+            least = xp.where(xp.isfinite(least), least - abs(least) * unit - 2.0**-150, least)
+            most = xp.where(xp.isfinite(most), most + abs(most) * unit + 2.0**-150, most)
+    return least, most
 
 
 class Errors(NamedTuple):

@@ -10,6 +10,8 @@ Each op comes in two forms, chosen by `dtype`:
                                    the last one.
 """
 
+import math
+
 import numpy as np
 
 # Significant bits (the hidden one included) and the exponents of the smallest and largest normal number, 1.0 having
@@ -127,3 +129,39 @@ def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dty
             out = inner(out * scale)
         out = out + residual
     return (rn(out) if round_last else out), sums
+
+
+_erfc_of_numpy = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def gelu_exponent(z):
+    """w of gelu by tanh: 0.5 (1 + tanh(-w / 2)) = 1 / (1 + exp(w)) without the difference that loses all digits."""
+    return -2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)
+
+
+def activation(z, kind: str):
+    """kind "silu": z / (1 + exp(-z)); "tanh" and "none": the gelus that torch calls so."""
+    xp = namespace(z)
+    with np.errstate(all="ignore"):
+        if kind == "none":
+            erfc = _erfc_of_numpy if xp is np else xp.special.erfc
+            return z * (0.5 * erfc(-z / math.sqrt(2.0)))
+        return z / (1.0 + xp.exp(-z if kind == "silu" else gelu_exponent(z)))
+
+
+def halves(x):
+    """(gate, up) of x [..., 2 d]."""
+    columns = x.shape[-1] // 2
+    return x[..., :columns], x[..., columns:]
+
+
+def act_and_mul(x, kind: str, *, rounding="hf", dtype=None, round_last=True):
+    """silu_and_mul and gelu_and_mul of x [..., 2 d], by the kind of the activation:
+
+    hf: rn(rn(activation(gate)) up);  fp32: rn(activation(gate) up)
+    """
+    rn, (gate, up) = _rounder(dtype), halves(x)
+    active = activation(gate, kind)
+    with np.errstate(all="ignore"):
+        out = (rn(active) if rounding == "hf" else active) * up
+        return rn(out) if round_last else out

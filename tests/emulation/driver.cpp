@@ -2,6 +2,7 @@
  * compares with float64. Every second case promises static weights. Prints a line for each kernel; the exit status is 1
  * if a result is wrong or a kernel took none of the cases; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
+#include "rows.h"
 
 #include <cstring>
 #include <random>
@@ -84,29 +85,6 @@ template <typename T> constexpr double kUnit = 0;
 template <> constexpr double kUnit<float> = 0x1p-24;
 template <> constexpr double kUnit<__half> = 0x1p-11;
 template <> constexpr double kUnit<__nv_bfloat16> = 0x1p-8;
-
-using cpu::guard::kParameters, cpu::guard::kWritten;
-
-template <typename T> struct Rows {
-    int count, length, stride;
-    std::vector<T, cpu::guard::Allocator<T>> values;
-    static constexpr float kUntouched = 7;
-    Rows(int count, int length, int pad, cpu::guard::Kind kind)
-        : count(count), length(length), stride(length + pad),
-          values(static_cast<size_t>(count) * stride, T(kUntouched), cpu::guard::Allocator<T>{kind}) {}
-    template <typename Draw> void fill(Draw draw) {
-        for (int r = 0; r < count; r++)
-            for (int i = 0; i < length; i++) at(r, i) = T(static_cast<float>(draw()));
-    }
-    T &at(int r, int i) { return values[static_cast<size_t>(r) * stride + i]; }
-    mv_rows view() { return {values.data(), static_cast<int64_t>(count) * stride, stride}; }
-    bool gaps_untouched() {
-        for (int r = 0; r < count; r++)
-            for (int i = length; i < stride; i++)
-                if (static_cast<float>(at(r, i)) != kUntouched) return false;
-        return true;
-    }
-};
 
 /* How far the results are, in units of what they may be: over 1 is wrong; infinity: an error, or writes where none
  * belong. */

@@ -212,6 +212,28 @@ def linear(d: Drawing):
         spoil.linear(d, shape, outputs)
 
 
+# ---- the activations -------------------------------------------------------------------------------------------------
+
+
+def act_and_mul(d: Drawing):
+    """silu_and_mul and gelu_and_mul."""
+    rng, columns = d.rng, d.hidden()
+    lead = d.lead(d.most_elements // (2 * columns))
+    out = rng.random() < 0.5
+    if rng.random() < 0.2:
+        d.tensors |= dict(zip(("x", "out")[: 1 + out], d.at.beside(lead, [2 * columns, columns][: 1 + out], d.dtype)))
+    else:
+        d.tensors["x"] = d.at.rows((*lead, 2 * columns), d.dtype, distinct=False)
+        if out:
+            d.tensors["out"] = d.at.rows((*lead, columns), d.dtype, distinct=True)
+    d.at.fill(d.tensors["x"])
+    if rng.random() < 0.7:
+        d.give(approximate=rng.choice(("tanh", "none")))
+    d.numbers()
+    if d.spoil:
+        spoil.act_and_mul(d, lead, columns)
+
+
 # ---- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +251,8 @@ OPS = {
     "linear": Op(linear, expect.linear),
     "linear_add": Op(linear, expect.linear),
     "FusedRMSNormQKV": Op(projection, expect.projection),
+    "silu_and_mul": Op(act_and_mul, functools.partial(expect.act_and_mul, kind="silu")),
+    "gelu_and_mul": Op(act_and_mul, expect.act_and_mul),
 }
 # What the package exports besides: no op, nothing to draw.
 NO_OPS = frozenset(("DeviceArray", "Kernel", "QKVShard", "Ran", "empty", "get_num_threads", "kernels", "last_kernel",

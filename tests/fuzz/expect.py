@@ -127,6 +127,17 @@ def _unlucky(sums, y, weight, gain=0.0):
     return steady + y.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
 
 
+def act_and_mul(inputs: dict, options: dict, dtype: str, wild: bool, kind: str | None = None) -> Expected:
+    """Where float32 decides whether something is finite, both are right."""
+    kind, rounding = kind or options.get("approximate", "tanh"), options.get("rounding", "hf")
+    values = reference.act_and_mul(inputs["x"], kind, rounding=rounding, dtype=dtype, round_last=False)
+    least, most = numeric.act_and_mul_ends(inputs["x"], kind, rounding, dtype)
+    xp = namespace(values)
+    sure = _same_class(least, most) & _same_class(least, values)
+    bound = xp.maximum(abs(_finite(most) - _finite(values)), abs(_finite(values) - _finite(least)))
+    return Expected(values, bound + quantum(values, dtype) / 2, None if sure.all() else ~sure)
+
+
 def _finite(values):
     xp = namespace(values)
     return xp.where(xp.isfinite(values), values, 0.0)

@@ -63,6 +63,28 @@ def linear(d: Drawing, shape, outputs: int):
         d.refused = Refused(ValueError, r"out overlaps residual in part")
 
 
+def act_and_mul(d: Drawing, lead, columns: int):
+    tokens = math.prod(lead)
+    what = d.rng.choice(("x steps", "odd", "out overlaps", "out is the gate", "out is wide"))
+    if what == "odd":
+        d.tensors["x"] = d.at.fill(d.at.rows((*lead, 2 * columns + 1), d.dtype, distinct=False), "normal")
+        d.refused = Refused(ValueError, r"x has shape .*, expected an even last dimension")
+    elif what == "out is wide":
+        d.tensors["out"] = d.at.rows((*lead, columns + 1), d.dtype, distinct=True)
+        d.refused = Refused(ValueError, r"out has shape .*, expected ")
+    elif tokens and what == "x steps":
+        d.tensors["x"] = stepping(d.tensors["x"], d)
+        d.refused = Refused(ValueError, r"x must be contiguous in its last dimension")
+    elif tokens and what.startswith("out"):
+        shape = (*lead, 2 * columns + 1)
+        wide = d.at.place(shape, d.dtype, c_strides(shape))
+        d.tensors["x"] = d.at.fill(wide._replace(shape=(*lead, 2 * columns)), "normal")
+        offset = wide.offset + (columns + 1 if what == "out overlaps" else 0)
+        d.tensors["out"] = wide._replace(shape=(*lead, columns), offset=offset)
+        if what == "out is the gate" or columns > 1:
+            d.refused = Refused(ValueError, r"out overlaps x")
+
+
 def projection(d: Drawing, shape, tokens: int, qkv: int):
     hidden = shape[-1]
     heads = ("heads",) if "num_heads" in d.options else ()

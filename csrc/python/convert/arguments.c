@@ -285,11 +285,13 @@ static bool to_optional_text(call *c, const parameter *p, PyObject *value, void 
     return true;
 }
 
-_Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) == sizeof(int),
+_Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) == sizeof(int) &&
+                   sizeof(mv_approximate) == sizeof(int),
                "what to_choice() writes");
 static const char *const roundings[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
 static const char *const weight_layouts[] = {
     [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
+static const char *const approximations[] = {[MV_APPROXIMATE_TANH] = "tanh", [MV_APPROXIMATE_NONE] = "none", NULL};
 
 const value_kind tensor_value = {TENSOR, false, to_tensor, NULL};
 const value_kind optional_tensor_value = {TENSOR, true, to_optional_tensor, NULL};
@@ -302,6 +304,7 @@ const value_kind flag_value = {FLAG, false, to_flag, NULL};
 const value_kind optional_text_value = {TEXT, true, to_optional_text, NULL};
 const value_kind rounding_value = {CHOICE, false, to_choice, roundings};
 const value_kind weight_layout_value = {CHOICE, false, to_choice, weight_layouts};
+const value_kind approximate_value = {CHOICE, false, to_choice, approximations};
 
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
 

@@ -23,7 +23,7 @@ typedef struct {
 
 extern const value_kind tensor_value, optional_tensor_value, tensors_value, optional_tensors_value;
 extern const value_kind number_value, integer_value, optional_integer_value, flag_value, optional_text_value;
-extern const value_kind rounding_value, weight_layout_value;
+extern const value_kind rounding_value, weight_layout_value, approximate_value;
 
 /* What an op does with a parameter. ROWS: it reads a tensor whose rows do not depend on each other. WEIGHT: it reads a
  * tensor that is the same for every row. OUTPUT: it writes to it, and makes it where it is absent. IN_PLACE: it reads

@@ -89,6 +89,21 @@
     "for scale=1.0), and the sum; 'fp32' rounds once, at the end. weight_layout, batch_invariant, allow_tf32,\n"       \
     "static_weights: as in rms_norm_qkv. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_silu_and_mul                                                                                               \
+    "silu_and_mul($module, x, *, out=None, rounding='hf', kernel=None)\n--\n\n"                                        \
+    "out = silu(gate) * up, where x is gate | up and silu(z) = z / (1 + exp(-z))\n\n"                                  \
+    "x: [..., 2 * d], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"     \
+    "out: [..., d], which may share no memory with x. Returns out, or a new tensor.\n"                                 \
+    "The activation is computed in float32. rounding 'hf' rounds it to x's dtype before up multiplies it (HF);\n"      \
+    "'fp32' rounds once, at the end. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
+#define DOC_gelu_and_mul                                                                                               \
+    "gelu_and_mul($module, x, *, approximate='tanh', out=None, rounding='hf', kernel=None)\n--\n\n"                    \
+    "out = gelu(gate) * up, where x is gate | up\n\n"                                                                  \
+    "approximate, as in torch: 'tanh' is 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) (Gemma), 'none' is\n"       \
+    "0.5 z (1 + erf(z / sqrt(2))). x: [..., 2 * d]; out: [..., d]; rounding, kernel: as in "                           \
+    "silu_and_mul.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
     "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."
