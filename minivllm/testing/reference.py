@@ -115,9 +115,10 @@ def rms_norm_qkv(
 
 
 def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dtype=None, round_last=True):
-    """(out, sums): sums = x @ weight.T + bias, not rounded; weight [outputs, hidden]. Without a residual out is rn of it,
-    with one rn(rn(rn(sums) scale) + residual): of the inner roundings "fp32" makes none, and "hf" the second only where
-    scale is not 1.
+    """(out, sums), where sums = x @ weight.T + bias is not rounded; weight [outputs, hidden].
+
+    out = rn(sums), or with a residual rn(rn(rn(sums) scale) + residual). Of the inner roundings "fp32" makes none, and
+    "hf" the second only where scale is not 1.
     """
     rn = _rounder(dtype)
     sums = x @ weight.T if bias is None else x @ weight.T + bias
