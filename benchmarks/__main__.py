@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks.peers import COMPILE_MODES
 
-OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", "silu_and_mul", "gelu_and_mul", "host", "accuracy")
+LINEAR = ("linear", "linear_add", "rms_norm_linear")
+OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "silu_and_mul", "gelu_and_mul", "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,9 +69,10 @@ def shape_error(op: str, shapes: list[str]) -> str | None:
         wrong = [shape for shape in shapes if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape)]
         return f"--shapes of {op} are TOKENSxHIDDEN, such as 4096x1024, not {wrong[0]}" if wrong else None
     from minivllm.testing import models
-    from minivllm.testing.shapes import MODELS
+    from minivllm.testing.shapes import HEADS, MODELS, PROJECTIONS
 
-    names = list(models.MODELS) if op == "model" else [shape.name for shape in MODELS]
+    of_op = {"rms_norm_linear": HEADS, "linear": PROJECTIONS, "linear_add": PROJECTIONS}
+    names = list(models.MODELS) if op == "model" else [shape.name for shape in of_op.get(op, MODELS)]
     wrong = [shape for shape in shapes if shape not in names]
     return f"no shape {wrong[0]} for {op}; there are {', '.join(names)}" if wrong else None
 
@@ -96,17 +98,17 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
         return ALL_DTYPES
     if args.device == "cpu" and op != "model":
         return ("bf16", "f32")
-    return ("bf16",) if args.quick or op in ("rms_norm_qkv", "host", "model") else ALL_DTYPES
+    return ("bf16",) if args.quick or op in ("rms_norm_qkv", *LINEAR, "host", "model") else ALL_DTYPES
 
 
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, act_and_mul, host, model, norms, qkv
+    from benchmarks import accuracy, act_and_mul, host, linear, model, norms, qkv
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model}
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model} | dict.fromkeys(LINEAR, linear)
     module = modules.get(op, act_and_mul if op.endswith("_and_mul") else norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
     if options.kernel is None:
@@ -115,7 +117,7 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
         busy_cuda()
     report = Report(op, args.device, sys.argv[1:], path, module.METHOD, args.commit)
     with torch.inference_mode():
-        if module in (norms, act_and_mul):
+        if module in (norms, act_and_mul, linear):
             module.run(op, options, report)
         else:
             module.run(options, report)

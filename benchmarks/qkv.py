@@ -34,8 +34,9 @@ METHOD = {
 }
 
 
-def copies(shape: QKVShape, dtype: str, device: str, cache_bytes: int) -> int:
-    weight_bytes = shape.qkv * shape.hidden * ELEMENT_BYTES[dtype]
+def copies(weights: int, dtype: str, device: str, cache_bytes: int) -> int:
+    """How many layers of so many weights a chain walks over."""
+    weight_bytes = weights * ELEMENT_BYTES[dtype]
     if device == "cuda":
         return min(max(math.ceil(CUDA_WEIGHT_BYTES / weight_bytes), 4), 64)
     return copies_needed(weight_bytes, cache_bytes)
@@ -196,16 +197,27 @@ def variants_of(chain: Chain, dtype: str, args: argparse.Namespace, environment:
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    """Every shape x dtype x token count of the command line."""
-    environment = report.data["environment"]
     shapes = [model(name) for name in args.shapes] if args.shapes else MODELS
+
+    def chain_of(shape: QKVShape, dtype: str, count: int):
+        layers = layers_of(shape, dtype, args.device, count)
+        return lambda tokens: Chain(shape, tokens, dtype, args.device, layers)
+
+    sized = [(shape, shape.qkv * shape.hidden) for shape in shapes]
+    run_chains(args, report, sized, chain_of, case_of, variants_of)
+
+
+def run_chains(args: argparse.Namespace, report: Report, shapes, chain_of, case_of, variants_of) -> None:
+    """Every shape x dtype x token count of the command line. shapes: with their numbers of weights; chain_of(shape,
+    dtype, count) has `count` layers, and makes a chain of them for some tokens."""
+    environment = report.data["environment"]
     default_tokens = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else CUDA_TOKENS
-    for shape in shapes:
+    for shape, weights in shapes:
         for dtype in args.dtype:
-            count = copies(shape, dtype, args.device, environment["cpu_cache_bytes"])
-            layers = layers_of(shape, dtype, args.device, count)
+            count = copies(weights, dtype, args.device, environment["cpu_cache_bytes"])
+            make = chain_of(shape, dtype, count)
             for each in args.tokens or default_tokens:
-                chain = Chain(shape, each, dtype, args.device, layers)
+                chain = make(each)
                 case = case_of(shape, each, dtype, count)
                 variants = variants_of(chain, dtype, args, environment)
                 results, columns = time_case(case, variants, args.device, count, args.quick)

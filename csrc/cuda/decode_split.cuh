@@ -24,7 +24,9 @@ template <int kTokens> constexpr int kRing = (sizeof(Fixed<kTokens>) + 127) / 12
 constexpr int kMinSlots = 3, kMaxSlots = 12;
 
 int norm_weight_bytes(const mv_task *task) {
-    return static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm.weight_dtype));
+    return task->linear.plain_x
+               ? 0
+               : static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->norm.weight_dtype));
 }
 
 int y_bytes(const mv_task *task, int rows) {
@@ -55,8 +57,8 @@ struct Groups {
  * not to miss the room of their second part. */
 bool is_late(const mv_task *task, int64_t tokens) {
     constexpr int kLateTokens = 2, kLateHidden = 3072;
-    return task->rounding == MV_ROUNDING_FP32 && task->dtype == MV_BF16 && tokens <= kLateTokens &&
-           task->hidden <= kLateHidden;
+    return !task->linear.plain_x && task->rounding == MV_ROUNDING_FP32 && task->dtype == MV_BF16 &&
+           tokens <= kLateTokens && task->hidden <= kLateHidden;
 }
 
 Groups groups_of(const mv_task *task, int log_groups) {

@@ -17,8 +17,8 @@
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
 #include "norm_plan.cuh"
-#include "qkv_epilogue.cuh"
 #include "tf32_product.cuh"
 
 namespace {
@@ -76,8 +76,8 @@ __device__ __noinline__ float plain_dot(const Product &p, int64_t token, const m
 
 /* Lane l of sums 4 j + {0, 1} of a block: output l / 4 of its warp's 16, tokens 8 j + 2 (l % 4) + {0, 1}; of
  * 4 j + {2, 3}: output l / 4 + 8. */
-template <typename T> __device__ __forceinline__ void store_outputs(const Product &p, const Place &place, int first,
-                                                                    const float (&total)[T::block_sums]) {
+template <typename T, bool kAdds> __device__ __forceinline__ void
+store_outputs(const Product &p, const Place &place, int first, const float (&total)[T::block_sums]) {
     const int lane = threadIdx.x % 32;
     const mv_block &block = p.task.linear.block[place.block];
     const int64_t row = place.row + first, outputs = outputs_of(p.task, place.block);
@@ -92,16 +92,28 @@ template <typename T> __device__ __forceinline__ void store_outputs(const Produc
     const auto outputs_at = [&](int64_t token) {
         return row_address<float>(p.task.out, p.task.inner, token) + place.output + first;
     };
-    float none = 0; /* times a sum: NaN, if that is not finite */
+    const auto addends_at = [&](int64_t token) {
+        return kAdds ? addend_row<float>(p.task, token) + place.output + first : nullptr;
+    };
+    const auto finished = [&](float sum, int lower, const float *addends) {
+        if constexpr (!kAdds) return finish_output<float>(sum, bias[lower]);
+        return join_addend<float>(p.task, sum + bias[lower], __ldcg(addends + 8 * lower));
+    };
+    float none = 0;     /* times a sum: NaN, if that is not finite */
+    uint64_t later = 0; /* outputs that are not stored yet: they may lie where their addends do */
 #pragma unroll
     for (int i = 0; i < T::block_sums / 2; i++) {
         if (token_of(i) >= p.task.tokens) continue;
         float *const to = outputs_at(token_of(i));
+        const float *const addends = addends_at(token_of(i));
 #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             const float sum = total[i / 2 * 4 + lower * 2 + i % 2];
             none = fmaf(none, sum, 0.0f);
-            if (exists[lower]) to[8 * lower] = finish_output<float>(sum, bias[lower]);
+            if (kAdds && !(fabsf(sum) < INFINITY))
+                later |= uint64_t{1} << (2 * i + lower);
+            else if (exists[lower])
+                to[8 * lower] = finished(sum, lower, addends);
         }
     }
     if (none == 0) return;
@@ -111,12 +123,13 @@ template <typename T> __device__ __forceinline__ void store_outputs(const Produc
         float *const to = outputs_at(token_of(i));
 #pragma unroll
         for (int lower = 0; lower < 2; lower++)
-            if (exists[lower] && !(fabsf(to[8 * lower]) < INFINITY))
-                to[8 * lower] = finish_output<float>(plain_dot(p, token_of(i), block, row + 8 * lower), bias[lower]);
+            if (exists[lower] && (kAdds ? later >> (2 * i + lower) & 1 : !(fabsf(to[8 * lower]) < INFINITY)))
+                to[8 * lower] =
+                    finished(plain_dot(p, token_of(i), block, row + 8 * lower), lower, addends_at(token_of(i)));
     }
 }
 
-template <typename T> __global__ void __launch_bounds__(T::threads, 1)
+template <typename T, bool kAdds> __global__ void __launch_bounds__(T::threads, 1)
     rms_norm_qkv_3xtf32_kernel(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) char smem[];
     const Ring<T> ring(uniform(shared_address(smem)));
@@ -130,7 +143,7 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
         return;
     }
     if constexpr (T::trades_registers) more_registers<kOwnRegisters>();
-    if (!p.task.static_weights) griddepcontrol_wait(); /* for the biases */
+    if (kAdds || !p.task.static_weights) griddepcontrol_wait(); /* for the addends and the biases */
     unsigned *const before = reinterpret_cast<unsigned *>(smem + T::ring_bytes + 16 * T::stages);
     const int half = warp / 4;
     if (!T::once && half == 1) give_turn(half); /* the first step is the first warpgroup's */
@@ -146,7 +159,8 @@ template <typename T> __global__ void __launch_bounds__(T::threads, 1)
         if (whole || join_parts<T>(p, work, total, before)) {
             const Place place = find_place<T>(p, work.tile);
 #pragma unroll
-            for (int b = 0; b < T::blocks; b++) store_outputs<T>(p, place, T::first_row(b), block_of<T>(total, b));
+            for (int b = 0; b < T::blocks; b++)
+                store_outputs<T, kAdds>(p, place, T::first_row(b), block_of<T>(total, b));
         }
         __syncwarp(); /* what follows is for whole warps */
     }
@@ -209,7 +223,8 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
 
     const unsigned ctas = p.whole_tiles > 0 ? static_cast<unsigned>(task->sm_count) : p.sharers;
     const Grid grid = {ctas, T::threads, T::ring_bytes + kBarrierBytes};
-    return launch<rms_norm_qkv_3xtf32_kernel<T>>(task, grid, error, p);
+    return task->linear.addend.data ? launch<rms_norm_qkv_3xtf32_kernel<T, true>>(task, grid, error, p)
+                                    : launch<rms_norm_qkv_3xtf32_kernel<T, false>>(task, grid, error, p);
 }
 
 template <bool kOnce, int... kTokens>
@@ -251,7 +266,6 @@ mv_kernel mv_rms_norm_f32_sm80;
 const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const TileChoice choice = choose_tile(task);
     if (!mv_at_price(decision, h100::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = Workspace(task, choice).bytes();
     keep_cut(decision, choice);
@@ -260,11 +274,12 @@ const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_de
 
 mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
+    tasks.product.x = tasks.norm.out; /* also of a plain x, which it does not take in one part */
     const Workspace workspace(task, cut_of<TileChoice>(decision));
     tasks.norm.next.low_plane = static_cast<int64_t>(workspace.plane_bytes / 4);
     tasks.norm.next.counters = workspace.counters(task);
     tasks.norm.next.counter_count = static_cast<int64_t>(workspace.counter_bytes / 4);
-    const mv_status status = mv_rms_norm_f32_sm80(&tasks.norm, decision, error);
+    const mv_status status = make_y(&tasks.norm, decision, mv_rms_norm_f32_sm80, error);
     if (status != MV_OK) return status;
     return task->linear.allow_tf32 ? launch_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
                                    : launch_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);

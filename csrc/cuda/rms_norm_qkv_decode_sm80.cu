@@ -9,13 +9,13 @@
  *
  * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: in "hf" y exactly, after a
  * barrier that makes the row factor known; in "fp32" s * w without a rounding, and the row factor multiplies the
- * finished sum, which saves that barrier. Sums are float32, each lane's in order of k, then over lanes in a fixed tree.
+ * finished sum, which saves that barrier. Without a norm x itself goes there, and an addend comes with the last step of
+ * its row, as the bias does. Sums are float32, each lane's in order of k, then over lanes in a fixed tree.
  */
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
-#include "norm_plan.cuh"
-#include "qkv_epilogue.cuh"
+#include "linear_epilogue.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 
@@ -57,6 +57,23 @@ template <typename W> size_t shared_bytes(int tokens, int64_t hidden) {
 struct Aligned {
     bool rows, norm_weight; /* fit for 16-byte accesses */
 };
+
+/* The same of tokens that are multiplied as they are. */
+template <typename T, int kTokens, int kSize> __device__ __forceinline__ void
+copy_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const Tokens<kSize> &tokens) {
+    constexpr int size = Packet<T>::size;
+    for (int k = threadIdx.x * size; k < tokens.stride; k += kThreads * size)
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) {
+            const bool exists = first_token + t < task.tokens;
+            const int64_t row = exists ? first_token + t : first_token, count = exists ? task.hidden - k : 0;
+            const Packet<T> x = load_packet(row_address<const T>(task.x, task.inner, row) + k, count, aligned.rows);
+#pragma unroll
+            for (int i = 0; i < size; i += 4)
+                *tokens.quad(t, k, i) = make_float4(x.get(i), x.get(i + 1), x.get(i + 2), x.get(i + 3));
+        }
+    __syncthreads();
+}
 
 /* Reads the tokens, adds the residual (block 0 writes the sum out), and leaves in shared memory what the weights are
  * multiplied by; gives the factors that are still to come after the sums. `near` are the norm weights of this thread's
@@ -198,6 +215,12 @@ template <typename W, bool kAligned> struct Stream {
     template <typename T> __device__ __forceinline__ float bias(Place p) const {
         return p.left > 0 ? load_bias<T>(task, find_output(task, p.n)) : 0.0f;
     }
+    /* Of this lane's token, in the row that ends at p; 0 where there is none. */
+    template <typename T, int kTokens> __device__ __forceinline__ float addend(Place p, int64_t first_token) const {
+        const int lane = threadIdx.x % 32;
+        const bool wanted = task.linear.addend.data && p.left > 0 && ends_row(p) && lane < kTokens;
+        return wanted && first_token + lane < task.tokens ? load_addend<T>(task, first_token + lane, p.n) : 0.0f;
+    }
     __device__ __forceinline__ Packet<W> load(const W *row, int k) const {
         const bool wanted = row && k < hidden;
         if constexpr (kAligned) return as_packet<W>(load_streaming(row + k, wanted)); /* hidden is whole packets */
@@ -205,10 +228,10 @@ template <typename W, bool kAligned> struct Stream {
     }
 };
 
-/* One step on its way: what was asked for, and the bias of its row. */
+/* One step on its way: what was asked for, and the bias and the addend of its row. */
 template <typename W> struct Step {
     Packet<W> packets[kUnroll];
-    float bias;
+    float bias, addend;
 };
 
 template <typename W, int kTokens> __device__ __forceinline__ void
@@ -242,23 +265,29 @@ template <int kTokens> struct Row {
     bool whole;         /* the warp has it from its first column on */
 };
 
-template <typename T, int kTokens>
+/* kPlain: without a norm; only then there may be addends. */
+template <typename T, int kTokens, bool kPlain>
 __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first_token, int n,
-                                              const float (&total)[kTokens], const float (&factor)[kTokens],
-                                              float bias) {
+                                              const float (&total)[kTokens], const float (&factor)[kTokens], float bias,
+                                              float addend) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++)
-        if (static_cast<int>(threadIdx.x % 32) == t && first_token + t < task.tokens)
-            row_address<T>(task.out, task.inner, first_token + t)[n] = finish_output<T>(total[t] * factor[t], bias);
+        if (static_cast<int>(threadIdx.x % 32) == t && first_token + t < task.tokens) {
+            T *const to = row_address<T>(task.out, task.inner, first_token + t) + n;
+            if constexpr (kPlain)
+                *to = finish_output<T>(task, total[t], bias, addend);
+            else
+                *to = finish_output<T>(total[t] * factor[t], bias);
+        }
 }
 
 /* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that
  * the warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
-template <typename T, typename W, bool kAligned, int kTokens>
+template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
 __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
                                         Step<W> &step, Place done, Place later, int64_t first_token,
                                         const float (&factor)[kTokens], Row<kTokens> &row, float *open) {
-    const float bias = step.bias;
+    const float bias = step.bias, addend = kPlain ? step.addend : 0.0f;
     const W *next_row = stream.row(later);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
@@ -266,6 +295,7 @@ __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const
         step.packets[u] = stream.load(next_row, stream.column(later, u));
     }
     step.bias = stream.template bias<T>(later);
+    if constexpr (kPlain) step.addend = stream.template addend<T, kTokens>(later, first_token);
     if (done.left > 1 && !stream.ends_row(done)) return;
 
     const bool ends = stream.ends_row(done);
@@ -277,12 +307,12 @@ __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const
         if (!row.whole) open[t * kWarps + threadIdx.x / 32] = total[t];
         row.sum[t] = 0;
     }
-    if (row.whole) write_outputs<T, kTokens>(stream.task, first_token, done.n, total, factor, bias);
+    if (row.whole) write_outputs<T, kTokens, kPlain>(stream.task, first_token, done.n, total, factor, bias, addend);
     row.whole = ends;
 }
 
 /* The row that this warp has begun and others have ended: their parts come from `open`. */
-template <typename T, typename W, bool kAligned, int kTokens>
+template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
 __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int64_t first_token, int n,
                                           const float (&factor)[kTokens], const Row<kTokens> &row, const float *open) {
     float total[kTokens];
@@ -293,10 +323,12 @@ __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int
 #pragma unroll
         for (int t = 0; t < kTokens; t++) total[t] += open[t * kWarps + warp];
     const float bias = load_bias<T>(stream.task, find_output(stream.task, n));
-    write_outputs<T, kTokens>(stream.task, first_token, n, total, factor, bias);
+    const float addend = kPlain ? stream.template addend<T, kTokens>(Place{n, stream.hidden, 1}, first_token) : 0.0f;
+    write_outputs<T, kTokens, kPlain>(stream.task, first_token, n, total, factor, bias, addend);
 }
 
-template <typename T, typename W, bool kAligned, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
+template <typename T, typename W, bool kAligned, int kTokens, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 1)
     rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, Split split,
                                Aligned aligned) {
     extern __shared__ float shared[];
@@ -315,18 +347,25 @@ template <typename T, typename W, bool kAligned, int kTokens> __global__ void __
     }
     ask_for<T>(stream, now, even);
     ask_for<T>(stream, next, odd);
-    const NormWeights<T> near =
-        load_norm_weights<T, Through::kL2>(task, threadIdx.x * Packet<T>::size, aligned.norm_weight);
+    [[maybe_unused]] NormWeights<T> near;
+    if constexpr (!kPlain)
+        near = load_norm_weights<T, Through::kL2>(task, threadIdx.x * Packet<T>::size, aligned.norm_weight);
     if (now.left == 0 && threadIdx.x % 32 < kTokens) open[threadIdx.x % 32 * kWarps + threadIdx.x / 32] = 0;
     griddepcontrol_wait();
     griddepcontrol_launch(); /* not earlier: kernels further down the stream would pile up on some of the SMs */
 
     float factor[kTokens];
-    normalise_tokens<T, kTokens>(task, first_token, aligned, near, tokens, shared, factor);
+    if constexpr (kPlain) {
+        even.addend = stream.template addend<T, kTokens>(now, first_token);
+        odd.addend = stream.template addend<T, kTokens>(next, first_token);
+        copy_tokens<T, kTokens>(task, first_token, aligned, tokens);
+    } else {
+        normalise_tokens<T, kTokens>(task, first_token, aligned, near, tokens, shared, factor);
+    }
 
     const auto multiply_step = [&](Step<W> &step) {
         const Place later = stream.next(next);
-        advance<T>(stream, tokens, step, now, later, first_token, factor, row, open);
+        advance<T, kPlain>(stream, tokens, step, now, later, first_token, factor, row, open);
         last = now;
         now = next;
         next = later;
@@ -338,7 +377,7 @@ template <typename T, typename W, bool kAligned, int kTokens> __global__ void __
     if (stream.steps_per_row == 1) return;
     __syncthreads();
     if (last.left == 1 && row.whole && !stream.ends_row(last))
-        close_row<T>(stream, first_token, last.n, factor, row, open);
+        close_row<T, kPlain>(stream, first_token, last.n, factor, row, open);
 }
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
@@ -351,44 +390,46 @@ template <typename W> bool weights_aligned(const mv_task *task) {
     return aligned;
 }
 
-template <typename T, typename W, int kTokens>
+template <typename T, typename W, int kTokens, bool kPlain>
 mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *error) {
     const int outputs = static_cast<int>(task->linear.outputs);
     const Split split = {outputs / task->sm_count, outputs % task->sm_count, padded<W>(task->hidden) / kColumns<W>};
     const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm.weight)};
     const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads, shared_bytes<W>(kTokens, task->hidden)};
     return weights_aligned<W>(task)
-               ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens>>(task, grid, error, *task, first_token, split,
-                                                                         aligned)
-               : launch<rms_norm_qkv_decode_kernel<T, W, false, kTokens>>(task, grid, error, *task, first_token, split,
-                                                                          aligned);
+               ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens, kPlain>>(task, grid, error, *task, first_token,
+                                                                                 split, aligned)
+               : launch<rms_norm_qkv_decode_kernel<T, W, false, kTokens, kPlain>>(task, grid, error, *task, first_token,
+                                                                                  split, aligned);
 }
 
 /* A few tokens at a time; each time the weights are read again. */
-template <typename T, typename W> mv_status decode_tokens(const mv_task *task, mv_error *error) {
+template <typename T, typename W, bool kPlain> mv_status decode_tokens(const mv_task *task, mv_error *error) {
     mv_status status = MV_OK;
     for (int64_t first = 0; first < task->tokens && status == MV_OK; first += kMaxTokens) {
         const int64_t count = task->tokens - first;
         if (count == 1)
-            status = launch_decode<T, W, 1>(task, first, error);
+            status = launch_decode<T, W, 1, kPlain>(task, first, error);
         else if (count == 2)
-            status = launch_decode<T, W, 2>(task, first, error);
+            status = launch_decode<T, W, 2, kPlain>(task, first, error);
         else
-            status = launch_decode<T, W, kMaxTokens>(task, first, error);
+            status = launch_decode<T, W, kMaxTokens, kPlain>(task, first, error);
     }
     return status;
 }
 
+template <typename T, typename W> mv_status decode_of(const mv_task *task, mv_error *error) {
+    return task->linear.plain_x ? decode_tokens<T, W, true>(task, error) : decode_tokens<T, W, false>(task, error);
+}
+
 template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
-    if (task->linear.weight_dtype == MV_F32) return decode_tokens<T, float>(task, error);
-    return decode_tokens<T, T>(task, error);
+    return task->linear.weight_dtype == MV_F32 ? decode_of<T, float>(task, error) : decode_of<T, T>(task, error);
 }
 
 } // namespace
 
 extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::decode_sm80_us(task), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16 ||
@@ -398,7 +439,7 @@ extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, 
 }
 
 extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return decode_tokens<float, float>(task, error);
+    return decode<float>(task, error);
 }
 extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode<__half>(task, error);

@@ -18,6 +18,9 @@
  * normalised, where all pieces of a warp have a slot it waits for them once, and where the weights are so small that
  * blocks can hold more rows of them, each block has a group of the tokens only.
  *
+ * Without a norm x is copied to where y would be, and nothing else happens to it; the addends of a thread's outputs are
+ * on their way, to its registers, while it multiplies.
+ *
  * How the rows are split is up to the launch. The head-aligned split (decode_heads) gives each head of 128 outputs to a
  * cluster of 2, 4 or 8 blocks, for what needs a whole head: its norm, RoPE, the write to the cache of K and V. Heads
  * seldom fill all SMs, so that runs only where it is asked for by name.
@@ -28,8 +31,8 @@
 #include "decode_split.cuh"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
 #include "norm_plan.cuh"
-#include "qkv_epilogue.cuh"
 
 namespace {
 
@@ -74,10 +77,14 @@ copy_piece(const void *const *row_at, const Walk<T, kRowTiles> &walk, int rows, 
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
-/* kRowTiles: tiles of 16 rows of the weight. kLate: "fp32", y is x times the norm weights in two parts, and the row
- * factors join the sums, so that nobody waits for them before the product. */
-template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __launch_bounds__(kThreads, 2)
+/* What the weights multiply. kLate: "fp32", y is x times the norm weights in two parts, and the row factors join the
+ * sums, so that nobody waits for them before the product. kPlain: x; only then there may be addends. */
+enum class Form { kNorm, kLate, kPlain };
+
+/* kRowTiles: tiles of 16 rows of the weight. */
+template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __launch_bounds__(kThreads, 2)
     rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, const __grid_constant__ Split split) {
+    constexpr bool kLate = kForm == Form::kLate, kPlain = kForm == Form::kPlain;
     using Product = ::Product<T, kTokens>;
     using Fixed = ::Fixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
@@ -98,14 +105,14 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
             prefetch_l2(row, min(hidden * static_cast<int>(sizeof(T)), split.early * kWarps * kPieceBytes / rows));
         fixed->row[threadIdx.x] = row;
     }
-    if (threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
+    if (!kPlain && threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
     if (!task.static_weights) {
-        prefetch_norm_weight(task);
+        if (!kPlain) prefetch_norm_weight(task);
         griddepcontrol_wait();
     }
     __syncthreads();
     const Share<T, kLate> share(task, split, group, shared);
-    copy_norm_weight(task, shared_address(norm_weight));
+    if (!kPlain) copy_norm_weight(task, shared_address(norm_weight));
     Walk<T, kRowTiles> asked = {0, warp * kPieceColumns<T>};
     const auto fill = [&](int first, int end) {
 #pragma unroll 1
@@ -122,6 +129,22 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
         __syncthreads();
     }
     griddepcontrol_wait();
+
+    /* A thread's outputs are those of one row, of some tokens. */
+    constexpr int kRowSlots = kRowTiles == 1 ? 16 : kRowTiles == 2 ? 32 : kRowTiles <= 4 ? 64 : 128;
+    constexpr int kAtOnce = kThreads / kRowSlots, kOwn = (kTokens + kAtOnce - 1) / kAtOnce;
+    const int row = threadIdx.x % kRowSlots;
+    float addend[kOwn] = {};
+    const auto load_addends = [&] {
+        if (!task.linear.addend.data || row >= rows) return;
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) {
+            const int token = static_cast<int>(threadIdx.x) / kRowSlots + i * kAtOnce;
+            if (token < share.tokens)
+                addend[i] =
+                    to_float(__ldcg(token_row<const T>(task.linear.addend, share.first + token) + first_row + row));
+        }
+    };
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
     const auto await_weights = [&] {
@@ -145,7 +168,13 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
         else
             held.normalise(fixed->squares, norm_weight, false);
     };
-    if constexpr (kLate) {
+    if constexpr (kPlain) {
+        copy_tokens<T>(task, split, share);
+        load_addends();
+        fill(split.early, split.slots);
+        cp_async_wait_all_but(split.slots - split.early);
+        await_weights();
+    } else if constexpr (kLate) {
         hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
     } else {
         if (kTokens <= kMaxHeldTokens && split.held <= kFewHeld) {
@@ -204,35 +233,47 @@ template <typename T, int kTokens, int kRowTiles, bool kLate> __global__ void __
     for (int m = 0; m < kRowTiles; m++)
         Product::template store<kLate>(reinterpret_cast<float *>(ring) + m * kPieceRows, kPitch, sums[m]);
     __syncthreads();
-    constexpr int kRowSlots = kRowTiles == 1 ? 16 : kRowTiles == 2 ? 32 : kRowTiles <= 4 ? 64 : 128;
-    const int row = threadIdx.x % kRowSlots;
-    if (row < rows) {
-#pragma unroll 1
-        for (int token = threadIdx.x / kRowSlots; token < share.tokens; token += kThreads / kRowSlots) {
-            const char *parts = shared + kRing<kTokens> + (token * kPitch + row) * 4;
-            float total = 0;
+    const auto total_of = [&](int token) {
+        const char *parts = shared + kRing<kTokens> + (token * kPitch + row) * 4;
+        float total = 0;
 #pragma unroll
-            for (int w = 0; w < kWarps; w++)
-                total += *reinterpret_cast<const float *>(parts + w * split.slots * kPieceBytes);
+        for (int w = 0; w < kWarps; w++)
+            total += *reinterpret_cast<const float *>(parts + w * split.slots * kPieceBytes);
+        return total;
+    };
+    if (row >= rows) return;
+    const int first_token = threadIdx.x / kRowSlots;
+    const auto place_of = [&](int token) { return token_row<T>(task.out, share.first + token) + first_row + row; };
+    if constexpr (kPlain) {
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) {
+            const int token = first_token + i * kAtOnce;
+            if (token < share.tokens)
+                *place_of(token) = finish_output<T>(task, total_of(token), fixed->bias[row], addend[i]);
+        }
+    } else {
+#pragma unroll 1
+        for (int token = first_token; token < share.tokens; token += kAtOnce) {
+            float total = total_of(token);
             if (kLate) total *= token_factor<T>(task, split, fixed->squares[token]);
-            token_row<T>(task.out, share.first + token)[first_row + row] = finish_output<T>(total, fixed->bias[row]);
+            *place_of(token) = finish_output<T>(total, fixed->bias[row]);
         }
     }
 }
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
-template <typename T, int kTokens, int kRowTiles, bool kLate>
+template <typename T, int kTokens, int kRowTiles, Form kForm>
 mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, const Part &part, mv_error *error) {
     split.resident = (task->hidden + kStep<T> - 1) / kStep<T> * kRowTiles <= split.slots;
     split.early = split.resident ? split.slots : early_slots(task, groups.y_rows, split.slots);
     const Grid grid = {static_cast<unsigned>(part.blocks) << groups.log_groups, kThreads,
                        static_cast<size_t>(block_bytes_of(task, groups)), part.cluster};
-    return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kLate>>(task, grid, error, *task, split);
+    return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
 }
 
-template <typename T, int kTokens, bool kLate = false>
-mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *error) {
+template <typename T, int kTokens, Form kForm>
+mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *error) {
     const int tokens = groups.tokens;
     const int64_t parts = parts_of(task, groups);
     Split split = {};
@@ -254,14 +295,19 @@ mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *err
         split.rows_per_block = part.outputs / part.blocks;
         split.more = part.outputs % part.blocks;
         switch ((split.rows_per_block + (split.more > 0) + kPieceRows - 1) / kPieceRows) {
-        case 1: status = launch_rows<T, kTokens, 1, kLate>(task, split, groups, part, error); break;
-        case 2: status = launch_rows<T, kTokens, 2, kLate>(task, split, groups, part, error); break;
-        case 3: status = launch_rows<T, kTokens, 3, kLate>(task, split, groups, part, error); break;
-        case 4: status = launch_rows<T, kTokens, 4, kLate>(task, split, groups, part, error); break;
-        default: status = launch_rows<T, kTokens, kMaxRowTiles, kLate>(task, split, groups, part, error); break;
+        case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, groups, part, error); break;
+        case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, groups, part, error); break;
+        case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, groups, part, error); break;
+        case 4: status = launch_rows<T, kTokens, 4, kForm>(task, split, groups, part, error); break;
+        default: status = launch_rows<T, kTokens, kMaxRowTiles, kForm>(task, split, groups, part, error); break;
         }
     }
     return status;
+}
+
+template <typename T, int kTokens> mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *error) {
+    return task->linear.plain_x ? launch_split<T, kTokens, Form::kPlain>(task, groups, error)
+                                : launch_split<T, kTokens, Form::kNorm>(task, groups, error);
 }
 
 template <typename T> mv_status decode(const mv_task *task, const Groups &groups, mv_error *error) {
@@ -273,7 +319,7 @@ template <typename T> mv_status decode(const mv_task *task, const Groups &groups
         }
     } else {
         if constexpr (Dtype<T>::value == MV_BF16)
-            if (groups.late) return launch_decode<T, 8, true>(task, groups, error);
+            if (groups.late) return launch_split<T, 8, Form::kLate>(task, groups, error);
         return groups.tokens <= 8 ? launch_decode<T, 8>(task, groups, error)
                                   : launch_decode<T, 16>(task, groups, error);
     }
@@ -319,7 +365,6 @@ const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decisio
     const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
     const double missed = groups.tokens > 0 ? missed_us(task, groups) : 0;
     if (!mv_at_price(decision, h100::decode_sm90a_us(task, missed), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     keep_cut(decision, groups);
     return why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
 }

@@ -16,10 +16,10 @@
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
 #include "mma.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
-#include "qkv_epilogue.cuh"
 #include "reduce.cuh"
 #include "token_tile.cuh"
 #include "vec.cuh"
@@ -127,8 +127,9 @@ store_outputs(const mv_task &task, TilePlace tile, const Fixed<Tile> *fixed, con
 #pragma unroll
         for (int warp = 0; warp < kWarps; warp++)
             part[warp] = *reinterpret_cast<const float *>(parts + warp * ring_bytes + (m * Tile::pitch + n) * 4);
-        row_address<float>(task.out, task.inner, tile.first_token + m)[tile.first_output + n] =
-            finish_output<float>(pairwise_sum<kWarps>(part), fixed->bias[n]);
+        const int64_t token = tile.first_token + m, output = tile.first_output + n;
+        row_address<float>(task.out, task.inner, token)[output] =
+            finish_output<float>(task, token, output, pairwise_sum<kWarps>(part), fixed->bias[n]);
     }
 }
 
@@ -253,7 +254,6 @@ mv_kernel mv_rms_norm_f32_sm80;
 
 const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_few_us(task), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
     decision->launch = choose_tile(task).launch;

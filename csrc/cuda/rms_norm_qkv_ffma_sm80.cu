@@ -16,9 +16,9 @@
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
-#include "qkv_epilogue.cuh"
 #include "rms_norm.cuh"
 #include "token_tile.cuh"
 #include "vec.cuh"
@@ -273,7 +273,7 @@ __device__ __forceinline__ void keep_totals(const Sums<Tile> &sum, Shared<Tile, 
 }
 
 /* The thread's rows and columns of the tile, a group at a time. */
-template <typename Tile, typename T, typename W>
+template <bool kAdds, typename Tile, typename T, typename W>
 __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n,
                                               TilePlace tile, const mv_task &task) {
 #pragma unroll
@@ -281,14 +281,27 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
         const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
         if (token >= task.tokens) continue;
         T *row = row_address<T>(task.out, task.inner, token);
+        const T *addends = kAdds ? addend_row<T>(task, token) : nullptr;
+        const auto whole = [](const T *at, int64_t count) {
+            return count >= kGroup && reinterpret_cast<uintptr_t>(at) % sizeof(Group<T>) == 0;
+        };
 #pragma unroll
         for (int j = 0; j < Tile::own_n; j += kGroup) {
             const int column = n + j * 4;
             const int64_t output = tile.first_output + column, count = task.linear.outputs - output;
             Group<T> group;
+            if constexpr (kAdds) {
+                const T *from = addends + output;
+                const Group<T> addend = load_group<Through::kL2>(from, count, whole(from, count));
 #pragma unroll
-            for (int v = 0; v < kGroup; v++) group.v[v] = finish_output<T>(sum[i][j + v], shared.bias[column + v]);
-            if (count >= kGroup && reinterpret_cast<uintptr_t>(row + output) % sizeof(Group<T>) == 0) {
+                for (int v = 0; v < kGroup; v++)
+                    group.v[v] = from_float<T>(
+                        join_addend<T>(task, sum[i][j + v] + shared.bias[column + v], to_float(addend.v[v])));
+            } else {
+#pragma unroll
+                for (int v = 0; v < kGroup; v++) group.v[v] = finish_output<T>(sum[i][j + v], shared.bias[column + v]);
+            }
+            if (whole(row + output, count)) {
                 *reinterpret_cast<Group<T> *>(row + output) = group;
             } else {
 #pragma unroll
@@ -301,8 +314,8 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
 
 enum class Loads { kAny, kAlongK, kAlongN };
 
-/* kLoads: what is known of access when compiled. */
-template <typename T, typename W, typename Tile, bool kNorm, Loads kLoads>
+/* kAdds: an addend joins the outputs. kLoads: what is known of access when compiled. */
+template <typename T, typename W, typename Tile, bool kNorm, bool kAdds, Loads kLoads>
 __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
     extern __shared__ __align__(16) char smem[];
@@ -360,7 +373,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
         if (step < steps)
             keep_totals<Tile>(sum, shared);
         else
-            store_outputs<Tile>(sum, shared, m, n, tile, task);
+            store_outputs<kAdds, Tile>(sum, shared, m, n, tile, task);
     }
 }
 
@@ -394,17 +407,16 @@ template <typename T, typename W> Access find_access(const mv_task *task) {
     return access;
 }
 
-template <typename T, typename W, typename Tile, bool kNorm, Loads kLoads = Loads::kAny>
+template <typename T, typename W, typename Tile, bool kNorm, bool kAdds, Loads kLoads = Loads::kAny>
 mv_status launch_tile(const mv_task *task, const mv_decision *decision, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
-        return mv_fail(error, MV_BAD_VALUE,
-                       "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
-                       static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
+        return mv_fail(error, MV_BAD_VALUE, "%s: %lld tokens x %lld outputs are more than one launch can take",
+                       task->op, static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const Grid grid = {static_cast<unsigned>(tiles), Tile::threads,
                        spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(Shared<Tile, T, W>))};
-    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kLoads>>(task, grid, error, *task,
-                                                                       cut_of<Access>(decision));
+    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kAdds, kLoads>>(task, grid, error, *task,
+                                                                              cut_of<Access>(decision));
 }
 
 using Large = Tile<128, 64, 8, 8, 3>;
@@ -418,31 +430,32 @@ template <typename Tile> double turns(const mv_task *task) {
 }
 
 /* The large tile needs fewer loads per product: of twice the size, it takes 1.8 times as long. */
-template <Loads kLoads> mv_kernel *choose_float32(const mv_task *task) {
-    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kLoads>
-                                                         : launch_tile<float, float, Small, false, kLoads>;
+template <bool kAdds, Loads kLoads> mv_kernel *choose_float32(const mv_task *task) {
+    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kAdds, kLoads>
+                                                         : launch_tile<float, float, Small, false, kAdds, kLoads>;
 }
 
 /* The small tile takes anything. */
-template <typename T, typename W, bool kNorm> void choose_tile(const mv_task *task, mv_decision *decision) {
+template <typename T, typename W, bool kNorm, bool kAdds> void choose_tile(const mv_task *task, mv_decision *decision) {
     const Access access = find_access<T, W>(task);
     keep_cut(decision, access);
-    decision->launch = launch_tile<T, W, SmallTile<kNorm>, kNorm>;
+    decision->launch = launch_tile<T, W, SmallTile<kNorm>, kNorm, kAdds>;
     if constexpr (!kNorm && sizeof(T) == 4)
         if (access.x_whole && access.w_whole)
-            decision->launch =
-                access.w_along_n ? choose_float32<Loads::kAlongN>(task) : choose_float32<Loads::kAlongK>(task);
+            decision->launch = access.w_along_n ? choose_float32<kAdds, Loads::kAlongN>(task)
+                                                : choose_float32<kAdds, Loads::kAlongK>(task);
 }
 
-template <bool kNorm> void choose(const mv_task *task, mv_decision *decision) {
+template <bool kNorm, bool kAdds = false> void choose(const mv_task *task, mv_decision *decision) {
     const bool wide = task->linear.weight_dtype == MV_F32;
     if (task->dtype == MV_F32)
-        choose_tile<float, float, kNorm>(task, decision);
+        choose_tile<float, float, kNorm, kAdds>(task, decision);
     else if (task->dtype == MV_F16)
-        wide ? choose_tile<__half, float, kNorm>(task, decision) : choose_tile<__half, __half, kNorm>(task, decision);
+        wide ? choose_tile<__half, float, kNorm, kAdds>(task, decision)
+             : choose_tile<__half, __half, kNorm, kAdds>(task, decision);
     else
-        wide ? choose_tile<__nv_bfloat16, float, kNorm>(task, decision)
-             : choose_tile<__nv_bfloat16, __nv_bfloat16, kNorm>(task, decision);
+        wide ? choose_tile<__nv_bfloat16, float, kNorm, kAdds>(task, decision)
+             : choose_tile<__nv_bfloat16, __nv_bfloat16, kNorm, kAdds>(task, decision);
 }
 
 } // namespace
@@ -461,11 +474,14 @@ const char *mv_ffma_sm80_decide(const mv_task *task, double below, mv_decision *
 
 const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_ffma_us(task), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
-    decision->workspace = plan_workspace(task);
     PlanTasks tasks = plan_tasks(task);
-    tasks.product.x.data = reinterpret_cast<void *>(16); /* y will be aligned; where it lies is not known yet */
-    choose<false>(&tasks.product, decision);
+    if (task->linear.plain_x) {
+        tasks.product.x = task->x; /* wherever it lies */
+    } else {
+        decision->workspace = plan_workspace(task);
+        tasks.product.x.data = reinterpret_cast<void *>(16); /* y will be aligned; where it lies is not known yet */
+    }
+    task->linear.addend.data ? choose<false, true>(&tasks.product, decision) : choose<false>(&tasks.product, decision);
     return nullptr;
 }
 
@@ -475,6 +491,7 @@ const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decis
     }                                                                                                                  \
     mv_status mv_rms_norm_qkv_##dtype##_norm_ffma_sm80(const mv_task *task, const mv_decision *decision,               \
                                                        mv_error *error) {                                              \
+        if (task->linear.plain_x) return decision->launch(task, decision, error);                                      \
         return norm_then_product(task, decision, mv_rms_norm_##dtype##_sm80, error);                                   \
     }
 MV_ROWS(f32)

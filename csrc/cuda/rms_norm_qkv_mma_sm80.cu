@@ -15,6 +15,7 @@
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
 #include "mma_tile.cuh"
 #include "norm_plan.cuh"
 #include "ptx.cuh"
@@ -99,8 +100,30 @@ template <typename T, typename Tile, bool kInOut> struct Stream {
     }
 };
 
-/* The bias joins the warp's sums, and they become outputs. */
-template <typename T, typename Tile, bool kInOut>
+/* The addends of a lane's four outputs in two columns of 8, of a row that has `left` of them. */
+template <typename T, bool kInOut>
+__device__ __forceinline__ Packet<T> load_addends(const T *from, int64_t left, bool whole) {
+    const int first = output_of<kInOut>(0), second = output_of<kInOut>(1);
+    Packet<T> packet = {};
+    if (whole && !kInOut) {
+        const uint2 bits = __ldcg(reinterpret_cast<const uint2 *>(from + first));
+        packet.word[0] = bits.x, packet.word[1] = bits.y;
+    } else if (whole) {
+        packet.word[0] = __ldcg(reinterpret_cast<const uint32_t *>(from + first));
+        packet.word[1] = __ldcg(reinterpret_cast<const uint32_t *>(from + second));
+    } else {
+        const uint16_t *halves = reinterpret_cast<const uint16_t *>(from);
+#pragma unroll
+        for (int v = 0; v < 4; v++) {
+            const int n = (v < 2 ? first : second) + v % 2;
+            if (n < left) packet.word[v / 2] |= static_cast<uint32_t>(__ldcg(halves + n)) << (v % 2 * 16);
+        }
+    }
+    return packet;
+}
+
+/* The bias joins the warp's sums, then the addend where there is one, and they become outputs. */
+template <typename T, typename Tile, bool kInOut, bool kAdds>
 __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &task, const Place &place) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
@@ -126,6 +149,19 @@ __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &ta
         for (int half = 0; half < 2; half++) { /* rows lane / 4 and lane / 4 + 8 of the fragment */
             const int64_t token = place.token + first_m + i * 16 + half * 8 + lane / 4;
             if (token >= task.tokens) continue;
+            if constexpr (kAdds) {
+                const T *from = addend_row<T>(task, token) + place.first + output;
+                const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(from) % 8 == 0;
+#pragma unroll
+                for (int j = 0; j < Tile::warp_n / 8; j += 2) {
+                    const Packet<T> addends = load_addends<T, kInOut>(from + j * 8, left - j * 8, whole);
+#pragma unroll
+                    for (int v = 0; v < 4; v++) {
+                        float &of = sum[i][j + v / 2][2 * half + v % 2];
+                        of = join_addend<T>(task, of, addends.get(v));
+                    }
+                }
+            }
             T *row = row_address<T>(task.out, task.inner, token) + place.first + output;
             const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(row) % 8 == 0;
 #pragma unroll
@@ -148,7 +184,8 @@ __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &ta
         }
 }
 
-template <typename T, typename Tile, bool kInOut> __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
+template <typename T, typename Tile, bool kInOut, bool kAdds>
+__global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
@@ -221,7 +258,7 @@ template <typename T, typename Tile, bool kInOut> __global__ void __launch_bound
                 multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
             }
         }
-        store_outputs<T, Tile, kInOut>(sum, task, find_place<Tile>(task, tile, columns));
+        store_outputs<T, Tile, kInOut, kAdds>(sum, task, find_place<Tile>(task, tile, columns));
     }
 }
 
@@ -264,22 +301,21 @@ template <typename Tile> double tile_cost(const mv_task *task) {
     return (share < Tile::ctas_per_sm && share == 1 ? 1.15 : static_cast<double>(share)) * steps * Tile::step_us;
 }
 
-template <typename T, typename Tile, bool kInOut>
+template <typename T, typename Tile, bool kInOut, bool kAdds>
 mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error) {
     const int64_t tiles = count_tiles<Tile>(task);
     if (tiles > INT32_MAX)
-        return mv_fail(error, MV_BAD_VALUE,
-                       "rms_norm_qkv: %lld tokens x %lld outputs are more than one launch can take",
-                       static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
+        return mv_fail(error, MV_BAD_VALUE, "%s: %lld tokens x %lld outputs are more than one launch can take",
+                       task->op, static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const int64_t ctas = Tile::ctas_per_sm == 1 && tiles > task->sm_count ? task->sm_count : tiles;
     const Grid grid = {static_cast<unsigned>(ctas), Tile::threads,
                        spread_blocks(task, ctas, Tile::ctas_per_sm, Tile::smem_bytes)};
-    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut>>(
+    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut, kAdds>>(
         task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));
 }
 
-template <typename T, bool kInOut, typename... Tiles> mv_kernel *cheapest(const mv_task *task) {
-    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut>...};
+template <typename T, bool kAdds, bool kInOut, typename... Tiles> mv_kernel *cheapest(const mv_task *task) {
+    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut, kAdds>...};
     const double costs[] = {tile_cost<Tiles>(task)...};
     size_t best = 0;
     for (size_t i = 1; i < sizeof...(Tiles); i++)
@@ -288,11 +324,15 @@ template <typename T, bool kInOut, typename... Tiles> mv_kernel *cheapest(const 
 }
 
 /* The last of each list fits every GPU. Fewer tiles for the rarer layout: each is code to compile, ship and load. */
-template <typename T> mv_kernel *choose_tile(const mv_task *task) {
-    return task->linear.block[0].col_stride == 1
-               ? cheapest<T, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64, Tile32x64>(
-                     task)
-               : cheapest<T, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task);
+template <typename T, bool kAdds> mv_kernel *choose_tile(const mv_task *task) {
+    if (task->linear.block[0].col_stride != 1)
+        return cheapest<T, kAdds, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task);
+    return cheapest<T, kAdds, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64, Tile32x64>(
+        task);
+}
+
+template <typename T> mv_kernel *choose_end(const mv_task *task) {
+    return task->linear.addend.data ? choose_tile<T, true>(task) : choose_tile<T, false>(task);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */
@@ -323,10 +363,9 @@ extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
 
 extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_mma_us(task), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
-    decision->launch = task->dtype == MV_F16 ? choose_tile<__half>(task) : choose_tile<__nv_bfloat16>(task);
+    decision->launch = task->dtype == MV_F16 ? choose_end<__half>(task) : choose_end<__nv_bfloat16>(task);
     return nullptr;
 }
 

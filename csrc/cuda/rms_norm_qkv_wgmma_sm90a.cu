@@ -55,7 +55,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         const int half = warp / 4, thread = threadIdx.x % 128;
         char *const out = smem + half * Tile::own_out_bytes;
         float *const bias = reinterpret_cast<float *>(smem + Tile::out_bytes) + half * Tile::own_outputs;
-        if (!p.static_weights) griddepcontrol_wait(); /* for the biases */
+        if (Tile::adds || !p.static_weights) griddepcontrol_wait(); /* for the addends and the biases */
         float sum[Tile::own_parts][Tile::N / 2];
         Slot slot;
         const unsigned turn = Tile::whole ? half : 0;
@@ -80,16 +80,22 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                     multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
                 if (Tile::whole) slot.skip(ring.stages, p.steps);
 #pragma unroll
-                for (int part = 0; part < Tile::own_parts; part++, place.token += 64)
+                for (int part = 0; part < Tile::own_parts; part++, place.token += 64) {
+                    if constexpr (Tile::adds) {
+                        if (part == 0) warps_barrier(1 + half, 128); /* all biases are there */
+                        add_rows<T, Tile>(sum[part], p, place, bias);
+                    }
                     store_tile<T, Tile>(sum[part], p, place, out, bias);
+                }
             } else {
                 const float own_bias = thread < Tile::own_outputs ? bias_of(thread) : 0.0f;
-                const PairRows<T> rows(p, place);
+                const PairRows<T> rows(p, p.out, place);
                 multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, false);
                 warps_barrier(kExchangeBarrier, kConsumers); /* all have stored the tile before */
                 if (thread < Tile::own_outputs) bias[thread] = own_bias;
                 float own[Tile::own_outputs / 2];
                 exchange<Tile>(own, sum[0], smem, half);
+                if constexpr (Tile::adds) add_rows<T, Tile>(own, p, place, bias);
                 store_pairs<T, Tile>(own, rows, segment.outputs - place.output, bias);
             }
         }
@@ -145,11 +151,15 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.counters = rest.counters;
     p.group = group_height(task, choice);
     p.static_weights = task->static_weights;
+    p.addend = task->linear.addend;
+    p.scale = task->linear.scale;
+    p.once = task->rounding == MV_ROUNDING_FP32;
     /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
     p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
-    const BoxedMatrix y = {task->x.data, task->dtype, padded_tokens(task), task->hidden, task->hidden, p.high, kStep};
+    const int64_t rows = task->x.data == task->workspace ? padded_tokens(task) : task->tokens;
+    const BoxedMatrix y = {task->x.data, task->dtype, rows, task->hidden, task->hidden, p.high, kStep};
     const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
     const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
     const BoxedMatrix norm_weight = {task->norm.weight, task->dtype, 1, hidden, ceil_div(hidden, 8) * 8, 1, kStep};
@@ -225,13 +235,12 @@ mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Res
     return status;
 }
 
-/* Every tile that choose_tile may choose. */
-template <typename T>
+/* Every tile that choose_tile may choose; kTurned: the form for in_out weights. */
+template <typename T, Form kPlain, Form kTurned>
 mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
     constexpr Sharing kTokens = Sharing::kTokens;
-    constexpr Form kPlain = Form::kPlain;
     if (task->linear.block[0].col_stride != 1)
-        return launch_one_of<T, kTokens, Form::kInOut, 128, 256>(task, choice, rest, error);
+        return launch_one_of<T, kTokens, kTurned, 128, 256>(task, choice, rest, error);
     switch (choice.sharing) {
     case Sharing::kTiles:
         return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, kPlain>>(task, choice, rest, error);
@@ -267,9 +276,11 @@ mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm
         tasks.norm.next.counter_count = static_cast<int64_t>(row_counters(task->tokens));
         rest.counters = {tasks.norm.next.counters, static_cast<int>(first)};
     }
-    const mv_status status = norm(&tasks.norm, decision, error);
+    const mv_status status = reads_x(task) ? MV_OK : make_y(&tasks.norm, decision, norm, error);
     if (status != MV_OK) return status;
-    return launch_choice<T>(&tasks.product, choice, rest, error);
+    return task->linear.addend.data
+               ? launch_choice<T, Form::kAdds, Form::kAddsInOut>(&tasks.product, choice, rest, error)
+               : launch_choice<T, Form::kPlain, Form::kInOut>(&tasks.product, choice, rest, error);
 }
 
 const char *plan_why_not(const mv_task *task) {
@@ -319,9 +330,8 @@ mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_wgmma_us(task), below)) return mv_too_dear;
-    if (const char *reason = norm_linear_why_not(task)) return reason;
     if (const char *reason = plan_why_not(task)) return reason;
-    decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
+    if (!reads_x(task)) decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
     keep_cut(decision, choose_tile(task));
     return nullptr;
 }

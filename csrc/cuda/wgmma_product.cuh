@@ -48,8 +48,8 @@ constexpr int boxes_at_once_of(int boxes, int most, int other_bytes, int stage_b
 }
 
 /* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
- * (late_product.cuh). */
-enum class Form { kPlain, kInOut, kLate };
+ * (late_product.cuh). kAdds..: an addend joins the outputs. */
+enum class Form { kPlain, kInOut, kLate, kAdds, kAddsInOut };
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
  * biases, barriers, then the ring. Of 64 tokens both warpgroups multiply all, every second step each, because waiting
@@ -58,8 +58,9 @@ enum class Form { kPlain, kInOut, kLate };
 template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static constexpr bool shared_tokens = kSharing == Sharing::kTokens, shared_steps = kSharing == Sharing::kSteps,
                           whole = kSharing == Sharing::kTiles;
-    static constexpr bool in_out = kForm == Form::kInOut, late = kForm == Form::kLate;
-    static constexpr bool spare_warps = has_spare_warps(kSharing, kOutputs) && !late;
+    static constexpr bool adds = kForm == Form::kAdds || kForm == Form::kAddsInOut;
+    static constexpr bool in_out = kForm == Form::kInOut || kForm == Form::kAddsInOut, late = kForm == Form::kLate;
+    static constexpr bool spare_warps = has_spare_warps(kSharing, kOutputs) && !late && !adds; /* an addend: no norm */
     static constexpr int M = tile_tokens(kSharing), N = kOutputs;
     static constexpr int own_parts = whole ? M / 64 : 1;         /* 64 tokens each, that a warpgroup multiplies */
     static constexpr int own_outputs = shared_steps ? N / 2 : N; /* that it stores */
@@ -115,11 +116,15 @@ struct Product {
     bool static_weights;
     mv_task norm; /* what makes the rows from counters.first_row on */
     RowCounters counters;
+    mv_rows addend;
+    float scale; /* of the outputs that it joins, */
+    bool once;   /* which are rounded once */
 };
 
 /* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies
  * that reach past the end of a matrix are slow, and what two tiles both have is the same. So do the last ones of a
- * column where x is the caller's: y has padded_tokens. */
+ * column where the norm joins late, of the caller's x: y has padded_tokens. But an output that an addend joins is one
+ * tile's: out may be where the addends are. */
 struct Place {
     int token, segment, output;
 };
@@ -129,8 +134,9 @@ template <typename Tile> __device__ __forceinline__ Place find_place(const Produ
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
+    const int first = static_cast<int>(tile * Tile::N);
     Place place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
-                   max(0, min(static_cast<int>(tile * Tile::N), p.segment[segment].outputs - Tile::N))};
+                   Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::N))};
     if (Tile::late) place.token = max(0, min(place.token, static_cast<int>(p.tokens) - Tile::M));
     return place;
 }

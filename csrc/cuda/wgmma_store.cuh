@@ -2,7 +2,7 @@
  * tensor copies or ordinary stores bring to their places; of few tokens straight from the registers. */
 #pragma once
 
-#include "qkv_epilogue.cuh"
+#include "linear_epilogue.cuh"
 #include "wgmma_product.cuh"
 
 namespace {
@@ -14,12 +14,25 @@ __device__ __forceinline__ int piece_offset(int row, int piece, bool narrow) {
     return piece / kBoxPieces * kBoxBytes + (row * pieces + swizzled) * 16;
 }
 
-/* Eight columns of this thread's two rows, with the bias, rounded: rows l / 4 and l / 4 + 8 of its warp. */
-template <typename T>
+/* This thread's pair of biases in eight columns. */
+__device__ __forceinline__ float2 bias_pair(const float *bias, int column) {
+    return *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
+}
+
+/* A pair of outputs: of a tile with addends the bias is in its sums already. */
+template <typename T, typename Tile>
+__device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const float *bias, int column) {
+    if constexpr (Tile::adds)
+        return pack_word<T>(sum);
+    else
+        return finish_pair<T>(sum[0], sum[1], bias_pair(bias, column));
+}
+
+/* Eight columns of this thread's two rows, rounded: rows l / 4 and l / 4 + 8 of its warp. */
+template <typename T, typename Tile>
 __device__ __forceinline__ void finish_columns(uint32_t *m, const float *sum, const float *bias, int column) {
-    const float2 b = *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
-    m[0] = finish_pair<T>(sum[0], sum[1], b);
-    m[1] = finish_pair<T>(sum[2], sum[3], b);
+    m[0] = finish_pair_of<T, Tile>(sum, bias, column);
+    m[1] = finish_pair_of<T, Tile>(sum + 2, bias, column);
 }
 
 /* Outputs leave through boxes in shared memory, as many at once as there is room for. */
@@ -40,8 +53,8 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
             const int j = first + i;
             const uint32_t to = out_address + piece_offset(warp * 16 + lane % 16, i + lane / 16, j >= kWide);
             uint32_t m[4];
-            finish_columns<T>(m, sum + 4 * j, bias, 8 * j);
-            finish_columns<T>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
+            finish_columns<T, Tile>(m, sum + 4 * j, bias, 8 * j);
+            finish_columns<T, Tile>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
             stmatrix_x4(to, m);
         }
         fence_async_shared();
@@ -67,28 +80,54 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
     }
 }
 
-/* Where the rows of this thread's sums of a tile begin in out; null past the last token. */
+/* Where the rows of this thread's sums of a tile begin, in out or among the addends; null past the last token. */
 template <typename T> struct PairRows {
     T *to[2] = {};
 
-    __device__ __forceinline__ PairRows(const Product &p, const Place &place) {
+    __device__ __forceinline__ PairRows(const Product &p, mv_rows rows, const Place &place) {
         const int first = place.token + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 2; i++)
             if (first + 8 * i < p.tokens)
-                to[i] = row_address<T>(p.out, p.inner, first + 8 * i) + p.segment[place.segment].first_output +
-                        place.output;
+                to[i] =
+                    row_address<T>(rows, p.inner, first + 8 * i) + p.segment[place.segment].first_output + place.output;
     }
 };
+
+/* The biases join the sums of a tile, then the addends. */
+template <typename T, typename Tile> __device__ __forceinline__ void
+add_rows(float (&sum)[Tile::own_outputs / 2], const Product &p, const Place &place, const float *bias) {
+    const PairRows<const T> rows(p, p.addend, place);
+    const int first = threadIdx.x % 4 * 2, count = p.segment[place.segment].outputs - place.output;
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        const T *const from = rows.to[row];
+        if (!from) continue;
+        const bool whole = reinterpret_cast<uintptr_t>(from) % 4 == 0 && count >= Tile::own_outputs;
+        const uint16_t *const halves = reinterpret_cast<const uint16_t *>(from);
+#pragma unroll
+        for (int j = 0; j < Tile::own_outputs / 8; j++) {
+            const int n = 8 * j + first;
+            Packet<T> addends = {};
+            if (whole) {
+                addends.word[0] = __ldcg(reinterpret_cast<const uint32_t *>(from + n));
+            } else {
+                if (n < count) addends.word[0] = __ldcg(halves + n);
+                if (n + 1 < count) addends.word[0] |= static_cast<uint32_t>(__ldcg(halves + n + 1)) << 16;
+            }
+            const float2 b = bias_pair(bias, 8 * j);
+            float *const of = sum + 4 * j + 2 * row;
+            of[0] = join_addend<T>(of[0] + b.x, addends.get(0), p.scale, p.once);
+            of[1] = join_addend<T>(of[1] + b.y, addends.get(1), p.scale, p.once);
+        }
+    }
+}
 
 /* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
 template <typename T, typename Tile> __device__ __forceinline__ void
 store_pairs(const float (&sum)[Tile::own_outputs / 2], const PairRows<T> &rows, int count, const float *bias) {
     const int first = threadIdx.x % 4 * 2;
-    const auto pair = [&](int row, int j) {
-        return finish_pair<T>(sum[4 * j + 2 * row], sum[4 * j + 2 * row + 1],
-                              *reinterpret_cast<const float2 *>(bias + 8 * j + first));
-    };
+    const auto pair = [&](int row, int j) { return finish_pair_of<T, Tile>(sum + 4 * j + 2 * row, bias, 8 * j); };
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         T *const to = rows.to[row];

@@ -75,6 +75,7 @@ static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, d
     if (whole) meanwhile.cluster = kCluster;
     const bool pays = has_spare_warps(choice.sharing, choice.outputs) && tile_us >= kMeanwhile &&
                       norm_us(task, task->tokens - first_rows(task, meanwhile)) > kLate && norm_rows_fit(task) &&
+                      !task->linear.plain_x &&
                       !task->batch_invariant; /* they add in another order than the norm kernel */
     return pays ? meanwhile : choice;
 }

@@ -27,6 +27,15 @@ class QKVShape(NamedTuple):
         return self.q_size + 2 * self.kv_size
 
 
+class LinearShape(NamedTuple):
+    """One linear layer: x [tokens, hidden] -> [tokens, outputs]."""
+
+    name: str
+    hidden: int
+    outputs: int
+    reason: str = ""
+
+
 class NormShape(NamedTuple):
     """One RMSNorm over x [tokens, hidden]."""
 
@@ -43,6 +52,28 @@ MODELS = (
     QKVShape("qwen3-8b", 4096, 32, 8, 128, reason="the wq of the model is square"),
     QKVShape("qwen3-14b", 5120, 40, 8, 128, reason="hidden is no power of two"),
     QKVShape("llama-70b", 8192, 64, 8, 128, reason="the largest"),
+)
+
+# The width of the MLP of each, and the words that it knows.
+_MLP_AND_VOCABULARY = {
+    "qwen2.5-0.5b": (4864, 151_936),
+    "qwen3-0.6b": (3072, 151_936),
+    "qwen3-4b": (9728, 151_936),
+    "qwen3-8b": (12_288, 151_936),
+    "qwen3-14b": (17_408, 151_936),
+    "llama-70b": (28_672, 128_256),
+}
+PROJECTIONS = tuple(  # what closes the halves of a layer
+    LinearShape(f"{shape.name}-{name}", hidden, shape.hidden, reason)
+    for shape in MODELS
+    for name, hidden, reason in (
+        ("o", shape.q_size, "after attention"),
+        ("down", _MLP_AND_VOCABULARY[shape.name][0], "after the MLP"),
+    )
+)
+HEADS = tuple(
+    LinearShape(f"{shape.name}-head", shape.hidden, _MLP_AND_VOCABULARY[shape.name][1], "a language model's head")
+    for shape in MODELS
 )
 
 # Small, so that a test can run the product of all of them with every kernel, dtype and layout.
