@@ -11,9 +11,10 @@ What a fused layer computes, and when it steps aside, is in layer.py; docs/trans
 
 from __future__ import annotations
 
+import importlib
 import types
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -34,13 +35,26 @@ from .code import (  # noqa: E402
 )
 from .layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
 
-__all__ = ["NotFusedWarning", "Report", "apply", "undo"]
+if TYPE_CHECKING:
+    from .decoder import Decoder
+    from .generation import Generation, generate, last_generation
+
+__all__ = ["Decoder", "Generation", "NotFusedWarning", "Report", "apply", "generate", "last_generation", "undo"]
+
+LAZY = {"Decoder": "decoder", "Generation": "generation", "generate": "generation", "last_generation": "generation"}
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BACKENDS = ("cpu", "cuda")
 ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
 TRACED_TOKENS = 1024  # and with those of Hopper here, when torch.compile fuses the norm with what is in front of it
+
+
+def __getattr__(name: str) -> Any:
+    """Decoding, imported when it is asked for."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
 
 
 class Report:

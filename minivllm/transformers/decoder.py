@@ -1,0 +1,351 @@
+"""Token by token on fixed memory: a Decoder owns the caches of a model and, on a GPU, one CUDA graph of its step.
+
+What the step computes is in `Decoder._forward`, what follows the logits on the device in `Decoder._choose`; cache.py
+holds the caches, served.py says which models can be served. docs/decoder.md is for users.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .cache import Cursor, new_cache
+from .served import check_model, fingerprint
+
+EOS_TOKENS = 64  # how many a model may have: the captured step compares with so many
+LOOK_EVERY = 16  # tokens between two looks of the host at what a GPU has chosen
+WARM_UPS = 2  # forwards before a capture, in which libraries allocate what they keep
+
+
+class Decoder:
+    """Decodes up to `batch_size` sequences of at most `max_length` tokens each with a causal language model.
+
+    model: a Llama, Qwen2, Qwen3 or Mistral for causal language modelling of transformers, in eval mode on one device;
+    minivllm.transformers.apply may have been called on it. Its weights are used in place. graph: "auto" captures the
+    step into a CUDA graph where the model is on a GPU, once for all lengths; True asks for that, False never does.
+
+    The caches are the decoder's, and `memory` says how large they are. One decoder decodes one batch at a time: prefill
+    starts the next. A decoder is not for two threads at once. Everything runs without gradients.
+
+    TypeError: model is no PreTrainedModel. ValueError: an argument. NotImplementedError: a model that is not served,
+    by name. RuntimeError: graph=True without a GPU, or a model in training mode.
+    """
+
+    def __init__(
+        self, model: Any, batch_size: int = 1, max_length: int = 4096, graph: bool | Literal["auto"] = "auto"
+    ) -> None:
+        for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"Decoder: {name} is {number!r}, expected a whole number >= 1")
+        if graph not in (True, False, "auto"):
+            raise ValueError(f"Decoder: graph is {graph!r}, expected True, False or 'auto'")
+        shape = check_model(model)
+        self._model: Callable[[], Any] = lambda: model
+        self.batch_size, self.max_length, self.device = batch_size, max_length, shape.weight.device
+        if graph is True and self.device.type != "cuda":
+            raise RuntimeError(f"Decoder: graph=True needs the model on a CUDA device, it is on {self.device}")
+        self.uses_graph = self.device.type == "cuda" if graph == "auto" else graph
+        self.captures, self.replays = 0, 0
+        self._shape, self._cursor = shape, Cursor()
+        self._graph: Any = None
+        self._captured_from: Any = None
+        self._batch, self._length = 0, 0  # sequences in use, rows of the longest; no sequence before a prefill
+        self._owner: object = None  # whose tokens come next: set anew by each prefill, generate and step
+
+        def integers(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=self.device)
+
+        with torch.inference_mode(False), torch.no_grad():
+            weight = shape.weight
+            self._cache = new_cache(
+                batch_size, max_length, shape.heads, shape.head_dim, shape.sliding, weight, self._cursor
+            )
+            self._logits = torch.zeros(batch_size, shape.vocabulary, dtype=weight.dtype, device=self.device)
+            self._tokens, self._positions, self._pad, self._count = (integers(n) for n in (batch_size,) * 2 + (1, 1))
+            self._finished = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
+            self._eos, self._history = integers(EOS_TOKENS) - 1, integers(batch_size, max_length + 1)
+            self._keys = torch.arange(max_length, device=self.device)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that the decoder holds beside the model's weights, by what they are for."""
+        layers = self._cache.layers
+        mine = (self._tokens, self._positions, self._pad, self._count, self._finished, self._eos, self._history)
+        return {
+            "keys and values": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+            "logits": self._logits.nbytes,
+            "tokens and flags": sum(x.nbytes for x in (*mine, self._keys, *(layer.sequences for layer in layers))),
+        }
+
+    def hold_weakly(self) -> None:
+        """From now on the decoder does not keep its model alive, so that a table of decoders by model may hold it."""
+        self._model = weakref.ref(self._model())
+
+    def serves(self, model: Any) -> bool:
+        """Whether this is its model still, with the shape, device and attention that it had."""
+        shape, mine = check_model(model), self._shape
+        return shape.weight is mine.weight and shape[1:] == mine[1:] and self._is_in_place(model)
+
+    def _is_in_place(self, model: Any) -> bool:
+        return all(x.device == self.device for x in (self._shape.weight, model.get_input_embeddings().weight))
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Starts anew with these prompts; returns the logits of their last tokens, [batch, vocabulary], in the dtype
+        of the model.
+
+        input_ids: int64 or int32 [batch, tokens] on the model's device. attention_mask: [batch, tokens] of 0 and 1 for
+        prompts padded on the left or on the right; None: no padding. Only tokens are stored, none of the padding.
+        ValueError: shapes, dtypes, devices, a mask with holes, more than the decoder holds.
+        """
+        model = self._checked_model("prefill")
+        ids, starts, lengths = self._checked_prompt(input_ids, attention_mask)
+        if self.uses_graph:
+            self._capture(model)
+        batch, longest = len(ids), max(lengths)
+        columns = torch.arange(longest, device=self.device)
+        numbers = torch.tensor([starts, lengths], device=self.device)
+        # Padded on the left whatever it was, so that all last tokens are in the last column.
+        shift = numbers[0] + numbers[1] - longest
+        ids = ids.gather(1, (columns + shift[:, None]) % ids.shape[1])
+        rows = columns - (longest - numbers[1][:, None])
+        mask, self._cursor.prompt, self._cursor.positions = None, None, None
+        if min(lengths) < longest:
+            mask = (rows >= 0).long()
+            sequences, where = mask.nonzero(as_tuple=True)
+            self._cursor.prompt = (sequences, where, rows[sequences, where])
+        for layer in self._cache.layers:  # what an earlier text left there may be no number at all
+            layer.keys.zero_()
+            layer.values.zero_()
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=rows.clamp_min(0), past_key_values=self._cache,
+            use_cache=True, logits_to_keep=1, return_dict=True)  # fmt: skip
+        self._positions.zero_()
+        self._positions[:batch] = numbers[1]
+        self._tokens.zero_()
+        self._count.zero_()
+        self._eos.fill_(-1)
+        self._finished.fill_(False)
+        self._batch, self._length, self._owner = batch, longest, object()
+        self._logits[:batch] = out.logits[:, -1]
+        return self._logits[:batch]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends one token to each sequence; returns the logits that follow it, [batch, vocabulary].
+
+        tokens: int64 or int32 [batch] or [batch, 1] on the model's device. The logits are the decoder's memory: they
+        hold until the next step. ValueError: shape, dtype or device. RuntimeError: no prefill before it, or the
+        decoder is full.
+        """
+        model = self._checked_model("step")
+        if not self._batch:
+            raise RuntimeError("step: there is no text to go on with: call prefill first")
+        _check_tokens("step", "tokens", tokens, self.device)
+        if tuple(tokens.shape) not in ((self._batch,), (self._batch, 1)):
+            raise ValueError(f"step: tokens has shape {list(tokens.shape)}, expected [{self._batch}], one per sequence")
+        if self._length >= self.max_length:
+            raise RuntimeError(f"step: the decoder is full: max_length is {self.max_length}; make one with more")
+        self._owner = object()
+        self._tokens[: self._batch] = tokens.view(-1)
+        self._advance(model)
+        return self._logits[: self._batch]
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        *,
+        eos_token_id: int | Iterable[int] | None = None,
+        pad_token_id: int | None = None,
+        look_every: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Greedy decoding: yields the tokens of each step, int64 [batch] on the CPU, as soon as they are known.
+
+        It ends after max_new_tokens, or with the step in which the last sequence has reached one of eos_token_id;
+        sequences that reached it before yield pad_token_id. Both are the model's own by default, and the first end of
+        sequence where it has no padding.
+        look_every: how many steps are queued between two looks at the results, by default 1 on the CPU and LOOK_EVERY
+        on a GPU, which works on the next ones meanwhile: tokens come in bunches of so many, and up to twice as many
+        steps may run past the end, of which nothing is returned. ValueError: as prefill, and the other arguments.
+        RuntimeError from the iterator: the decoder was used for something else in between.
+        """
+        config, gpu = self._checked_model("generate").generation_config, self.device.type == "cuda"
+        for name, number in (("max_new_tokens", max_new_tokens), ("look_every", look_every)):
+            if (type(number) is not int or number < 1) and not (name == "look_every" and number is None):
+                raise ValueError(f"generate: {name} is {number!r}, expected a whole number >= 1")
+        ends = config.eos_token_id if eos_token_id is None else eos_token_id
+        ends = [] if ends is None else [int(end) for end in ([ends] if isinstance(ends, int) else ends)]
+        pad = config.pad_token_id if pad_token_id is None else pad_token_id
+        pad = (ends[0] if ends else 0) if pad is None else int(pad)
+        if len(ends) > EOS_TOKENS or not all(0 <= token < self._shape.vocabulary for token in (*ends, pad)):
+            raise ValueError(
+                f"generate: eos_token_id is {ends} and pad_token_id is {pad}, expected at most {EOS_TOKENS} tokens "
+                f"below {self._shape.vocabulary}"
+            )
+        lengths = self._checked_prompt(input_ids, attention_mask)[2]
+        if (rows := max(lengths) + max_new_tokens - 1) > self.max_length:
+            raise ValueError(
+                f"generate: {max(lengths)} tokens and {max_new_tokens} new ones need max_length={rows}, the decoder "
+                f"has {self.max_length}"
+            )
+        self.prefill(input_ids, attention_mask)
+        with torch.no_grad():
+            self._eos[: len(ends)] = torch.tensor(ends, dtype=torch.int64)
+            self._pad.fill_(pad)
+            self._finished[self._batch :] = True
+            self._choose()
+        every = (LOOK_EVERY if gpu else 1) if look_every is None else look_every
+        return self._stream(self._owner, max_new_tokens, every, 1 if gpu else 0, torch.tensor(ends, dtype=torch.int64))
+
+    def _stream(self, owner: object, total: int, every: int, ahead: int, ends: Tensor) -> Iterator[Tensor]:
+        """Keeps `ahead` bunches of steps queued in front of the one whose tokens it yields."""
+        queued, batch = 1, self._batch
+        reads, finished = deque([self._read(0, 1)]), torch.zeros(batch, dtype=torch.bool)
+        while True:
+            if self._owner is not owner:
+                raise RuntimeError("generate: the decoder was used for something else; take all tokens first")
+            with torch.no_grad():
+                while queued < total and len(reads) <= ahead:
+                    model, stop = self._checked_model("generate"), min(total, queued + every)
+                    for _ in range(queued, stop):
+                        self._advance(model)
+                    reads.append(self._read(queued, stop))
+                    queued = stop
+            if not reads:
+                return
+            for tokens in reads.popleft()().unbind(1):
+                finished |= torch.isin(tokens, ends)
+                is_over = bool(finished.all())
+                yield tokens
+                if is_over:
+                    return
+
+    def _read(self, start: int, stop: int) -> Callable[[], Tensor]:
+        """Starts to copy these columns of the tokens; the result waits for it and gives [batch, stop - start]."""
+        chosen = self._history[: self._batch, start:stop]
+        if self.device.type != "cuda":
+            return chosen.clone
+        copy = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+        copy.copy_(chosen.contiguous(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+
+        def wait() -> Tensor:
+            event.synchronize()
+            return copy.clone()
+
+        return wait
+
+    def _advance(self, model: Any) -> None:
+        """One step of all sequences, from self._tokens: the replay on a GPU, and nothing else there."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step(model, self._length + 1)
+        self.replays += 1
+        self._length += 1
+
+    def _step(self, model: Any, rows: int) -> None:
+        self._logits.copy_(self._forward(model, rows))
+        self._positions += 1
+        self._choose()
+
+    def _forward(self, model: Any, rows: int) -> Tensor:
+        """The logits [batch, vocabulary] after self._tokens, which stand at self._positions: of `rows` rows of the
+        cache each sequence attends to those up to its own, or to the last of them where a layer has a window."""
+        self._cursor.positions, self._cursor.rows = self._positions, rows
+        here = self._positions[:, None]
+        seen = self._keys[:rows] <= here
+        masks = {"full_attention": seen}
+        if self._shape.window is not None:
+            masks["sliding_attention"] = seen & (self._keys[:rows] > here - self._shape.window)
+        masks = {kind: self._shape.as_mask(seen[:, None, None]) for kind, seen in masks.items()}
+        out = model(
+            input_ids=self._tokens[:, None], attention_mask=self._shape.pick(masks), position_ids=here,
+            past_key_values=self._cache, use_cache=True, return_dict=True)  # fmt: skip
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _choose(self) -> None:
+        """The next tokens, whether they end their sequences, and their place in the history: all on the device."""
+        best = self._logits.float().argmax(-1)
+        best = torch.where(self._finished, self._pad, best)
+        self._finished |= (best[:, None] == self._eos).any(-1)
+        self._tokens.copy_(best)
+        self._history.index_copy_(1, self._count, best[:, None])
+        self._count += 1
+
+    def _capture(self, model: Any) -> None:
+        """The graph of a step, unless there is one of this very model: of its code and its weights where they are."""
+        now = fingerprint(model)
+        if self._graph is not None and self._captured_from == now:
+            return
+        self._graph = None
+        for x in (self._positions, self._count, self._tokens):
+            x.zero_()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._step(model, self.max_length)
+                    self._positions.zero_()
+                    self._count.zero_()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(model, self.max_length)
+        self._graph, self._captured_from = graph, now
+        self.captures += 1
+
+    def _checked_model(self, call: str) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(f"{call}: the model of this decoder is gone")
+        if model.training:
+            raise RuntimeError(f"{call}: the model is in training mode: call model.eval()")
+        if not self._is_in_place(model):
+            raise RuntimeError(f"{call}: the model was moved away from {self.device}: make a new Decoder")
+        return model
+
+    def _checked_prompt(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int], list[int]]:
+        """The prompts as int64, the column in which each of them starts, and their lengths."""
+        _check_tokens("prefill", "input_ids", ids, self.device)
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"prefill: input_ids has shape {list(ids.shape)}, expected [batch, tokens], both >= 1")
+        batch, tokens = ids.shape
+        if batch > self.batch_size:
+            raise ValueError(f"prefill: input_ids has {batch} sequences, the decoder has batch_size={self.batch_size}")
+        starts, lengths = [0] * batch, [tokens] * batch
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != ids.shape or mask.device != ids.device:
+                got = f"{list(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__qualname__
+                raise ValueError(
+                    f"prefill: attention_mask is {got}, expected {list(ids.shape)} on {ids.device} as input_ids is"
+                )
+            for b, row in enumerate(mask.tolist()):
+                real = [t for t, value in enumerate(row) if value]
+                if not set(row) <= {0, 1} or not real or real[-1] - real[0] + 1 != len(real):
+                    raise ValueError(
+                        f"prefill: attention_mask of sequence {b} is not one run of ones with zeros around it: masks "
+                        "with holes, without tokens or of other numbers are not served"
+                    )
+                starts[b], lengths[b] = real[0], len(real)
+        if max(lengths) > self.max_length:
+            raise ValueError(f"prefill: {max(lengths)} tokens are more than the decoder's max_length={self.max_length}")
+        return ids.long(), starts, lengths
+
+
+def _check_tokens(call: str, name: str, tokens: Any, device: torch.device) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__qualname__
+        raise ValueError(f"{call}: {name} is {got}, expected a torch tensor of int64 or int32")
+    if tokens.device != device:
+        raise ValueError(f"{call}: {name} is on {tokens.device}, the model on {device}: move it there")

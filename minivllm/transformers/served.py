@@ -1,0 +1,91 @@
+"""Which models a Decoder serves, and what it has to know of one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # model_type of transformers: those that tests/test_decoder.py holds
+BY_LAYER = ("qwen2", "qwen3")  # their forward takes a mask for each kind of layer, that of the others one for all
+ATTENTIONS = ("sdpa", "eager")
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose rows of earlier tokens change with the length
+
+
+class Shape(NamedTuple):
+    """What the decoder takes from a model. sliding: by layer. window: how many keys such a layer sees, or None."""
+
+    weight: Tensor
+    vocabulary: int
+    heads: int
+    head_dim: int
+    sliding: list[bool]
+    window: int | None
+    by_layer: bool
+    attention: str
+
+    def as_mask(self, seen: Tensor) -> Tensor:
+        """Booleans as the model's attention wants them: itself for sdpa, what is added to the scores for eager."""
+        if self.attention == "sdpa":
+            return seen
+        lowest = torch.finfo(self.weight.dtype).min
+        return torch.zeros_like(seen, dtype=self.weight.dtype).masked_fill(~seen, lowest)
+
+    def pick(self, masks: dict[str, Tensor]) -> Any:
+        """The masks as the model's forward takes them."""
+        return masks if self.by_layer else masks["sliding_attention" if any(self.sliding) else "full_attention"]
+
+
+def check_model(model: Any) -> Shape:
+    """Its shape, or an error that names what cannot be served."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Decoder: model is of type {type(model).__qualname__}, expected a model of transformers")
+    name, config = type(model).__name__, model.config
+    if config.model_type not in FAMILIES or not name.endswith("ForCausalLM"):
+        raise NotImplementedError(
+            f"Decoder: {name} (model type {config.model_type}) is not served; served are the ForCausalLM models of "
+            f"{', '.join(FAMILIES)}"
+        )
+    if not model._can_compile_fullgraph:
+        raise NotImplementedError(f"Decoder: {name} does not support the static cache of transformers")
+    if model.training:
+        raise RuntimeError("Decoder: the model is in training mode: call model.eval()")
+    if (attention := config._attn_implementation) not in ATTENTIONS:
+        raise NotImplementedError(
+            f"Decoder: attention {attention!r} is not served: load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")) in LENGTH_DEPENDENT:
+        raise NotImplementedError(
+            f"Decoder: RoPE of type {rope!r} is not served: its rows depend on the length of the text"
+        )
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or devices.pop().type not in ("cpu", "cuda"):
+        raise NotImplementedError("Decoder: the model has to be on one device, the CPU or a CUDA GPU, as a whole")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise NotImplementedError("Decoder: accelerate moves parts of the model while it runs, which is not served")
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) if config.model_type in BY_LAYER else None
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"Decoder: layers of type {', '.join(sorted(unknown))} are not served")
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        weight=model.get_output_embeddings().weight, vocabulary=model.get_output_embeddings().weight.shape[0],
+        heads=config.num_key_value_heads, head_dim=head_dim, sliding=sliding, window=window if any(sliding) else None,
+        by_layer=config.model_type in BY_LAYER, attention=attention)  # fmt: skip
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """What a captured step depends on: where the weights are, the code that stands in for modules', and hooks."""
+    places = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    code: list[Any] = [model.config._attn_implementation]
+    for module in model.modules():
+        forward, fused = module.__dict__.get("forward"), module.__dict__.get("_minivllm")
+        hooks = (*module._forward_pre_hooks, *module._forward_hooks)
+        if forward is not None or hooks:
+            code.append((id(getattr(forward, "__func__", forward)), getattr(fused, "number", None), hooks))
+    return (*places, *code, len(list(model.modules())))
