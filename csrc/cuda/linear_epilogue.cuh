@@ -39,11 +39,11 @@ template <typename T> __device__ __forceinline__ T finish_output(float sum, floa
 }
 
 /* The addend joins an output that has its bias and is not rounded yet. Of the inner roundings "hf" makes both, but the
- * second only where there is a scale; with `once`, and in float32, there are none. */
+ * second only where there is a scale; with `once` there are none. */
 template <typename T> __device__ __forceinline__ float join_addend(float out, float addend, float scale, bool once) {
-    if (sizeof(T) == 4 || once) return fmaf(out, scale, addend);
+    if (once) return fmaf(out, scale, addend);
     out = round_to<T>(out);
-    if (scale != 1) out = round_to<T>(out * scale);
+    if (scale != 1) out = round_to<T>(__fmul_rn(out, scale)); /* in float32, too: no fused multiply-add */
     return out + addend;
 }
 template <typename T> __device__ __forceinline__ float join_addend(const mv_task &task, float out, float addend) {

@@ -244,6 +244,7 @@ template <typename T> T atomicAdd(T *p, int value) {
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 inline float __frsqrt_rn(float v) { return static_cast<float>(1 / std::sqrt(static_cast<double>(v))); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float normcdff(float v) { return static_cast<float>(0.5 * std::erfc(-v / std::sqrt(2.0))); }
 inline float __uint_as_float(uint32_t bits) {
     float v;
