@@ -234,7 +234,7 @@ class Decoder:
             return chosen.clone
         copy = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
         copy.copy_(chosen.contiguous(), non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
 
         def wait() -> Tensor:
@@ -291,7 +291,7 @@ class Decoder:
         for x in (self._positions, self._count, self._tokens):
             x.zero_()
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
