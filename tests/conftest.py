@@ -27,7 +27,8 @@ def why_no_gpu() -> str | None:
 
 
 NO_GPU = why_no_gpu()
-OPS = ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "silu_and_mul", "gelu_and_mul", "decode_attention")
+OPS = ("rms_norm", "rms_norm_qkv", "rms_norm_linear", "silu_and_mul", "gelu_and_mul", "decode_attention",
+       "qk_norm_rope")
 ROWS = {op: minivllm.kernels(op) for op in OPS}
 
 

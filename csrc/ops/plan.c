@@ -42,7 +42,8 @@ static void keep_rows(mv_plan *plan, const mv_row_view *rows, int count, const m
         if (!present && !rows[r].output) continue;
         kept[state->rows] = &rows[r];
         state->row[state->rows++] =
-            (mv_row_place){rows[r].output, rows[r].place, rows[r].divided, rows[r].optional, !present};
+            (mv_row_place){rows[r].output,  rows[r].place,    present ? rows[r].view->dtype : rows->view->dtype,
+                           rows[r].divided, rows[r].optional, !present};
     }
 }
 
@@ -93,7 +94,7 @@ static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, i
         i /= lead->size;
         for (int r = 0; r < state->rows; r++) {
             mv_rows *rows = rows_at(moved, &state->row[r]);
-            rows->data = advance(rows->data, at * lead->stride[r], moved->dtype);
+            rows->data = advance(rows->data, at * lead->stride[r], state->row[r].dtype);
         }
     }
     return moved;

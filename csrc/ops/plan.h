@@ -10,7 +10,7 @@
 #include "checks.h"
 #include "dispatch.h"
 
-enum { MV_MAX_PARTS = 3, MV_MAX_ROW_VIEWS = 5 };
+enum { MV_MAX_PARTS = 3, MV_MAX_ROW_VIEWS = 8 };
 
 /* A tensor that an op reads or writes row by row. The view is checked already. */
 typedef struct {
@@ -33,6 +33,7 @@ typedef struct {
 typedef struct {
     const char *output;
     size_t place;
+    mv_dtype dtype;
     bool divided, optional;
     bool later; /* mv_run() is told where it is */
 } mv_row_place;
