@@ -217,8 +217,9 @@ mv_status mv_gelu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_err
 
 /* ---- decode_attention -----------------------------------------------------------------------------------------
  *
- *   out = softmax(scale q k_j, or soft_cap tanh(scale q k_j / soft_cap)) v_j, j the positions max(starts, p - window + 1)
- *   to p, where p = positions is how many tokens the sequence has in the cache
+ *   out = softmax(s_j) v_j,  s_j = scale q k_j, or soft_cap tanh(scale q k_j / soft_cap)
+ *
+ * for j from max(starts, p - window + 1) to p, where p = positions is how many tokens the sequence has in the cache.
  *
  * One new token per sequence: k and v join the cache at p, k and q after the norm of their heads, where there is a
  * weight, and after the rotary embedding, where there are cos and sin. q, out: [sequences, heads, head_dim], one shape,

@@ -8,7 +8,8 @@ from . import _C
 class Parameter(NamedTuple):
     """A parameter of an op.
 
-    type: "tensor", "tensors" (one, or a tuple of three), "integers" (a tensor of them), "number", "integer", "flag", "choice" or "text".
+    type: "tensor", "tensors" (one, or a tuple of three), "integers" (a tensor of them), "number", "integer", "flag",
+    "choice" or "text".
     role: "rows" of a tensor whose rows do not depend on each other, "weight" of one that is the same for all rows,
     "output", "in place" of one that is read and written, or "option" of what is no tensor.
     optional: it may be None. required: it has no default. positional: it may be given by position.

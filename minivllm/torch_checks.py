@@ -81,7 +81,8 @@ def _name(dtype):
 
 
 def check(op, tensors, **options):
-    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x comes first. Names of kernels are left to the device that has them."""
+    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x comes first.
+    Names of kernels are left to the device that has them."""
     if isinstance(options.get("kernel"), str):
         options["kernel"] = None
     first, x = next(iter(tensors.items()))

@@ -12,8 +12,8 @@ from . import _C
 from .signatures import OPS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "number": "float", "integer": "int", "flag": "bool",
-          "choice": "str", "text": "str"}  # fmt: skip
+_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "number": "float", "integer": "int",
+          "flag": "bool", "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
 _SEVERAL = {op: frozenset(p.name for p in parameters if p.type == "tensors") for op, parameters in OPS.items()}
 _registered = {}

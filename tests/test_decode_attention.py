@@ -1,12 +1,14 @@
 """decode_attention: every kernel against float64, over lengths, heads, caches and everything that cuts the keys; what
 no key may touch is NaN."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from cases import CONTIGUOUS, PADDED, UNALIGNED, Layout, Placed, assert_same_bits, normal, random
 from conftest import short_dtype
+from frameworks import TORCH_CPU
 
 import minivllm
 from minivllm.testing import numeric, reference
@@ -209,3 +211,384 @@ def test_long_sequences(kernel, framework):
     dtype = short_dtype(kernel.dtype)
     check(framework, Case((4000, 3999), heads=4, kv_heads=2, dim=128, spread=3), dtype, kernel.name)
     check(framework, Case((32000,), heads=2, kv_heads=1, dim=64), dtype, kernel.name)
+
+
+def drawn(index):
+    """A case of anything that goes together."""
+    rng = random("drawn", index)
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    kv_heads, cache = int(rng.integers(1, 4)), pick("static", "ring", "NHD", "HND")
+    positions = tuple(int(p) for p in rng.integers(-2, pick(5, 70, 300), rng.integers(1, 6)))
+    longest = max(0, *positions)
+    window = pick(None, 1, int(rng.integers(1, longest + 2)))
+    capacity = longest + 1 + int(rng.integers(0, 40))
+    if cache == "ring":
+        capacity = int(rng.integers(1, longest + 2))
+        window = int(rng.integers(1, capacity + 1))
+    starts = tuple(int(rng.integers(-1, max(p, 0) + 1)) for p in positions) if rng.random() < 0.3 else None
+    return Case(
+        positions, kv_heads * int(rng.integers(1, 10)), kv_heads, int(pick(64, 80, 96, 128, 24, 17, 5)),
+        capacity, cache, int(pick(1, 3, 16, 64)), window, pick(None, None, 30.0), pick(None, 0.3), starts,
+        bool(rng.integers(2)), pick(CONTIGUOUS, PADDED, UNALIGNED),
+    )  # fmt: skip
+
+
+@pytest.mark.rows("decode_attention")
+def test_drawn_cases(kernel, framework):
+    for index in range(40):
+        check(framework, drawn(index), short_dtype(kernel.dtype), kernel.name, batch_invariant=index % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_a_sequence_alone(device, dtype, framework):
+    """Its bits do not depend on the batch."""
+    case = Case((700, 3, 129, 64), heads=8, kv_heads=2, dim=128, capacity=2000)
+    whole = to_float64(check(framework, case, dtype, batch_invariant=True))
+    inputs = Inputs(case, dtype)
+    for b, position in enumerate(case.positions):
+        q, k, v = (framework.tensor(x[b : b + 1], dtype) for x in (inputs.q, inputs.k, inputs.v))
+        caches = [framework.tensor(x[b : b + 1], dtype) for x in (inputs.key_cache, inputs.value_cache)]
+        out = minivllm.decode_attention(q, k, v, *caches, framework.integers([position], True), batch_invariant=True)
+        assert_same_bits(out, whole[b : b + 1], f"sequence {b}")
+
+
+# ---- norm and rotary embedding --------------------------------------------------------------------------------------
+
+
+def turned(x, columns, interleaved):
+    """The other of each pair, with its sign; zeros behind the rotary columns."""
+    other, half = np.zeros_like(x), columns // 2
+    if interleaved:
+        other[..., 0:columns:2], other[..., 1:columns:2] = -x[..., 1:columns:2], x[..., 0:columns:2]
+    else:
+        other[..., :half], other[..., half:columns] = -x[..., half:columns], x[..., :half]
+    return other
+
+
+def prepared(x, weight, cos, sin, dtype, rounding="hf", interleaved=False, wide=False):
+    """Heads x [B, heads, D] after norm and rotary embedding; wide: the rows of that are of float32."""
+    rn = (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
+    if weight is not None:
+        x, _ = reference.rms_norm(x, weight, rounding=rounding, dtype=dtype, round_last=rounding == "hf")
+    if cos is None:
+        return x
+    columns, y = cos.shape[-1], x.copy()
+    each = (lambda v: v) if wide else rn
+    other = turned(x, columns, interleaved)[..., :columns]
+    y[..., :columns] = rn(each(x[..., :columns] * cos[:, None]) + each(other * sin[:, None]))
+    return y
+
+
+def rotary_rows(positions, columns, theta, interleaved, dtype):
+    angles = np.maximum(np.array(positions), 0)[:, None] * theta ** (-np.arange(0, columns, 2) / columns)
+    angles = np.repeat(angles, 2, 1) if interleaved else np.concatenate([angles, angles], 1)
+    return round_to(np.cos(angles), dtype), round_to(np.sin(angles), dtype)
+
+
+@pytest.mark.rows("decode_attention")
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize(
+    "dim, columns, interleaved, normed, wide",
+    [(128, 128, False, True, False), (64, 64, True, False, False), (96, 32, False, True, True),
+     (80, 0, False, True, False), (33, 30, True, True, True), (256, 256, False, False, False)],
+)  # fmt: skip
+def test_norm_and_rotary_embedding(kernel, framework, rounding, dim, columns, interleaved, normed, wide):
+    dtype = short_dtype(kernel.dtype)
+    case = Case((1, 127, 1000), heads=4, kv_heads=2, dim=dim)
+    inputs, rows = Inputs(case, dtype), "f32" if wide else dtype
+    options = {"rounding": rounding, "interleaved": interleaved, "kernel": kernel.name}
+    cos = sin = weight = None
+    if columns:
+        cos, sin = rotary_rows(case.positions, columns, 1e6, interleaved, rows)
+        options |= {"cos": framework.tensor(cos, rows), "sin": framework.tensor(sin[:, None], rows)}
+    if normed:
+        weight = normal((dim,), dtype, "head weight", dim, scale=0.2, mean=1.0)
+        options |= {name: framework.tensor(weight, dtype) for name in ("q_norm_weight", "k_norm_weight")}
+    caches = [framework.tensor(x, dtype) for x in (inputs.key_cache, inputs.value_cache)]
+    q, k, v = (framework.tensor(x, dtype) for x in (inputs.q, inputs.k, inputs.v))
+    out = minivllm.decode_attention(q, k, v, *caches, framework.integers(case.positions, True), **options)
+    framework.synchronize()
+
+    given = (weight, cos, sin, dtype, rounding, interleaved, wide and dtype != "f32")
+    new_q, new_k = prepared(inputs.q, *given), prepared(inputs.k, *given)
+    written = to_float64(caches[0])
+    stored = np.stack([written[slots[-1]] for slots in inputs.slots])
+    # float32 noise moves a rounding to the neighbour: of n, of its products and of their sum, and of few elements.
+    size = abs(new_k).max(-1, keepdims=True)
+    numeric.assert_within(stored, round_to(new_k, dtype), 4 * numeric.quantum(size, dtype) + 2**-20 * size, "key")
+    if dtype != "f32":
+        assert (stored != round_to(new_k, dtype)).mean() <= 0.01
+    for b in range(len(case.positions)):
+        keys = np.concatenate([inputs.keys[b][:-1], stored[b : b + 1]])
+        exact, bound = attended(new_q[b], keys, inputs.values[b], dim**-0.5, None, dtype)
+        # The same of queries: one in a hundred elements is a neighbour, which moves the scores like a random walk.
+        step = 4 * numeric.quantum(abs(new_q[b]).max(-1), dtype) * (0.1 if dtype == "f32" or rounding == "hf" else 0.01)
+        moved = numeric.LAMBDA * dim**-0.5 * step * np.sqrt((keys**2).sum(-1).max())
+        limit = bound + np.minimum(moved, 1)[:, None] * abs(inputs.values[b]).max() / 4
+        numeric.assert_within(to_float64(out)[b], exact, limit, f"sequence {b}")
+
+
+@pytest.mark.parametrize("spread", [1, 100])
+@pytest.mark.parametrize("position", [1, 127, 1000, 4000])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_as_accurate_as_torch(device, dtype, framework, torch, position, spread):
+    """The gate: the RMS error, pooled, against that of torch's own expressions with softmax and P in float32."""
+    dim, heads, kv_heads, ours, theirs = 128, 8, 2, [], []
+    for draw in range(4):
+        key = (dtype, "gate", draw, position)
+        weight = normal((dim,), dtype, "w", *key, scale=0.2, mean=1.0)
+        if draw % 2:
+            weight[5] = 96.5
+        q, k, v = (normal((1, n, dim), dtype, name, *key) for name, n in zip("qkv", (heads, kv_heads, kv_heads)))
+        q[..., ::97] = round_to(q[..., ::97] * spread, dtype)
+        keys, values = (normal((1, kv_heads, position + 1, dim), dtype, name, *key) for name in ("keys", "values"))
+        cos, sin = rotary_rows((position,), dim, 1e4, False, dtype)
+        data = {"q": q, "k": k, "v": v, "key_cache": keys, "value_cache": values, "cos": cos, "sin": sin,
+                "q_norm_weight": weight, "k_norm_weight": weight}  # fmt: skip
+        given = {name: framework.tensor(x, dtype) for name, x in data.items()}
+        got = to_float64(minivllm.decode_attention(**given, positions=framework.integers([position], True)))
+        t = {name: torch.from_numpy(x.copy()).to(TORCH_CPU.dtype(dtype)) for name, x in data.items()}
+        new_q, keys[:, :, -1] = (prepared(x, weight, cos, sin, dtype, "fp32") for x in (q, k))
+        values[:, :, -1] = v
+        exact, _ = reference.attention(new_q[0], keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1), scale=dim**-0.5)
+
+        def rotated(x, t=t):
+            wide = x.float()
+            n = t["q_norm_weight"] * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            half = torch.cat([-n[..., dim // 2 :], n[..., : dim // 2]], -1)
+            return n * t["cos"][:, None] + half * t["sin"][:, None]
+
+        t["key_cache"][:, :, -1], t["value_cache"][:, :, -1] = rotated(t["k"]), t["v"]
+        wide = [t[name].repeat_interleave(heads // kv_heads, 1).float() for name in ("key_cache", "value_cache")]
+        p = torch.softmax((rotated(t["q"])[:, :, None].float() @ wide[0].transpose(-1, -2)) * dim**-0.5, -1)
+        theirs.append(numeric.rms_error(to_float64((p @ wide[1]).to(t["q"].dtype))[0, :, 0], exact))
+        ours.append(numeric.rms_error(got[0], exact))
+    factor = 1.5 if dtype == "f32" else 1.02
+    assert np.square(ours).sum() <= factor**2 * np.square(theirs).sum(), (ours, theirs)
+
+
+# ---- what cannot be served, and what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["static", "NHD"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_what_the_positions_do_not_allow(device, dtype, framework, cache):
+    """NaN, and nothing written: positions past the cache, starts past the position, missing pages."""
+    inputs = Inputs(Case((10, 31, 20, 30, 5), heads=4, kv_heads=2, dim=64, capacity=32, cache=cache), dtype)
+    caches = [framework.tensor(x, dtype) for x in (inputs.key_cache, inputs.value_cache)]
+    expected = [to_float64(x) for x in caches]
+    options = {"starts": framework.integers([0, 0, 21, 0, 0], False)}
+    if cache == "NHD":
+        inputs.table[3, 0] = -1  # a hole
+        inputs.table[4, 0] = inputs.shape[0]  # past the pages
+        options |= {"block_table": framework.integers(inputs.table[:, :2], False), "cache_layout": cache}
+    q, k, v = (framework.tensor(x, dtype) for x in (inputs.q, inputs.k, inputs.v))
+    positions = framework.integers((10, 40, 20, 30, 5), True)
+    out = to_float64(minivllm.decode_attention(q, k, v, *caches, positions, **options))
+    nan = np.isnan(out).all((1, 2))
+    assert list(nan) == [False, True, True, cache == "NHD", cache == "NHD"]
+    assert not np.isnan(out[~nan]).any()
+    for was, now, rows in zip(expected, caches, (inputs.k, inputs.v)):
+        for b in np.flatnonzero(~nan):
+            was[inputs.slots[b][-1]] = rows[b]
+        assert_same_bits(now, was, "cache")
+
+
+def test_nan_and_infinity_stay_in_their_heads(device, framework):
+    inputs = Inputs(Case((70,) * 4, heads=4, kv_heads=2, dim=64), "f32")
+    inputs.key_cache[1, 0, 3], inputs.value_cache[2, 1, 69, 5] = np.inf, np.nan
+    caches = [framework.tensor(x, "f32") for x in (inputs.key_cache, inputs.value_cache)]
+    q, k, v = (framework.tensor(x, "f32") for x in (inputs.q, inputs.k, inputs.v))
+    nan = np.isnan(to_float64(minivllm.decode_attention(q, k, v, *caches, framework.integers([70] * 4, False))))
+    assert nan[1, :2].all() and nan[2, 2:, 5].all() and nan.sum() == 2 * 64 + 2
+
+
+def arguments(**changes):
+    shapes = {
+        "q": (3, 4, 64),
+        "k": (3, 2, 64),
+        "v": (3, 2, 64),
+        "key_cache": (3, 2, 9, 64),
+        "value_cache": (3, 2, 9, 64),
+    }
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    return arrays | {"positions": np.zeros(3, np.int64)} | changes
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def zeros(*shape, dtype=np.int32):
+    return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "changes,exception,message",
+    [
+        ({"q": ones(3, 2, 4, 64)}, ValueError, r"q has shape \[3, 2, 4, 64\], expected \[sequences, heads, head_dim\]"),
+        ({"q": ones(3, 5, 64)}, ValueError, r"q has 5 heads, expected a multiple of 2 \(those of k and v\)"),
+        ({"q": ones(3, 4, 1025)}, ValueError, r"q has heads of 1025 columns, expected 1024 at most"),
+        ({"q": ones(3, 4, 64, dtype=np.float16)}, TypeError, r"k is float32, expected float16 \(the dtype of q\)"),
+        ({"k": ones(2, 2, 64)}, ValueError, r"k has shape \[2, 2, 64\], expected \[3, 2, 64\]"),
+        ({"v": ones(3, 2, 32)}, ValueError, r"v has shape \[3, 2, 32\], expected \[3, 2, 64\] \(the shape of k\)"),
+        ({"key_cache": ones(3, 9, 2, 64)}, ValueError, r"key_cache has shape .*, expected \[3, 2, 2, 64\]"),
+        ({"key_cache": ones(2, 2, 9, 64)}, ValueError, r"key_cache has shape .*, expected \[3, 2, 9, 64\]"),
+        ({"value_cache": ones(3, 2, 8, 64)}, ValueError, r"value_cache has shape .* \(the shape of key_cache\)"),
+        ({"key_cache": ones(3, 2, 9, 64, dtype=np.float16)}, TypeError, r"key_cache is float16, expected float32"),
+        ({"key_cache": ones(3, 2, 9, 64, dtype=np.int8)}, TypeError, r"key_cache has dtype int8, expected float32"),
+        ({"key_cache": np.broadcast_to(ones(1, 2, 9, 64), (3, 2, 9, 64))}, ValueError, r"key_cache is read-only"),
+        ({"positions": zeros(2)}, ValueError, r"positions has shape \[2\], expected \[3\]"),
+        ({"positions": ones(3)}, TypeError, r"positions has dtype float32, expected int32 or int64"),
+        ({"positions": 3}, TypeError, r"positions must be a tensor"),
+        ({"starts": zeros(3, 1)}, ValueError, r"starts has shape \[3, 1\], expected \[3\]"),
+        ({"cos": ones(3, 64)}, ValueError, r"cos was given without sin"),
+        ({"cos": ones(3, 66), "sin": ones(3, 66)}, ValueError, r"cos has shape \[3, 66\], expected \[3, R\]"),
+        ({"cos": ones(3, 63), "sin": ones(3, 63)}, ValueError, r"cos has shape \[3, 63\], expected \[3, R\]"),
+        ({"cos": ones(2, 64), "sin": ones(2, 64)}, ValueError, r"cos has shape \[2, 64\], expected \[3, R\]"),
+        ({"cos": ones(3, 64), "sin": ones(3, 32)}, ValueError, r"sin has rows of 32 in float32, expected 64"),
+        ({"q_norm_weight": ones(32)}, ValueError, r"q_norm_weight has 32 elements, expected 64 \(= head_dim\)"),
+        ({"block_table": zeros(3, 2)}, ValueError, r'cache_layout is missing, expected "NHD" or "HND"'),
+        ({"block_table": zeros(3, 2, dtype=np.int64), "cache_layout": "HND"}, TypeError, r"block_table is int64"),
+        ({"block_table": zeros(2, 2), "cache_layout": "HND"}, ValueError, r"block_table has shape \[2, 2\]"),
+        ({"cache_layout": "NHD"}, ValueError, r"cache_layout was given without a block_table"),
+        ({"cache_layout": "DHN"}, ValueError, r"cache_layout is 'DHN', expected \"NHD\" or \"HND\""),
+        ({"ring": True}, ValueError, r"window is missing .*, expected at most 9: a ring keeps no more rows"),
+        ({"ring": True, "window": 10}, ValueError, r"window is 10, expected at most 9"),
+        ({"window": 0}, ValueError, r"window is 0, expected at least 1"),
+        ({"scale": 0.0}, ValueError, r"scale is 0.0, expected a finite number > 0"),
+        ({"soft_cap": float("inf")}, ValueError, r"soft_cap is inf, expected a finite number > 0"),
+        ({"eps": -1.0}, ValueError, r"eps is -1, expected"),
+        ({"out": ones(3, 4, 63)}, ValueError, r"out has shape \[3, 4, 63\], expected \[3, 4, 64\]"),
+        ({"sinks": ones(4)}, TypeError, r"has no argument sinks"),
+        ({"kernel": "f32_abacus"}, ValueError, r"no kernel is called 'f32_abacus'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_refused(changes, exception, message):
+    with pytest.raises(exception, match="decode_attention: " + message):
+        minivllm.decode_attention(**arguments(**changes))
+
+
+def test_overlaps_are_refused_and_views_of_one_buffer_are_fine():
+    both = np.zeros((2, 3, 2, 9, 64), np.float32)
+    minivllm.decode_attention(**arguments(key_cache=both[0], value_cache=both[1]))
+    rows = np.zeros((3, 9, 2, 2, 64), np.float32).transpose(3, 0, 2, 1, 4)  # a position's key and value side by side
+    minivllm.decode_attention(**arguments(key_cache=rows[0], value_cache=rows[1]))
+    assert (rows[:, :, :, 0] == 1).all() and (rows[:, :, :, 1:] == 0).all()
+    with pytest.raises(ValueError, match="key_cache overlaps value_cache"):
+        minivllm.decode_attention(**arguments(key_cache=both[0], value_cache=both[0]))
+    given = arguments()
+    with pytest.raises(ValueError, match="out overlaps q"):
+        minivllm.decode_attention(**given, out=given["q"])
+    with pytest.raises(ValueError, match="key_cache overlaps k"):
+        minivllm.decode_attention(**arguments(k=given["key_cache"][:, :, 0], key_cache=given["key_cache"]))
+
+
+def test_no_sequences(device, framework):
+    q, k, v, *caches = (
+        framework.full(shape, 1.0, "f32")
+        for shape in ((0, 1, 4, 64), (0, 2, 64), (0, 2, 64), (0, 2, 9, 64), (0, 2, 9, 64))
+    )
+    out = minivllm.decode_attention(q, k, v, *caches, framework.integers([], True))
+    assert tuple(out.shape) == (0, 1, 4, 64)
+
+
+# ---- frameworks -----------------------------------------------------------------------------------------------------
+
+
+def torch_arguments(torch, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(value.shape, generator=generator).to(device) for name, value in arguments().items()}
+    return given | {"positions": torch.tensor([0, 5, 8], device=device)}
+
+
+def test_torch_knows_what_is_written(device, torch):
+    import minivllm.torch  # noqa: F401
+
+    given = torch_arguments(torch, device)
+    tensors = [given[name] for name in ("q", "key_cache", "value_cache")]
+    before = [tensor._version for tensor in tensors]
+    out = torch.empty_like(given["q"])
+    assert minivllm.decode_attention(**given, out=out) is out
+    assert [tensor._version - version for tensor, version in zip(tensors, before)] == [0, 1, 1]
+    schema = torch.ops.minivllm.decode_attention.default._schema
+    written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    assert written == ["key_cache", "value_cache"]
+
+
+@pytest.mark.parametrize("one_base", [False, True])
+def test_a_compiled_graph_does_not_copy_the_cache(device, torch, one_base):
+    from torch._inductor.utils import run_and_get_code
+
+    given = torch_arguments(torch, device)
+    expected = {name: given[name].clone() for name in ("key_cache", "value_cache")}
+    wanted = minivllm.decode_attention(**(given | expected))
+    if one_base:
+        given["key_cache"], given["value_cache"] = torch.stack([given["key_cache"], given["value_cache"]])
+    torch.compiler.reset()
+    function = torch.compile(lambda given: minivllm.decode_attention(**given), fullgraph=True)
+    out, code = run_and_get_code(function, given)
+    assert torch.equal(out, wanted)
+    for name, cache in expected.items():
+        assert torch.equal(given[name], cache), name
+    allocations = [line for line in "".join(code).splitlines() if "empty_strided" in line and "3456" in line]
+    assert not allocations, "memory as large as a cache, which has 3,456 elements"
+
+
+def test_gradients_are_refused(torch):
+    given = torch_arguments(torch)
+    for name in ("q", "key_cache"):
+        tensors = given | {name: given[name].clone().requires_grad_()}
+        with pytest.raises(RuntimeError, match=f"decode_attention: {name} requires grad .* under torch.no_grad"):
+            minivllm.decode_attention(**tensors)
+        with torch.no_grad():
+            minivllm.decode_attention(**tensors)
+
+
+def test_jax():
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    from minivllm import jax as ops
+
+    given = arguments(positions=np.array([0, 5, 8], np.int32))
+    rng = random("jax")
+    for name, array in given.items():
+        if name != "positions":
+            array[...] = rng.standard_normal(array.shape)
+    arrays = {name: jax.numpy.array(array) for name, array in given.items()}
+    out, keys, values = ops.decode_attention(**arrays)
+    assert_same_bits(np.asarray(arrays["key_cache"]), given["key_cache"], "an input")
+    wanted = minivllm.decode_attention(**given)
+    for got, want in ((out, wanted), (keys, given["key_cache"]), (values, given["value_cache"])):
+        assert_same_bits(np.asarray(got), want)
+    rest = {name: array for name, array in arrays.items() if "cache" not in name}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def donating(key_cache, value_cache, rest):
+        return ops.decode_attention(key_cache=key_cache, value_cache=value_cache, **rest)
+
+    places = keys.unsafe_buffer_pointer(), values.unsafe_buffer_pointer()
+    out, keys, values = donating(keys, values, rest)
+    assert places == (keys.unsafe_buffer_pointer(), values.unsafe_buffer_pointer()), "in place where donated"
+    assert_same_bits(np.asarray(out), wanted)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        jax.vmap(lambda q: ops.decode_attention(**(arrays | {"q": q})))(jax.numpy.stack([arrays["q"]] * 2))
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_every_length(cuda_torch):
+    """Captured once, replayed with other positions: as eager calls on copies."""
+    torch, rows = cuda_torch, (2, 2, 3000, 128)
+    shapes = {"q": (2, 8, 128), "k": (2, 2, 128), "v": (2, 2, 128), "key_cache": rows, "value_cache": rows}
+    given = {name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items()}
+    given["positions"] = torch.zeros(2, dtype=torch.int64, device="cuda")
+    minivllm.decode_attention(**given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = minivllm.decode_attention(**given)
+    for positions in ((0, 1), (63, 64), (2999, 5), (-1, 700), (1, 3000)):
+        given["positions"].copy_(torch.tensor(positions))
+        copies = {name: tensor.clone() for name, tensor in given.items()}
+        graph.replay()
+        assert_same_bits(out, to_float64(minivllm.decode_attention(**copies)), str(positions))
+        assert_same_bits(given["key_cache"], to_float64(copies["key_cache"]), str(positions))

@@ -138,6 +138,23 @@ QKV = NORM | {
 LINEAR = {name: value for name, value in QKV.items() if name not in ("num_heads", "num_kv_heads", "head_dim")}
 
 
+def attention_arguments(like):
+    """Of decode_attention as registered, but for its norms."""
+    arrays = {
+        "q": (3, 4, 16),
+        "k": (3, 2, 16),
+        "v": (3, 2, 16),
+        "key_cache": (3, 2, 9, 16),
+        "value_cache": (3, 2, 9, 16),
+    }
+    absent = ("cos", "sin", "q_norm_weight", "k_norm_weight", "block_table", "cache_layout", "scale", "window", "soft_cap",
+              "kernel")  # fmt: skip
+    flags = ("interleaved", "ring", "batch_invariant", "static_weights", "static_rows")
+    positions = {name: (like.flatten()[:3] * 0).long() for name in ("positions", "starts")}
+    tensors = {name: like.new_ones(shape) for name, shape in arrays.items()} | positions
+    return tensors | dict.fromkeys(absent) | dict.fromkeys(flags, False)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_the_registered_ops(torch, device, dtype):
     """Schema, fake implementation and tags, by torch's own checks."""
@@ -156,6 +173,7 @@ def test_the_registered_ops(torch, device, dtype):
         ops.add_rms_norm_linear: LINEAR
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
         ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
+        ops.decode_attention: NORM | attention_arguments(i.x),
         ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
     }
     assert {op.default.name() for op in samples} == {f"minivllm::{op}" for op in REGISTERED}
@@ -174,7 +192,7 @@ def test_a_registered_op_takes_what_the_op_takes(torch):
         schema = getattr(torch.ops.minivllm, name).default._schema
         given = {p.name: p for p in OPS[op] if p.role != "output" and (p.name != "residual" or "add_" in name)}
         arguments = {argument.name: argument for argument in schema.arguments}
-        assert arguments.keys() == given.keys() and next(iter(arguments)) == "x"
+        assert arguments.keys() == given.keys() and next(iter(arguments)) == OPS[op][0].name
         for parameter in given.values():
             argument = arguments[parameter.name]
             assert argument.is_write == (parameter.role == "in place")

@@ -3,9 +3,9 @@
  *   s_j = scale q . k_j, or c tanh(s_j / c);  m = max_j s_j;  p_j = exp(s_j - m);  out = sum_j p_j v_j / sum_j p_j
  *
  * Three steps, each shared out among the threads. First every key-value head's queries and new key go through norm and
- * rotary embedding, the queries into the workspace, the key and the value into the cache. Then the keys are attended to,
- * in pieces: a piece reads each key and value once from memory, for all query heads of its key-value head, a tile of
- * keys at a time, and keeps m, sum p_j and sum p_j v_j, which it scales down whenever m grows. At last the pieces of a
+ * rotary embedding, the queries into the workspace, the key and the value into the cache. Then the keys are attended
+ * to, in pieces: a piece reads each key and value once from memory, for all query heads of its key-value head, a tile
+ * of keys at a time, and keeps m, sum p_j and sum p_j v_j, which it scales down whenever m grows. At last the pieces of a
  * head are merged in their order.
  *
  * A sequence is cut by the number of its keys alone, so its bits do not depend on what else is in the batch. From the
@@ -16,7 +16,7 @@
 
 #define ELEMENT MV_NAME(element, DTYPE)
 
-/* ---- scores ------------------------------------------------------------------------------------------------------- */
+/* ---- scores ------------------------------------------------------------------------------------------------------ */
 
 /* LANES columns from i on, or the n of them that are there, of some keys and heads. */
 MV_INLINE void MV_NAME(score_step, DTYPE)(const key_tile *tile, int64_t key, int head, int64_t i, int n, int rows,
@@ -55,7 +55,7 @@ MV_INLINE void MV_NAME(score_heads, DTYPE)(key_tile *tile, int head, int heads) 
     for (; key < tile->count; key++) MV_NAME(score_keys, DTYPE)(tile, key, head, 1, heads);
 }
 
-/* ---- values ------------------------------------------------------------------------------------------------------- */
+/* ---- values ------------------------------------------------------------------------------------------------------ */
 
 /* So many vectors from column i on, of n columns each. */
 MV_INLINE void MV_NAME(add_columns, DTYPE)(const key_tile *tile, int head, int64_t i, int n, int vectors, int heads) {
@@ -94,7 +94,7 @@ MV_INLINE void MV_NAME(add_values, DTYPE)(const key_tile *tile, int head, int he
     if (i < dim) MV_NAME(add_columns, DTYPE)(tile, head, i, (int)(dim - i), 1, heads);
 }
 
-/* ---- the steps ---------------------------------------------------------------------------------------------------- */
+/* ---- the steps --------------------------------------------------------------------------------------------------- */
 
 /* A tile joins what the tiles before it made of `heads` heads. */
 static void MV_NAME(add_tile, DTYPE)(key_tile *tile, int heads) {

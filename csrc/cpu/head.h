@@ -4,9 +4,9 @@
  *   y = n * cos + turned(n) * sin in the first R columns, n in the others
  *
  * turned(n) is -n of the other half in the first half of R, n of the other half in the second one; interleaved, -n of
- * the right neighbour in even columns, n of the left one in odd ones. In "hf" n is rounded as rms_norm does it, and both
- * products and their sum are; cos and sin of float32 leave only the last of these roundings. In "fp32" there is none:
- * the caller rounds what it stores. */
+ * the right neighbour in even columns, n of the left one in odd ones. In "hf" n is rounded as rms_norm does it, and
+ * both products and their sum are; cos and sin of float32 leave only the last of these roundings. In "fp32" there is
+ * none: the caller rounds what it stores. */
 
 /* The other of each pair, with its sign, of the first `columns` columns. */
 MV_INLINE void MV_NAME(turn_head, DTYPE)(const mv_rotary *rotary, const float *n, float *turned) {

@@ -77,7 +77,7 @@ template <int kValues> struct Softmax {
     }
 };
 
-/* ---- where the keys are ------------------------------------------------------------------------------------------- */
+/* ---- where the keys are ------------------------------------------------------------------------------------------ */
 
 __device__ __forceinline__ int64_t integer_at(mv_integers integers, int64_t i) {
     return integers.wide ? static_cast<const int64_t *>(integers.data)[i * integers.stride]
@@ -139,7 +139,7 @@ __device__ __forceinline__ bool has_all_pages(const mv_task &task, const Keys &k
     return !missing;
 }
 
-/* ---- the keys of a piece ------------------------------------------------------------------------------------------ */
+/* ---- the keys of a piece ----------------------------------------------------------------------------------------- */
 
 template <typename S> using Row = Packet<typename S::T>[S::kPackets];
 
@@ -200,7 +200,7 @@ template <typename S> struct Attention {
     }
 };
 
-/* ---- kernels ------------------------------------------------------------------------------------------------------ */
+/* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
 /* What a warp does: kHeads of the block's query heads from `head` on, and every slots-th stretch of the keys. */
 template <typename S> struct Share {
@@ -415,7 +415,7 @@ template <typename T> __global__ void __launch_bounds__(kMergeThreads)
     }
 }
 
-/* ---- host --------------------------------------------------------------------------------------------------------- */
+/* ---- host -------------------------------------------------------------------------------------------------------- */
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -471,7 +471,7 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
                        : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
                                        : for_heads < T,
     32, size == 4 ? 2 : 1 > (of_warp);
-    /* Two blocks an SM, if there are keys for them. Whatever else is in the batch, where the bits may not depend on it. */
+    /* Two blocks an SM, if there are keys for them; of a sequence alone, where the bits may not depend on others. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
     const int64_t blocks = sequences * a.kv_heads * cut.passes, most = parts(least(a.rows, a.window), kLeastKeys);
     const int64_t wanted = least(parts(2 * task->sm_count, blocks), most);

@@ -1,6 +1,6 @@
 /* decode_attention.cpp: runs the CUDA kernels of decode_attention on sequences, heads and caches of many kinds, and
- * holds every result, and what the caches hold afterwards, to float64. Prints a line for each kernel; the exit status is
- * 1 if one is wrong; a kernel that reads or writes too early ends the run. */
+ * holds every result, and what the caches hold afterwards, to float64. Prints a line for each kernel; the exit status
+ * is 1 if one is wrong; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
 #include "rows.h"
 

@@ -10,8 +10,8 @@
 
 typedef struct parameter parameter;
 
-/* The C types: mv_view, mv_view[3] (one, or a tuple of three), mv_view of integers, double, int64_t, bool, an enum, const char *. HELD: what
- * only a layer hands to itself. */
+/* The C types: mv_view, mv_view[3] (one, or a tuple of three), mv_view of integers, double, int64_t, bool, an enum,
+ * const char *. HELD: what only a layer hands to itself. */
 typedef enum { TENSOR, TENSORS, INTEGERS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
 
 typedef struct {

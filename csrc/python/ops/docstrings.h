@@ -88,26 +88,23 @@
     "cache_layout=None, ring=False, starts=None, scale=None, window=None, soft_cap=None, out=None, rounding='hf', "    \
     "batch_invariant=False, static_weights=False, static_rows=False, kernel=None)\n--\n\n"                             \
     "One new token per sequence: k and v join the cache, and q attends to it, in one call\n\n"                         \
-    "q: [B, heads, D] or [B, 1, heads, D]; k, v: [B, kv_heads, D], such as rms_norm_qkv returns. Returns out, like "   \
-    "q.\n"                                                                                                             \
-    "positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and k "    \
-    "go\n"                                                                                                             \
-    "through the norm of their heads where a weight [D] is given, then through the rotary embedding where cos and "    \
-    "sin\n"                                                                                                            \
-    "are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new k and v are written to the\n"   \
-    "caches, and q attends to positions max(starts, positions - window + 1) to positions: softmax(scale * q k), or\n"  \
-    "of soft_cap * tanh(scale * q k / soft_cap); scale is 1 / sqrt(D) if not given. Sums and P are float32.\n"         \
-    "key_cache, value_cache, in place: [B, kv_heads, S, D]; with ring=True position p is row p % S; with "             \
-    "block_table\n"                                                                                                    \
-    "[B, blocks] (int32; negative: no page) and cache_layout 'NHD' [pages, page, kv_heads, D] or 'HND' [pages,\n"      \
-    "kv_heads, page, D]. Any strides but the last.\n"                                                                  \
-    "A sequence whose position is negative is skipped: zeros. Where a position or a page is outside of the cache, "    \
-    "or\n"                                                                                                             \
-    "starts exceeds the position, out is NaN. Neither is written to the cache.\n"                                      \
-    "batch_invariant: a sequence's bits do not depend on the others. static_weights: as in rms_norm_qkv; "             \
-    "static_rows:\n"                                                                                                   \
-    "the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in rms_norm.\n\n" DOC_TENSORS \
-    "\n" DOC_ERRORS
+    "q: [B, heads, D] or [B, 1, heads, D]; k, v: [B, kv_heads, D], as rms_norm_qkv returns them. Returns out, like\n"  \
+    "q. positions: int32 or int64, [B] or [], on q's device: how many tokens each sequence has in the cache. q and "   \
+    "k\n"                                                                                                              \
+    "go through the norm of their heads where q_norm_weight and k_norm_weight [D] are given, then through the "        \
+    "rotary\n"                                                                                                         \
+    "embedding where cos and sin are: rows [B, R] or [1, R] for these positions, in halves or interleaved. The new\n"  \
+    "k and v are written to the caches, and q attends to max(starts, positions - window + 1) to positions: softmax\n"  \
+    "of scale * q k, or of soft_cap * tanh(scale * q k / soft_cap); scale is 1 / sqrt(D) if not given. Sums and P\n"   \
+    "are float32.\n"                                                                                                   \
+    "key_cache, value_cache, in place: [B, kv_heads, S, D]; with ring=True position p is row p % S; with\n"            \
+    "block_table [B, blocks] (int32; negative: no page) and cache_layout 'NHD' [pages, page, kv_heads, D] or 'HND'\n"  \
+    "[pages, kv_heads, page, D]. Any strides but the last.\n"                                                          \
+    "A sequence whose position is negative is skipped: zeros. Where a position or a page is outside of the cache,\n"   \
+    "or starts exceeds the position, out is NaN. Neither is written to the cache.\n"                                   \
+    "batch_invariant: a sequence's bits do not depend on the others. static_weights: as in rms_norm_qkv;\n"            \
+    "static_rows: the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in "             \
+    "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_qk_norm_rope                                                                                               \
     "qk_norm_rope($module, q, k, cos=None, sin=None, *, q_norm_weight=None, k_norm_weight=None, eps=1e-06, "           \

@@ -92,8 +92,8 @@ static bool take_view(reader *r, int64_t i, mv_device device, mv_view *view) {
     case XLA_S32: view->dtype = MV_I32; return true;
     case XLA_S64: view->dtype = MV_I64; return true;
     default:
-        return fail(r, XLA_INVALID_ARGUMENT, "argument %d has XLA's dtype %d, expected a float or integer that ops take",
-                    (int)i, buffer->dtype);
+        return fail(r, XLA_INVALID_ARGUMENT, "argument %d has XLA's dtype %d, which no op takes", (int)i,
+                    buffer->dtype);
     }
 }
 
