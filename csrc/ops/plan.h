@@ -20,11 +20,13 @@ typedef struct {
     const char *output; /* its name, where the op writes it; else NULL */
     bool divided;       /* its columns are the outputs of the linear layer, of which each part has some */
     bool optional;      /* it is not written where there is no memory for it */
+    bool has_heads;     /* of x: what is in front of the columns is no dimension of the rows, but of their heads */
+    const int *along;   /* for each dimension of x's rows that of the view, -1: it is the same all along; NULL: as x */
 } mv_row_view;
 
 /* A tensor that is read, whose mv_rows are that field of the task. */
 #define MV_READS(view, columns, field)                                                                                 \
-    { view, columns, offsetof(mv_task, field), NULL, false, false }
+    { view, columns, offsetof(mv_task, field), .output = NULL }
 /* The sum that a norm sees, which an op with a residual can give back. */
 #define MV_RESIDUAL_OUT(view, hidden)                                                                                  \
     { view, hidden, offsetof(mv_task, norm.residual_out), .output = "residual_out", .optional = true }

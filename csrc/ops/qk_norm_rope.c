@@ -1,6 +1,4 @@
 /* qk_norm_rope.c: norm and rotary embedding of the heads of q and k, and their cache: what it requires, its kernels. */
-#include <string.h>
-
 #include "../cpu/cpu.h"
 #include "heads.h"
 #include "plan.h"
@@ -65,31 +63,6 @@ static bool match_tokens(const shape *s, const mv_view *view, int along[MV_MAX_D
     }
     while (at < dims && view->shape[at] == 1) at++;
     return at == dims;
-}
-
-/* A tensor as rows of tokens, for the plan: the tokens' dimensions, and one of columns. */
-typedef struct {
-    mv_view view;
-    int64_t shape[MV_MAX_DIMS + 1], strides[MV_MAX_DIMS + 1];
-} token_view;
-
-static mv_row_view token_rows(const shape *s, const mv_view *from, const int *along, int64_t columns, size_t place,
-                              const char *output, token_view *made) {
-    made->view = (mv_view){0};
-    if (mv_present(from)) {
-        made->view = *from;
-        made->view.ndim = s->leads + 1;
-        made->view.shape = made->shape;
-        made->view.strides = made->strides;
-        for (int d = 0; d < s->leads; d++) {
-            const int of = along ? along[d] : d;
-            made->shape[d] = s->tokens[d];
-            made->strides[d] = of < 0 ? 0 : mv_stride(from, of);
-        }
-        made->shape[s->leads] = s->dim;
-        made->strides[s->leads] = 1;
-    }
-    return (mv_row_view){&made->view, columns, place, .output = output};
 }
 
 /* ---- what it requires ----------------------------------------------------------------------------------------- */
@@ -250,19 +223,18 @@ mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *a, mv_plan *plan, mv_error
     MV_TRY(check_caches(&s, error));
     MV_TRY(check_outputs(&s, error));
 
-    enum { ROWS = 8 };
-    token_view made[ROWS];
-    const mv_row_view of_tokens[ROWS] = {
-        token_rows(&s, &a->q, NULL, 0, offsetof(mv_task, x), NULL, &made[0]),
-        token_rows(&s, &a->k, NULL, 0, offsetof(mv_task, qk.k), NULL, &made[1]),
-        token_rows(&s, &a->v, NULL, 0, offsetof(mv_task, qk.v), NULL, &made[2]),
-        token_rows(&s, &a->cos, along_cos, 0, offsetof(mv_task, qk.cos), NULL, &made[3]),
-        token_rows(&s, &a->sin, along_sin, 0, offsetof(mv_task, qk.sin), NULL, &made[4]),
-        token_rows(&s, &a->slots, NULL, 0, offsetof(mv_task, qk.slots), NULL, &made[5]),
-        token_rows(&s, &a->out_q, NULL, s.heads * s.dim, offsetof(mv_task, out), "out_q", &made[6]),
-        token_rows(&s, &a->out_k, NULL, s.kv_heads * s.dim, offsetof(mv_task, qk.out_k), "out_k", &made[7])};
-    MV_TRY(mv_start_plan(plan, &mv_qk_norm_rope_list, s.op, &a->call, of_tokens, ROWS, error));
-    plan->output[0] = (mv_output){"out_q", &a->q, s.dim}; /* the views above are gone when the caller reads this */
+    const mv_row_view tokens[] = {
+        {&a->q, 0, offsetof(mv_task, x), .has_heads = true},
+        MV_READS(&a->k, 0, qk.k),
+        MV_READS(&a->v, 0, qk.v),
+        MV_READS(&a->slots, 0, qk.slots),
+        {&a->cos, 0, offsetof(mv_task, qk.cos), .along = along_cos},
+        {&a->sin, 0, offsetof(mv_task, qk.sin), .along = along_sin},
+        {&a->out_q, s.heads * s.dim, offsetof(mv_task, out), .output = "out_q"},
+        {&a->out_k, s.kv_heads * s.dim, offsetof(mv_task, qk.out_k), .output = "out_k"},
+    };
+    MV_TRY(mv_start_plan(plan, &mv_qk_norm_rope_list, s.op, &a->call, tokens, sizeof tokens / sizeof tokens[0], error));
+    plan->output[0] = (mv_output){"out_q", &a->q, s.dim};
     plan->output[1] = (mv_output){"out_k", &a->k, s.dim};
     mv_task *task = &mv_state(plan)->part[0].task;
     fill_task(&s, task);
