@@ -112,7 +112,7 @@ typedef struct {
     mv_output output[MV_MAX_OUTPUTS]; /* in the order of the op's results                                            */
     mv_weight_layout weight_layout;   /* what the weights of a linear layer were taken for: not AUTO then             */
     size_t workspace_bytes;           /* scratch that the kernels want                                               */
-    bool is_long;        /* computes on the CPU for more than some tens of microseconds (release the GIL) */
+    bool is_long;         /* computes on the CPU for more than some tens of microseconds (release the GIL) */
     uint64_t state[1152]; /* the library's own */
 } mv_plan;
 

@@ -1,5 +1,5 @@
-/* qk_norm_rope_sm80.cu: the norm and the rotary embedding of the heads of q and k, on any GPU; with a cache k and v also
- * go to their token's slot.
+/* qk_norm_rope_sm80.cu: the norm and the rotary embedding of the heads of q and k, on any GPU; with a cache k and v
+ * also go to their token's slot.
  *
  * A warp has a head of a token: it is read whole, made ready in shared memory, and written; so outputs may lie exactly
  * on q and k. The warp of a head of k writes the cache's rows of it and of v, too. Nothing is read before the wait. */
@@ -42,7 +42,7 @@ template <typename T> __device__ __forceinline__ mv_rotary rotary_of_token(const
     return rotary;
 }
 
-template <typename T> __global__ void __launch_bounds__(kThreads)
+template <typename T> __global__ void __launch_bounds__(kThreads, 6)
     qk_norm_rope_kernel(const __grid_constant__ mv_task task) {
     extern __shared__ __align__(16) float smem[];
     const mv_qk &qk = task.qk;

@@ -1,6 +1,6 @@
-/* qk_norm_rope.cpp: runs the CUDA kernels of qk_norm_rope on heads, rows and caches of many kinds, and holds both results
- * and what the caches hold afterwards to float64. Prints a line for each kernel; the exit status is 1 if one is wrong; a
- * kernel that reads or writes too early ends the run. */
+/* qk_norm_rope.cpp: runs the CUDA kernels of qk_norm_rope on heads, rows and caches of many kinds, and holds both
+ * results and what the caches hold afterwards to float64. Prints a line for each kernel; the exit status is 1 if one is
+ * wrong; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
 #include "heads.h"
 
@@ -48,7 +48,7 @@ template <typename T> int run(const mv_row &row, const Case &c) {
     Rows<int32_t> slots(1, tokens, 0, kWritten);
     for (Rows<T> *rows : {&q, &k, &v, &q_weight, &k_weight, &rotary}) rows->fill(draw);
     for (Rows<T> *rows : {&keys, &values}) rows->fill([] { return NAN; });
-    const int places = blocks * c.block_rows;
+    const int places = std::max(blocks * c.block_rows, 1);
     for (int t = 0; t < tokens; t++) /* skipped: negative, and outside of the cache */
         slots.at(0, t) = t == 1 ? -1 : t == 2 ? places : t == 3 ? INT32_MAX : t == 4 ? INT32_MIN : (t + 3) % places;
     Rows<T> q_before = q, k_before = k, keys_before = keys, values_before = values;
