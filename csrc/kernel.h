@@ -108,6 +108,21 @@ typedef struct {
     float scale, soft_cap;         /* soft_cap 0: none */
 } mv_attention;
 
+/* Some tokens' heads, and the cache that k and v join. Row t of each mv_rows is token t's, and a head is so many
+ * elements past the one before. */
+typedef struct {
+    int64_t heads, kv_heads;
+    mv_rows k, v, out_k; /* q and out_q are the task's x and out; v: with a cache only */
+    int64_t q_stride, k_stride, v_stride, out_q_stride, out_k_stride;
+    mv_head_norm q_norm, k_norm;
+    mv_rotary rotary; /* but for its rows: */
+    mv_rows cos, sin; /* stride 0 where they are the same for several tokens */
+    mv_rows slots;    /* block * block_rows + row; outside of the cache: not cached. NULL: there is no cache */
+    bool wide_slots;  /* int64, else int32 */
+    mv_cache keys, values;
+    int64_t blocks, block_rows;
+} mv_qk;
+
 typedef struct {
     mv_device device;
     void *stream;
@@ -126,8 +141,12 @@ typedef struct {
     mv_linear_layer linear;
     mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
     mv_next_launch next;
-    mv_attention attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
-    const char *op;         /* that was called: for messages */
+    union {
+        mv_qk qk; /* of qk_norm_rope: there x and out are q and out_q, a row of which is a token's first head */
+        mv_attention
+            attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
+    };
+    const char *op; /* that was called: for messages */
 } mv_task;
 
 /* What a row of a kernel list makes of a task: what it will take, and how it cuts it. Its launch goes by this and

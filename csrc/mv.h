@@ -112,8 +112,8 @@ typedef struct {
     mv_output output[MV_MAX_OUTPUTS]; /* in the order of the op's results                                            */
     mv_weight_layout weight_layout;   /* what the weights of a linear layer were taken for: not AUTO then             */
     size_t workspace_bytes;           /* scratch that the kernels want                                               */
-    bool is_long;        /* computes on the CPU for more than some tens of microseconds (release the GIL) */
-    uint64_t state[832]; /* the library's own */
+    bool is_long;         /* computes on the CPU for more than some tens of microseconds (release the GIL) */
+    uint64_t state[1152]; /* the library's own */
 } mv_plan;
 
 /* Memory that the args did not name, all of it on x's device. */
@@ -287,6 +287,33 @@ typedef struct {
 
 mv_status mv_decode_attention(const mv_decode_attention_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- qk_norm_rope ---------------------------------------------------------------------------------------------
+ *
+ *   out_q, out_k = the heads of q and k, after their norm where there is a weight, and after the rotary embedding where
+ *   there are cos and sin
+ *
+ * q, out_q: [..., heads, head_dim]; k, v, out_k: [..., kv_heads, head_dim]; one dtype and the same leading dimensions,
+ * those of the tokens; head_dim up to 1024, any strides but of the last dimension. cos, sin: [..., R], rows that were
+ * gathered by position, of q's dtype or float32, R even and at most head_dim; columns from R on pass through. Leading
+ * dimensions broadcast to the tokens', as in NumPy, or are these but for dimensions of 1. Norm weights: [head_dim], of
+ * q's dtype or float32. out_q may be exactly q, and out_k exactly k; other overlap is refused.
+ *
+ * With the caches k and v go there, too. slots: int32 or int64, one for each token, [...], read when the kernel runs:
+ * (block, row) as block * rows + row, where a block is a page, or without a layout of pages a sequence. A slot that is
+ * negative or past the end of the cache is skipped. No two tokens of a call may have one slot. */
+typedef struct {
+    mv_call call;
+    mv_view q, k, cos, sin, q_norm_weight, k_norm_weight;
+    double eps, weight_offset;
+    bool interleaved; /* as mv_decode_attention_args' */
+    mv_rounding rounding;
+    mv_view out_q, out_k;
+    mv_view v, key_cache, value_cache, slots; /* all of them or none */
+    mv_cache_layout cache_layout;
+} mv_qk_norm_rope_args;
+
+mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *args, mv_plan *plan, mv_error *error);
+
 /* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
@@ -298,7 +325,8 @@ mv_status mv_decode_attention(const mv_decode_attention_args *args, mv_plan *pla
     OP(gelu_and_mul, mv_act_and_mul_args)                                                                              \
     OP(linear, mv_linear_args)                                                                                         \
     OP(linear_add, mv_linear_args)                                                                                     \
-    OP(decode_attention, mv_decode_attention_args)
+    OP(decode_attention, mv_decode_attention_args)                                                                     \
+    OP(qk_norm_rope, mv_qk_norm_rope_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

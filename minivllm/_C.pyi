@@ -218,6 +218,27 @@ def decode_attention(
     static_rows: bool = False,
     kernel: str | None = None,
 ) -> _T: ...
+def qk_norm_rope(
+    q: _T,
+    k: _T,
+    cos: _Tensor | None = None,
+    sin: _Tensor | None = None,
+    *,
+    q_norm_weight: _Tensor | None = None,
+    k_norm_weight: _Tensor | None = None,
+    eps: SupportsFloat = 1e-6,
+    weight_offset: SupportsFloat = 0.0,
+    interleaved: bool = False,
+    rounding: _Rounding = "hf",
+    out_q: _T | None = None,
+    out_k: _T | None = None,
+    v: _Tensor | None = None,
+    key_cache: _Tensor | None = None,
+    value_cache: _Tensor | None = None,
+    slots: _Tensor | None = None,
+    cache_layout: Literal["NHD", "HND"] | None = None,
+    kernel: str | None = None,
+) -> tuple[_T, _T]: ...
 def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any], ...]]: ...
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...

@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "linear_add",
     "norm_add",
+    "qk_norm_rope",
     "rms_norm",
     "rms_norm_linear",
     "rms_norm_qkv",
@@ -267,6 +268,53 @@ def decode_attention(
     )
 
 
+def qk_norm_rope(
+    q,
+    k,
+    cos=None,
+    sin=None,
+    *,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+    interleaved=False,
+    rounding="hf",
+    v=None,
+    key_cache=None,
+    value_cache=None,
+    slots=None,
+    cache_layout=None,
+    kernel=None,
+) -> tuple[jax.Array, ...]:
+    """`minivllm.qk_norm_rope`: (out_q, out_k), and with a cache (out_q, out_k, key_cache, value_cache).
+
+    Inside of `jax.jit` with donated caches it works in their memory; else they are copied, and have no gradients. No
+    `jax.vmap`.
+    """
+    return _call(
+        "qk_norm_rope",
+        _without_none(
+            q=q,
+            k=k,
+            cos=cos,
+            sin=sin,
+            q_norm_weight=q_norm_weight,
+            k_norm_weight=k_norm_weight,
+            v=v,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            slots=slots,
+        ),
+        eps=eps,
+        weight_offset=weight_offset,
+        interleaved=interleaved,
+        rounding=rounding,
+        cache_layout=cache_layout,
+        kernel=kernel,
+    )
+
+
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
 
 
@@ -280,8 +328,13 @@ def _call(op, arrays, **options):
             raise TypeError(f"{op}: {name} is a JAX array, expected a Python value: it is part of what is compiled")
         if getattr(value, "ndim", None) == 0:  # NumPy's numbers, which may have no hash
             options[name] = value.item()
-    jitted = _jitted_in_place if names(op, "in place") else _jitted
+    jitted = _jitted_in_place if _in_place(op, arrays) else _jitted
     return jitted(op, tuple(options.items()), tuple(map(type, options.values())), arrays)
+
+
+def _in_place(op, arrays):
+    """What the op writes to of what it is given."""
+    return [name for name in names(op, "in place") if name in arrays]
 
 
 # types: of the options. 2, 2.0 and True are equal, but not all of them are numbers of heads.
@@ -304,6 +357,8 @@ def _jitted_in_place(op, options, types, arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(op, options, arrays):
+    if op == "qk_norm_rope":  # whose rows of cos and sin broadcast: a batch is no more dimension of all
+        return _foreign_call(op, options, arrays)
     return _batchable(op, options)(arrays)
 
 
@@ -313,7 +368,13 @@ def _forward(op, options, arrays):
 
 def _backward(op, options, arrays, gradients):
     _, in_out, _, _ = _plan(op, options, arrays)
-    formula = {"silu_and_mul": _act_and_mul, "gelu_and_mul": _act_and_mul, "norm_add": _norm_add}.get(op, _formula)
+    formulas = {
+        "silu_and_mul": _act_and_mul,
+        "gelu_and_mul": _act_and_mul,
+        "norm_add": _norm_add,
+        "qk_norm_rope": _qk_norm_rope,
+    }
+    formula = formulas.get(op, _formula)
     _, pull_back = jax.vjp(functools.partial(formula, in_out=in_out, **dict(options)), arrays)
     return pull_back(gradients)
 
@@ -357,7 +418,7 @@ def _foreign_call(op, options, arrays):
     shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
     results = [jax.ShapeDtypeStruct(shape, arrays[names(op, "rows")[0]].dtype) for shape in shapes]
     in_order = [name for name in names(op, *_READ) if name in arrays]
-    in_place = names(op, "in place")
+    in_place = _in_place(op, arrays)
     aliases = {in_order.index(name): len(results) + i for i, name in enumerate(in_place)}
     results += [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in in_place]
     scratch = jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)
@@ -473,3 +534,35 @@ def _norm_add(arrays, **options):
     """The same of norm_add. A gradient does not see the roundings."""
     (y,) = _formula({name: array for name, array in arrays.items() if name != "residual"}, **options)
     return [y + arrays["residual"]]
+
+
+def _qk_norm_rope(arrays, *, eps, rounding, weight_offset, interleaved, **without_influence):
+    """The same of qk_norm_rope without a cache."""
+    results = []
+    for name in ("q", "k"):
+        x, weight = arrays[name], arrays.get(f"{name}_norm_weight")
+        rn = (lambda y, dtype=x.dtype: y.astype(dtype)) if rounding == "hf" else (lambda y: y)
+        n = x if rounding == "hf" else x.astype(jnp.float32)
+        if weight is not None:
+            wide = x.astype(jnp.float32)
+            n = rn(wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(jnp.float32)
+            n = rn(n * (weight_offset + weight.astype(jnp.float32)))
+        if "cos" in arrays:
+            cos, sin = (_of_tokens(arrays[row], x.shape[:-2]) for row in ("cos", "sin"))
+            first, rest = jnp.split(n, [cos.shape[-1]], -1)
+            if interleaved:
+                turned = jnp.stack([-first[..., 1::2], first[..., ::2]], -1).reshape(first.shape)
+            else:
+                halves = jnp.split(first, 2, -1)
+                turned = jnp.concatenate([-halves[1], halves[0]], -1)
+            n = jnp.concatenate([(first * cos + turned * sin).astype(n.dtype), rest], -1)
+        results.append(n.astype(x.dtype))
+    return results
+
+
+def _of_tokens(row, tokens):
+    """Rows of cos or sin for the heads of these tokens: broadcast, or else without dimensions of 1 the same."""
+    lead = row.shape[:-1]
+    if len(lead) > len(tokens) or any(a not in (1, b) for a, b in zip(lead[::-1], tokens[::-1])):
+        row = row.reshape(*tokens, row.shape[-1])
+    return row[..., None, :]

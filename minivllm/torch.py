@@ -201,6 +201,73 @@ class _ActAndMul(torch.autograd.Function):
         return None, torch.cat([dgate, dout * active], -1).to(x.dtype), None
 
 
+class _QkNormRope(torch.autograd.Function):
+    """qk_norm_rope without a cache. The rotary embedding is linear: its transpose takes gradients back."""
+
+    @staticmethod
+    def forward(q, k, cos, sin, q_norm_weight, k_norm_weight, options):
+        tensors = {"q": q, "k": k, "cos": cos, "sin": sin, "v": None, "key_cache": None, "value_cache": None}
+        weights = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight, "slots": None}
+        return torch_ops.call("qk_norm_rope", tensors | weights | options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, options = inputs
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        q, k, cos, sin, *weights = ctx.saved_tensors
+        dheads, dweights, drows = [], [], [None, None]
+        for x, weight, dy in zip((q, k), weights, gradients):
+            n, r = _normed(x, ctx.options["eps"])
+            scale = None if weight is None else ctx.options["weight_offset"] + weight.float()
+            dn = dy.float()
+            if cos is not None:
+                dn, *of_rows = _rotary_gradients(
+                    x.float() if weight is None else n * scale, dn, cos, sin, ctx.options["interleaved"]
+                )
+                drows = [now if before is None else before + now for before, now in zip(drows, of_rows)]
+            dweight = None
+            if weight is not None:
+                dn, dweight = _norm_gradients(dn, n, r, scale)
+                dweight = dweight.to(weight.dtype)
+            dheads.append(dn.to(x.dtype))
+            dweights.append(dweight)
+        drows = [None if row is None else of.to(row.dtype) for row, of in zip((cos, sin), drows)]
+        return *dheads, *drows, *dweights, None
+
+
+def _turned(x, interleaved):
+    """-x of the other in the first of each pair, x of the other in the second."""
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def _rotary_gradients(n, dy, cos, sin, interleaved):
+    """For y = n cos + turned(n) sin in the first columns of n [*tokens, heads, D]: the gradients of n, cos and sin."""
+    columns = cos.shape[-1]
+    rows = [row.reshape(_tokens_like(row, n.shape[:-2])).float().unsqueeze(-2) for row in (cos, sin)]
+    (n, _), (dy, rest) = n.split([columns, n.shape[-1] - columns], -1), dy.split([columns, n.shape[-1] - columns], -1)
+    dn = dy * rows[0] - _turned(dy * rows[1], interleaved)
+    drows = [
+        (dy * by).sum_to_size(row.shape).reshape(of.shape)
+        for by, row, of in zip((n, _turned(n, interleaved)), rows, (cos, sin))
+    ]
+    return torch.cat([dn, rest], -1), *drows
+
+
+def _tokens_like(row, tokens):
+    """The shape of a row of cos or sin that broadcasts to [*tokens, R]: its own, or that but for dimensions of 1."""
+    lead = row.shape[:-1]
+    if len(lead) <= len(tokens) and all(a in (1, b) for a, b in zip(lead[::-1], tokens[::-1])):
+        return row.shape
+    return (*tokens, row.shape[-1])
+
+
 # ---- the faces: what the C functions hand over to, and what torch.compile traces ------------------------------------
 
 
@@ -555,6 +622,46 @@ def decode_attention(
     _wants_gradient(op, caches | {"out": out}, **inputs)
     _checked(op, inputs, {"out": out}, **options)
     return _written(op, "out", out, torch_ops.call(op, inputs | options))
+
+
+def qk_norm_rope(
+    q,
+    k,
+    cos=None,
+    sin=None,
+    *,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+    interleaved=False,
+    rounding="hf",
+    out_q=None,
+    out_k=None,
+    v=None,
+    key_cache=None,
+    value_cache=None,
+    slots=None,
+    cache_layout=None,
+    kernel=None,
+):
+    """minivllm.qk_norm_rope for every torch tensor; without a cache with gradients of q, k, cos, sin and weights."""
+    op, outputs = "qk_norm_rope", {"out_q": out_q, "out_k": out_k}
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    inputs = {
+        "q": q, "k": k, "cos": cos, "sin": sin, "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight, "v": v,
+    } | caches | {"slots": slots}  # fmt: skip
+    options = {
+        "eps": eps, "weight_offset": weight_offset, "interleaved": interleaved, "rounding": rounding,
+        "cache_layout": cache_layout, "kernel": kernel,
+    }  # fmt: skip
+    wants = _wants_gradient(op, outputs | caches, **inputs)
+    _checked(op, inputs, outputs, **options)
+    if wants:
+        results = _QkNormRope.apply(*_each_once(q, k, cos, sin, q_norm_weight, k_norm_weight), options)
+    else:
+        results = torch_ops.call(op, inputs | options)
+    return tuple(_written(op, name, out, result) for (name, out), result in zip(outputs.items(), results))
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):

@@ -9,7 +9,7 @@ import torch
 from . import _C
 from .signatures import OPS
 
-_LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache")
+_LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache", "out_q", "out_k")
 _INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage

@@ -102,6 +102,8 @@ def _fake(op, takes, outputs):
                         f"{op}: {name} is on {tensor.device}, expected {x.device} (where {takes[0].name} is)"
                     )
         shapes = {"out": _shape_of_out(op, x, given)}
+        if "out_k" in outputs:
+            shapes["out_k"] = given["k"].shape
         results = tuple(x.new_empty(shapes.get(name, x.shape)) for name in outputs)
         return results[0] if len(results) == 1 else results or None
 

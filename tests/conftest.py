@@ -37,6 +37,7 @@ OPS_OF_ROWS = (
     "silu_and_mul",
     "gelu_and_mul",
     "decode_attention",
+    "qk_norm_rope",
 )
 ROWS = {op: minivllm.kernels(op) for op in OPS_OF_ROWS}
 

@@ -64,7 +64,16 @@ def run_driver(tree, sources, *arguments, driver="driver"):
     jobs = [[*cpp, "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
     jobs += [[*cpp, "-c", EMULATION / f"{driver}.cpp", "-o", cuda / f"{driver}.o"]]
     c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
-    for name in ("rms_norm", "rms_norm_qkv", "act_and_mul", "decode_attention", "dispatch", "checks"):  # the lists
+    for name in (
+        "rms_norm",
+        "rms_norm_qkv",
+        "act_and_mul",
+        "decode_attention",
+        "qk_norm_rope",
+        "heads",
+        "dispatch",
+        "checks",
+    ):  # the lists
         jobs += [[*c, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, jobs))
@@ -97,6 +106,12 @@ def test_every_case_of_the_activations(tree):
 def test_every_case_of_the_attention(tree):
     build, _ = tree
     done = run_driver(tree, (build / "csrc" / "cuda").glob("decode_attention_*.cu"), driver="decode_attention")
+    assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 3, done.stdout + done.stderr
+
+
+def test_every_case_of_the_heads(tree):
+    build, _ = tree
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("qk_norm_rope_*.cu"), driver="qk_norm_rope")
     assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 3, done.stdout + done.stderr
 
 

@@ -156,6 +156,22 @@ def attention_arguments(like):
     return tensors | dict.fromkeys(absent) | dict.fromkeys(flags, False)
 
 
+def qk_arguments(like):
+    """Of qk_norm_rope as registered, but for its weights."""
+    shapes = {
+        "q": (3, 4, 16),
+        "k": (3, 2, 16),
+        "v": (3, 2, 16),
+        "key_cache": (3, 2, 9, 16),
+        "value_cache": (3, 2, 9, 16),
+    }
+    tensors = {name: like.new_ones(shape) for name, shape in shapes.items()}
+    rows = {name: like.new_ones(3, 8) for name in ("cos", "sin")}
+    slots = {"slots": (like.flatten()[:3] * 0).long(), "interleaved": False}
+    absent = ("q_norm_weight", "k_norm_weight", "cache_layout", "kernel")
+    return tensors | rows | slots | dict.fromkeys(absent)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_the_registered_ops(torch, device, dtype):
     """Schema, fake implementation and tags, by torch's own checks."""
@@ -176,6 +192,7 @@ def test_the_registered_ops(torch, device, dtype):
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
         ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
         ops.decode_attention: NORM | attention_arguments(i.x),
+        ops.qk_norm_rope: NORM | qk_arguments(i.x),
         ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
         ops.linear: PLAIN | {"x": i.x, "weight": i.wide, "bias": None},
         ops.linear_add: PLAIN | {"x": i.x, "residual": i.residual, "weight": i.square, "bias": i.bias, "scale": 0.22},

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "../cpu/cpu.h"
+#include "heads.h"
 #include "plan.h"
 #ifdef MV_WITH_CUDA
 #include "../cuda/cuda.h"
@@ -22,7 +23,7 @@ const mv_list mv_decode_attention_list = {"decode_attention", rows, sizeof rows 
 
 /* ---- what it requires ----------------------------------------------------------------------------------------- */
 
-enum { MOST_COLUMNS = 1024, MOST_ROWS = 1 << 30 };
+enum { MOST_ROWS = 1 << 30 };
 
 /* The call, and what its shapes say. */
 typedef struct {
@@ -30,17 +31,12 @@ typedef struct {
     const mv_decode_attention_args *args;
     int64_t sequences, heads, kv_heads, dim;
     int64_t rows, block_rows, blocks; /* as mv_attention's */
-    int block_dim, row_dim, head_dim; /* of the caches     */
 } shape;
 
 static mv_named named(const shape *s, const char *name, const mv_view *view) { return (mv_named){s->op, name, view}; }
 
 static mv_status check_kind(const shape *s, mv_named t, bool or_float32, mv_error *error) {
-    const mv_view *q = &s->args->q;
-    MV_REQUIRE(t.view->dtype == q->dtype || (or_float32 && t.view->dtype == MV_F32), MV_BAD_TYPE,
-               "%s: %s is %s, expected %s (the dtype of q)%s", t.op, t.name, mv_dtype_name(t.view->dtype),
-               mv_dtype_name(q->dtype), or_float32 && q->dtype != MV_F32 ? " or float32" : "");
-    return mv_check_place(t, named(s, "q", q), error);
+    return mv_check_kind(t, named(s, "q", &s->args->q), or_float32, error);
 }
 
 static bool is_token_row(const mv_view *view) { return view->ndim == 3 || (view->ndim == 4 && view->shape[1] == 1); }
@@ -48,9 +44,7 @@ static bool is_token_row(const mv_view *view) { return view->ndim == 3 || (view-
 static mv_status read_q(shape *s, mv_error *error) {
     const mv_view *q = &s->args->q;
     const mv_named t = named(s, "q", q);
-    MV_REQUIRE(q->dtype <= MV_BF16, MV_BAD_TYPE, "%s: q is %s, expected float32, float16 or bfloat16", s->op,
-               mv_dtype_name(q->dtype));
-    MV_TRY(check_kind(s, t, false, error));
+    MV_TRY(mv_check_q(t, error));
     MV_REQUIRE(is_token_row(q), MV_BAD_VALUE,
                "%s: q has shape %s, expected [sequences, heads, head_dim] or [sequences, 1, heads, head_dim]: one new "
                "token per sequence",
@@ -60,8 +54,8 @@ static mv_status read_q(shape *s, mv_error *error) {
     s->dim = q->shape[q->ndim - 1];
     MV_REQUIRE(s->heads >= 1 && s->dim >= 1, MV_BAD_VALUE, "%s: q has shape %s, expected a head and a column at least",
                s->op, mv_shape_text(q).text);
-    MV_REQUIRE(s->dim <= MOST_COLUMNS, MV_BAD_VALUE, "%s: q has heads of %lld columns, expected %d at most", s->op,
-               (long long)s->dim, MOST_COLUMNS);
+    MV_REQUIRE(s->dim <= MV_MOST_HEAD_COLUMNS, MV_BAD_VALUE, "%s: q has heads of %lld columns, expected %d at most",
+               s->op, (long long)s->dim, MV_MOST_HEAD_COLUMNS);
     return mv_check_last_contiguous(t, error);
 }
 
@@ -90,42 +84,25 @@ static mv_status read_k_and_v(shape *s, mv_error *error) {
 
 /* ---- caches */
 
-static mv_status check_cache(const shape *s, mv_named t, int64_t blocks, int64_t block_rows, const char *meaning,
-                             mv_error *error) {
-    const mv_view *view = t.view;
-    int64_t expected[4] = {blocks, 0, 0, s->dim};
-    MV_TRY(check_kind(s, t, false, error));
-    expected[s->row_dim] = block_rows;
-    expected[s->head_dim] = s->kv_heads;
-    const mv_view like = {.shape = expected, .ndim = 4};
-    bool fits = view->ndim == 4;
-    for (int d = 0; fits && d < 4; d++) fits = view->shape[d] == expected[d];
-    MV_REQUIRE(fits, MV_BAD_VALUE, "%s: %s has shape %s, expected %s (%s)", t.op, t.name, mv_shape_text(view).text,
-               mv_shape_text(&like).text, meaning);
-    MV_TRY(mv_check_last_contiguous(t, error));
-    return mv_check_writable(t, error);
-}
-
 static mv_status read_caches(shape *s, mv_error *error) {
     const mv_decode_attention_args *a = s->args;
     const mv_view *keys = &a->key_cache;
-    const bool nhd = a->cache_layout == MV_CACHE_NHD, paged = mv_present(&a->block_table);
+    const bool paged = mv_present(&a->block_table);
     MV_REQUIRE(paged == (a->cache_layout != MV_CACHE_STATIC), MV_BAD_VALUE,
                paged ? "%s: cache_layout is missing, expected \"NHD\" or \"HND\": a block_table is given"
                      : "%s: cache_layout was given without a block_table, but a cache without pages has one layout, "
                        "[sequences, kv_heads, rows, head_dim]",
                s->op);
-    s->row_dim = nhd ? 1 : 2;
-    s->head_dim = nhd ? 2 : 1;
+    const int row_dim = mv_cache_row_dim(a->cache_layout);
     const bool has_rows = keys->ndim == 4 && keys->shape[0] >= 0;
     s->blocks = paged ? (has_rows ? keys->shape[0] : 0) : s->sequences;
-    s->block_rows = has_rows ? keys->shape[s->row_dim] : 0;
-    const char *meaning = nhd     ? "pages, rows, kv_heads, head_dim"
-                          : paged ? "pages, kv_heads, rows, head_dim"
-                                  : "sequences, kv_heads, rows, head_dim";
-    MV_TRY(check_cache(s, named(s, "key_cache", keys), s->blocks, s->block_rows, meaning, error));
-    MV_TRY(check_cache(s, named(s, "value_cache", &a->value_cache), s->blocks, s->block_rows, "the shape of key_cache",
-                       error));
+    s->block_rows = has_rows ? keys->shape[row_dim] : 0;
+    int64_t expected[4] = {s->blocks, 0, 0, s->dim};
+    expected[row_dim] = s->block_rows;
+    expected[mv_cache_head_dim(a->cache_layout)] = s->kv_heads;
+    const mv_named q = named(s, "q", &a->q);
+    MV_TRY(mv_check_cache(named(s, "key_cache", keys), q, expected, mv_cache_meaning(a->cache_layout), error));
+    MV_TRY(mv_check_cache(named(s, "value_cache", &a->value_cache), q, expected, "the shape of key_cache", error));
     MV_REQUIRE(s->block_rows >= 1, MV_BAD_VALUE, "%s: key_cache has shape %s, expected a row at least", s->op,
                mv_shape_text(keys).text);
     return MV_OK;
@@ -184,24 +161,12 @@ static mv_status check_rotary_rows(const shape *s, mv_named t, mv_error *error) 
 }
 
 static mv_status check_rotary(const shape *s, mv_error *error) {
-    const mv_view *cosines = &s->args->cos, *sines = &s->args->sin;
-    MV_REQUIRE(mv_present(cosines) == mv_present(sines), MV_BAD_VALUE, "%s: %s was given without %s", s->op,
-               mv_present(cosines) ? "cos" : "sin", mv_present(cosines) ? "sin" : "cos");
-    if (!mv_present(cosines)) return MV_OK;
-    MV_TRY(check_rotary_rows(s, named(s, "cos", cosines), error));
-    MV_TRY(check_rotary_rows(s, named(s, "sin", sines), error));
-    const int64_t columns = cosines->shape[cosines->ndim - 1], others = sines->shape[sines->ndim - 1];
-    MV_REQUIRE(columns == others && cosines->dtype == sines->dtype, MV_BAD_VALUE,
-               "%s: sin has rows of %lld in %s, expected %lld in %s (as cos)", s->op, (long long)others,
-               mv_dtype_name(sines->dtype), (long long)columns, mv_dtype_name(cosines->dtype));
-    return MV_OK;
-}
-
-static mv_status check_head_norm(const shape *s, const char *name, const mv_view *weight, mv_error *error) {
-    if (!mv_present(weight)) return MV_OK;
-    const mv_named t = named(s, name, weight);
-    MV_TRY(check_kind(s, t, true, error));
-    return mv_check_vector(t, &s->args->q, s->dim, "= head_dim", error);
+    const mv_named cosines = named(s, "cos", &s->args->cos), sines = named(s, "sin", &s->args->sin);
+    MV_TRY(mv_check_both_rotary(cosines, sines, error));
+    if (!mv_present(cosines.view)) return MV_OK;
+    MV_TRY(check_rotary_rows(s, cosines, error));
+    MV_TRY(check_rotary_rows(s, sines, error));
+    return mv_check_rotary_pair(cosines, sines, error);
 }
 
 static mv_status check_options(const shape *s, mv_error *error) {
@@ -258,8 +223,9 @@ static mv_status read_shape(shape *s, mv_error *error) {
     MV_TRY(read_caches(s, error));
     MV_TRY(check_per_sequence(s, named(s, "positions", &a->positions), error));
     MV_TRY(check_rotary(s, error));
-    MV_TRY(check_head_norm(s, "q_norm_weight", &a->q_norm_weight, error));
-    MV_TRY(check_head_norm(s, "k_norm_weight", &a->k_norm_weight, error));
+    const mv_named q = named(s, "q", &a->q);
+    MV_TRY(mv_check_head_norm(named(s, "q_norm_weight", &a->q_norm_weight), q, s->dim, error));
+    MV_TRY(mv_check_head_norm(named(s, "k_norm_weight", &a->k_norm_weight), q, s->dim, error));
     MV_TRY(read_block_table(s, error));
     if (mv_present(&a->starts)) MV_TRY(check_per_sequence(s, named(s, "starts", &a->starts), error));
     MV_TRY(check_options(s, error));
@@ -272,16 +238,8 @@ static mv_rows token_rows(const mv_view *view) {
     return (mv_rows){view->data, mv_stride(view, 0), mv_stride(view, view->ndim - 2)};
 }
 
-static mv_cache cache_of(const shape *s, const mv_view *view) {
-    return (mv_cache){view->data, mv_stride(view, 0), mv_stride(view, s->row_dim), mv_stride(view, s->head_dim)};
-}
-
 static mv_integers integers_of(const mv_view *view) {
     return (mv_integers){view->data, view->ndim ? mv_stride(view, 0) : 0, view->dtype == MV_I64};
-}
-
-static mv_head_norm norm_of(const shape *s, const mv_view *weight) {
-    return (mv_head_norm){weight->data, weight->dtype, (float)s->args->eps, (float)s->args->weight_offset};
 }
 
 static mv_rotary rotary_of(const mv_decode_attention_args *a) {
@@ -301,11 +259,11 @@ static mv_attention attention_of(const shape *s) {
                           .kv_heads = s->kv_heads,
                           .k = token_rows(&a->k),
                           .v = token_rows(&a->v),
-                          .q_norm = norm_of(s, &a->q_norm_weight),
-                          .k_norm = norm_of(s, &a->k_norm_weight),
+                          .q_norm = mv_head_norm_of(&a->q_norm_weight, a->eps, a->weight_offset),
+                          .k_norm = mv_head_norm_of(&a->k_norm_weight, a->eps, a->weight_offset),
                           .rotary = rotary_of(a),
-                          .keys = cache_of(s, &a->key_cache),
-                          .values = cache_of(s, &a->value_cache),
+                          .keys = mv_cache_of(&a->key_cache, a->cache_layout),
+                          .values = mv_cache_of(&a->value_cache, a->cache_layout),
                           .rows = s->rows,
                           .block_rows = s->block_rows,
                           .blocks = s->blocks,

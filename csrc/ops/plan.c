@@ -7,10 +7,17 @@
 
 /* ---- rows ----------------------------------------------------------------------------------------------------- */
 
+/* Dimensions of x's rows: all but that of the columns, and of heads. */
+static int lead_dims(const mv_row_view *x) { return x->view->ndim - (x->has_heads ? 2 : 1); }
+
 /* Of a tensor that is there, or of a C-contiguous one with x's leading dimensions and so many columns. */
-static int64_t lead_stride(const mv_view *view, const mv_view *x, int64_t columns, int dim) {
-    if (mv_present(view)) return mv_stride(view, dim);
-    for (int d = x->ndim - 2; d > dim; d--) columns *= x->shape[d];
+static int64_t lead_stride(const mv_row_view *row, const mv_row_view *x, int dim) {
+    if (mv_present(row->view)) {
+        const int along = row->along ? row->along[dim] : dim;
+        return along < 0 ? 0 : mv_stride(row->view, along);
+    }
+    int64_t columns = row->columns;
+    for (int d = lead_dims(x) - 1; d > dim; d--) columns *= x->view->shape[d];
     return columns;
 }
 
@@ -42,7 +49,8 @@ static void keep_rows(mv_plan *plan, const mv_row_view *rows, int count, const m
         if (!present && !rows[r].output) continue;
         kept[state->rows] = &rows[r];
         state->row[state->rows++] =
-            (mv_row_place){rows[r].output, rows[r].place, rows[r].divided, rows[r].optional, !present};
+            (mv_row_place){rows[r].output,  rows[r].place,    present ? rows[r].view->dtype : rows->view->dtype,
+                           rows[r].divided, rows[r].optional, !present};
     }
 }
 
@@ -54,10 +62,10 @@ static void take_rows(mv_plan_state *state, const mv_row_view *const *rows) {
     task->device = x->device;
     task->dtype = x->dtype;
     task->hidden = x->shape[x->ndim - 1];
-    for (int d = 0; d < x->ndim - 1; d++) {
+    for (int d = 0; d < lead_dims(rows[0]); d++) {
         if (x->shape[d] == 1) continue;
         mv_lead next = {.size = x->shape[d]};
-        for (int r = 0; r < state->rows; r++) next.stride[r] = lead_stride(rows[r]->view, x, rows[r]->columns, d);
+        for (int r = 0; r < state->rows; r++) next.stride[r] = lead_stride(rows[r], rows[0], d);
         if (leads > 0 && merges(state, &lead[leads - 1], &next)) {
             next.size *= lead[leads - 1].size;
             lead[leads - 1] = next;
@@ -93,7 +101,7 @@ static const mv_task *task_at(const mv_plan_state *state, const mv_part *part, i
         i /= lead->size;
         for (int r = 0; r < state->rows; r++) {
             mv_rows *rows = rows_at(moved, &state->row[r]);
-            rows->data = advance(rows->data, at * lead->stride[r], moved->dtype);
+            rows->data = advance(rows->data, at * lead->stride[r], state->row[r].dtype);
         }
     }
     return moved;

@@ -10,7 +10,7 @@
 #include "checks.h"
 #include "dispatch.h"
 
-enum { MV_MAX_PARTS = 3, MV_MAX_ROW_VIEWS = 5 };
+enum { MV_MAX_PARTS = 3, MV_MAX_ROW_VIEWS = 8 };
 
 /* A tensor that an op reads or writes row by row. The view is checked already. */
 typedef struct {
@@ -20,11 +20,13 @@ typedef struct {
     const char *output; /* its name, where the op writes it; else NULL */
     bool divided;       /* its columns are the outputs of the linear layer, of which each part has some */
     bool optional;      /* it is not written where there is no memory for it */
+    bool has_heads;     /* of x: what is in front of the columns is no dimension of the rows, but of their heads */
+    const int *along;   /* for each dimension of x's rows that of the view, -1: it is the same all along; NULL: as x */
 } mv_row_view;
 
 /* A tensor that is read, whose mv_rows are that field of the task. */
 #define MV_READS(view, columns, field)                                                                                 \
-    { view, columns, offsetof(mv_task, field), NULL, false, false }
+    { view, columns, offsetof(mv_task, field), .output = NULL }
 /* The sum that a norm sees, which an op with a residual can give back. */
 #define MV_RESIDUAL_OUT(view, hidden)                                                                                  \
     { view, hidden, offsetof(mv_task, norm.residual_out), .output = "residual_out", .optional = true }
@@ -33,6 +35,7 @@ typedef struct {
 typedef struct {
     const char *output;
     size_t place;
+    mv_dtype dtype;
     bool divided, optional;
     bool later; /* mv_run() is told where it is */
 } mv_row_place;

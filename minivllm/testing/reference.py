@@ -178,3 +178,25 @@ def attention(q, keys, values, *, scale, soft_cap=None):
     p = xp.exp(s - xp.amax(s, -1)[:, None])
     p = p / p.sum(-1)[:, None]
     return xp.einsum("hn,nhd->hd", p, values[:, kv_head]), p
+
+
+def turned(x, interleaved=False):
+    """The other of each pair with its sign: of (a, b), (-b, a). Pairs are in the halves of the row, or neighbours."""
+    xp = namespace(x)
+    if interleaved:
+        return xp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    half = x.shape[-1] // 2
+    return xp.concatenate([-x[..., half:], x[..., :half]], -1)
+
+
+def rotary(n, cos, sin, *, interleaved=False, rounding="hf", rows=None, dtype=None, round_last=True):
+    """n [..., D] after the rotary embedding of its first R columns by cos and sin [..., R], which broadcast:
+
+    hf: rn(rn(n cos) + rn(turned(n) sin)), or with rows="f32" rn(n cos + turned(n) sin), as fp32
+    """
+    xp, rn = namespace(n), _rounder(dtype)
+    columns = cos.shape[-1]
+    each = rn if rounding == "hf" and rows != "f32" else _rounder(None)
+    first = n[..., :columns]
+    y = each(first * cos) + each(turned(first, interleaved) * sin)
+    return xp.concatenate([rn(y) if round_last else y, n[..., columns:]], -1)

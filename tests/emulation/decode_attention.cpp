@@ -2,7 +2,7 @@
  * holds every result, and what the caches hold afterwards, to float64. Prints a line for each kernel; the exit status
  * is 1 if one is wrong; a kernel that reads or writes too early ends the run. */
 #include "cuda_on_cpu.h"
-#include "rows.h"
+#include "heads.h"
 
 #include <cstring>
 #include <random>
@@ -48,37 +48,6 @@ constexpr Case kCases[] = {
     {{140, 33, 2, 200}, 4, 1, 128, kPaged, 32, 70, 0, 20, 0, 128, true},
     {{10, 99, 5, 4}, 2, 1, 64, kStatic, 60, 0, 0, 5}, /* out of the cache, and before the start */
 };
-
-template <typename T> constexpr double kUnit = 0;
-template <> constexpr double kUnit<float> = 0x1p-24;
-template <> constexpr double kUnit<__half> = 0x1p-11;
-template <> constexpr double kUnit<__nv_bfloat16> = 0x1p-8;
-
-template <typename T> double rounded(double v) { return static_cast<float>(T(static_cast<float>(v))); }
-
-using Values = std::vector<double>;
-
-/* A head after norm and rotary embedding. */
-template <typename T> Values prepared(const Case &c, Rows<T> &from, int row, Rows<T> &weight, Rows<T> &rotary, int at) {
-    const bool hf = c.rounding == MV_ROUNDING_HF;
-    const auto rn = [&](double v) { return hf ? rounded<T>(v) : v; };
-    Values n(c.dim);
-    double squares = 0;
-    for (int i = 0; i < c.dim; i++) n[i] = static_cast<float>(from.at(row, i)), squares += n[i] * n[i];
-    const double r = 1 / std::sqrt(squares / c.dim + 1e-6f);
-    if (c.norm)
-        for (int i = 0; i < c.dim; i++) n[i] = rn(rn(n[i] * r) * (0.5 + static_cast<float>(weight.at(0, i))));
-    Values y = n;
-    for (int i = 0; i < c.columns; i++) {
-        const int half = c.columns / 2;
-        const bool first = c.interleaved ? i % 2 == 0 : i < half;
-        const int other = c.interleaved ? i ^ 1 : first ? i + half : i - half;
-        const double cosine = static_cast<float>(rotary.at(at, i)),
-                     sine = static_cast<float>(rotary.at(at, c.columns + i));
-        y[i] = rn(rn(n[i] * cosine) + rn((first ? -n[other] : n[other]) * sine));
-    }
-    return y;
-}
 
 template <typename T> int run(const mv_row &row, const Case &c, int sm_count) {
     cpu::guard::begin(row.name, false);

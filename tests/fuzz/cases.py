@@ -258,7 +258,7 @@ OPS = {
     "gelu_and_mul": Op(act_and_mul, expect.act_and_mul),
 }
 # Ops whose tests draw cases of their own: of caches, integers, and results that depend on both.
-DRAWN_ELSEWHERE = frozenset(("decode_attention",))  # test_drawn_cases of tests/test_decode_attention.py
+DRAWN_ELSEWHERE = frozenset(("decode_attention", "qk_norm_rope"))  # test_drawn_cases of tests/test_<op>.py
 # What the package exports besides: no op, nothing to draw.
 NO_OPS = frozenset(("DeviceArray", "Kernel", "QKVShard", "Ran", "empty", "get_num_threads", "kernels", "last_kernel",
                     "set_num_threads", "shard_qkv", "to_device"))  # fmt: skip

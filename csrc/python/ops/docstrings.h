@@ -136,6 +136,27 @@
     "static_rows: the same of what is in the caches already. eps, weight_offset, rounding, kernel: as in "             \
     "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_qk_norm_rope                                                                                               \
+    "qk_norm_rope($module, q, k, cos=None, sin=None, *, q_norm_weight=None, k_norm_weight=None, eps=1e-06, "           \
+    "weight_offset=0.0, interleaved=False, rounding='hf', out_q=None, out_k=None, v=None, key_cache=None, "            \
+    "value_cache=None, slots=None, cache_layout=None, kernel=None)\n--\n\n"                                            \
+    "The norm and the rotary embedding of the heads of q and k, and the cache that k and v join: (out_q, out_k)\n\n"   \
+    "q: [..., heads, D]; k: [..., kv_heads, D], such as rms_norm_qkv returns. Each head goes through rms_norm where "  \
+    "there\n"                                                                                                          \
+    "is a q_norm_weight or k_norm_weight [D], then through the rotary embedding where cos and sin are: rows [..., "    \
+    "R]\n"                                                                                                             \
+    "gathered by position, in q's dtype or float32, R even and at most D, whose leading dimensions broadcast to the\n" \
+    "tokens'. Pairs are in the halves of R, or with interleaved=True neighbours; columns from R on pass through. "     \
+    "out_q may\n"                                                                                                      \
+    "be q, and out_k may be k (in place).\n"                                                                           \
+    "With v [..., kv_heads, D], key_cache, value_cache and slots, k and v also go to the cache, in place: slots "      \
+    "(int32 or\n"                                                                                                      \
+    "int64, one for each token) are b * S + row in caches [B, kv_heads, S, D], and page * page_size + row with\n"      \
+    "cache_layout 'NHD' [pages, page_size, kv_heads, D] or 'HND' [pages, kv_heads, page_size, D], any strides but "    \
+    "the\n"                                                                                                            \
+    "last. A slot that is negative or outside of the cache is skipped. No two tokens may have the same one.\n"         \
+    "eps, weight_offset, rounding, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
     "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."
