@@ -60,7 +60,7 @@ static mv_status make_plan(const char *op, const mv_rms_norm_args *a, size_t res
     MV_TRY(check(op, a, error));
     const int64_t hidden = a->x.shape[a->x.ndim - 1];
     const mv_row_view rows[] = {MV_READS(&a->x, hidden, x),
-                                {&a->residual, hidden, residual_place, NULL, false, false},
+                                {&a->residual, hidden, residual_place, .output = NULL},
                                 {&a->out, hidden, offsetof(mv_task, out), .output = "out"},
                                 MV_RESIDUAL_OUT(&a->residual_out, hidden)};
     MV_TRY(mv_start_plan(plan, &mv_rms_norm_list, op, &a->call, rows, sums ? 4 : 3, error));
