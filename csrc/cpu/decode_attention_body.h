@@ -5,8 +5,8 @@
  * Three steps, each shared out among the threads. First every key-value head's queries and new key go through norm and
  * rotary embedding, the queries into the workspace, the key and the value into the cache. Then the keys are attended
  * to, in pieces: a piece reads each key and value once from memory, for all query heads of its key-value head, a tile
- * of keys at a time, and keeps m, sum p_j and sum p_j v_j, which it scales down whenever m grows. At last the pieces of a
- * head are merged in their order.
+ * of keys at a time, and keeps m, sum p_j and sum p_j v_j, which it scales down whenever m grows. At last the pieces
+ * of a head are merged in their order.
  *
  * A sequence is cut by the number of its keys alone, so its bits do not depend on what else is in the batch. From the
  * queries to the result all is float32; sums run over a tile, and then over the tiles. */

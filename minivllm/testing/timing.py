@@ -20,12 +20,6 @@ from typing import NamedTuple
 
 Variant = Callable[[int], object]
 
-
-def seconds() -> float:
-    """What the clock shows: for the few who report how long a call of theirs took."""
-    return time.perf_counter()
-
-
 BATCH_US = 200.0  # a CPU sample lasts at least this long: 1000 times what reading the clock costs
 SETTLE_SECONDS = 0.15  # threads of other libraries spin before they sleep: those of OpenBLAS up to 2^28 cycles
 WARM_SECONDS = 0.02  # then caches, clocks and own threads wake up

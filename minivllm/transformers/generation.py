@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from ..testing.timing import seconds
 from .decoder import EOS_TOKENS, Decoder
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -74,7 +74,7 @@ def generate(
     RuntimeError: as Decoder.
     """
     _check(model, generation_config, synced_gpus, model_kwargs)
-    started = seconds()
+    started = time.perf_counter()
     batch, length = input_ids.shape
     limit = min((c.max_length for c in stopping_criteria if hasattr(c, "max_length")), default=None)
     limit = generation_config.max_length if limit is None else limit
@@ -92,7 +92,7 @@ def generate(
     if streamer is not None:
         streamer.end()
     _last.generation = Generation(
-        on_device, ids.shape[1] - length, seconds() - started,
+        on_device, ids.shape[1] - length, time.perf_counter() - started,
         tuple(type(x).__name__ for x in logits_processor), tuple(type(x).__name__ for x in stopping_criteria),
         loop.choosing, loop.stopping, decoder.captures - captures)  # fmt: skip
     if generation_config.return_dict_in_generate:
@@ -142,7 +142,7 @@ class _Loop:
         unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
         logits = self.decoder.prefill(ids, self.mask)
         while True:
-            start = seconds()
+            start = time.perf_counter()
             raw = logits.to(copy=True, dtype=torch.float32)
             scores = self.processors(ids, raw)
             if self.scores is not None:
@@ -156,11 +156,11 @@ class _Loop:
             if self.may_end:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             ids = torch.cat([ids, tokens[:, None]], 1)
-            chosen = seconds()
+            chosen = time.perf_counter()
             unfinished = unfinished & ~self.criteria(ids, self.scores)
             is_over = not bool(unfinished.any())
             self.choosing += chosen - start
-            self.stopping += seconds() - chosen
+            self.stopping += time.perf_counter() - chosen
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
             if is_over:

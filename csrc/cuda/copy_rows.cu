@@ -1,4 +1,4 @@
-/* copy_rows_sm80.cu: the first launch of a plan without a norm, where the product cannot read x as it lies: rows that
+/* copy_rows.cu: the first launch of a plan without a norm, where the product cannot read x as it lies: rows that
  * are not 16-byte aligned, or apart; or where it takes float32 in two parts. A block copies a row. */
 #include "launch.cuh"
 #include "norm_plan.cuh"
