@@ -110,6 +110,12 @@ def short_dtype(name: str) -> str:
     return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(name, name)
 
 
+def changed(case) -> str:
+    """An id for a NamedTuple of options: those that are not at their default."""
+    other = {name: value for name, value in case._asdict().items() if value != case._field_defaults.get(name)}
+    return ",".join(f"{name}={getattr(value, 'name', value)}" for name, value in other.items()) or "defaults"
+
+
 def head_dim_for(kernel, small: int) -> int:
     """A head size for a test of every kernel: small, but 128 for those that split the outputs by whole heads."""
     return 128 if "heads" in kernel.name else small

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from cases import CONTIGUOUS, PADDED, UNALIGNED, Layout, Placed, assert_same_bits, normal, random
-from conftest import short_dtype
+from conftest import changed, short_dtype
 from frameworks import TORCH_CPU
 
 import minivllm
@@ -198,7 +198,7 @@ CASES = [
 
 
 @pytest.mark.rows("decode_attention")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=changed)
 def test_every_kernel(kernel, framework, case):
     dtype = short_dtype(kernel.dtype)
     check(framework, case, dtype, kernel.name)

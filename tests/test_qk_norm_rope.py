@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from cases import CONTIGUOUS, PADDED, RAGGED, UNALIGNED, Layout, Placed, assert_same_bits, normal, random
-from conftest import short_dtype
+from conftest import changed, short_dtype
 from frameworks import TORCH_CPU
 
 import minivllm
@@ -239,7 +239,7 @@ CASES = [
 
 
 @pytest.mark.rows("qk_norm_rope")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=changed)
 def test_every_kernel(kernel, framework, case):
     check(framework, case, short_dtype(kernel.dtype), kernel.name)
 

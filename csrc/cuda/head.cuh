@@ -29,8 +29,9 @@ template <typename T> __device__ __forceinline__ void prepare_head(const T *x, i
     __syncwarp();
     const bool each = hf && rotary.dtype == Dtype<T>::value; /* the products are rounded, too */
     const auto turned = [&](float value, float other, int column) {
-        float a = value * load_as<T>(rotary.cos, rotary.dtype, row * rotary.cos_stride + column);
-        float b = other * load_as<T>(rotary.sin, rotary.dtype, row * rotary.sin_stride + column);
+        /* __fmul_rn: a product that joins a sum in one instruction would not be rounded. */
+        float a = __fmul_rn(value, load_as<T>(rotary.cos, rotary.dtype, row * rotary.cos_stride + column));
+        float b = __fmul_rn(other, load_as<T>(rotary.sin, rotary.dtype, row * rotary.sin_stride + column));
         if (each) a = round_to<T>(a), b = round_to<T>(b);
         return hf ? round_to<T>(a + b) : a + b;
     };

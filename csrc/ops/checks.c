@@ -117,7 +117,14 @@ mv_status mv_check_place(mv_named t, mv_named first, mv_error *error) {
     return check_extent(t, error);
 }
 
+mv_status mv_check_floating(mv_named t, mv_error *error) {
+    MV_REQUIRE(t.view->dtype <= MV_BF16, MV_BAD_TYPE, "%s: %s is %s, expected float32, float16 or bfloat16", t.op,
+               t.name, mv_dtype_name(t.view->dtype));
+    return MV_OK;
+}
+
 mv_status mv_check_x(mv_named x, mv_error *error) {
+    MV_TRY(mv_check_floating(x, error));
     MV_TRY(check_dims(x, error));
     MV_REQUIRE(x.view->ndim >= 1, MV_BAD_VALUE, "%s: %s has no dimensions, expected [..., hidden]", x.op, x.name);
     MV_REQUIRE(x.view->shape[x.view->ndim - 1] >= 1, MV_BAD_VALUE, "%s: %s has shape %s, expected a hidden size >= 1",

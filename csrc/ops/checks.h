@@ -35,6 +35,7 @@ typedef struct {
 mv_text mv_shape_text(const mv_view *view); /* "[2, 1024]" */
 mv_text mv_device_text(mv_device device);   /* "cuda:0"    */
 
+mv_status mv_check_floating(mv_named t, mv_error *error); /* its dtype is no integer's */
 /* x: at least one dimension, a hidden size of at least 1, contiguous along it. */
 mv_status mv_check_x(mv_named x, mv_error *error);
 /* A tensor of x's shape, dtype and device, contiguous along the last dimension. */

@@ -2,8 +2,7 @@
 #include "heads.h"
 
 mv_status mv_check_q(mv_named q, mv_error *error) {
-    MV_REQUIRE(q.view->dtype <= MV_BF16, MV_BAD_TYPE, "%s: %s is %s, expected float32, float16 or bfloat16", q.op,
-               q.name, mv_dtype_name(q.view->dtype));
+    MV_TRY(mv_check_floating(q, error));
     return mv_check_place(q, q, error);
 }
 
