@@ -207,6 +207,20 @@ NUMPY = NumPy()
 TORCH_CPU = Torch("cpu")
 TORCH_CUDA = Torch("cuda")
 ALL = (NUMPY, TORCH_CPU, JAX("cpu"), TORCH_CUDA, CuPy(), JAX("cuda"), DeviceArray())
+FRAMEWORKS = [
+    pytest.param(
+        framework,
+        id=f"{framework.name}-{framework.device}",
+        marks=[pytest.mark.gpu] if framework.device == "cuda" else [],
+    )
+    for framework in ALL
+]
+
+
+def need(framework, dtype: str):
+    """Skips the test where the framework is missing or lacks the dtype."""
+    if reason := framework.why_not(dtype):
+        pytest.skip(reason)
 
 
 def native(device: str):

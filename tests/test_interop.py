@@ -4,31 +4,16 @@ import gc
 import sys
 import weakref
 
-import frameworks
 import numpy as np
 import pytest
 from cases import CANARY, assert_same_bits, normal
 from checks import QKV, expect_qkv, weight_data
 from dlpack import BFLOAT, CPU, FLOAT, IS_COPIED, READ_ONLY, Exporter
-from frameworks import TORCH_CPU
+from frameworks import FRAMEWORKS, NUMPY, TORCH_CPU, need
 
 import minivllm
 from minivllm.testing import numeric, reference
 from minivllm.testing.reference import to_float64
-
-FRAMEWORKS = [
-    pytest.param(
-        framework,
-        id=f"{framework.name}-{framework.device}",
-        marks=[pytest.mark.gpu] if framework.device == "cuda" else [],
-    )
-    for framework in frameworks.ALL
-]
-
-
-def need(framework, dtype):
-    if reason := framework.why_not(dtype):
-        pytest.skip(reason)
 
 
 def close(got, x, weight, dtype, **options):
@@ -238,9 +223,9 @@ def test_bfloat16_through_dlpack():
     values = normal((3, 16), "bf16", "x")
     bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     weight = np.ones(16, np.float32)
-    need(frameworks.NUMPY, "bf16")
+    need(NUMPY, "bf16")
     out = minivllm.rms_norm(Exporter(bits, dtype=(BFLOAT, 16, 1)), weight)
-    assert_same_bits(out, minivllm.rms_norm(frameworks.NUMPY.tensor(values, "bf16"), weight))
+    assert_same_bits(out, minivllm.rms_norm(NUMPY.tensor(values, "bf16"), weight))
 
 
 def test_empty_arrays_through_every_protocol():
