@@ -124,6 +124,7 @@ typedef struct {
 } mv_qk;
 
 typedef struct {
+    const char *op; /* that was called: for messages */
     mv_device device;
     void *stream;
     void *workspace;
@@ -146,7 +147,6 @@ typedef struct {
         mv_attention
             attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
     };
-    const char *op; /* that was called: for messages */
 } mv_task;
 
 /* What a row of a kernel list makes of a task: what it will take, and how it cuts it. Its launch goes by this and
@@ -178,7 +178,8 @@ static inline int64_t mv_row_offset(mv_rows rows, int64_t inner, int64_t r) {
 }
 
 static inline size_t mv_dtype_bytes(mv_dtype dtype) {
-    return dtype == MV_I64 ? 8 : dtype == MV_F32 || dtype == MV_I32 ? 4 : 2;
+    static const unsigned char bytes[] = {4, 2, 2, 4, 8}; /* in the order of mv_dtype */
+    return bytes[dtype];
 }
 
 /* Leaves a sentence in *error and gives back status, so that a refusal is one return statement. */

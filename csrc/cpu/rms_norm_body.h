@@ -9,24 +9,31 @@
 
 #define ELEMENT MV_NAME(element, DTYPE)
 
+/* adds: norm_add, whose residual joins what the norm gives. */
+MV_INLINE void MV_NAME(norm_token, DTYPE)(const mv_task *task, int64_t token, bool adds) {
+    const int64_t hidden = task->hidden;
+    const mv_rows added = task->norm.added;
+    ELEMENT *out = (ELEMENT *)task->out.data + mv_row_offset(task->out, task->inner, token);
+    const ELEMENT *joins = adds ? (const ELEMENT *)added.data + mv_row_offset(added, task->inner, token) : NULL;
+    MV_NAME(row, DTYPE) row = MV_NAME(row_of, DTYPE)(task, token);
+    const float scale = MV_NAME(row_scale, DTYPE)(task, row);
+    row = MV_NAME(row_after_scale, DTYPE)(row);
+    for (int64_t i = 0; i < hidden; i += LANES) {
+        const int n = (int)least(LANES, hidden - i);
+        const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
+        vf y = MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
+        if (adds) y = v_add(y, MV_NAME(v_load, DTYPE)(joins + i, n));
+        MV_NAME(v_store, DTYPE)(out + i, y, n);
+    }
+}
+
 static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end) {
     const mv_task *task = context;
-    const int64_t hidden = task->hidden;
     for (int64_t token = begin; token < end; token++) {
-        ELEMENT *out = (ELEMENT *)task->out.data + mv_row_offset(task->out, task->inner, token);
-        const ELEMENT *added = task->norm.added.data ? (const ELEMENT *)task->norm.added.data +
-                                                           mv_row_offset(task->norm.added, task->inner, token)
-                                                     : NULL;
-        MV_NAME(row, DTYPE) row = MV_NAME(row_of, DTYPE)(task, token);
-        const float scale = MV_NAME(row_scale, DTYPE)(task, row);
-        row = MV_NAME(row_after_scale, DTYPE)(row);
-        for (int64_t i = 0; i < hidden; i += LANES) {
-            const int n = (int)least(LANES, hidden - i);
-            const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
-            vf y = MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
-            if (added) y = v_add(y, MV_NAME(v_load, DTYPE)(added + i, n));
-            MV_NAME(v_store, DTYPE)(out + i, y, n);
-        }
+        if (task->norm.added.data)
+            MV_NAME(norm_token, DTYPE)(task, token, true);
+        else
+            MV_NAME(norm_token, DTYPE)(task, token, false);
     }
 }
 

@@ -15,6 +15,7 @@
  */
 #define ELEMENT MV_NAME(element, DTYPE)
 #define STEP (LANES * UNIT)
+_Static_assert(DOT_ROWS <= (int)LANES, "a tile's sums of a token are one vector");
 
 typedef struct {
     const mv_task *task;
@@ -78,14 +79,15 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         }
     }
 
-    for (int t = 0; t < tokens; t++)
-        for (int i = 0; i < rows; i++) {
-            const vf bias = span_bias(span.block, span.row + r + i, 1);
-            const float sum =
-                MV_NAME(settle, DTYPE)((float)total[i][t], task, span.block, span.row + r + i, y + t * units, 1);
-            MV_NAME(store_outputs, DTYPE)
-            (task, decode->first + token + t, span.column + r + i, v_add(v_set(sum), bias), 1);
-        }
+    const int64_t row = span.row + r;
+    const vf bias = span_bias(span.block, row, rows);
+    for (int t = 0; t < tokens; t++) {
+        float finished[LANES] = {0};
+        for (int i = 0; i < rows; i++)
+            finished[i] = MV_NAME(settle, DTYPE)((float)total[i][t], task, span.block, row + i, y + t * units, 1);
+        const vf sums = v_add(v_load_f32(finished, LANES), bias);
+        MV_NAME(store_outputs, DTYPE)(task, decode->first + token + t, span.column + r, sums, rows);
+    }
 }
 
 MV_INLINE void MV_NAME(decode_span, DTYPE)(const MV_NAME(decode, DTYPE) * decode, output_span span, bool wide) {

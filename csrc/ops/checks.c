@@ -33,32 +33,33 @@ int64_t mv_stride(const mv_view *view, int dim) {
     return (int64_t)stride;
 }
 
-/* A view's first byte, and the distance to its last. False where it is not addressable: see mv_is_addressable(). With
- * that checked, sums and products of a few of its numbers do not overflow. */
-static bool extent(const mv_view *view, uintptr_t *first, int64_t *reach) {
+/* The bytes that a view reaches: *low of them in front of its data, *high behind the first. False where it is not
+ * addressable, if it has elements. */
+static bool reach_of(const mv_view *view, int64_t *low, int64_t *high) {
     static const int64_t most = (int64_t)1 << 60;
     const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
-    int64_t count = 1, before = 0, after = width - 1;
+    int64_t count = 1, before = 0, behind = width - 1;
     for (int d = view->ndim - 1; d >= 0; d--) {
         const int64_t size = view->shape[d], stride = view->strides ? view->strides[d] : count;
         int64_t span;
         if (size <= 1) continue;
-        if (__builtin_mul_overflow(count, size, &count) || count > most) return mv_is_empty(view);
-        if (__builtin_mul_overflow(size - 1, stride, &span) || span > most / width || span < -most / width)
-            return mv_is_empty(view);
-        *(span < 0 ? &before : &after) += (span < 0 ? -span : span) * width;
-        if (before > most || after > most) return mv_is_empty(view);
+        if (__builtin_mul_overflow(count, size, &count) || count > most) return false;
+        if (__builtin_mul_overflow((size - 1) * width, stride, &span)) return false;
+        if (span > most || span < -most) return false;
+        before -= span < 0 ? span : 0;
+        behind += span > 0 ? span : 0;
+        if (before > most || behind > most) return false;
     }
+    *low = before;
+    *high = behind;
     const uintptr_t data = (uintptr_t)view->data;
-    *first = data - (uintptr_t)before;
-    *reach = before + after;
-    return ((uintptr_t)before <= data && (uintptr_t)after <= UINTPTR_MAX - data) || mv_is_empty(view);
+    return (uintptr_t)before <= data && (uintptr_t)behind <= UINTPTR_MAX - data;
 }
 
+/* With it checked, sums and products of a few of a view's numbers do not overflow. */
 bool mv_is_addressable(const mv_view *view) {
-    uintptr_t first;
-    int64_t reach;
-    return extent(view, &first, &reach);
+    int64_t low, high;
+    return reach_of(view, &low, &high) || mv_is_empty(view);
 }
 
 mv_text mv_shape_text(const mv_view *view) {
@@ -289,9 +290,11 @@ static void add_dims(overlap_search *search, const mv_view *view, bool is_a) {
 
 bool mv_overlap(const mv_view *a, const mv_view *b) {
     if (mv_is_empty(a) || mv_is_empty(b)) return false;
-    int64_t reach_a, reach_b;
-    uintptr_t first_a, first_b;
-    if (!extent(a, &first_a, &reach_a) || !extent(b, &first_b, &reach_b)) return true;
+    int64_t low_a, low_b, reach_a, reach_b;
+    if (!reach_of(a, &low_a, &reach_a) || !reach_of(b, &low_b, &reach_b)) return true;
+    const uintptr_t first_a = (uintptr_t)a->data - (uintptr_t)low_a, first_b = (uintptr_t)b->data - (uintptr_t)low_b;
+    reach_a += low_a;
+    reach_b += low_b;
     if (first_a + (uintptr_t)reach_a < first_b || first_b + (uintptr_t)reach_b < first_a) return false;
     overlap_search search;
     search.dims = 0;

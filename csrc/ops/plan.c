@@ -122,7 +122,9 @@ mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, cons
     state->leads = state->parts = 0;
     state->part[0].first_output = 0;
     mv_task *task = &state->part[0].task;
-    *task = (mv_task){.stream = call->stream, .op = op};
+    memset(task, 0, offsetof(mv_task, qk));
+    task->op = op;
+    task->stream = call->stream;
     const mv_row_view *kept[MV_MAX_ROW_VIEWS];
     keep_rows(plan, rows, count, kept);
     if (mv_is_empty(rows->view)) return MV_OK;

@@ -66,7 +66,8 @@ _Static_assert(sizeof(mv_plan_state) <= sizeof((mv_plan *)0)->state, "mv_plan.st
 static inline mv_plan_state *mv_state(mv_plan *plan) { return (mv_plan_state *)plan->state; }
 
 /* Begins a plan of one part, whose task has its device, rows, tokens, hidden and dtype; or of none, without tokens. The
- * first of the `count` rows are those of x; the plan's outputs are in the order of the others. */
+ * first of the `count` rows are those of x; the plan's outputs are in the order of the others. What a task has for one
+ * op alone, its union, is left to that op, before this or after. */
 mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, const mv_call *call,
                         const mv_row_view *rows, int count, mv_error *error);
 /* Makes part[index] of part[0], without blocks: for the outputs from `first_output` on. */

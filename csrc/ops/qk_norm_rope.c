@@ -233,10 +233,11 @@ mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *a, mv_plan *plan, mv_error
         {&a->out_q, s.heads * s.dim, offsetof(mv_task, out), .output = "out_q"},
         {&a->out_k, s.kv_heads * s.dim, offsetof(mv_task, qk.out_k), .output = "out_k"},
     };
+    mv_task *task = &mv_state(plan)->part[0].task;
+    task->qk = (mv_qk){0};
     MV_TRY(mv_start_plan(plan, &mv_qk_norm_rope_list, s.op, &a->call, tokens, sizeof tokens / sizeof tokens[0], error));
     plan->output[0] = (mv_output){"out_q", &a->q, s.dim};
     plan->output[1] = (mv_output){"out_k", &a->k, s.dim};
-    mv_task *task = &mv_state(plan)->part[0].task;
     fill_task(&s, task);
     MV_TRY(mv_finish_plan(plan, error));
     plan->is_long = plan->is_long || (mv_state(plan)->parts > 0 && task->device.kind == MV_CPU &&
