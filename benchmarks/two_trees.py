@@ -10,11 +10,11 @@ import inspect
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from benchmarks.environment import environment
 from minivllm.testing.shapes import QKVShape
+from minivllm.testing.timing import Host, in_turns
 
 CALLS = 400
 SHAPES = {"cpu": QKVShape("host", 64, 2, 1, 32), "cuda": QKVShape("host", 1024, 16, 8, 128)}
@@ -23,11 +23,12 @@ SHAPES = {"cpu": QKVShape("host", 64, 2, 1, 32), "cuda": QKVShape("host", 1024, 
 def package_of(root: Path):
     """The package minivllm of that checkout, which another import of the name does not meet."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "minivllm"}
+    root = root.resolve()
     sys.path.insert(0, str(root))
     try:
         import minivllm
 
-        assert Path(minivllm.__file__).parent.parent == root.resolve(), minivllm.__file__
+        assert Path(minivllm.__file__).parent.parent == root, minivllm.__file__
         return minivllm
     finally:
         sys.path.remove(str(root))
@@ -57,35 +58,26 @@ def calls_of(package, device: str) -> dict:
     )
     given = (x, gamma, weight, heads, kv_heads)
     return {
-        "rms_norm, out=": lambda: package.rms_norm(x, gamma, out=out),
-        "rms_norm": lambda: package.rms_norm(x, gamma),
-        "add_rms_norm, both out=": lambda: package.add_rms_norm(x, x, gamma, out=out, residual_out=sums),
-        "rms_norm_qkv, out=": lambda: package.rms_norm_qkv(*given, out=packed, static_weights=True),
-        "rms_norm_qkv": lambda: package.rms_norm_qkv(*given, static_weights=True),
-        "layer(x, out=)": lambda: layer(x, out=packed),
-        "layer(x)": lambda: layer(x),
+        "rms_norm, out=": lambda i: package.rms_norm(x, gamma, out=out),
+        "rms_norm": lambda i: package.rms_norm(x, gamma),
+        "add_rms_norm, both out=": lambda i: package.add_rms_norm(x, x, gamma, out=out, residual_out=sums),
+        "rms_norm_qkv, out=": lambda i: package.rms_norm_qkv(*given, out=packed, static_weights=True),
+        "rms_norm_qkv": lambda i: package.rms_norm_qkv(*given, static_weights=True),
+        "layer(x, out=)": lambda i: layer(x, out=packed),
+        "layer(x)": lambda i: layer(x),
     }
 
 
-def time_batch(call, device: str) -> float:
-    """Microseconds of a call, of a batch of them."""
+def compare(ours, theirs, device: str, batches: int) -> dict[str, float]:
     import torch
 
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - begin) / CALLS * 1e6
-
-
-def compare(ours, theirs, device: str, batches: int) -> dict[str, float]:
+    between = torch.cuda.synchronize if device == "cuda" else None
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for number in range(batches + 4):
-        for name, call in [("ours", ours), ("theirs", theirs)][:: 1 if number % 2 else -1]:
-            took = time_batch(call, device)
-            if number >= 4:  # before, caches fill
-                times[name].append(took)
+    hosts = {"ours": Host(ours, CALLS, between), "theirs": Host(theirs, CALLS, between)}
+    for number, name in enumerate(in_turns(list(hosts), batches + 4)):
+        took = hosts[name].sample()
+        if number >= 8:  # before, caches fill
+            times[name].append(took)
     quotients = sorted(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
     low, middle, high = statistics.quantiles(quotients, n=4)
     return {

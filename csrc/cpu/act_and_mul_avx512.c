@@ -1,25 +1,3 @@
 /* act_and_mul_avx512.c: silu_and_mul and gelu_and_mul with AVX-512. */
-#include "isa.h"
-
-#if defined(__x86_64__)
-MV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-
-#define ISA avx512
-#include "simd_avx512.h"
-
-#include "activation.h"
-
-#define DTYPE f32
-#include "act_and_mul_body.h"
-#undef DTYPE
-
-#define DTYPE f16
-#include "act_and_mul_body.h"
-#undef DTYPE
-
-#define DTYPE bf16
-#include "act_and_mul_body.h"
-#undef DTYPE
-
-MV_TARGET_END
-#endif
+#define BODY "act_and_mul_body.h"
+#include "avx512.h"

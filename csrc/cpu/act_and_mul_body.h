@@ -1,4 +1,6 @@
 /* act_and_mul_body.h: mv_act_and_mul_<DTYPE>_<ISA>: silu_and_mul and gelu_and_mul, one row after another. */
+#include "activation.h"
+
 #define ELEMENT MV_NAME(element, DTYPE)
 
 MV_INLINE void MV_NAME(activate_rows, DTYPE)(const mv_task *task, int64_t begin, int64_t end,

@@ -1,4 +1,4 @@
-/* activation.h: the activations of a vector; included once after a vocabulary. Every instruction set goes the same way.
+/* activation.h: the activations of a vector over a vocabulary. Every instruction set goes the same way.
  *
  *   silu, gelu_tanh   z / (1 + exp(w)),  w = -z,  w = -2 sqrt(2 / pi) (z + 0.044715 z^3)
  *   gelu              z * Phi(z),  Phi the normal distribution: Q = Phi(-|z|), or 1 - Q where z is positive
@@ -10,6 +10,9 @@
  * Q has the form that M. M. Shepherd and J. G. Laframboise found smooth (Chebyshev approximation of (1 + 2x) exp(x^2)
  * erfc(x), Math. Comp. 36, 1981). Its polynomial is a minimax fit of our own, whose coefficients were rounded as those
  * of exp were (exp.h). */
+#ifndef MV_ACTIVATION_H
+#define MV_ACTIVATION_H
+
 #include "exp.h"
 
 /* Q(t) exp(t^2 / 2) (1 + sqrt(2) t), of s = (t - 3.5) / (t + 3.5), for t from 0 to 14.6, within 0.54 * 2^-24 of it;
@@ -36,3 +39,5 @@ MV_INLINE vf v_activation(mv_activation activation, vf z) {
     const vf tail = normal_tail(v_max(z, v_mul(z, v_set(-1))));
     return v_mul(z, v_if_negative(z, tail, v_add(v_set(1), v_mul(tail, v_set(-1)))));
 }
+
+#endif

@@ -10,6 +10,8 @@
  *
  * A sequence is cut by the number of its keys alone, so its bits do not depend on what else is in the batch. From the
  * queries to the result all is float32; sums run over a tile, and then over the tiles. */
+#include "attention.h"
+
 #include "norm_row.h"
 
 #include "head.h"

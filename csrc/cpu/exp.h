@@ -1,9 +1,11 @@
-/* exp.h: exp of a vector; included once after a vocabulary. Every instruction set goes the same way.
+/* exp.h: exp of a vector over a vocabulary. Every instruction set goes the same way.
  *
  * It is reduced to |r| <= ln(2) / 2 as W. J. Cody and W. Waite do it (Software Manual for the Elementary Functions,
  * 1980): n ln(2) is subtracted in two parts, of which the first is so short that it makes no error. The polynomial is a
  * minimax fit of our own; its coefficients were rounded to float32 one after the other, each time fitting the rest
  * again. */
+#ifndef MV_EXP_H
+#define MV_EXP_H
 
 /* Of exp(r) = 1 + r + r^2 q(r), relative to it within 2^-28. */
 static const float exp_coefficients[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558aap-5f, 0x1.12396ep-7f,
@@ -25,3 +27,5 @@ MV_INLINE vf v_exp(vf x) {
     const vf small = v_fma(v_mul(r, r), POLYNOMIAL(exp_coefficients, r), r);
     return v_scale(v_add(v_set(1), small), n);
 }
+
+#endif

@@ -2,6 +2,8 @@
  * token after another; with a cache k and v also go to the token's slot.
  *
  * A head is read whole before its place is written, so that outputs may lie exactly on q and k. */
+#include "tokens.h"
+
 #include "norm_row.h"
 
 #include "head.h"

@@ -1,32 +1,3 @@
 /* rms_norm_qkv_avx2.c: rms_norm_qkv with AVX2. */
-#include "outputs.h"
-
-#if defined(__x86_64__)
-MV_TARGET_BEGIN("avx2,fma,f16c")
-
-#define ISA avx2
-#include "simd_avx2.h"
-
-#define DTYPE f32
-#include "unit_f32.h"
-
-#include "rms_norm_qkv_decode_body.h"
-#include "rms_norm_qkv_prefill_body.h"
-#undef DTYPE
-
-#define DTYPE f16
-#include "unit_f32.h"
-
-#include "rms_norm_qkv_decode_body.h"
-#include "rms_norm_qkv_prefill_body.h"
-#undef DTYPE
-
-#define DTYPE bf16
-#include "unit_f32.h"
-
-#include "rms_norm_qkv_decode_body.h"
-#include "rms_norm_qkv_prefill_body.h"
-#undef DTYPE
-
-MV_TARGET_END
-#endif
+#define BODY "rms_norm_qkv_body.h"
+#include "avx2.h"
