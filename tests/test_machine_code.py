@@ -50,7 +50,8 @@ def loops(code):
 
 @pytest.mark.parametrize("source, products", [("wgmma", (4, 8)), ("3xtf32", (12, 16))])
 def test_loop_of_the_product(machine_code, source, products):
-    """Four products a step; eight for 128 tokens, which take 768 cycles and all registers; twelve of TF32, sixteen in two steps where it is allowed."""
+    """Four products a step; eight for 128 tokens, which take 768 cycles and all registers; twelve of TF32, sixteen in two steps where it is allowed.
+    In a step of TF32 for 128 tokens a thread may read its number again, for which there is no register left."""
     kernels = {name: code for name, code in machine_code.items() if f"{source}_kernel" in name}
     assert kernels
     for name, code in kernels.items():
@@ -58,7 +59,7 @@ def test_loop_of_the_product(machine_code, source, products):
         assert hot, f"{name}: there is no loop of so many products"
         loop = min(hot, key=len)
         detours = [text for text in loop if re.search(r"\b(R2UR|S2UR|S2R|LDL|STL)\b", text)]
-        allowed = {"3xtf32": 0, "wgmma": 1 if sum("HGMMA" in text for text in loop) == 4 else 2}[source]
+        allowed = {"3xtf32": 1, "wgmma": 1 if sum("HGMMA" in text for text in loop) == 4 else 2}[source]
         assert len(detours) <= allowed, f"{name}: {detours}"
 
 

@@ -190,23 +190,40 @@ SMALL_STACKS = """
     except ImportError:
         pass
 
-    def call(row, dtype):
-        x, weight = np.ones((200, 300), dtype), np.ones(300, dtype)
-        matrix = np.ones((1000, 300), dtype)
+    def calls(row, dtype):
+        x, weight, bias = np.ones((200, 300), dtype), np.ones(300, dtype), np.ones(1000, dtype)
+        matrix, transposed = np.ones((1000, 300), dtype), np.ones((300, 1000), dtype)
+        q, kv, cache = np.ones((2, 6, 80), dtype), np.ones((2, 3, 80), dtype), np.ones((2, 3, 300, 80), dtype)
+        positions, angles = np.array([299, 7]), np.ones((2, 80), dtype)
+        kernel = {"kernel": row.name}
+        of = {
+            "rms_norm": lambda: minivllm.rms_norm(x, weight, **kernel),
+            "add_rms_norm": lambda: minivllm.add_rms_norm(x, x, weight, **kernel),
+            "norm_add": lambda: minivllm.norm_add(x, weight, x, **kernel),
+            "rms_norm_qkv": lambda: [
+                minivllm.rms_norm_qkv(x, weight, matrix, 6, 2, residual=x, bias=bias, **kernel),
+                minivllm.rms_norm_qkv(x, weight, transposed, 6, 2, **kernel),
+            ],
+            "rms_norm_linear": lambda: minivllm.rms_norm_linear(x, weight, matrix, bias=bias, **kernel),
+            "linear": lambda: [minivllm.linear(x, matrix, **kernel), minivllm.linear(x, transposed, **kernel)],
+            "linear_add": lambda: minivllm.linear_add(x, matrix, np.ones((200, 1000), dtype), bias=bias, **kernel),
+            "silu_and_mul": lambda: minivllm.silu_and_mul(x, **kernel),
+            "gelu_and_mul": lambda: minivllm.gelu_and_mul(x, approximate="none", **kernel),
+            "decode_attention": lambda: minivllm.decode_attention(
+                q, kv, kv, cache, cache.copy(), positions, cos=angles, sin=angles, **kernel
+            ),
+            "qk_norm_rope": lambda: minivllm.qk_norm_rope(
+                q, kv, angles, angles, q_norm_weight=np.ones(80, dtype), **kernel
+            ),
+        }
         for _ in range(3):
-            if row.op == "rms_norm":
-                minivllm.rms_norm(x, weight, kernel=row.name)
-            elif row.op == "add_rms_norm":
-                minivllm.add_rms_norm(x, x, weight, kernel=row.name)
-            else:
-                minivllm.rms_norm_qkv(x, weight, matrix, 6, 2, residual=x, bias=np.ones(1000, dtype), kernel=row.name)
-                minivllm.rms_norm_qkv(x, weight, matrix.T.copy(), 6, 2, kernel=row.name)
+            of[row.op]()
         done.append(row.name)
 
     done = []
     rows = [row for row in minivllm.kernels() if row.usable and not row.isa.startswith("sm") and row.dtype in dtypes]
     for row in rows:
-        thread = threading.Thread(target=call, args=(row, dtypes[row.dtype]))
+        thread = threading.Thread(target=calls, args=(row, dtypes[row.dtype]))
         thread.start()
         thread.join()
     print(len(rows), len(done))
