@@ -6,6 +6,8 @@ must not be views of each other. torch knows no gradient of them, and warns who 
 called without the function around it in minivllm/torch.py, as an exported program does.
 """
 
+import itertools
+
 import torch
 
 from . import _C
@@ -16,6 +18,7 @@ _TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "numb
           "flag": "bool", "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
 _SEVERAL = {op: frozenset(p.name for p in parameters if p.type == "tensors") for op, parameters in OPS.items()}
+_IN_PLACE = {op: tuple(p.name for p in parameters if p.role == "in place") for op, parameters in OPS.items()}
 _registered = {}
 
 
@@ -24,8 +27,31 @@ def call(op, arguments):
     given = {name: listed(value) if name in _SEVERAL[op] else value for name, value in arguments.items()}
     if given.get("residual", 0) is None:
         del given["residual"]
+    if torch.compiler.is_dynamo_compiling():
+        for first, second in itertools.combinations(_IN_PLACE[op], 2):
+            _keep_apart(given[first], given[second])
     with_residual = f"add_{op}" in _registered and "residual" in given
     return _registered[f"add_{op}" if with_residual else op](**given)
+
+
+def _keep_apart(first, second):
+    """While a graph is traced, of two tensors that an op writes to: breaks the graph where they come from outside of
+    it and have one memory. Inductor would write to one of them and to a copy of the other, made from the wrong place
+    (torch 2.11 to 2.13). Slices that are taken inside of the graph are no such case: their tensor comes in whole."""
+    torch._dynamo.comptime.comptime(_break_for_views)
+
+
+def _break_for_views(context):
+    variables = [context.get_local(name) for name in ("first", "second")]
+    given = [variable._i_will_not_complain_if_bc_breaks_VariableTracker() for variable in variables]
+    if any(not isinstance(of, torch._dynamo.variables.TensorVariable) or of.source is None for of in given):
+        return
+    first, second = (variable.as_fake().untyped_storage()._cdata for variable in variables)
+    if first == second:
+        context.graph_break(
+            "this op writes to two tensors that are views of one; with fullgraph=True give the compiled function that "
+            "one, and slice it there"
+        )
 
 
 def listed(tensors):

@@ -2,6 +2,8 @@
 no key may touch is NaN."""
 
 import functools
+import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -519,21 +521,49 @@ def test_torch_knows_what_is_written(device, torch):
 
 @pytest.mark.parametrize("one_base", [False, True])
 def test_a_compiled_graph_does_not_copy_the_cache(device, torch, one_base):
+    """Nor where both caches are slices of one tensor, which the graph is given."""
     from torch._inductor.utils import run_and_get_code
 
     given = torch_arguments(torch, device)
+    names = ("key_cache", "value_cache")
+    expected = {name: given[name].clone() for name in names}
+    wanted = minivllm.decode_attention(**(given | expected))
+    caches = [given.pop(name) for name in names]
+    caches = torch.stack(caches) if one_base else caches
+    torch.compiler.reset()
+
+    def step(given, caches):
+        return minivllm.decode_attention(**given, key_cache=caches[0], value_cache=caches[1])
+
+    out, code = run_and_get_code(torch.compile(step, fullgraph=True), given, caches)
+    assert torch.equal(out, wanted)
+    for name, cache in zip(names, caches):
+        assert torch.equal(expected[name], cache), name
+    sizes = re.findall(r"= empty_strided\w*\(\(([\d, ]*)\)", "".join(code))
+    elements = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in sizes]
+    assert max(elements, default=0) < expected["key_cache"].numel()
+
+
+def test_a_graph_that_is_given_two_views_of_one_cache(device, torch):
+    """Inductor copies one of the two, from the wrong place: the op runs outside of the graph, or is refused."""
+    given = torch_arguments(torch, device)
     expected = {name: given[name].clone() for name in ("key_cache", "value_cache")}
     wanted = minivllm.decode_attention(**(given | expected))
-    if one_base:
-        given["key_cache"], given["value_cache"] = torch.stack([given["key_cache"], given["value_cache"]])
-    torch.compiler.reset()
-    function = torch.compile(lambda given: minivllm.decode_attention(**given), fullgraph=True)
-    out, code = run_and_get_code(function, given)
-    assert torch.equal(out, wanted)
-    for name, cache in expected.items():
-        assert torch.equal(given[name], cache), name
-    allocations = [line for line in "".join(code).splitlines() if "empty_strided" in line and "3456" in line]
-    assert not allocations, "memory as large as a cache, which has 3,456 elements"
+    for fullgraph in (False, True):
+        both = torch_arguments(torch, device)
+        both["key_cache"], both["value_cache"] = torch.stack([both["key_cache"], both["value_cache"]])
+        before = both["value_cache"].clone()
+        torch.compiler.reset()
+        step = torch.compile(lambda given: minivllm.decode_attention(**given), fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(
+                torch._dynamo.exc.Unsupported, match="two tensors that are views of one; with fullgraph"
+            ):
+                step(both)
+            assert torch.equal(both["value_cache"], before)
+        else:
+            assert torch.equal(step(both), wanted)
+            assert all(torch.equal(both[name], cache) for name, cache in expected.items())
 
 
 def test_gradients_are_refused(torch):

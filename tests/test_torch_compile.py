@@ -47,6 +47,21 @@ def test_inductor_fuses_around_an_op(torch, device):
     assert_same(compiled(torch, block)(i.x, i), block(i.x, i))
 
 
+def test_two_views_of_one_tensor_are_written_to(torch, device):
+    """test_decode_attention.py has the caches, and what is refused."""
+    inputs = Inputs(device, "f32")
+    x, residual, weight = inputs.x, inputs.residual, inputs.norm
+    wanted = minivllm.add_rms_norm(x, residual, weight)
+    for compile in (torch.compile, lambda call: torch.compile(call, fullgraph=True)):
+        both = torch.stack([x, residual])
+        torch.compiler.reset()
+        if compile is torch.compile:
+            compile(lambda x, residual: minivllm.fused_add_rms_norm(x, residual, weight))(*both)
+        else:
+            compile(lambda both: minivllm.fused_add_rms_norm(both[0], both[1], weight))(both)
+        assert_same(list(both), list(wanted))
+
+
 def test_dynamic_shapes_compile_once(torch, device):
     from torch._dynamo.testing import CompileCounterWithBackend
 
