@@ -1,5 +1,8 @@
 """Calls of every op on torch tensors, each as inputs -> tensors, for tests of what torch does around a call."""
 
+import math
+import re
+
 from cases import assert_same_bits, normal
 from frameworks import TORCH_CPU, TORCH_CUDA
 
@@ -72,3 +75,9 @@ def assert_same(got, expected):
     for a, b in zip(got, expected):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
         assert_same_bits(a, b)
+
+
+def largest_allocation(code):
+    """Elements of the largest buffer that a compiled graph makes; code: what run_and_get_code() gives."""
+    shapes = re.findall(r"= empty_strided\w*\(\(([\d, ]*)\)", "".join(code))
+    return max((math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes), default=0)
