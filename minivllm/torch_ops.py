@@ -36,8 +36,9 @@ def call(op, arguments):
 
 def _keep_apart(first, second):
     """While a graph is traced, of two tensors that an op writes to: breaks the graph where they come from outside of
-    it and have one memory. Inductor would write to one of them and to a copy of the other, made from the wrong place
-    (torch 2.11 to 2.13). Slices that are taken inside of the graph are no such case: their tensor comes in whole."""
+    it and have one memory. Inductor would write to one of them and to a copy of all that memory for the other, and
+    torch 2.11 even makes the copy from the wrong place. Slices that are taken inside of the graph are no such case:
+    their tensor comes in whole."""
     torch._dynamo.comptime.comptime(_break_for_views)
 
 

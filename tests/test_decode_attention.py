@@ -542,7 +542,7 @@ def test_a_compiled_graph_does_not_copy_the_cache(device, torch, one_base):
 
 
 def test_a_graph_that_is_given_two_views_of_one_cache(device, torch):
-    """Inductor copies one of the two, from the wrong place: the op runs outside of the graph, or is refused."""
+    """Inductor would copy both, in torch 2.11 from the wrong place: the op runs outside of the graph, or is refused."""
     given = torch_arguments(torch, device)
     expected = {name: given[name].clone() for name in ("key_cache", "value_cache")}
     wanted = minivllm.decode_attention(**(given | expected))
