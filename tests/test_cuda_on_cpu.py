@@ -16,6 +16,8 @@ from test_tf32 import SHAPES as TF32
 EMULATION = ROOT / "tests" / "emulation"
 # A GPU ends a kernel whose address is not aligned for what it loads, where this CPU would go on.
 CHECKS = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+# Of the drivers. The kernels are nvcc's to warn of, which alone knows its pragmas.
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def cuda_headers():
@@ -53,16 +55,27 @@ def tree(tmp_path_factory):
             path.read_text(),
         )
         path.write_text(text.replace("__shared__ ", "static "))
-    cpp = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-I", headers, "-I", EMULATION, "-include", "cuda_on_cpu.h"]
-    return build, [*cpp, *CHECKS, "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
+    cpp = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-isystem",
+        headers,
+        "-I",
+        EMULATION,
+        "-include",
+        "cuda_on_cpu.h",
+    ]
+    return build, [*cpp, *CHECKS, "-fno-pie", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
 def run_driver(tree, sources, *arguments, driver="driver"):
     """What a driver prints, of the kernels in these files."""
     build, cpp = tree
     cuda = build / "csrc" / "cuda"
-    jobs = [[*cpp, "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
-    jobs += [[*cpp, "-c", EMULATION / f"{driver}.cpp", "-o", cuda / f"{driver}.o"]]
+    jobs = [[*cpp, "-w", "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
+    jobs += [[*cpp, *WARNINGS, "-c", EMULATION / f"{driver}.cpp", "-o", cuda / f"{driver}.o"]]
     c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
     for name in (
         "rms_norm",
@@ -80,7 +93,7 @@ def run_driver(tree, sources, *arguments, driver="driver"):
     # The lists name the kernels of the CPU too: those are not linked.
     objects, program = [job[-1] for job in jobs], build / driver
     compiled(["g++", *CHECKS, "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *objects, "-o", program])
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +135,7 @@ def test_every_case_of_every_kernel(report):
 def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
     """Every tile for Hopper's tensor cores that there is code for, and every way to run one."""
     build, cpp = tree
-    compiled([*cpp, EMULATION / "tiles.cpp", "-no-pie", "-o", build / "tiles"])
+    compiled([*cpp, *WARNINGS, EMULATION / "tiles.cpp", "-no-pie", "-o", build / "tiles"])
 
     def choices(shapes, what):
         text = "".join(f"{tokens} {hidden} {outputs} {what}\n" for tokens, hidden, outputs in shapes)

@@ -61,8 +61,10 @@ constexpr Case kLargeProjections[] = {
 /* Without a norm; x where it is, and, where there are gaps or the alignment is wrong, copied. */
 constexpr Case linear(int tokens, int hidden, int outputs, mv_rounding rounding, float scale, bool bias, int pad = 0,
                       bool in_out = false, bool allow_tf32 = false) {
-    return {tokens, hidden, outputs, rounding,   false, bias, false, in_out,
-            false,  0,      pad,     allow_tf32, false, true, scale};
+    Case c = {tokens, hidden, outputs, rounding, false, bias, false, in_out, false, 0, pad, allow_tf32};
+    c.plain_x = true;
+    c.scale = scale;
+    return c;
 }
 constexpr Case kLinears[] = {
     linear(1, 256, 37, kHf, 0, true),
