@@ -198,6 +198,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("decode_attention")
 @pytest.mark.parametrize("case", CASES, ids=changed)
 def test_every_kernel(kernel, framework, case):

@@ -5,11 +5,16 @@
  * A block has a sequence, a key-value head and a piece of the keys. How long the piece is follows from the sequence's
  * position, which is read on the GPU, so that one graph serves every length. The block's queries go through norm and
  * rotary embedding into shared memory, and from there into registers. A key or a value is 16 bytes a lane, in a group
- * of lanes; a warp has several keys side by side and more on their way, for up to 8 query heads; other heads are other
+ * of lanes; a warp has several keys side by side and more on their way, for up to 4 query heads; other heads are other
  * warps', which find the keys in L1. Each group keeps a softmax of its own over the keys that it has met: m, the sum of
  * p_j and the sum of p_j v_j, scaled down whenever m grows. They are merged by shuffles, then in shared memory, and
  * those of the pieces by a second launch, always in the same order: nothing has to be zero before, and the bits are the
  * same every time. All of it is float32, P too.
+ *
+ * A step of a small model is a chain of such kernels, and what each costs is latency. So a block asks for its heads,
+ * then, as soon as it knows the position, for its first keys and values, and only then goes on with the heads; the next
+ * keys are on their way while values are added up, and the next values while scores are. A piece without keys leaves an
+ * empty softmax, so that the second launch does not have to know how many pieces there are.
  *
  * The block whose piece has the new token makes its key, too: the first that one of its groups meets. So what has just
  * been written is read back by nobody. Only this block writes to the cache. */
@@ -20,16 +25,20 @@
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
-constexpr int kMostHeads = 8;      /* of a warp */
+constexpr int kMostHeads = 4;      /* of a warp */
+constexpr int kMostGroup = 16;     /* of a block */
 constexpr int kLeastKeys = 64;     /* of a piece: fewer are not worth a block */
 constexpr int kMostColumns = 1024; /* of a head */
 constexpr float kLog2E = 1.44269504088896341f;
 
 /* How a call is cut. */
 struct Cut {
-    int32_t pieces; /* of a sequence's keys, at most */
-    int32_t passes; /* blocks that share a key-value head, because it has too many query heads for one */
-    int32_t group;  /* query heads of a block */
+    int32_t pieces;  /* of a sequence's keys, at most */
+    int32_t passes;  /* blocks that share a key-value head, because it has too many query heads for one */
+    int32_t group;   /* query heads of a block */
+    int32_t of_head; /* query heads of a key-value head */
+    int32_t shift;   /* key / page == key * reciprocal >> 30 + shift, of keys below 2^30 */
+    uint64_t reciprocal;
 };
 
 /* What the groups of a row's lanes are: kLanes of them take kPackets packets each. kWhole: rows are whole aligned
@@ -40,12 +49,13 @@ template <typename T_, int kLanes_, int kPackets_, int kHeads_, bool kWhole_> st
     static constexpr bool kWhole = kWhole_;
     static constexpr int kSize = Packet<T>::size, kValues = kPackets * kSize, kColumns = kLanes * kValues;
     static constexpr int kRows = 32 / kLanes;                                       /* of a warp, side by side */
-    static constexpr int kUnroll = kPackets > 2 ? 1 : 4;                            /* of them on their way */
-    static constexpr int kBlocks = kHeads * kValues <= 16 && kPackets == 1 ? 2 : 1; /* that an SM has room for */
-    static constexpr int kStretch = kRows * kUnroll;                                /* keys of a warp at a time */
+    static constexpr int kUnroll = kPackets > 2 ? 1 : kHeads *kValues > 16 ? 2 : 4; /* of them on their way */
+    static constexpr int kBlocks =
+        kPackets == 1 && (kHeads <= 2 || sizeof(T_) == 2) ? 2 : 1; /* that an SM has room for */
+    static constexpr int kStretch = kRows * kUnroll;               /* keys of a warp at a time */
 };
 
-/* Where the softmax of a block's part is: of a (query head, piece). */
+/* Where the softmax of a block's part is: of a (query head, piece), with sum 0 where that has no keys. */
 struct Partials {
     float *most, *sums, *out; /* m and sum p_j; [dim]: sum p_j v_j */
     __device__ __forceinline__ Partials(const mv_task &task, int pieces) {
@@ -77,6 +87,15 @@ template <int kValues> struct Softmax {
     }
 };
 
+/* Head h of a sequence in x or out, whose rows are the heads of all sequences. */
+template <typename T>
+__device__ __forceinline__ T *head_address(const mv_task &task, const mv_rows &rows, int sequence, int64_t h) {
+    const int64_t heads = task.attention.heads;
+    T *const data = static_cast<T *>(rows.data);
+    if (task.inner == heads) return data + sequence * rows.outer_stride + h * rows.inner_stride;
+    return data + (sequence * heads + h) * rows.inner_stride; /* they are evenly apart */
+}
+
 /* ---- where the keys are ------------------------------------------------------------------------------------------ */
 
 __device__ __forceinline__ int64_t integer_at(mv_integers integers, int64_t i) {
@@ -101,22 +120,21 @@ struct Keys {
         piece = max(kLeastKeys, (count + pieces - 1) / pieces);
         first = static_cast<int>(a.ring ? from % a.rows : from);
     }
-    __device__ __forceinline__ int pieces() const { return count > 0 ? (count + piece - 1) / piece : 0; }
 };
 
 /* A row of the cache: of a page, or of a sequence. block < 0: there is no such page. */
 struct CacheRow {
     int block, row;
-    __device__ __forceinline__ CacheRow(const mv_task &task, const Keys &keys, int sequence, int key) {
+    __device__ __forceinline__ CacheRow(const mv_task &task, const Cut &cut, const Keys &keys, int sequence, int key) {
         const mv_attention &a = task.attention;
-        const int rows = static_cast<int>(a.rows), page = static_cast<int>(a.block_rows);
         row = keys.first + key;
-        if (row >= rows) row -= rows; /* of a ring */
+        if (row >= a.rows) row -= static_cast<int>(a.rows); /* of a ring */
         block = sequence;
         if (!a.block_table) return;
-        block = a.block_table[sequence * a.table_stride + row / page];
+        const int page = static_cast<int>((static_cast<uint64_t>(row) * cut.reciprocal) >> (30 + cut.shift));
+        row -= page * static_cast<int>(a.block_rows);
+        block = a.block_table[sequence * a.table_stride + page];
         if (block >= a.blocks) block = -1;
-        row %= page;
     }
     template <typename T> __device__ __forceinline__ T *of(const mv_cache &cache, int head) const {
         return static_cast<T *>(cache.data) + block * cache.block_stride + row * cache.row_stride +
@@ -125,7 +143,7 @@ struct CacheRow {
 };
 
 /* By all threads: has the sequence a page for each of its keys? */
-__device__ __forceinline__ bool has_all_pages(const mv_task &task, const Keys &keys, int sequence) {
+__device__ __forceinline__ bool has_all_pages(const mv_task &task, const Cut &cut, const Keys &keys, int sequence) {
     __shared__ int missing;
     if (!task.attention.block_table) return true;
     if (threadIdx.x == 0) missing = 0;
@@ -133,7 +151,7 @@ __device__ __forceinline__ bool has_all_pages(const mv_task &task, const Keys &k
     const int page = static_cast<int>(task.attention.block_rows), blocks = (keys.first % page + keys.count - 1) / page;
     for (int i = threadIdx.x; i <= blocks; i += kThreads) {
         const int key = max(0, i * page - keys.first % page);
-        if (CacheRow(task, keys, sequence, key).block < 0) missing = 1;
+        if (CacheRow(task, cut, keys, sequence, key).block < 0) missing = 1;
     }
     __syncthreads();
     return !missing;
@@ -166,23 +184,37 @@ template <typename S> struct Attention {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < S::kValues; i++) sum = fmaf(q[h][i], key[i / S::kSize].get(i % S::kSize), sum);
-        sum = warp_sum<S::kLanes>(sum) * scale;
-        return soft_cap > 0 ? soft_cap * tanhf(sum / soft_cap) : sum;
+        return warp_sum<S::kLanes>(sum) * scale;
     }
 
-    /* Keys that are not there weigh nothing. */
+    template <int kCount> using Scores = float[S::kHeads][kCount];
+
+    /* Keys that are not there weigh nothing. The soft cap is one piece of code that others jump over. */
     template <int kCount> __device__ __forceinline__ void
-    add(const Row<S> (&keys)[kCount], const Row<S> (&values)[kCount], const bool (&there)[kCount]) {
+    add_scores(Scores<kCount> &scores, const Row<S> (&keys)[kCount], const bool (&there)[kCount]) const {
+#pragma unroll
+        for (int h = 0; h < S::kHeads; h++)
+#pragma unroll
+            for (int u = 0; u < kCount; u++) {
+                const float found = score(h, keys[u]); /* by all lanes, which shuffle */
+                scores[h][u] = there[u] ? found : -INFINITY;
+            }
+        if (soft_cap == 0) return;
+#pragma unroll
+        for (int h = 0; h < S::kHeads; h++)
+#pragma unroll
+            for (int u = 0; u < kCount; u++)
+                if (there[u]) scores[h][u] = soft_cap * tanhf(scores[h][u] / soft_cap);
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ void add_values(const Scores<kCount> &scores, const Row<S> (&values)[kCount]) {
 #pragma unroll
         for (int h = 0; h < S::kHeads; h++) {
             Softmax<S::kValues> &of = head[h];
-            float p[kCount], most = of.most;
+            float most = of.most;
 #pragma unroll
-            for (int u = 0; u < kCount; u++) {
-                p[u] = score(h, keys[u]);
-                if (!there[u]) p[u] = -INFINITY;
-                most = fmaxf(most, p[u]);
-            }
+            for (int u = 0; u < kCount; u++) most = fmaxf(most, scores[h][u]);
             const float shrink = weight(of.most, most);
             of.most = most;
             of.sum *= shrink;
@@ -190,11 +222,11 @@ template <typename S> struct Attention {
             for (int i = 0; i < S::kValues; i++) of.out[i] *= shrink;
 #pragma unroll
             for (int u = 0; u < kCount; u++) {
-                p[u] = weight(p[u], most);
-                of.sum += p[u];
+                const float p = weight(scores[h][u], most);
+                of.sum += p;
 #pragma unroll
                 for (int i = 0; i < S::kValues; i++)
-                    of.out[i] = fmaf(p[u], values[u][i / S::kSize].get(i % S::kSize), of.out[i]);
+                    of.out[i] = fmaf(p, values[u][i / S::kSize].get(i % S::kSize), of.out[i]);
             }
         }
     }
@@ -232,67 +264,127 @@ template <typename S> struct Shared {
     }
 };
 
-/* By all threads: the queries of a block, and with the new token its key and value. */
-template <typename S> __device__ __forceinline__ void prepare_heads(const mv_task &task, const Shared<S> &shared,
-                                                                    int sequence, int kv_head, int64_t row, int group,
-                                                                    bool has_new) {
+/* The heads that a block goes through norm and rotary embedding with: its queries, then the new key. A warp has every
+ * kWarps-th; the first of them is on its way before the position is known. */
+template <typename S> struct Heads {
     using T = typename S::T;
-    const mv_attention &a = task.attention;
-    const int dim = static_cast<int>(task.hidden);
-    for (int h = threadIdx.x / 32; h < group; h += kWarps)
-        prepare_head(row_address<const T>(task.x, task.inner, row + h), dim, a.q_norm, a.rotary, sequence,
-                     task.rounding, shared.queries + h * S::kColumns, S::kColumns);
-    if (!has_new) return;
-    const int64_t kv_row = sequence * a.kv_heads + kv_head;
-    float *const key = shared.out; /* not in use yet */
-    if (threadIdx.x / 32 == kWarps - 1)
-        prepare_head(row_address<const T>(a.k, a.kv_heads, kv_row), dim, a.k_norm, a.rotary, sequence, task.rounding,
-                     key, S::kColumns);
-    __syncthreads();
-    const T *value = row_address<const T>(a.v, a.kv_heads, kv_row);
-    for (int i = threadIdx.x; i < S::kColumns; i += kThreads) {
-        reinterpret_cast<T *>(shared.new_key)[i] = from_float<T>(key[i]);
-        reinterpret_cast<T *>(shared.new_value)[i] = i < dim ? value[i] : from_float<T>(0);
-    }
-}
+    using Columns = Head<T, S::kColumns / 32>;
+    const mv_task &task;
+    const int sequence, kv_head, first_head, group; /* the first query's head */
+    Columns of;                                     /* the head that was asked for last */
 
-/* The keys of [first, end) that are a warp's. */
-template <typename S> __device__ __forceinline__ float add_keys(Attention<S> &attention, const mv_task &task,
-                                                                const Keys &keys, int sequence, int kv_head,
-                                                                const Share<S> &share, int first, int end) {
+    __device__ __forceinline__ Heads(const mv_task &task, int sequence, int kv_head, int first_head, int group)
+        : task(task), sequence(sequence), kv_head(kv_head), first_head(first_head), group(group) {
+        if (warp() <= group) load(warp());
+    }
+    static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
+    __device__ __forceinline__ const T *kv_row(const mv_rows &rows) const {
+        return static_cast<const T *>(rows.data) + sequence * rows.outer_stride + kv_head * rows.inner_stride;
+    }
+
+    __device__ __forceinline__ const mv_head_norm &norm_of(int h) const {
+        return h < group ? task.attention.q_norm : task.attention.k_norm;
+    }
+    __device__ __forceinline__ void load(int h) {
+        const mv_attention &a = task.attention;
+        const T *x = h < group ? head_address<const T>(task, task.x, sequence, first_head + h) : kv_row(a.k);
+        of.load(x, static_cast<int>(task.hidden), norm_of(h), a.rotary, sequence);
+    }
+    __device__ __forceinline__ void finish(int h, float *y) {
+        of.finish(static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, task.rounding, y, S::kColumns);
+    }
+
+    /* By all threads: into shared memory; with the new token also its key and value. */
+    __device__ __forceinline__ void finish_all(const Shared<S> &shared, bool has_new) {
+        float *const key = shared.out; /* not in use yet */
+        const int count = has_new ? group + 1 : group;
+#pragma unroll 1
+        for (int h = warp(); h < count; h += kWarps) {
+            if (h >= kWarps) load(h);
+            finish(h, h < group ? shared.queries + h * S::kColumns : key);
+            if (h < group) continue;
+#pragma unroll 1
+            for (int i = threadIdx.x % 32; i < S::kColumns; i += 32)
+                reinterpret_cast<T *>(shared.new_key)[i] = from_float<T>(key[i]);
+        }
+        if (!has_new) return;
+        const int dim = static_cast<int>(task.hidden);
+        const T *value = kv_row(task.attention.v);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < S::kColumns; i += kThreads)
+            reinterpret_cast<T *>(shared.new_value)[i] = i < dim ? value[i] : from_float<T>(0);
+    }
+};
+
+/* A warp's keys of [key, end) in the cache, a stretch at a time: what was asked for last. */
+template <typename S> struct Stretches {
     using T = typename S::T;
-    const int dim = static_cast<int>(task.hidden), lane = threadIdx.x % 32, member = lane % S::kLanes;
+    const mv_task &task;
+    const Cut &cut;
+    const Keys &keys;
+    const int sequence, kv_head, apart, end;
+    int key;           /* the first of the stretch */
     float missing = 0; /* NaN where there is no page for a key */
-    for (int key = first + share.slot * S::kStretch; key < end; key += share.slots * S::kStretch) {
-        Row<S> k[S::kUnroll], v[S::kUnroll];
-        bool there[S::kUnroll];
-        const T *from[S::kUnroll];
+    Row<S> k[S::kUnroll], v[S::kUnroll];
+    bool there[S::kUnroll];
+    const T *value_at[S::kUnroll];
+
+    __device__ __forceinline__ Stretches(const mv_task &task, const Cut &cut, const Keys &keys, int sequence,
+                                         int kv_head, const Share<S> &share, int first, int end)
+        : task(task), cut(cut), keys(keys), sequence(sequence), kv_head(kv_head), apart(share.slots * S::kStretch),
+          end(end), key(first + share.slot * S::kStretch) {
+        ask_for_keys();
+        ask_for_values();
+    }
+    __device__ __forceinline__ bool any() const { return key < end; }
+
+    __device__ __forceinline__ void ask_for_keys() {
+        if (!any()) return;
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int u = 0; u < S::kUnroll; u++) {
             const int at = key + u * S::kRows + lane / S::kLanes;
-            const CacheRow row(task, keys, sequence, min(at, end - 1));
+            const CacheRow row(task, cut, keys, sequence, min(at, end - 1));
             if (row.block < 0) missing = NAN;
             there[u] = at < end && row.block >= 0;
-            from[u] = row.of<const T>(task.attention.values, kv_head);
-            load_row<S>(k[u], row.of<const T>(task.attention.keys, kv_head), member, dim, there[u]);
+            value_at[u] = row.of<const T>(task.attention.values, kv_head);
+            load_row<S>(k[u], row.of<const T>(task.attention.keys, kv_head), lane % S::kLanes,
+                        static_cast<int>(task.hidden), there[u]);
         }
-#pragma unroll
-        for (int u = 0; u < S::kUnroll; u++) load_row<S>(v[u], from[u], member, dim, there[u]);
-        attention.add(k, v, there);
     }
-    return missing;
-}
+    __device__ __forceinline__ void ask_for_values() {
+        if (!any()) return;
+#pragma unroll
+        for (int u = 0; u < S::kUnroll; u++)
+            load_row<S>(v[u], value_at[u], threadIdx.x % S::kLanes, static_cast<int>(task.hidden), there[u]);
+    }
+
+    __device__ __forceinline__ void add_to(Attention<S> &attention) {
+        while (any()) {
+            typename Attention<S>::template Scores<S::kUnroll> scores;
+            attention.add_scores(scores, k, there);
+            key += apart;
+            ask_for_keys();
+            attention.add_values(scores, v);
+            ask_for_values();
+        }
+    }
+};
 
 /* Leaves what a block's slots have found as one: where it is all that there is, as the result. */
 template <typename S> __device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut,
-                                                                  const Shared<S> &shared, int slots, int64_t row,
-                                                                  int group, int piece) {
+                                                                  const Shared<S> &shared, int slots, int sequence,
+                                                                  int first_head, int group, int piece) {
     const int dim = static_cast<int>(task.hidden);
     const Partials partials(task, cut.pieces);
-    for (int i = threadIdx.x; i < group * dim; i += kThreads) {
-        const int h = i / dim, column = i % dim;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group * S::kColumns; i += kThreads) {
+        const int h = i / S::kColumns, column = i % S::kColumns;
+        if (column >= dim) continue;
         float most = -INFINITY, sum = 0, out = 0;
+#pragma unroll 1
         for (int s = 0; s < slots; s++) most = fmaxf(most, shared.most[s * group + h]);
+#pragma unroll 1
         for (int s = 0; s < slots; s++) {
             const int part = s * group + h;
             const float shrink = weight(shared.most[part], most);
@@ -300,13 +392,35 @@ template <typename S> __device__ __forceinline__ void merge_slots(const mv_task 
             out += shrink * shared.out[part * S::kColumns + column];
         }
         if (cut.pieces == 1) {
-            row_address<typename S::T>(task.out, task.inner, row + h)[column] = from_float<typename S::T>(out / sum);
+            head_address<typename S::T>(task, task.out, sequence, first_head + h)[column] =
+                from_float<typename S::T>(out / sum);
             continue;
         }
-        const int64_t place = (row + h) * cut.pieces + piece;
+        const int64_t place = (sequence * task.attention.heads + first_head + h) * cut.pieces + piece;
         partials.out[place * dim + column] = out;
         if (column == 0) partials.most[place] = most, partials.sums[place] = sum;
     }
+}
+
+/* A piece without keys. Of a sequence that is skipped the first piece leaves a sum of 1, so that the result is 0; of one
+ * that cannot be served all sums are 0, and it is NaN. */
+template <typename T> __device__ __forceinline__ void write_empty(const mv_task &task, const Cut &cut, const Keys &keys,
+                                                                  int sequence, int first_head, int group, int piece) {
+    const int dim = static_cast<int>(task.hidden);
+    const Partials partials(task, cut.pieces);
+    for (int h = first_head; h < first_head + group; h++)
+#pragma unroll 1
+        for (int column = threadIdx.x; column < dim; column += kThreads) {
+            const int64_t place = (sequence * task.attention.heads + h) * cut.pieces + piece;
+            if (cut.pieces == 1) {
+                head_address<T>(task, task.out, sequence, h)[column] = from_float<T>(keys.count < 0 ? NAN : 0);
+                continue;
+            }
+            partials.out[place * dim + column] = 0;
+            if (column) continue;
+            partials.most[place] = keys.count == 0 && piece == 0 ? 0 : -INFINITY;
+            partials.sums[place] = keys.count == 0 && piece == 0 ? 1 : 0;
+        }
 }
 
 template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
@@ -314,32 +428,37 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     using T = typename S::T;
     extern __shared__ __align__(16) char smem[];
     const mv_attention &a = task.attention;
-    const int dim = static_cast<int>(task.hidden), of_head = static_cast<int>(a.heads / a.kv_heads);
-    int block = blockIdx.x;
-    const int piece = block % cut.pieces;
-    block /= cut.pieces;
-    const int pass = block % cut.passes;
-    block /= cut.passes;
-    const int kv_head = block % static_cast<int>(a.kv_heads), sequence = block / static_cast<int>(a.kv_heads);
+    const int dim = static_cast<int>(task.hidden), of_head = cut.of_head;
+    unsigned block = blockIdx.x;
+    const auto next = [&](unsigned size) {
+        const unsigned whole = block / size, rest = block - whole * size;
+        block = whole;
+        return static_cast<int>(rest);
+    };
+    const int piece = next(cut.pieces), pass = cut.passes == 1 ? 0 : next(cut.passes);
+    const int kv_head = next(static_cast<unsigned>(a.kv_heads)), sequence = static_cast<int>(block);
     const int first_head = kv_head * of_head + pass * cut.group;
     const int group = min(cut.group, of_head - pass * cut.group);
-    const int64_t row = sequence * a.heads + first_head; /* of out */
 
     griddepcontrol_wait();
     griddepcontrol_launch();
+    Heads<S> heads(task, sequence, kv_head, first_head, group);
     const Keys keys(task, sequence, cut.pieces);
     const int first = piece * keys.piece, end = min(first + keys.piece, keys.count);
-    if (keys.count <= 0 && cut.pieces == 1)
-        for (int i = threadIdx.x; i < group * dim; i += kThreads)
-            row_address<T>(task.out, task.inner, row + i / dim)[i % dim] = from_float<T>(keys.count < 0 ? NAN : 0);
-    if (first >= end) return;
-
+    if (first >= end) {
+        write_empty<T>(task, cut, keys, sequence, first_head, group, piece);
+        return;
+    }
     const Shared<S> shared(smem, cut.group);
-    const bool has_new = end == keys.count, whole = !has_new || has_all_pages(task, keys, sequence);
-    prepare_heads(task, shared, sequence, kv_head, row, group, has_new);
+    const Share<S> share(cut.group, threadIdx.x / 32);
+    const bool has_new = end == keys.count, works = share.slot < share.slots;
+    Stretches<S> stretches(task, cut, keys, sequence, kv_head, share, first, works ? end - has_new : 0);
+    const bool whole = !has_new || has_all_pages(task, cut, keys, sequence);
+    heads.finish_all(shared, has_new);
     __syncthreads();
     if (has_new && whole && pass == 0) {
-        const CacheRow place(task, keys, sequence, keys.count - 1);
+        const CacheRow place(task, cut, keys, sequence, keys.count - 1);
+#pragma unroll 1
         for (int i = threadIdx.x; i < dim; i += kThreads) {
             place.of<T>(a.keys, kv_head)[i] = reinterpret_cast<const T *>(shared.new_key)[i];
             place.of<T>(a.values, kv_head)[i] = reinterpret_cast<const T *>(shared.new_value)[i];
@@ -347,8 +466,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     }
 
     const int lane = threadIdx.x % 32, member = lane % S::kLanes;
-    const Share<S> share(cut.group, threadIdx.x / 32);
-    if (share.slot < share.slots) {
+    if (works) {
         Attention<S> attention;
         attention.scale = a.scale * kLog2E;
         attention.soft_cap = a.soft_cap * kLog2E;
@@ -366,10 +484,12 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
                 k[0][p] = shared.new_key[p * S::kLanes + member];
                 v[0][p] = shared.new_value[p * S::kLanes + member];
             }
-            attention.add(k, v, there);
+            typename Attention<S>::template Scores<1> scores;
+            attention.add_scores(scores, k, there);
+            attention.add_values(scores, v);
         }
-        float missing = add_keys(attention, task, keys, sequence, kv_head, share, first, has_new ? end - 1 : end);
-        if (!whole) missing = NAN;
+        stretches.add_to(attention);
+        const float missing = whole ? stretches.missing : NAN;
 #pragma unroll
         for (int h = 0; h < S::kHeads; h++) {
             Softmax<S::kValues> &of = attention.head[h];
@@ -386,32 +506,44 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
         }
     }
     __syncthreads();
-    merge_slots(task, cut, shared, share.slots, row, group, piece);
+    merge_slots(task, cut, shared, share.slots, sequence, first_head, group, piece);
 }
 
-/* The pieces of a head become the result. */
-constexpr int kMergeThreads = 128;
+/* The pieces of a head become the result. So many are asked for at once. */
+constexpr int kMergeThreads = 128, kMergePieces = 16;
 
 template <typename T> __global__ void __launch_bounds__(kMergeThreads)
     merge_pieces_kernel(const __grid_constant__ mv_task task, Cut cut) {
     const int dim = static_cast<int>(task.hidden);
     const int64_t row = blockIdx.x, first = row * cut.pieces;
     const Partials partials(task, cut.pieces);
+    T *const to = row_address<T>(task.out, task.inner, row); /* it divides while it waits */
     griddepcontrol_wait();
     griddepcontrol_launch();
-    const Keys keys(task, row / task.attention.heads, cut.pieces);
-    const int pieces = keys.pieces();
-    T *to = row_address<T>(task.out, task.inner, row);
-    float most = -INFINITY;
-    for (int p = 0; p < pieces; p++) most = fmaxf(most, partials.most[first + p]);
     for (int column = threadIdx.x; column < dim; column += kMergeThreads) {
-        float sum = 0, out = 0;
-        for (int p = 0; p < pieces; p++) {
-            const float shrink = weight(partials.most[first + p], most);
-            sum += shrink * partials.sums[first + p];
-            out += shrink * partials.out[(first + p) * dim + column];
+        Softmax<1> all;
+        for (int begin = 0; begin < cut.pieces; begin += kMergePieces) {
+            float most[kMergePieces], sum[kMergePieces], out[kMergePieces], both = all.most;
+#pragma unroll
+            for (int p = 0; p < kMergePieces; p++) {
+                const bool is_one = begin + p < cut.pieces;
+                const int64_t place = first + begin + p;
+                most[p] = is_one ? partials.most[place] : -INFINITY;
+                sum[p] = is_one ? partials.sums[place] : 0;
+                out[p] = is_one ? partials.out[place * dim + column] : 0;
+            }
+#pragma unroll
+            for (int p = 0; p < kMergePieces; p++) both = fmaxf(both, most[p]);
+            const float shrink = weight(all.most, both);
+            all.most = both, all.sum *= shrink, all.out[0] *= shrink;
+#pragma unroll
+            for (int p = 0; p < kMergePieces; p++) {
+                const float of_piece = weight(most[p], both);
+                all.sum += of_piece * sum[p];
+                all.out[0] += of_piece * out[p];
+            }
         }
-        to[column] = from_float<T>(keys.count == 0 ? 0 : keys.count < 0 ? NAN : out / sum);
+        to[column] = from_float<T>(all.out[0] / all.sum);
     }
 }
 
@@ -432,12 +564,35 @@ template <typename S> mv_status launch_shape(const mv_task *task, const mv_decis
     return launch<merge_pieces_kernel<typename S::T>>(task, merge, error, *task, cut);
 }
 
+/* An instance, and how many of its blocks an SM has room for. */
+struct Instance {
+    mv_kernel *launch;
+    int blocks;
+};
+template <typename S> constexpr Instance instance_of = {launch_shape<S>, S::kBlocks};
+
 /* Query heads of a warp: as few as a key-value head has, in powers of two. */
-template <typename T, int kLanes, int kPackets> mv_kernel *for_heads(int64_t heads) {
-    if (heads <= 1) return launch_shape<Shape<T, kLanes, kPackets, 1, true>>;
-    if (heads <= 2) return launch_shape<Shape<T, kLanes, kPackets, 2, true>>;
-    if (heads <= 4) return launch_shape<Shape<T, kLanes, kPackets, 4, true>>;
-    return launch_shape<Shape<T, kLanes, kPackets, 8, true>>;
+template <typename T, int kLanes, int kPackets> Instance for_heads(int64_t heads) {
+    if (heads <= 1) return instance_of<Shape<T, kLanes, kPackets, 1, true>>;
+    if (heads <= 2) return instance_of<Shape<T, kLanes, kPackets, 2, true>>;
+    return instance_of<Shape<T, kLanes, kPackets, 4, true>>;
+}
+
+/* Into how many pieces the keys of a sequence are cut: where `blocks` have one each and `room` of them run at a time,
+ * every turn takes its latency, and its share of the bytes at the speed of memory. Figures of an H200. */
+int64_t choose_pieces(const mv_task *task, int64_t keys, int64_t blocks, int64_t room) {
+    const double latency_us = 2, bytes_per_us = 4e6 / static_cast<double>(room);
+    const double us =
+        static_cast<double>(2 * keys * task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) / bytes_per_us;
+    double best_us = INFINITY;
+    int64_t best = 1;
+    for (int64_t turn = 1; turn <= 4; turn++) { /* as many pieces as that leaves room for */
+        const int64_t fit = least(turn * room / blocks, parts(keys, kLeastKeys)), pieces = fit > 1 ? fit : 1;
+        const double turns = static_cast<double>(parts(blocks * pieces, room));
+        const double all_us = turns * (latency_us + us / static_cast<double>(pieces));
+        if (all_us < best_us) best_us = all_us, best = pieces;
+    }
+    return best;
 }
 
 bool cache_aligned(const mv_cache &cache, int64_t per_packet) {
@@ -462,20 +617,23 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
     const bool whole = task->hidden % size == 0 && cache_aligned(a.keys, size) && cache_aligned(a.values, size);
     const bool fast = whole && packets <= (size == 4 ? 64 : 32);
     Cut cut = {};
-    cut.passes = static_cast<int32_t>(parts(of_head, fast ? 2 * kMostHeads : kWarps));
+    cut.passes = static_cast<int32_t>(parts(of_head, fast ? kMostGroup : kWarps));
     cut.group = static_cast<int32_t>(parts(of_head, cut.passes));
+    cut.of_head = static_cast<int32_t>(of_head);
+    while ((int64_t{1} << cut.shift) < a.block_rows) cut.shift++;
+    cut.reciprocal = (uint64_t{1} << (30 + cut.shift)) / static_cast<uint64_t>(a.block_rows) + 1;
     const int64_t of_warp = cut.group > kMostHeads ? kMostHeads : cut.group;
-    decision->launch = !fast           ? launch_shape<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
-                       : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
-                       : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
-                       : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
-                                       : for_heads < T,
-    32, size == 4 ? 2 : 1 > (of_warp);
-    /* Two blocks an SM, if there are keys for them; of a sequence alone, where the bits may not depend on others. */
+    constexpr int most_packets = size == 4 ? 2 : 1; /* of a lane */
+    const Instance instance = !fast           ? instance_of<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
+                              : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
+                              : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
+                              : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
+                                              : for_heads<T, 32, most_packets>(of_warp);
+    decision->launch = instance.launch;
+    /* Of a sequence alone, where the bits may not depend on others. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
-    const int64_t blocks = sequences * a.kv_heads * cut.passes, most = parts(least(a.rows, a.window), kLeastKeys);
-    const int64_t wanted = least(parts(2 * task->sm_count, blocks), most);
-    cut.pieces = static_cast<int32_t>(wanted > 1 ? wanted : 1);
+    cut.pieces = static_cast<int32_t>(choose_pieces(task, least(a.rows, a.window), sequences * a.kv_heads * cut.passes,
+                                                    int64_t{instance.blocks} * task->sm_count));
     keep_cut(decision, cut);
     if (cut.pieces > 1)
         decision->workspace = static_cast<size_t>(task->tokens * cut.pieces * (task->hidden + 2)) * sizeof(float);

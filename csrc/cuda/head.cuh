@@ -4,43 +4,80 @@
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 
-/* Leaves n, then y, of a head in `y`, which is shared memory: `columns` values, zeros from dim on. `row` of cos and
- * sin. */
-template <typename T> __device__ __forceinline__ void prepare_head(const T *x, int dim, const mv_head_norm &norm,
-                                                                   const mv_rotary &rotary, int64_t row,
-                                                                   mv_rounding rounding, float *y, int columns) {
-    const bool hf = rounding == MV_ROUNDING_HF;
-    const int lane = threadIdx.x % 32;
-    float squares = 0;
-    for (int i = lane; i < columns; i += 32) {
-        const float value = i < dim ? to_float(x[i]) : 0.0f;
-        y[i] = value;
-        squares = fmaf(value, value, squares);
-    }
-    if (norm.weight) {
-        const float scale = sizeof(T) == 4 ? static_cast<float>(dim) : 1.0f / static_cast<float>(dim);
-        const float r = row_factor<T>(warp_sum(squares), scale, norm.eps);
-        for (int i = lane; i < dim; i += 32) {
-            const float weight = norm.weight_offset + load_as<T>(norm.weight, norm.weight_dtype, i);
-            const float value = apply_norm<T>(y[i], r, weight, hf);
-            y[i] = hf ? round_to<T>(value) : value;
+/* One head on its way: all that it takes is asked for before any of it is used. Lane l has the columns l, l + 32 and so
+ * on, kPer of them: dim is at most 32 kPer. */
+template <typename T, int kPer> struct Head {
+    float value[kPer], weight[kPer], cosine[kPer], sine[kPer];
+
+    static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x % 32) + i * 32; }
+
+    /* Of `count` values of a dtype that is asked for once. */
+    static __device__ __forceinline__ void load_values(float (&to)[kPer], const void *from, mv_dtype dtype,
+                                                       int64_t first, int count) {
+        if (dtype == MV_F32) {
+#pragma unroll
+            for (int i = 0; i < kPer; i++)
+                to[i] = column(i) < count ? static_cast<const float *>(from)[first + column(i)] : 0.0f;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPer; i++)
+                to[i] = column(i) < count ? to_float(static_cast<const T *>(from)[first + column(i)]) : 0.0f;
         }
     }
-    __syncwarp();
-    const bool each = hf && rotary.dtype == Dtype<T>::value; /* the products are rounded, too */
-    const auto turned = [&](float value, float other, int column) {
-        /* __fmul_rn: a product that joins a sum in one instruction would not be rounded. */
-        float a = __fmul_rn(value, load_as<T>(rotary.cos, rotary.dtype, row * rotary.cos_stride + column));
-        float b = __fmul_rn(other, load_as<T>(rotary.sin, rotary.dtype, row * rotary.sin_stride + column));
-        if (each) a = round_to<T>(a), b = round_to<T>(b);
-        return hf ? round_to<T>(a + b) : a + b;
-    };
-    const int half = static_cast<int>(rotary.columns) / 2;
-    for (int i = lane; i < half; i += 32) {
-        const int first = rotary.interleaved ? 2 * i : i, second = rotary.interleaved ? first + 1 : i + half;
-        const float a = y[first], b = y[second];
-        y[first] = turned(a, -b, first);
-        y[second] = turned(b, a, second);
+
+    /* row: of cos and sin. */
+    __device__ __forceinline__ void load(const T *x, int dim, const mv_head_norm &norm, const mv_rotary &rotary,
+                                         int64_t row) {
+        const int columns = static_cast<int>(rotary.columns);
+        load_values(value, x, Dtype<T>::value, 0, dim);
+        if (norm.weight) load_values(weight, norm.weight, norm.weight_dtype, 0, dim);
+        if (columns == 0) return;
+        load_values(cosine, rotary.cos, rotary.dtype, row * rotary.cos_stride, columns);
+        load_values(sine, rotary.sin, rotary.dtype, row * rotary.sin_stride, columns);
     }
-    __syncwarp();
-}
+
+    /* Leaves the head after its norm, then after the rotary embedding, in `y`, which is shared memory: `columns`
+     * values, zeros from dim on. */
+    __device__ __forceinline__ void finish(int dim, const mv_head_norm &norm, const mv_rotary &rotary,
+                                           mv_rounding rounding, float *y, int columns) {
+        const bool hf = rounding == MV_ROUNDING_HF;
+        if (norm.weight) {
+            float squares = 0;
+#pragma unroll
+            for (int i = 0; i < kPer; i++) squares = fmaf(value[i], value[i], squares);
+            const float scale = sizeof(T) == 4 ? static_cast<float>(dim) : 1.0f / static_cast<float>(dim);
+            const float r = row_factor<T>(warp_sum(squares), scale, norm.eps);
+#pragma unroll
+            for (int i = 0; i < kPer; i++) {
+                if (column(i) >= dim) continue;
+                value[i] = apply_norm<T>(value[i], r, norm.weight_offset + weight[i], hf);
+                if (hf) value[i] = round_to<T>(value[i]);
+            }
+        }
+        store(y, columns);
+        if (rotary.columns == 0) return;
+        const int half = static_cast<int>(rotary.columns) / 2;
+        const bool each = hf && rotary.dtype == Dtype<T>::value; /* the products are rounded, too */
+#pragma unroll
+        for (int i = 0; i < kPer; i++) {
+            const int at = column(i);
+            if (at >= static_cast<int>(rotary.columns)) continue;
+            const bool first = rotary.interleaved ? at % 2 == 0 : at < half;
+            const int apart = rotary.interleaved ? 1 : half;
+            const float other = first ? -y[at + apart] : y[at - apart];
+            /* __fmul_rn: a product that joins a sum in one instruction would not be rounded. */
+            float a = __fmul_rn(value[i], cosine[i]), b = __fmul_rn(other, sine[i]);
+            if (each) a = round_to<T>(a), b = round_to<T>(b);
+            value[i] = hf ? round_to<T>(a + b) : a + b;
+        }
+        __syncwarp();
+        store(y, columns);
+    }
+
+    __device__ __forceinline__ void store(float *y, int columns) const {
+#pragma unroll
+        for (int i = 0; i < kPer; i++)
+            if (column(i) < columns) y[column(i)] = value[i];
+        __syncwarp();
+    }
+};

@@ -42,7 +42,8 @@ template <typename T> __device__ __forceinline__ mv_rotary rotary_of_token(const
     return rotary;
 }
 
-template <typename T> __global__ void __launch_bounds__(kThreads, 6)
+/* kPer: columns of a head that a lane has. */
+template <typename T, int kPer> __global__ void __launch_bounds__(kThreads, kPer <= 4 ? 5 : 1)
     qk_norm_rope_kernel(const __grid_constant__ mv_task task) {
     extern __shared__ __align__(16) float smem[];
     const mv_qk &qk = task.qk;
@@ -59,7 +60,11 @@ template <typename T> __global__ void __launch_bounds__(kThreads, 6)
     T *out = is_q ? row_address<T>(task.out, task.inner, token) + head * qk.out_q_stride
                   : row_address<T>(qk.out_k, task.inner, token) + kv_head * qk.out_k_stride;
     float *y = smem + warp * dim;
-    prepare_head(x, dim, is_q ? qk.q_norm : qk.k_norm, rotary_of_token<T>(task, token), 0, task.rounding, y, dim);
+    const mv_head_norm &norm = is_q ? qk.q_norm : qk.k_norm;
+    const mv_rotary rotary = rotary_of_token<T>(task, token);
+    Head<T, kPer> of;
+    of.load(x, dim, norm, rotary, 0);
+    of.finish(dim, norm, rotary, task.rounding, y, dim);
     for (int c = lane; c < dim; c += 32) out[c] = from_float<T>(y[c]);
 
     const Slot slot(task, token);
@@ -80,7 +85,9 @@ template <typename T> mv_status run(const mv_task *task, mv_error *error) {
     const int64_t blocks = (task->tokens * heads + kWarps - 1) / kWarps;
     const Grid grid = {static_cast<unsigned>(blocks), kThreads,
                        static_cast<size_t>(kWarps * task->hidden) * sizeof(float)};
-    return launch<qk_norm_rope_kernel<T>>(task, grid, error, *task);
+    return task->hidden <= 128   ? launch<qk_norm_rope_kernel<T, 4>>(task, grid, error, *task)
+           : task->hidden <= 256 ? launch<qk_norm_rope_kernel<T, 8>>(task, grid, error, *task)
+                                 : launch<qk_norm_rope_kernel<T, 32>>(task, grid, error, *task);
 }
 
 } // namespace
