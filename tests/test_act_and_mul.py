@@ -59,6 +59,7 @@ def check(framework, dtype, shape, kind, *, rounding="hf", kernel=None, x=None, 
     return to_float64(got)
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("silu_and_mul")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kernel(kernel, framework, kind):

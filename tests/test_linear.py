@@ -98,6 +98,7 @@ def check_count(kernel, ran, calls):
         assert ran == calls
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("linear")
 def test_every_kernel(kernel, framework):
     dtype, ran = short_dtype(kernel.dtype), 0
@@ -109,6 +110,7 @@ def test_every_kernel(kernel, framework):
     check_count(kernel, ran, 8 * len(SHAPES))
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("linear_add")
 def test_every_kernel_adds(kernel, framework):
     dtype, ran, calls = short_dtype(kernel.dtype), 0, 0

@@ -67,6 +67,7 @@ def check(framework, dtype, shape, *, rounding="hf", weight_offset=0.0, kernel=N
     return to_float64(got)
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("norm_add")
 def test_every_kernel(kernel, framework):
     dtype = short_dtype(kernel.dtype)

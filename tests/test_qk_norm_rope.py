@@ -239,6 +239,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.rows("qk_norm_rope")
 @pytest.mark.parametrize("case", CASES, ids=changed)
 def test_every_kernel(kernel, framework, case):
