@@ -162,5 +162,6 @@ def calls(monkeypatch):
 
             return call
 
-    monkeypatch.setattr(minivllm.transformers.layer, "ops", Spy())
+    for module in (minivllm.transformers.layer, minivllm.transformers.few):
+        monkeypatch.setattr(module, "ops", Spy())
     return counts

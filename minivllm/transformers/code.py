@@ -55,6 +55,8 @@ class Family:
         self.layer: type[torch.nn.Module] = getattr(self.module, f"{name}DecoderLayer")
         self.attention: type[torch.nn.Module] = getattr(self.module, f"{name}Attention")
         self.norm: type[torch.nn.Module] = getattr(self.module, f"{name}RMSNorm")
+        self.mlp: type[torch.nn.Module] = getattr(self.module, f"{name}MLP")
+        self.mlp_forward = self.mlp.forward
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
         """There is one of each name, also for copies and pickles."""

@@ -9,6 +9,8 @@ These functions stand in for `forward` of a model, of its layers and of its fina
     y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
+For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending.
+
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
 """
@@ -36,12 +38,14 @@ from .code import (
     is_replaced,
     is_watched,
 )
+from .few import Few, attend, decoded_rows, finish
 from .step import Step, rotate, rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
 NORMS = ("input_layernorm", "post_attention_layernorm")
 LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
+FEW_TOKENS = 64  # with more, products of torch and a norm are as fast as the ops that have the residual in them
 STATIC_WEIGHTS = True  # `apply` vouches for it: no unfinished work in front of a call writes the weights of the model
 GRADIENTS = "gradient mode is on: call it under torch.no_grad() or torch.inference_mode()"
 INTERCEPTED = "a TorchFunctionMode is active"
@@ -102,6 +106,7 @@ class FusedLayer(Numbered):
         self.skipped = (self.input_norm, self.post_norm, attention, *self.projections, *self.head_norms)
         self.parts, self.types = self._parts(), tuple(map(type, self.skipped))
         self.hooks = [hooks for module in self.skipped for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        self.few = Few(layer, applied.family)
         self.head_dim = attention.head_dim
         self.heads, self.kv_heads, _ = (linear.out_features // self.head_dim for linear in self.projections)
         self.enter()
@@ -167,6 +172,11 @@ class FusedLayer(Numbered):
         """Whether norm and projection of so many tokens are one call."""
         limit = self.traced_tokens if torch.compiler.is_compiling() else self.fused_tokens
         return limit is None or x.shape[0] * x.shape[1] <= limit
+
+    def is_few(self, x: Tensor) -> bool:
+        """Whether few.py has the rest of the layer."""
+        few = x.shape[0] * x.shape[1] <= FEW_TOKENS and self.is_fused_for(x)
+        return few and self.few.is_usable(x.dtype)
 
     def norm_qkv(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, total): q, k, v as [batch, tokens, heads, head_dim], views of one packed buffer."""
@@ -275,13 +285,13 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
         return type(self).forward(self, hidden_states, *args, **kwargs)
     mask, cache = kwargs.pop("attention_mask", None), kwargs.pop("past_key_values", None)
     embeddings = kwargs.pop("position_embeddings")
-    run = traced_layer if traced else eager_layer
+    run: Any = traced_layer if traced else eager_layer
     hidden_states, total = run(fused, hidden_states, pending, step, mask, cache, embeddings, kwargs)
     if step is not None:
         step.pending = total if step.last is not None and step.last is not self else None
         if step.pending is not None:
             return hidden_states
-    return total + hidden_states
+    return hidden_states if total is None else total + hidden_states
 
 
 def eager_layer(
@@ -293,15 +303,24 @@ def eager_layer(
     cache: Any,
     embeddings: tuple[Tensor, Tensor],
     kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """(the MLP's output, the residual that belongs to it). Writes to its own buffers wherever it can: on a GPU the
-    host is what an eager step waits for, and every allocation is as long as a launch."""
-    in_one_call = fused.is_fused_for(x)
+) -> tuple[Tensor, Tensor | None]:
+    """(the MLP's output, the residual that belongs to it; None: it is in it). Writes to its own buffers wherever
+    it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
+    in_one_call, is_few = fused.is_fused_for(x), fused.is_few(x)
     q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
-    cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
-    fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
+    rows = decoded_rows(fused.attention, fused.applied.family, cache, x.shape[1]) if is_few else None
+    if rows is not None:
+        out = attend(
+            fused.attention, fused.head_norms, rows, (q, k, v), embeddings, rounding=fused.rounding,
+            static_weights=STATIC_WEIGHTS)  # fmt: skip
+    else:
+        cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
+        fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
+        out = fused.attend(q, k, v, step, mask, cache, kwargs)
+    if is_few:
+        return finish(fused.few, fused.post_norm, out, total, fused.rounding, static_weights=STATIC_WEIGHTS), None
     o_proj = fused.o_proj
-    out = o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
+    out = o_proj(out)
     is_plain = type(o_proj) is torch.nn.Linear and not o_proj._forward_hooks and not is_replaced(o_proj)
     if total is x or not is_plain:  # not ours alone
         y, total = fused.add_norm(fused.post_norm, out, total)

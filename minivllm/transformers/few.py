@@ -1,0 +1,112 @@
+"""The rest of a decoder layer for few tokens, behind norm and q, k, v, on ops that join the residual to a product:
+
+    out   = decode_attention(q, k, v, keys, values)          a Decoder's step: norms of heads, rotary embedding, cache
+    total = linear_add(out, o_proj, total)
+    h     = rms_norm_linear(total, gate_proj | up_proj)      the norm once for each of the two weights
+    total = linear_add(silu_and_mul(h), down_proj, total)    in place
+
+The modules that this skips are looked at in every call, as layer.py does with its own. Where one of them is not what it
+is taken for, or has a hook, the layer calls all of them as transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import _C as ops
+from .cache import Rows
+from .code import Family, is_replaced
+
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATIONS: dict[type, object] = {kind: kind.forward for kind in (SiLUActivation, torch.nn.SiLU)}
+FUNCTIONS = (F.silu, F.scaled_dot_product_attention, sdpa_attention_forward)
+
+
+class Few:
+    """o_proj and the MLP of a layer as `apply` found them."""
+
+    def __init__(self, layer: Any, family: Family) -> None:
+        self.family, self.mlp, self.o_proj = family, layer.mlp, layer.self_attn.o_proj
+        self.activation = getattr(self.mlp, "act_fn", None)
+        self.linears = tuple(getattr(self.mlp, name, None) for name in LINEARS)
+        self.parts = tuple(self.mlp._modules.values())
+        modules = (self.mlp, *self.parts, self.o_proj)
+        self.hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+
+    def is_usable(self, dtype: torch.dtype) -> bool:
+        """Whether the ops may stand in for these modules in a call with hidden states of this dtype."""
+        mlp, activation, family = self.mlp, self.activation, self.family
+        kind, linears = type(activation), (self.o_proj, *self.linears)
+        return (
+            type(mlp) is family.mlp
+            and family.mlp.forward is family.mlp_forward
+            and ACTIVATIONS.get(kind) is getattr(kind, "forward", None) is not None
+            and tuple(mlp._modules.values()) == self.parts
+            and all(_is_plain(linear, dtype) for linear in linears)
+            and not any(self.hooks)
+            and not any("forward" in module.__dict__ and is_replaced(module) for module in (mlp, activation, *linears))
+            and (F.silu, F.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]) == FUNCTIONS
+        )
+
+
+def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether it is a Linear with Parameters of its own, in this dtype."""
+    if type(linear) is not torch.nn.Linear:
+        return False
+    tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+    return all(type(tensor) is torch.nn.Parameter and tensor.dtype == dtype for tensor in tensors)
+
+
+def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Rows | None:
+    """The Decoder's rows that this call appends a token to; None where it is no step of a Decoder, or where the
+    attention is not the one that decode_attention computes."""
+    layers = getattr(cache, "layers", ())
+    rows = layers[attention.layer_idx] if attention.layer_idx < len(layers) else None
+    if type(rows) is not Rows or rows.cursor.positions is None or tokens != 1:
+        return None
+    if attention.config._attn_implementation == "sdpa":
+        return rows
+    eager = family.module.eager_attention_forward
+    return rows if getattr(eager, "__globals__", None) is vars(family.module) else None
+
+
+def attend(
+    attention: Any,
+    head_norms: Sequence[Any],
+    rows: Rows,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    embeddings: tuple[Tensor, Tensor],
+    **options: Any,
+) -> Tensor:
+    """[batch, 1, heads * head_dim]: the attention of a Decoder's step, from q, k and v as they come out of the
+    projection, [batch, 1, heads, head_dim]."""
+    q, k, v = qkv
+    if head_norms:
+        q_norm, k_norm = head_norms
+        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.variance_epsilon}
+    out: Tensor = ops.decode_attention(
+        q, k, v, rows.keys, rows.values, rows.cursor.positions, cos=embeddings[0], sin=embeddings[1],
+        scale=attention.scaling, window=getattr(attention, "sliding_window", None), **options)  # fmt: skip
+    return out.view(len(q), 1, -1)
+
+
+def finish(few: Few, norm: Any, out: Tensor, total: Tensor, rounding: Any, **options: Any) -> Tensor:
+    """The layer's hidden states: o_proj, the norm behind it and the MLP, with both residuals. total stays as it is."""
+    options |= {"weight_layout": "out_in", "rounding": rounding}
+    o_proj, (gate, up, down) = few.o_proj, few.linears
+    total = ops.linear_add(out, o_proj.weight, total, bias=o_proj.bias, **options)
+    gate_up = total.new_empty(*total.shape[:-1], gate.out_features + up.out_features)
+    for linear, half in zip((gate, up), gate_up.split((gate.out_features, up.out_features), -1)):
+        ops.rms_norm_linear(
+            total, norm.weight, linear.weight, norm.variance_epsilon, bias=linear.bias, out=half, **options
+        )
+    h = ops.silu_and_mul(gate_up, rounding=rounding)
+    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)  # type: ignore[no-any-return]

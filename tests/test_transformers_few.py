@@ -1,0 +1,161 @@
+"""What fused layers compute for few tokens behind q, k and v, and when they leave that to the modules."""
+
+import pytest
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+torch = pytest.importorskip("torch", reason="transformers models need torch")
+
+from transformer_models import LAYERS, TINY, close, prompt, rms  # noqa: E402
+
+import minivllm.transformers  # noqa: E402
+from minivllm.testing.models import causal_lm  # noqa: E402
+from minivllm.transformers import Decoder, few  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+STEPS = 4
+
+
+def hook_down(layer):
+    layer.mlp.down_proj.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def pre_hook_mlp(layer):
+    layer.mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def replace_o_proj(layer):
+    linear = layer.self_attn.o_proj
+    linear.forward = lambda x: 2 * torch.nn.functional.linear(x, linear.weight)
+
+
+def replace_activation(layer):
+    layer.mlp.act_fn = torch.nn.Tanh()
+
+
+def replace_mlp_forward(layer):
+    own = layer.mlp.forward
+    layer.mlp.forward = lambda x: 2 * own(x)
+
+
+def adapt_gate(layer):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.mlp.gate_proj.__class__ = Adapted
+
+
+def parametrise_up(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+    layer.mlp.up_proj.parametrizations.weight.original0.mul_(2)
+
+
+SPOILT = (hook_down, pre_hook_mlp, replace_o_proj, replace_activation, replace_mlp_forward, adapt_gate, parametrise_up)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_what_others_put_there_is_called(spoil, when, calls):
+    """In the layer that has it, in a forward and in a Decoder's step; the other layers go on as they were."""
+    plain, model, ids = causal_lm("tiny-qwen3"), causal_lm("tiny-qwen3"), prompt()
+    unspoilt = plain(ids).logits
+    spoil(plain.model.layers[1])
+    expected = plain(ids).logits
+    assert not close(expected, unspoilt)
+    for step in (spoil, None) if when == "before" else (None, spoil):
+        report = minivllm.transformers.apply(model) if step is None else step(model.model.layers[1])
+    report = minivllm.transformers.apply(model) if when == "before" else report
+    calls.clear()
+    assert close(model(ids).logits, expected)
+    assert calls["rms_norm_qkv"] == LAYERS and calls["silu_and_mul"] == LAYERS - 1
+    logits = [Decoder(each, 2, 32).prefill(ids) for each in (plain, model)]
+    assert close(*logits)
+
+
+@pytest.mark.parametrize("attribute", ["silu", "scaled_dot_product_attention"])
+def test_functions_of_torch_that_are_replaced(attribute, monkeypatch, calls):
+    model, ids, own = causal_lm("tiny-qwen3"), prompt(), getattr(torch.nn.functional, attribute)
+    minivllm.transformers.apply(model)
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, attribute, lambda *args, **more: (seen.append(1), own(*args, **more))[1])
+    model(ids)
+    assert len(seen) == LAYERS and "silu_and_mul" not in calls
+
+
+def test_the_forward_of_the_mlp_in_its_class(monkeypatch, calls):
+    model, ids = causal_lm("tiny-qwen3"), prompt()
+    minivllm.transformers.apply(model)
+    kind = type(model.model.layers[0].mlp)
+    own, seen = kind.forward, []
+    monkeypatch.setattr(kind, "forward", lambda self, x: (seen.append(1), own(self, x))[1])
+    model(ids)
+    assert len(seen) == LAYERS and "silu_and_mul" not in calls
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_of_a_decoder(name, attention, calls, device):
+    """Seven calls a layer, and the logits of the whole text."""
+    model = causal_lm(name, device=device)
+    model.config._attn_implementation = attention
+    plain, ids = causal_lm(name, device=device), prompt(3).to(device)
+    minivllm.transformers.apply(model)
+    decoder = Decoder(model, 3, 32, graph=False)
+    logits = [decoder.prefill(ids).clone()]
+    for _ in range(STEPS):
+        ids = torch.cat([ids, logits[-1].argmax(-1)[:, None]], 1)
+        calls.clear()
+        logits.append(decoder.step(ids[:, -1]).clone())
+        assert calls == {
+            "rms_norm_qkv": LAYERS, "decode_attention": LAYERS, "linear_add": 2 * LAYERS, "rms_norm_linear": 2 * LAYERS,
+            "silu_and_mul": LAYERS, "rms_norm": 1}  # fmt: skip
+    expected = plain(ids).logits[:, -STEPS - 1 :]
+    assert close(torch.stack(logits, 1), expected)
+
+
+def test_an_attention_that_is_replaced_is_called_by_a_decoder(monkeypatch, calls):
+    model, ids = causal_lm("tiny-qwen3"), prompt()
+    minivllm.transformers.apply(model)
+    attentions, seen = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, []
+    own = attentions["sdpa"]
+    monkeypatch.setitem(attentions, "sdpa", lambda *args, **more: (seen.append(1), own(*args, **more))[1])
+    decoder = Decoder(model, 2, 32, graph=False)
+    decoder.step(decoder.prefill(ids).argmax(-1))
+    assert len(seen) == 2 * LAYERS and "decode_attention" not in calls
+
+
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_steps_are_as_accurate_as_those_of_transformers(dtype, rounding, device):
+    """Teacher-forced steps against the same weights in float32."""
+    torch_dtype = getattr(torch, dtype)
+    errors = {"plain": 0.0, "ours": 0.0}
+    for seed in range(6):
+        model = causal_lm("tiny-qwen3", dtype, device, seed=seed)
+        exact = causal_lm("tiny-qwen3", dtype, device, seed=seed).float()
+        text = prompt(2, 19 + STEPS, seed).to(device)
+        true = exact(text).logits[:, 19:]
+        for name in errors:
+            if name == "ours":
+                minivllm.transformers.apply(model, rounding=rounding)
+            decoder = Decoder(model, 2, 32, graph=False)
+            decoder.prefill(text[:, :19])
+            steps = torch.stack([decoder.step(text[:, 19 + i]).clone() for i in range(STEPS)], 1)
+            assert steps.dtype == torch_dtype
+            errors[name] += rms(steps.float() - true) ** 2
+    # Of so few logits of so small a model; the benchmark `model` pools enough for the bound of 1.
+    assert errors["ours"] <= 1.2 * errors["plain"], errors
+
+
+def test_few_is_what_apply_found():
+    """A copy of a model looks at its own modules."""
+    import copy
+
+    model, ids = causal_lm("tiny-qwen3"), prompt()
+    minivllm.transformers.apply(model)
+    twin = copy.deepcopy(model)
+    mine, other = (each.model.layers[1]._minivllm.few for each in (model, twin))
+    assert isinstance(mine, few.Few) and mine.mlp is model.model.layers[1].mlp and other.mlp is twin.model.layers[1].mlp
+    hook_down(twin.model.layers[1])
+    assert mine.is_usable(torch.float32) and not other.is_usable(torch.float32)
+    assert not close(twin(ids).logits, model(ids).logits)
