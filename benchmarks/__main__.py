@@ -12,6 +12,7 @@ from benchmarks.peers import COMPILE_MODES
 LINEAR = ("linear", "linear_add", "rms_norm_linear")
 OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "silu_and_mul", "gelu_and_mul", "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
+WHOLE = ("model", "step")  # of models of transformers
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -19,13 +20,13 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="python -m benchmarks", description="minivllm beside its peers, in one run."
     )
-    commands.add_argument("op", choices=(*OPS, "model", "all", "plot", "tables"))
+    commands.add_argument("op", choices=(*OPS, *WHOLE, "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
         "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names; of norms and activations TOKENSxHIDDEN"
     )
     commands.add_argument(
-        "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model: batches"
+        "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model and step: batches"
     )
     commands.add_argument("--dtype", nargs="+", choices=ALL_DTYPES, help="default: those of the op's targets")
     commands.add_argument(
@@ -39,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"torch.compile too, in these modes or in all: {', '.join(COMPILE_MODES.values())} (slow: name the "
         "shapes; for chains of a norm, the --tokens)",
     )
-    commands.add_argument("--layers", type=int, metavar="N", help="of model: only so many layers, and no accuracy")
+    commands.add_argument(
+        "--layers", type=int, metavar="N", help="of model and step: only so many layers, and no accuracy"
+    )
     commands.add_argument(
         "--modes", nargs="+", choices=("eager", "graph", "compile"), help="of model; default: eager graph"
     )
@@ -72,7 +75,7 @@ def shape_error(op: str, shapes: list[str]) -> str | None:
     from minivllm.testing.shapes import HEADS, MODELS, PROJECTIONS
 
     of_op = {"rms_norm_linear": HEADS, "linear": PROJECTIONS, "linear_add": PROJECTIONS}
-    names = list(models.MODELS) if op == "model" else [shape.name for shape in of_op.get(op, MODELS)]
+    names = list(models.MODELS) if op in WHOLE else [shape.name for shape in of_op.get(op, MODELS)]
     wrong = [shape for shape in shapes if shape not in names]
     return f"no shape {wrong[0]} for {op}; there are {', '.join(names)}" if wrong else None
 
@@ -96,19 +99,21 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
         return tuple(args.dtype)
     if op == "accuracy":
         return ALL_DTYPES
-    if args.device == "cpu" and op != "model":
+    if args.device == "cpu" and op not in WHOLE:
         return ("bf16", "f32")
-    return ("bf16",) if args.quick or op in ("rms_norm_qkv", *LINEAR, "host", "model") else ALL_DTYPES
+    return ("bf16",) if args.quick or op in ("rms_norm_qkv", *LINEAR, "host", *WHOLE) else ALL_DTYPES
 
 
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, act_and_mul, host, linear, model, norms, qkv
+    from benchmarks import accuracy, act_and_mul, host, linear, model, norms, qkv, step
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model} | dict.fromkeys(LINEAR, linear)
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model, "step": step} | dict.fromkeys(
+        LINEAR, linear
+    )
     module = modules.get(op, act_and_mul if op.endswith("_and_mul") else norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
     if options.kernel is None:
@@ -128,7 +133,9 @@ def main() -> int:
     args = parser().parse_args()
     if args.op == "all" and (args.shapes or args.tokens):
         parser().error("all takes no --shapes and no --tokens: they mean different things to different ops")
-    for package in {"plot": ("matplotlib",), "tables": (), "model": ("torch", "transformers")}.get(args.op, ("torch",)):
+    for package in {"plot": ("matplotlib",), "tables": (), **dict.fromkeys(WHOLE, ("torch", "transformers"))}.get(
+        args.op, ("torch",)
+    ):
         if importlib.util.find_spec(package) is None:
             parser().error(f"{args.op} needs {package}: pip install {package}")
     if args.op == "plot":

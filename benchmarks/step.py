@@ -1,0 +1,137 @@
+"""A decode step of a whole model with random weights, from the embedding of a token to the choice of the next one, and
+beside it the time of reading the weights.
+
+floor: one kernel for each weight that a step reads, which only reads it, in the order of the layers, in a CUDA graph;
+the fastest of several numbers of blocks. It does not read the cache, whose bytes a row names. `transformers` and
+`minivllm`: the model without and with minivllm.transformers.apply, on a static cache as a CUDA graph (static), in a
+Decoder, and under torch.compile with reduce-overhead (--compile). All models share their weights' memory.
+"""
+
+import argparse
+
+from benchmarks.model import OURS, PLAIN, Sequences, compiled, graphed, twins
+from benchmarks.report import Report
+from minivllm.testing.timing import failure, time_cpu
+
+NAMES = ("qwen3-0.6b", "qwen3-8b")
+BATCHES = (1, 16)
+CONTEXT, ROOM = 512, 512  # tokens in the cache, and rows behind them
+STEPS = 16  # queued in one sample
+METHOD = {
+    "step": f"us a step: {STEPS} steps are queued, from the first call to the end on the device; variants in turns"
+}
+
+
+def weights_read(model) -> list:
+    """What one step reads: every matrix once, the head's too, where it is the embedding as well."""
+    layers = [p for layer in model.model.layers for p in layer.parameters() if p.dim() == 2]
+    return [*layers, model.get_output_embeddings().weight]
+
+
+def floors(model) -> dict:
+    """Replays of graphs that read the weights, by the number of blocks for each SM."""
+    import torch
+
+    from benchmarks import device_peers
+
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    found = {}
+    for each in (1, 2, 4):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in weights_read(model):
+                device_peers.read(weight, sms * each, programmatic=True)
+        found[f"floor x{each}"] = graph.replay
+    return found
+
+
+def static_step(model, prompt, way: str):
+    """(a step, what rewinds it)"""
+    sequences = Sequences(model, len(prompt), CONTEXT + ROOM)
+    sequences.fill(prompt, logits_to_keep=1)
+    sequences.rewind(CONTEXT)
+    if way == "compile":
+        step = compiled(sequences, sequences.tokens, "cuda")
+        for _ in range(3):
+            step()
+            sequences.rewind(CONTEXT)
+    else:
+        step, _ = graphed(sequences, sequences.step, CONTEXT)
+    return step, lambda: sequences.rewind(CONTEXT)
+
+
+def decoder_step(model, prompt):
+    """The same of a Decoder, as `generate` queues it."""
+    from minivllm.transformers import Decoder
+
+    decoder = Decoder(model, len(prompt), CONTEXT + ROOM)
+    decoder.prefill(prompt)
+
+    def rewind() -> None:
+        decoder._positions.fill_(CONTEXT)
+        decoder._count.zero_()
+        decoder._length = CONTEXT
+
+    return lambda: decoder._advance(model), rewind
+
+
+def variants_of(models: dict, prompt, args: argparse.Namespace) -> tuple[dict, list, dict]:
+    """(calls, what rewinds them, failures)"""
+    import torch
+
+    ready, rewinds, failed = {}, [], {}
+    ways = ["static", "decoder"] + ["compile"] * (args.compile is not None) if args.device == "cuda" else ["decoder"]
+    for way in ways:
+        for name in (PLAIN, OURS):
+            torch.compiler.reset() if way == "compile" else None
+            try:
+                make = decoder_step if way == "decoder" else lambda model, ids, way=way: static_step(model, ids, way)
+                call, rewind = make(models[name], prompt)
+                ready[f"{name} {way}"] = call
+                rewinds.append(rewind)
+            except Exception as error:
+                failed[f"{name} {way}"] = failure(error)
+    return ready, rewinds, failed
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    """Every model x dtype x batch."""
+    import torch
+
+    on_gpu = args.device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    with torch.inference_mode(False), torch.no_grad():
+        for dtype in args.dtype:
+            for name in args.shapes or (NAMES[:1] if args.quick else NAMES):
+                models = twins(name, dtype, args.device, args.layers)
+                plain = models[PLAIN]
+                for batch in args.tokens or BATCHES:
+                    prompt = torch.randint(0, plain.config.vocab_size, (batch, CONTEXT), device=plain.device)
+                    ready, rewinds, failed = variants_of(models, prompt, args)
+                    if on_gpu:
+                        ready |= floors(plain)
+
+                    def between(rewinds=rewinds) -> None:
+                        for rewind in rewinds:
+                            rewind()
+                        wait()
+
+                    def timed(call):
+                        return lambda i: (call(), wait() if i % STEPS == 0 else None)  # the first call is number 0
+
+                    results = time_cpu(
+                        {variant: timed(call) for variant, call in ready.items()},
+                        seconds=0.5 if args.quick else 1.0, rounds=4, batch=STEPS, between=between,
+                        settle=0.0 if on_gpu else 0.1)  # fmt: skip
+                    config = plain.config
+                    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
+                    size, weights = plain.dtype.itemsize, sum(w.numel() for w in weights_read(plain))
+                    case = {"op": "step", "shape": name, "tokens": batch, "hidden": config.hidden_size}
+                    case |= {"outputs": config.vocab_size, "dtype": dtype, "mode": "step", "copies": 1}
+                    case |= {"bytes": (weights + batch * kept) * size, "flops": 2 * batch * weights}
+                    case |= {"context": CONTEXT, "cache_bytes": batch * kept * size}
+                    report.add(case, results | failed)
+                    del ready, rewinds
+                    if on_gpu:
+                        torch.cuda.empty_cache()
+                del models, plain
