@@ -57,13 +57,10 @@ template <typename T_, int kLanes_, int kPackets_, int kHeads_, bool kWhole_> st
 
 /* Where the softmax of a block's part is: of a (query head, piece), with sum 0 where that has no keys. */
 struct Partials {
-    float *most, *sums, *out; /* m and sum p_j; [dim]: sum p_j v_j */
-    __device__ __forceinline__ Partials(const mv_task &task, int pieces) {
-        const int64_t count = task.tokens * pieces;
-        most = static_cast<float *>(task.workspace);
-        sums = most + count;
-        out = sums + count;
-    }
+    float2 *found; /* m and sum p_j */
+    float *out;    /* [dim]: sum p_j v_j */
+    __device__ __forceinline__ Partials(const mv_task &task, int pieces)
+        : found(static_cast<float2 *>(task.workspace)), out(reinterpret_cast<float *>(found + task.tokens * pieces)) {}
 };
 
 /* exp(a - m) of base-2 logarithms. Without a key, or with scores of -infinity alone, m is that, and nothing weighs. */
@@ -249,7 +246,8 @@ template <typename S> struct Share {
 template <typename S> struct Shared {
     float *queries; /* [group][kColumns], zeros from dim on */
     Packet<typename S::T> *new_key, *new_value;
-    float *most, *sums, *out; /* [slots][group], out with kColumns */
+    float2 *found; /* [slots][group]: m and sum p_j */
+    float *out;    /* the same with kColumns: sum p_j v_j */
     size_t bytes;
 
     __host__ __device__ __forceinline__ Shared(char *memory, int group) {
@@ -258,9 +256,8 @@ template <typename S> struct Shared {
         out = queries + group * S::kColumns;
         new_key = reinterpret_cast<Packet<typename S::T> *>(out + parts * S::kColumns);
         new_value = new_key + S::kColumns / S::kSize;
-        most = reinterpret_cast<float *>(new_value + S::kColumns / S::kSize);
-        sums = most + parts;
-        bytes = static_cast<size_t>(reinterpret_cast<char *>(sums + parts) - memory);
+        found = reinterpret_cast<float2 *>(new_value + S::kColumns / S::kSize);
+        bytes = static_cast<size_t>(reinterpret_cast<char *>(found + parts) - memory);
     }
 };
 
@@ -381,24 +378,25 @@ template <typename S> __device__ __forceinline__ void merge_slots(const mv_task 
     for (int i = threadIdx.x; i < group * S::kColumns; i += kThreads) {
         const int h = i / S::kColumns, column = i % S::kColumns;
         if (column >= dim) continue;
-        float most = -INFINITY, sum = 0, out = 0;
-#pragma unroll 1
-        for (int s = 0; s < slots; s++) most = fmaxf(most, shared.most[s * group + h]);
-#pragma unroll 1
+        Softmax<1> all;
+#pragma unroll 4
+        for (int s = 0; s < slots; s++) all.most = fmaxf(all.most, shared.found[s * group + h].x);
+#pragma unroll 4
         for (int s = 0; s < slots; s++) {
             const int part = s * group + h;
-            const float shrink = weight(shared.most[part], most);
-            sum += shrink * shared.sums[part];
-            out += shrink * shared.out[part * S::kColumns + column];
+            const float2 found = shared.found[part];
+            const float shrink = weight(found.x, all.most);
+            all.sum += shrink * found.y;
+            all.out[0] += shrink * shared.out[part * S::kColumns + column];
         }
         if (cut.pieces == 1) {
             head_address<typename S::T>(task, task.out, sequence, first_head + h)[column] =
-                from_float<typename S::T>(out / sum);
+                from_float<typename S::T>(all.out[0] / all.sum);
             continue;
         }
         const int64_t place = (sequence * task.attention.heads + first_head + h) * cut.pieces + piece;
-        partials.out[place * dim + column] = out;
-        if (column == 0) partials.most[place] = most, partials.sums[place] = sum;
+        partials.out[place * dim + column] = all.out[0];
+        if (column == 0) partials.found[place] = {all.most, all.sum};
     }
 }
 
@@ -418,8 +416,8 @@ template <typename T> __device__ __forceinline__ void write_empty(const mv_task 
             }
             partials.out[place * dim + column] = 0;
             if (column) continue;
-            partials.most[place] = keys.count == 0 && piece == 0 ? 0 : -INFINITY;
-            partials.sums[place] = keys.count == 0 && piece == 0 ? 1 : 0;
+            const bool is_zero = keys.count == 0 && piece == 0;
+            partials.found[place] = {is_zero ? 0 : -INFINITY, is_zero ? 1.0f : 0.0f};
         }
 }
 
@@ -498,7 +496,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
             for (int lanes = S::kLanes; lanes < 32; lanes *= 2) of.merge_with_lane(lanes);
             if (lane >= S::kLanes || share.head + h >= group) continue;
             const int part = share.slot * group + share.head + h;
-            if (lane == 0) shared.most[part] = of.most, shared.sums[part] = of.sum;
+            if (lane == 0) shared.found[part] = {of.most, of.sum};
 #pragma unroll
             for (int i = 0; i < S::kValues; i++)
                 shared.out[part * S::kColumns + (i / S::kSize * S::kLanes + member) * S::kSize + i % S::kSize] =
@@ -522,24 +520,24 @@ template <typename T> __global__ void __launch_bounds__(kMergeThreads)
     griddepcontrol_launch();
     for (int column = threadIdx.x; column < dim; column += kMergeThreads) {
         Softmax<1> all;
+        const float2 *of_row = partials.found + first;
+        const float *out_of_row = partials.out + first * dim + column;
         for (int begin = 0; begin < cut.pieces; begin += kMergePieces) {
-            float most[kMergePieces], sum[kMergePieces], out[kMergePieces], both = all.most;
+            float2 found[kMergePieces];
+            float out[kMergePieces], both = all.most;
 #pragma unroll
             for (int p = 0; p < kMergePieces; p++) {
                 const bool is_one = begin + p < cut.pieces;
-                const int64_t place = first + begin + p;
-                most[p] = is_one ? partials.most[place] : -INFINITY;
-                sum[p] = is_one ? partials.sums[place] : 0;
-                out[p] = is_one ? partials.out[place * dim + column] : 0;
+                found[p] = is_one ? of_row[begin + p] : float2{-INFINITY, 0};
+                out[p] = is_one ? out_of_row[(begin + p) * dim] : 0;
+                both = fmaxf(both, found[p].x);
             }
-#pragma unroll
-            for (int p = 0; p < kMergePieces; p++) both = fmaxf(both, most[p]);
             const float shrink = weight(all.most, both);
             all.most = both, all.sum *= shrink, all.out[0] *= shrink;
 #pragma unroll
             for (int p = 0; p < kMergePieces; p++) {
-                const float of_piece = weight(most[p], both);
-                all.sum += of_piece * sum[p];
+                const float of_piece = weight(found[p].x, both);
+                all.sum += of_piece * found[p].y;
                 all.out[0] += of_piece * out[p];
             }
         }
