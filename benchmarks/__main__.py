@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")
-    commands.add_argument("--commit", metavar="SHA", help="the commit measured, where the tree has no .git")
+    commands.add_argument("--commit", metavar="SHA", help="the commit measured, where .git does not say")
     commands.add_argument(
         "--onednn-isa", metavar="ISA", help="ONEDNN_MAX_CPU_ISA for torch on the CPU; ALL lifts the limit"
     )

@@ -130,10 +130,33 @@ MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
 }
 
 
+STATIC, DECODER, COMPILE = "static", "decoder", "compile"  # how a step was run, behind whose it is
+PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, DECODER, COMPILE))
+
+
+def step_floor_us(case: Case) -> float | None:
+    return case.us(*(name for name in case.rows if name.startswith("floor")))
+
+
+STEP_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "batch": lambda case: str(case.tokens),
+    "GPU": gpu,
+    "Decoder": lambda case: bold(number(case.us(f"{OURS} {DECODER}"))),
+    "tokens/s": lambda case: tokens_per_second(case, f"{OURS} {DECODER}"),
+    "static cache, graph": lambda case: number(case.us(f"{OURS} {STATIC}")),
+    "torch.compile": lambda case: number(case.us(f"{OURS} {COMPILE}")),
+    "transformers: static cache, graph": lambda case: number(case.us(f"transformers {STATIC}")),
+    "transformers: torch.compile": lambda case: number(case.us(f"transformers {COMPILE}")),
+    "only reading the weights": lambda case: number(step_floor_us(case)),
+    "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), step_floor_us(case)),
+}
+
+
 def work(case: Case) -> str:
     """What one row of the summary did, in words."""
     many = f"{case.tokens:,} token{'s' if case.tokens > 1 else ''}"
-    what = f"the whole model ({case.mode})" if case.op == "model" else "RMSNorm and q, k, v"
+    what = "a step of the whole model" if case.op == "step" else "RMSNorm and q, k, v"
     return f"{case.shape}, {what}, {many}"
 
 
@@ -146,11 +169,11 @@ def machine(case: Case) -> str:
 SUMMARY_COLUMNS: dict[str, Column] = {
     "bfloat16, microseconds": work,
     "on": machine,
-    "minivllm": lambda case: bold(number(ours_us(case))),
-    "torch": lambda case: number(case.us("torch", "transformers")),
-    "speed-up": lambda case: ratio(case.us("torch", "transformers"), ours_us(case)),
+    "minivllm": lambda case: bold(number(case.us(OURS, f"{OURS} {DECODER}"))),
+    "torch": lambda case: number(case.us("torch", *PEER_STEPS)),
+    "speed-up": lambda case: ratio(case.us("torch", *PEER_STEPS), case.us(OURS, f"{OURS} {DECODER}")),
     "torch without the norm": lambda case: number(case.us("gemm alone")),
-    "only reading the weights": lambda case: number(floor_us(case)),
+    "only reading the weights": lambda case: number(floor_us(case) or step_floor_us(case)),
 }
 
 

@@ -32,9 +32,12 @@ def version(package: str) -> str | None:
 
 
 def git_state(commit: str | None) -> dict:
-    """The commit (`commit` where the tree has no .git), and whether tracked files differ from it; None: not known."""
+    """The commit that was named, of which nothing else is known; or that of the tree, and whether tracked files differ
+    from it."""
+    if commit:
+        return {"sha": commit, "dirty": None}
     status = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return {"sha": output_of("git", "rev-parse", "HEAD") or commit, "dirty": None if status is None else bool(status)}
+    return {"sha": output_of("git", "rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def cpu_field(name: str) -> str:

@@ -14,6 +14,7 @@ from benchmarks.columns import (
     NORM_COLUMNS,
     OVERVIEW_COLUMNS,
     QKV_COLUMNS,
+    STEP_COLUMNS,
     SUMMARY_COLUMNS,
     Column,
     cases_table,
@@ -75,6 +76,14 @@ def model_speed(results: Results, device: str) -> str:
     )
 
 
+def steps(results: Results) -> str:
+    cases = sorted(results.of("cuda", "step"), key=lambda case: (case.any("bytes"), case.tokens))
+    title = (
+        f"A decode step with {cases[0].any('context')} tokens in the cache, bfloat16, microseconds:" if cases else ""
+    )
+    return section(title, cases, cases_table(STEP_COLUMNS, cases))
+
+
 def model_page(results: Results) -> str:
     parts = []
     for device in ("cuda", "cpu"):
@@ -91,7 +100,7 @@ SUMMARY = (
     ("cuda", "rms_norm_qkv", {"shape": "llama-70b", "tokens": 1}),
     ("cuda", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 512}),
     ("cpu", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 1}),
-    ("cuda", "model", {"shape": "qwen3-8b", "tokens": 1, "mode": "decode, graph"}),
+    ("cuda", "step", {"shape": "qwen3-0.6b", "tokens": 1}),
 )
 
 
@@ -122,6 +131,7 @@ def figures(results: Results) -> str:
         picture("img", "tokens.png"),
         picture("img", "rms_norm.png"),
         norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"),
+        steps(results),
         model_speed(results, "cuda"),
     ]
     on_cpu = [
@@ -226,6 +236,7 @@ NAMES = {
     "table: numerics": numerics,
     "table: host": host,
     "table: model": model_page,
+    "table: step": steps,
 }
 
 
