@@ -84,6 +84,10 @@ QKV_COLUMNS: dict[str, Column] = {
 }
 NOT_IN_OVERVIEW = ("batch invariant", "kernel")
 OVERVIEW_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_IN_OVERVIEW}
+NOT_WITHOUT_A_NORM = ("batch invariant", "NumPy", "Triton, one output per program", "memory grows by", "torch's by")
+LINEAR_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_WITHOUT_A_NORM} | {
+    "by default": lambda case: number(case.us(f"{OURS} not static"))
+}
 NORM_COLUMNS: dict[str, Column] = {
     "tokens x hidden": lambda case: case.shape.replace("x", " x "),
     "dtype": lambda case: case.dtype,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.columns import (
     DTYPE_NAMES,
+    LINEAR_COLUMNS,
     MODEL_ACCURACY_COLUMNS,
     MODEL_COLUMNS,
     NORM_COLUMNS,
@@ -74,6 +75,14 @@ def model_speed(results: Results, device: str) -> str:
     return section(
         "A whole model of transformers, as it is and with `apply`:", cases, cases_table(MODEL_COLUMNS, cases)
     )
+
+
+def linears(results: Results) -> str:
+    parts = []
+    for op in ("linear", "linear_add", "rms_norm_linear"):
+        cases = results.of("cuda", op)
+        parts.append(section(f"`{op}` on the GPU, microseconds:", cases, cases_table(LINEAR_COLUMNS, cases)))
+    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def steps(results: Results) -> str:
@@ -236,6 +245,7 @@ NAMES = {
     "table: numerics": numerics,
     "table: host": host,
     "table: model": model_page,
+    "table: linear": linears,
     "table: step": steps,
 }
 

@@ -400,8 +400,8 @@ template <typename S> __device__ __forceinline__ void merge_slots(const mv_task 
     }
 }
 
-/* A piece without keys. Of a sequence that is skipped the first piece leaves a sum of 1, so that the result is 0; of one
- * that cannot be served all sums are 0, and it is NaN. */
+/* A piece without keys. Of a sequence that is skipped the first piece leaves a sum of 1, so that the result is 0; of
+ * one that cannot be served all sums are 0, and it is NaN. */
 template <typename T> __device__ __forceinline__ void write_empty(const mv_task &task, const Cut &cut, const Keys &keys,
                                                                   int sequence, int first_head, int group, int piece) {
     const int dim = static_cast<int>(task.hidden);
