@@ -72,12 +72,10 @@ def test_what_others_put_there_is_called(spoil, when, calls):
     assert close(*logits)
 
 
-@pytest.mark.parametrize("attribute", ["silu", "scaled_dot_product_attention"])
-def test_functions_of_torch_that_are_replaced(attribute, monkeypatch, calls):
-    model, ids, own = causal_lm("tiny-qwen3"), prompt(), getattr(torch.nn.functional, attribute)
+def test_a_silu_that_is_replaced(monkeypatch, calls):
+    model, ids, own, seen = causal_lm("tiny-qwen3"), prompt(), torch.nn.functional.silu, []
     minivllm.transformers.apply(model)
-    seen = []
-    monkeypatch.setattr(torch.nn.functional, attribute, lambda *args, **more: (seen.append(1), own(*args, **more))[1])
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda *args, **more: (seen.append(1), own(*args, **more))[1])
     model(ids)
     assert len(seen) == LAYERS and "silu_and_mul" not in calls
 
@@ -113,15 +111,24 @@ def test_a_step_of_a_decoder(name, attention, calls, device):
     assert close(torch.stack(logits, 1), expected)
 
 
-def test_an_attention_that_is_replaced_is_called_by_a_decoder(monkeypatch, calls):
-    model, ids = causal_lm("tiny-qwen3"), prompt()
+@pytest.mark.parametrize("where", ["transformers", "torch"])
+def test_an_attention_that_is_replaced_is_called_by_a_decoder(where, monkeypatch, calls):
+    model, ids, seen = causal_lm("tiny-qwen3"), prompt(), []
     minivllm.transformers.apply(model)
-    attentions, seen = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, []
-    own = attentions["sdpa"]
-    monkeypatch.setitem(attentions, "sdpa", lambda *args, **more: (seen.append(1), own(*args, **more))[1])
+    attentions, functional = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, torch.nn.functional
+    own = attentions["sdpa"] if where == "transformers" else functional.scaled_dot_product_attention
+
+    def replacement(*args, **more):
+        seen.append(1)
+        return own(*args, **more)
+
+    if where == "transformers":
+        monkeypatch.setitem(attentions, "sdpa", replacement)
+    else:
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", replacement)
     decoder = Decoder(model, 2, 32, graph=False)
     decoder.step(decoder.prefill(ids).argmax(-1))
-    assert len(seen) == 2 * LAYERS and "decode_attention" not in calls
+    assert len(seen) == 2 * LAYERS and "decode_attention" not in calls and calls["silu_and_mul"] == 2 * LAYERS
 
 
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])

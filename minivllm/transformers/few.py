@@ -27,42 +27,43 @@ from .code import Family, is_replaced
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS: dict[type, object] = {kind: kind.forward for kind in (SiLUActivation, torch.nn.SiLU)}
-FUNCTIONS = (F.silu, F.scaled_dot_product_attention, sdpa_attention_forward)
+SILU, ATTENTION = F.silu, F.scaled_dot_product_attention
 
 
 class Few:
-    """o_proj and the MLP of a layer as `apply` found them."""
+    """o_proj and the MLP of a layer as `apply` found them. Every layer asks in every call whether they are so still,
+    and reads what torch's modules would look up."""
 
     def __init__(self, layer: Any, family: Family) -> None:
         self.family, self.mlp, self.o_proj = family, layer.mlp, layer.self_attn.o_proj
-        self.activation = getattr(self.mlp, "act_fn", None)
-        self.linears = tuple(getattr(self.mlp, name, None) for name in LINEARS)
+        self.activation: Any = getattr(self.mlp, "act_fn", None)
+        self.linears: tuple[Any, ...] = tuple(getattr(self.mlp, name, None) for name in LINEARS)
         self.parts = tuple(self.mlp._modules.values())
-        modules = (self.mlp, *self.parts, self.o_proj)
-        self.hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        self.modules = (self.mlp, *self.parts, self.o_proj)
+        self.hooks = [hooks for module in self.modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
 
     def is_usable(self, dtype: torch.dtype) -> bool:
         """Whether the ops may stand in for these modules in a call with hidden states of this dtype."""
-        mlp, activation, family = self.mlp, self.activation, self.family
-        kind, linears = type(activation), (self.o_proj, *self.linears)
-        return (
-            type(mlp) is family.mlp
-            and family.mlp.forward is family.mlp_forward
-            and ACTIVATIONS.get(kind) is getattr(kind, "forward", None) is not None
-            and tuple(mlp._modules.values()) == self.parts
-            and all(_is_plain(linear, dtype) for linear in linears)
-            and not any(self.hooks)
-            and not any("forward" in module.__dict__ and is_replaced(module) for module in (mlp, activation, *linears))
-            and (F.silu, F.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]) == FUNCTIONS
-        )
-
-
-def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
-    """Whether it is a Linear with Parameters of its own, in this dtype."""
-    if type(linear) is not torch.nn.Linear:
-        return False
-    tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
-    return all(type(tensor) is torch.nn.Parameter and tensor.dtype == dtype for tensor in tensors)
+        mlp, family = self.mlp, self.family
+        kind: Any = type(self.activation)
+        if type(mlp) is not family.mlp or family.mlp.forward is not family.mlp_forward or F.silu is not SILU:
+            return False
+        if ACTIVATIONS.get(kind) is None or ACTIVATIONS[kind] is not kind.forward or any(self.hooks):
+            return False
+        if tuple(mlp._modules.values()) != self.parts:
+            return False
+        for module in self.modules:
+            if "forward" in module.__dict__ and is_replaced(module):
+                return False
+        for linear in (self.o_proj, *self.linears):
+            if type(linear) is not torch.nn.Linear:
+                return False
+            for parameter in linear._parameters.values():
+                if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.dtype != dtype):
+                    return False
+            if "weight" not in linear._parameters:
+                return False
+        return True
 
 
 def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Rows | None:
@@ -73,7 +74,8 @@ def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Row
     if type(rows) is not Rows or rows.cursor.positions is None or tokens != 1:
         return None
     if attention.config._attn_implementation == "sdpa":
-        return rows
+        own = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and F.scaled_dot_product_attention is ATTENTION
+        return rows if own else None
     eager = family.module.eager_attention_forward
     return rows if getattr(eager, "__globals__", None) is vars(family.module) else None
 
@@ -89,11 +91,12 @@ def attend(
     """[batch, 1, heads * head_dim]: the attention of a Decoder's step, from q, k and v as they come out of the
     projection, [batch, 1, heads, head_dim]."""
     q, k, v = qkv
+    positions: Any = rows.cursor.positions
     if head_norms:
         q_norm, k_norm = head_norms
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.variance_epsilon}
     out: Tensor = ops.decode_attention(
-        q, k, v, rows.keys, rows.values, rows.cursor.positions, cos=embeddings[0], sin=embeddings[1],
+        q, k, v, rows.keys, rows.values, positions, cos=embeddings[0], sin=embeddings[1],
         scale=attention.scaling, window=getattr(attention, "sliding_window", None), **options)  # fmt: skip
     return out.view(len(q), 1, -1)
 
@@ -103,10 +106,11 @@ def finish(few: Few, norm: Any, out: Tensor, total: Tensor, rounding: Any, **opt
     options |= {"weight_layout": "out_in", "rounding": rounding}
     o_proj, (gate, up, down) = few.o_proj, few.linears
     total = ops.linear_add(out, o_proj.weight, total, bias=o_proj.bias, **options)
-    gate_up = total.new_empty(*total.shape[:-1], gate.out_features + up.out_features)
-    for linear, half in zip((gate, up), gate_up.split((gate.out_features, up.out_features), -1)):
+    columns = gate.out_features
+    gate_up = total.new_empty(*total.shape[:-1], columns + up.out_features)
+    for linear, half in ((gate, gate_up[..., :columns]), (up, gate_up[..., columns:])):
         ops.rms_norm_linear(
             total, norm.weight, linear.weight, norm.variance_epsilon, bias=linear.bias, out=half, **options
         )
     h = ops.silu_and_mul(gate_up, rounding=rounding)
-    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)  # type: ignore[no-any-return]
+    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)
