@@ -124,7 +124,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
                         seconds=0.5 if args.quick else 1.0, rounds=4, batch=STEPS, between=between,
                         settle=0.0 if on_gpu else 0.1)  # fmt: skip
                     config = plain.config
-                    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
+                    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+                    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * CONTEXT
                     size, weights = plain.dtype.itemsize, sum(w.numel() for w in weights_read(plain))
                     case = {"op": "step", "shape": name, "tokens": batch, "hidden": config.hidden_size}
                     case |= {"outputs": config.vocab_size, "dtype": dtype, "mode": "step", "copies": 1}

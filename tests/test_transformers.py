@@ -245,6 +245,17 @@ def test_the_layer_of_the_example(dtype, device, monkeypatch):
     assert after <= (1.25 if dtype == torch.float32 else 1.05) * before
 
 
+def test_the_benchmark_of_steps(tmp_path):
+    """On the CPU, where it has neither graphs nor a floor."""
+    path = tmp_path / "step.json"
+    options = ("--device", "cpu", "--shapes", "tiny-qwen3", "--tokens", "2", "--quick", "--json", str(path))
+    done = run(None, arguments=("-m", "benchmarks", "step", *options), paths=(PACKAGE, ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["transformers decoder", "minivllm decoder"]
+    assert all(row["us"] > 0 and row["tokens"] == 2 and 0 < row["cache_bytes"] < row["bytes"] for row in rows)
+
+
 def test_the_benchmark(tmp_path):
     """On the CPU, where it has no graphs."""
     path = tmp_path / "model.json"
