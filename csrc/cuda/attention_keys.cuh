@@ -1,0 +1,66 @@
+/* attention_keys.cuh: which keys a sequence has, how they are cut into pieces, and where the caches have them. */
+#pragma once
+
+#include "../kernel.h"
+
+namespace {
+
+constexpr int kLeastKeys = 64; /* of a piece: fewer are not worth a block */
+
+/* How a call is cut into blocks. */
+struct Cut {
+    int32_t pieces;  /* of a sequence's keys, at most */
+    int32_t passes;  /* blocks that share a key-value head, because it has too many query heads for one */
+    int32_t group;   /* query heads of a block */
+    int32_t of_head; /* query heads of a key-value head */
+    int32_t shift;   /* row / page == row * reciprocal >> 30 + shift, for rows below 2^30 */
+    uint64_t reciprocal;
+};
+
+__device__ __forceinline__ int64_t integer_at(mv_integers integers, int64_t i) {
+    return integers.wide ? static_cast<const int64_t *>(integers.data)[i * integers.stride]
+                         : static_cast<const int32_t *>(integers.data)[i * integers.stride];
+}
+
+/* The keys that a sequence's new token attends to. */
+struct Keys {
+    int count; /* the new token's key is the last. 0: the sequence is skipped; -1: it cannot be served */
+    int piece; /* keys of a piece */
+    int first; /* row of key 0, counted within the sequence */
+
+    __device__ __forceinline__ Keys(const mv_task &task, int64_t sequence, int pieces) : count(0), piece(0), first(0) {
+        const mv_attention &a = task.attention;
+        const int64_t last = integer_at(a.positions, sequence);
+        if (last < 0) return;
+        const int64_t start = a.starts.data ? integer_at(a.starts, sequence) : 0;
+        const int64_t from = max(max(start, last - a.window + 1), int64_t{0});
+        count = -1;
+        if (start > last || (!a.ring && last >= a.rows)) return;
+        count = static_cast<int>(last - from) + 1;
+        piece = max(kLeastKeys, (count + pieces - 1) / pieces);
+        first = static_cast<int>(a.ring ? from % a.rows : from);
+    }
+};
+
+/* Where the caches have a key and its value: a row of a page or, without a block table, of a sequence. */
+struct CacheRow {
+    int block, row; /* block < 0: the sequence has no page for this key */
+
+    __device__ __forceinline__ CacheRow(const mv_task &task, const Cut &cut, const Keys &keys, int sequence, int key) {
+        const mv_attention &a = task.attention;
+        row = keys.first + key;
+        if (row >= a.rows) row -= static_cast<int>(a.rows); /* the ring begins again */
+        block = sequence;
+        if (!a.block_table) return;
+        const int page = static_cast<int>((static_cast<uint64_t>(row) * cut.reciprocal) >> (30 + cut.shift));
+        row -= page * static_cast<int>(a.block_rows);
+        block = a.block_table[sequence * a.table_stride + page];
+        if (block >= a.blocks) block = -1;
+    }
+    template <typename T> __device__ __forceinline__ T *of(const mv_cache &cache, int head) const {
+        return static_cast<T *>(cache.data) + block * cache.block_stride + row * cache.row_stride +
+               head * cache.head_stride;
+    }
+};
+
+} // namespace

@@ -1,0 +1,59 @@
+"""The benchmarks of ops on the CPU, where they have neither graphs nor a floor, and the tables of what they measure."""
+
+import json
+
+import pytest
+from processes import PACKAGE, ROOT, run
+
+pytest.importorskip("torch", reason="the benchmarks need torch, which is not installed")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_are_importable(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def rows_of(path, op, *options):
+    """The rows of a quick run."""
+    arguments = ("-m", "benchmarks", op, "--device", "cpu", "--quick", "--json", str(path), *options)
+    done = run(None, arguments=arguments, paths=(PACKAGE, ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())["rows"]
+
+
+def test_decode_attention(tmp_path):
+    rows = rows_of(
+        tmp_path / "attention.json", "decode_attention", "--shapes", "4x2", "--tokens", "2", "--dtype", "f32"
+    )
+    assert [(row["context"], row["variant"]) for row in rows] == [
+        (keys, variant) for keys in (512, 4096) for variant in ("minivllm", "minivllm not static", "torch")
+    ]
+    for row in rows:
+        assert row["us"] > 0 and row["tokens"] == 2 and row["shape"] == "4x2"
+        assert row["bytes"] > 2 * 2 * 2 * row["context"] * 128 * 4  # keys and values of two heads of two sequences
+        assert row.get("kernel", "").startswith("f32_") == row["variant"].startswith("minivllm")
+    from benchmarks.results import Results
+
+    assert len(Results(tmp_path).of("cpu", "decode_attention")) == 2  # the contexts are cases of their own
+
+
+def test_the_table_of_decode_attention(tmp_path):
+    """From a run that says that it was on a GPU."""
+    from benchmarks.results import Results
+    from benchmarks.tables import attention
+
+    path = tmp_path / "attention.json"
+    rows_of(path, "decode_attention", "--shapes", "4x2", "--dtype", "f32")
+    run_of_gpu = json.loads(path.read_text())
+    run_of_gpu["environment"] |= {"device": "cuda", "gpu": "NVIDIA H200", "cuda": "13.0"}
+    path.write_text(json.dumps(run_of_gpu))
+    text = attention(Results(tmp_path))
+    assert "| 4 / 2 | 1 | 512 | f32 | H200 | **" in text and "| 4 / 2 | 1 | 4,096 |" in text
+
+
+@pytest.mark.parametrize("shape", ["16", "16x", "0x8", "16x5", "qwen3-0.6b"])
+def test_shapes_of_decode_attention_are_head_counts(shape):
+    from benchmarks.__main__ import shape_error
+
+    assert shape in shape_error("decode_attention", ["16x8", shape])
+    assert shape_error("decode_attention", ["16x8", "7x1"]) is None
