@@ -4,7 +4,7 @@ __main__        the command line
 norms           rms_norm, add_rms_norm
 act_and_mul     silu_and_mul, gelu_and_mul
 qkv             rms_norm_qkv
-linear          linear, linear_add, rms_norm_linear
+linear          linear, linear_add, rms_norm_linear, rms_norm_gate_up
 host            what a call costs from Python
 accuracy        errors against float64
 model           whole models of transformers, plain and fused: speed, and errors against float32

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from benchmarks.peers import COMPILE_MODES
 
-LINEAR = ("linear", "linear_add", "rms_norm_linear")
-OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "silu_and_mul", "gelu_and_mul", "host", "accuracy")
+LINEAR = ("linear", "linear_add", "rms_norm_linear", "rms_norm_gate_up")
+ACTIVATIONS = ("silu_and_mul", "gelu_and_mul")
+OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "decode_attention", *ACTIVATIONS, "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
 WHOLE = ("model", "step")  # of models of transformers
 RESULTS = Path(__file__).parent / "results"
@@ -23,10 +24,19 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("op", choices=(*OPS, *WHOLE, "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
-        "--shapes", nargs="+", default=[], metavar="SHAPE", help="model names; of norms and activations TOKENSxHIDDEN"
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="SHAPE",
+        help="model names; of norms and activations TOKENSxHIDDEN; of decode_attention HEADSxKVHEADS",
     )
     commands.add_argument(
-        "--tokens", nargs="+", type=int, default=[], metavar="M", help="token counts; of model and step: batches"
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="M",
+        help="token counts; of decode_attention, model and step: batches",
     )
     commands.add_argument("--dtype", nargs="+", choices=ALL_DTYPES, help="default: those of the op's targets")
     commands.add_argument(
@@ -68,16 +78,27 @@ def parser() -> argparse.ArgumentParser:
 
 def shape_error(op: str, shapes: list[str]) -> str | None:
     """What is wrong with the --shapes of an op."""
-    if op in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul"):
+    if op in ("rms_norm", "add_rms_norm", *ACTIVATIONS):
         wrong = [shape for shape in shapes if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape)]
         return f"--shapes of {op} are TOKENSxHIDDEN, such as 4096x1024, not {wrong[0]}" if wrong else None
+    if op == "decode_attention":
+        wrong = [shape for shape in shapes if not are_heads(shape)]
+        return f"--shapes of {op} are HEADSxKVHEADS, such as 16x8, not {wrong[0]}" if wrong else None
     from minivllm.testing import models
-    from minivllm.testing.shapes import HEADS, MODELS, PROJECTIONS
+    from minivllm.testing.shapes import GATE_UPS, HEADS, MODELS, PROJECTIONS
 
-    of_op = {"rms_norm_linear": HEADS, "linear": PROJECTIONS, "linear_add": PROJECTIONS}
+    of_op = {"rms_norm_linear": HEADS, "linear": PROJECTIONS, "linear_add": PROJECTIONS, "rms_norm_gate_up": GATE_UPS}
     names = list(models.MODELS) if op in WHOLE else [shape.name for shape in of_op.get(op, MODELS)]
     wrong = [shape for shape in shapes if shape not in names]
     return f"no shape {wrong[0]} for {op}; there are {', '.join(names)}" if wrong else None
+
+
+def are_heads(shape: str) -> bool:
+    """Whether it names head counts of which the second divides the first."""
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape):
+        return False
+    heads, kv_heads = map(int, shape.split("x"))
+    return heads % kv_heads == 0
 
 
 def hold_onednn(isa: str | None) -> None:
@@ -101,20 +122,21 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
         return ALL_DTYPES
     if args.device == "cpu" and op not in WHOLE:
         return ("bf16", "f32")
-    return ("bf16",) if args.quick or op in ("rms_norm_qkv", *LINEAR, "host", *WHOLE) else ALL_DTYPES
+    one = ("rms_norm_qkv", *LINEAR, "decode_attention", "host", *WHOLE)
+    return ("bf16",) if args.quick or op in one else ALL_DTYPES
 
 
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, act_and_mul, host, linear, model, norms, qkv, step
+    from benchmarks import accuracy, act_and_mul, attention, host, linear, model, norms, qkv, step
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model, "step": step} | dict.fromkeys(
-        LINEAR, linear
-    )
-    module = modules.get(op, act_and_mul if op.endswith("_and_mul") else norms)
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model, "step": step}
+    modules |= {"decode_attention": attention}
+    modules |= dict.fromkeys(LINEAR, linear) | dict.fromkeys(ACTIVATIONS, act_and_mul)
+    module = modules.get(op, norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
     if options.kernel is None:
         options.kernel = ["all"] if args.device == "cuda" and not args.quick else []

@@ -38,7 +38,8 @@ def ours_us(case: Case) -> float | None:
 
 
 def floor_us(case: Case) -> float | None:
-    return case.us("read_floor_pdl", "read_floor")
+    """The fastest reading of the weights; of a step the variants are called `floor x1` and so on."""
+    return case.us(*(name for name in case.rows if name.startswith(("read_floor", "floor x"))))
 
 
 def copy_us(case: Case) -> float | None:
@@ -86,7 +87,8 @@ NOT_IN_OVERVIEW = ("batch invariant", "kernel")
 OVERVIEW_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_IN_OVERVIEW}
 NOT_WITHOUT_A_NORM = ("batch invariant", "NumPy", "Triton, one output per program", "memory grows by", "torch's by")
 LINEAR_COLUMNS = {head: column for head, column in QKV_COLUMNS.items() if head not in NOT_WITHOUT_A_NORM} | {
-    "by default": lambda case: number(case.us(f"{OURS} not static"))
+    "by default": lambda case: number(case.us(f"{OURS} not static")),
+    "as two ops": lambda case: number(case.us(f"{OURS} two ops")),
 }
 NORM_COLUMNS: dict[str, Column] = {
     "tokens x hidden": lambda case: case.shape.replace("x", " x "),
@@ -101,6 +103,21 @@ NORM_COLUMNS: dict[str, Column] = {
     "copy of the same bytes": lambda case: number(copy_us(case)),
     "share of the copy's rate": lambda case: percent(copy_us(case), ours_us(case)),
     "GB/s": gigabytes_per_second,
+}
+
+ATTENTION_COLUMNS: dict[str, Column] = {
+    "heads / of k, v": lambda case: case.shape.replace("x", " / "),
+    "batch": lambda case: str(case.tokens),
+    "keys": lambda case: f"{case.any('context'):,}",
+    "dtype": lambda case: case.dtype,
+    "GPU": gpu,
+    "minivllm": lambda case: bold(number(ours_us(case))),
+    "by default": lambda case: number(case.us(f"{OURS} not static")),
+    "cuDNN, attention alone": lambda case: number(case.us("torch cudnn")),
+    "FlashAttention, alone": lambda case: number(case.us("torch flash")),
+    "FlashInfer, alone": lambda case: number(case.us("flashinfer", "flashinfer tensor cores")),
+    "read floor": lambda case: number(floor_us(case)),
+    "time / floor": lambda case: ratio(ours_us(case), floor_us(case)),
 }
 
 
@@ -138,10 +155,6 @@ STATIC, DECODER, COMPILE = "static", "decoder", "compile"  # how a step was run,
 PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, DECODER, COMPILE))
 
 
-def step_floor_us(case: Case) -> float | None:
-    return case.us(*(name for name in case.rows if name.startswith("floor")))
-
-
 STEP_COLUMNS: dict[str, Column] = {
     "model": lambda case: case.shape,
     "batch": lambda case: str(case.tokens),
@@ -152,8 +165,8 @@ STEP_COLUMNS: dict[str, Column] = {
     "torch.compile": lambda case: number(case.us(f"{OURS} {COMPILE}")),
     "transformers: static cache, graph": lambda case: number(case.us(f"transformers {STATIC}")),
     "transformers: torch.compile": lambda case: number(case.us(f"transformers {COMPILE}")),
-    "only reading the weights": lambda case: number(step_floor_us(case)),
-    "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), step_floor_us(case)),
+    "only reading the weights": lambda case: number(floor_us(case)),
+    "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), floor_us(case)),
 }
 
 
@@ -177,7 +190,7 @@ SUMMARY_COLUMNS: dict[str, Column] = {
     "torch": lambda case: number(case.us("torch", *PEER_STEPS)),
     "speed-up": lambda case: ratio(case.us("torch", *PEER_STEPS), case.us(OURS, f"{OURS} {DECODER}")),
     "torch without the norm": lambda case: number(case.us("gemm alone")),
-    "only reading the weights": lambda case: number(floor_us(case) or step_floor_us(case)),
+    "only reading the weights": lambda case: number(floor_us(case)),
 }
 
 

@@ -1,5 +1,5 @@
-"""linear, linear_add and rms_norm_linear: the projections that close the halves of a layer, and the head of a language
-model, beside the time of reading their weights and cuBLAS.
+"""linear, linear_add, rms_norm_linear and rms_norm_gate_up: the projections that close the halves of a layer, the head
+of a language model, and gate and up of the MLP, beside the time of reading their weights and cuBLAS.
 
 x is the same in all calls, since a chain without a norm would run into zero or infinity. They walk over more weights
 than the cache holds; linear_add adds to one residual in place, so each call waits for the one before it.
@@ -12,9 +12,14 @@ from benchmarks import peers
 from benchmarks.cases import ELEMENT_BYTES, ours, rows
 from benchmarks.qkv import CUDA_OPTIONS, FEW_TOKENS, OPTIONS, run_chains
 from benchmarks.report import Report
-from minivllm.testing.shapes import HEADS, PROJECTIONS, LinearShape
+from minivllm.testing.shapes import GATE_UPS, HEADS, PROJECTIONS, LinearShape
 
-SHAPES = {"linear": PROJECTIONS, "linear_add": PROJECTIONS, "rms_norm_linear": HEADS}
+SHAPES = {
+    "linear": PROJECTIONS,
+    "linear_add": PROJECTIONS,
+    "rms_norm_linear": HEADS,
+    "rms_norm_gate_up": GATE_UPS,
+}
 
 METHOD = {
     "cuda": "us per op inside a replayed CUDA graph; median and quartiles over replays, variants in turns; walking "
@@ -30,7 +35,8 @@ class Calls:
     def __init__(self, op: str, shape: LinearShape, tokens: int, dtype: str, device: str, layers: list):
         self.op, self.shape, self.tokens, self.layers = op, shape, tokens, layers
         self.x = peers.normal(tokens, shape.hidden, dtype=dtype, device=device)
-        self.outs = [peers.normal(tokens, shape.outputs, dtype=dtype, device=device) for _ in range(2)]
+        self.columns = shape.outputs // 2 if op == "rms_norm_gate_up" else shape.outputs
+        self.outs = [peers.normal(tokens, self.columns, dtype=dtype, device=device) for _ in range(2)]
 
     def layer(self, i: int):
         return self.layers[i % len(self.layers)]
@@ -43,17 +49,28 @@ class Calls:
         elif self.op == "linear_add":
             minivllm.linear_add(self.x, weight, self.outs[0], **options | {"out": self.outs[0]})
         else:
-            minivllm.rms_norm_linear(self.x, norm_weight, weight, peers.EPS, **options)
+            getattr(minivllm, self.op)(self.x, norm_weight, weight, peers.EPS, **options)
+
+    def two_ops(self, i: int) -> None:
+        """What rms_norm_gate_up is one call of: the intermediate goes through memory."""
+        norm_weight, weight = self.layer(i)
+        gate_up = minivllm.rms_norm_linear(
+            self.x, norm_weight, weight, peers.EPS, static_weights=True, weight_layout="out_in"
+        )
+        minivllm.silu_and_mul(gate_up, out=self.outs[i % 2])
 
     def torch(self, i: int) -> None:
         """The expressions that the op replaces."""
         import torch.nn.functional as F
 
         norm_weight, weight = self.layer(i)
-        x = peers.rms_norm(self.x, norm_weight) if self.op == "rms_norm_linear" else self.x
+        x = peers.rms_norm(self.x, norm_weight) if self.op.startswith("rms_norm") else self.x
         out = F.linear(x, weight)
         if self.op == "linear_add":
             self.outs[0].add_(out)
+        if self.op == "rms_norm_gate_up":
+            gate, up = out.chunk(2, -1)
+            F.silu(gate).mul_(up)
 
     def gemm(self, i: int) -> None:
         """cuBLAS alone, which can add in its own end."""
@@ -69,7 +86,8 @@ class Calls:
 
 def case_of(op: str, shape: LinearShape, tokens: int, dtype: str, count: int) -> dict:
     read = shape.outputs if op == "linear_add" else 0
-    moved = shape.outputs * shape.hidden + tokens * (shape.hidden + shape.outputs + read)
+    written = shape.outputs // 2 if op == "rms_norm_gate_up" else shape.outputs
+    moved = shape.outputs * shape.hidden + tokens * (shape.hidden + written + read)
     return {
         "op": op,
         "shape": shape.name,
@@ -89,6 +107,8 @@ def variants_of(calls: Calls, dtype: str, args: argparse.Namespace, environment:
     kernels = rows(calls.op, dtype, args.device, args.kernel)
     found = ours(calls.fused, [name for name in kernels if takes(calls, name)], CUDA_OPTIONS if cuda else OPTIONS)
     found |= {"torch": calls.torch, "gemm alone": calls.gemm}
+    if calls.op == "rms_norm_gate_up":
+        found |= {"minivllm two ops": calls.two_ops}
     if cuda and calls.tokens <= FEW_TOKENS:
         from benchmarks import device_peers
 

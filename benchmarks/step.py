@@ -83,7 +83,8 @@ def variants_of(models: dict, prompt, args: argparse.Namespace) -> tuple[dict, l
     ways = ["static", "decoder"] + ["compile"] * (args.compile is not None) if args.device == "cuda" else ["decoder"]
     for way in ways:
         for name in (PLAIN, OURS):
-            torch.compiler.reset() if way == "compile" else None
+            if way == "compile":
+                torch.compiler.reset()
             try:
                 make = decoder_step if way == "decoder" else lambda model, ids, way=way: static_step(model, ids, way)
                 call, rewind = make(models[name], prompt)
@@ -94,45 +95,81 @@ def variants_of(models: dict, prompt, args: argparse.Namespace) -> tuple[dict, l
     return ready, rewinds, failed
 
 
-def run(args: argparse.Namespace, report: Report) -> None:
-    """Every model x dtype x batch."""
+def case_of(model, name: str, batch: int, dtype: str) -> dict:
+    """What a step of `batch` sequences reads: the weights, and what the cache holds of the context."""
+    config, size = model.config, model.dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = batch * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * CONTEXT
+    weights = sum(weight.numel() for weight in weights_read(model))
+    return {
+        "op": "step",
+        "shape": name,
+        "tokens": batch,
+        "hidden": config.hidden_size,
+        "outputs": config.vocab_size,
+        "dtype": dtype,
+        "mode": "step",
+        "copies": 1,
+        "bytes": (weights + cached) * size,
+        "flops": 2 * batch * weights,
+        "context": CONTEXT,
+        "cache_bytes": cached * size,
+    }
+
+
+def time_case(models: dict, batch: int, args: argparse.Namespace) -> dict:
+    """Results of all variants by name. Every sample of STEPS steps begins with the same context."""
     import torch
 
-    on_gpu = args.device == "cuda"
+    on_gpu, plain = args.device == "cuda", models[PLAIN]
     wait = torch.cuda.synchronize if on_gpu else lambda: None
+    prompt = torch.randint(0, plain.config.vocab_size, (batch, CONTEXT), device=plain.device)
+    ready, rewinds, failed = variants_of(models, prompt, args)
+    if on_gpu:
+        ready |= floors(plain)
+
+    def rewind_all() -> None:
+        for rewind in rewinds:
+            rewind()
+        wait()
+
+    def timed(call):
+        """The last step of a sample waits for the device; call 0, which is not timed, does too."""
+
+        def step(i: int) -> None:
+            call()
+            if i % STEPS == 0:
+                wait()
+
+        return step
+
+    results = time_cpu(
+        {variant: timed(call) for variant, call in ready.items()},
+        seconds=0.5 if args.quick else 1.0,
+        rounds=4,
+        batch=STEPS,
+        between=rewind_all,
+        settle=0.0 if on_gpu else 0.1,
+    )
+    return results | failed
+
+
+def time_model(name: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
+    """One model with every batch. Its memory is free afterwards."""
+    import torch
+
+    models = twins(name, dtype, args.device, args.layers)
+    for batch in args.tokens or BATCHES:
+        report.add(case_of(models[PLAIN], name, batch, dtype), time_case(models, batch, args))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    """Every dtype x model."""
+    import torch
+
     with torch.inference_mode(False), torch.no_grad():
         for dtype in args.dtype:
             for name in args.shapes or (NAMES[:1] if args.quick else NAMES):
-                models = twins(name, dtype, args.device, args.layers)
-                plain = models[PLAIN]
-                for batch in args.tokens or BATCHES:
-                    prompt = torch.randint(0, plain.config.vocab_size, (batch, CONTEXT), device=plain.device)
-                    ready, rewinds, failed = variants_of(models, prompt, args)
-                    if on_gpu:
-                        ready |= floors(plain)
-
-                    def between(rewinds=rewinds) -> None:
-                        for rewind in rewinds:
-                            rewind()
-                        wait()
-
-                    def timed(call):
-                        return lambda i: (call(), wait() if i % STEPS == 0 else None)  # the first call is number 0
-
-                    results = time_cpu(
-                        {variant: timed(call) for variant, call in ready.items()},
-                        seconds=0.5 if args.quick else 1.0, rounds=4, batch=STEPS, between=between,
-                        settle=0.0 if on_gpu else 0.1)  # fmt: skip
-                    config = plain.config
-                    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-                    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * CONTEXT
-                    size, weights = plain.dtype.itemsize, sum(w.numel() for w in weights_read(plain))
-                    case = {"op": "step", "shape": name, "tokens": batch, "hidden": config.hidden_size}
-                    case |= {"outputs": config.vocab_size, "dtype": dtype, "mode": "step", "copies": 1}
-                    case |= {"bytes": (weights + batch * kept) * size, "flops": 2 * batch * weights}
-                    case |= {"context": CONTEXT, "cache_bytes": batch * kept * size}
-                    report.add(case, results | failed)
-                    del ready, rewinds
-                    if on_gpu:
-                        torch.cuda.empty_cache()
-                del models, plain
+                time_model(name, dtype, args, report)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from benchmarks.columns import (
+    ATTENTION_COLUMNS,
     DTYPE_NAMES,
     LINEAR_COLUMNS,
     MODEL_ACCURACY_COLUMNS,
@@ -79,10 +80,15 @@ def model_speed(results: Results, device: str) -> str:
 
 def linears(results: Results) -> str:
     parts = []
-    for op in ("linear", "linear_add", "rms_norm_linear"):
+    for op in ("linear", "linear_add", "rms_norm_linear", "rms_norm_gate_up"):
         cases = results.of("cuda", op)
         parts.append(section(f"`{op}` on the GPU, microseconds:", cases, cases_table(LINEAR_COLUMNS, cases)))
     return "\n\n".join(part.strip() for part in parts if part)
+
+
+def attention(results: Results) -> str:
+    cases = sorted(results.of("cuda", "decode_attention"), key=lambda case: case.shape)
+    return section("`decode_attention` on the GPU, microseconds:", cases, cases_table(ATTENTION_COLUMNS, cases)).strip()
 
 
 def steps(results: Results) -> str:
@@ -246,6 +252,7 @@ NAMES = {
     "table: host": host,
     "table: model": model_page,
     "table: linear": linears,
+    "table: decode_attention": attention,
     "table: step": steps,
 }
 

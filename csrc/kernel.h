@@ -49,6 +49,7 @@ typedef struct {
     bool packed; /* the blocks are one matrix: block[0] with `outputs` rows (and one bias, or none) */
     bool allow_tf32;
     bool plain_x;   /* it multiplies x as it is, and there is no norm; else y, the norm of x */
+    bool gated;     /* two blocks, gate and up, as many outputs each: out has one column for each pair of them */
     mv_rows addend; /* [tokens, outputs], of x's dtype: out = rn(rn(rn(sum + bias) * scale) + addend) */
     float scale;    /* where there is an addend; "fp32" rounds once, "hf" after a scale only where it is not 1 */
 } mv_linear_layer;
@@ -137,10 +138,12 @@ typedef struct {
     mv_rounding rounding;
     mv_dtype dtype; /* of x and out, and of what joins them row by row */
     int64_t tokens, inner, hidden;
-    mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or [tokens, hidden] without a linear layer */
+    mv_rows x, out; /* x: [tokens, hidden]; out: [tokens, linear.outputs], or half of those where it is gated, or
+                       [tokens, hidden] without a linear layer */
     mv_norm norm;
     mv_linear_layer linear;
-    mv_activation activation; /* of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out [tokens, hidden] */
+    mv_activation activation; /* of a gated layer; and of act_and_mul: there x is gate | up, [tokens, 2 hidden], and out
+                                 [tokens, hidden] */
     mv_next_launch next;
     union {
         mv_qk qk; /* of qk_norm_rope: there x and out are q and out_q, a row of which is a token's first head */

@@ -200,6 +200,30 @@ typedef struct {
 
 mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- rms_norm_gate_up -----------------------------------------------------------------------------------------
+ *
+ *   g, u = the products of y = rms_norm of x (or of s = rn(x + residual)), as above, with the two weights, and biases
+ *   MV_ROUNDING_HF:   out = rn(rn(activation(rn(g))) * rn(u))
+ *   MV_ROUNDING_FP32: out = rn(activation(g) * u)
+ *
+ * gate_up_weight: one packed matrix [2 d, hidden] in [0], whose first d outputs are those of the gate (the other view
+ * absent), or the gate's and the up projection's, of one dtype; each as in rms_norm_qkv. bias: packed [2 d] in [0], or
+ * two, or absent. out: [..., d]. Where the activation is NaN or infinite is said of silu_and_mul. */
+typedef struct {
+    mv_call call;
+    mv_view x, residual, norm_weight;
+    mv_view gate_up_weight[2];
+    mv_view bias[2];
+    mv_view out, residual_out;
+    double eps, weight_offset;
+    mv_activation activation;
+    mv_rounding rounding;
+    mv_weight_layout weight_layout;
+    bool batch_invariant, allow_tf32, static_weights; /* as rms_norm_qkv's */
+} mv_rms_norm_gate_up_args;
+
+mv_status mv_rms_norm_gate_up(const mv_rms_norm_gate_up_args *args, mv_plan *plan, mv_error *error);
+
 /* ---- silu_and_mul, gelu_and_mul -------------------------------------------------------------------------------
  *
  *   MV_ROUNDING_HF:   out = rn(rn(activation(gate)) * up)
@@ -321,6 +345,7 @@ mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *args, mv_plan *plan, mv_er
     OP(norm_add, mv_rms_norm_args)                                                                                     \
     OP(rms_norm_qkv, mv_rms_norm_qkv_args)                                                                             \
     OP(rms_norm_linear, mv_rms_norm_linear_args)                                                                       \
+    OP(rms_norm_gate_up, mv_rms_norm_gate_up_args)                                                                     \
     OP(silu_and_mul, mv_act_and_mul_args)                                                                              \
     OP(gelu_and_mul, mv_act_and_mul_args)                                                                              \
     OP(linear, mv_linear_args)                                                                                         \

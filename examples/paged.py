@@ -68,8 +68,8 @@ class Qwen3:
                 head_dim=config.head_dim, weight_layout="out_in")  # fmt: skip
             out = attend(q, k, v, cache, places | w["heads"])
             x = minivllm.linear_add(out.flatten(1), w["o"], x, weight_layout="out_in")
-            h = minivllm.rms_norm_linear(x, w["post_norm"], w["gate_up"], eps, weight_layout="out_in")
-            x = minivllm.linear_add(minivllm.silu_and_mul(h), w["down"], x, out=x, weight_layout="out_in")
+            h = minivllm.rms_norm_gate_up(x, w["post_norm"], w["gate_up"], eps, weight_layout="out_in")
+            x = minivllm.linear_add(h, w["down"], x, out=x, weight_layout="out_in")
         return minivllm.rms_norm_linear(x, self.norm, self.head, eps, weight_layout="out_in")
 
     def prefill(self, sequence):

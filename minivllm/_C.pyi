@@ -18,6 +18,7 @@ _Class = TypeVar("_Class")
 _Rounding = Literal["hf", "fp32"]
 _WeightLayout = Literal["auto", "out_in", "in_out"]
 _Tensors = _Tensor | tuple[_Tensor, _Tensor, _Tensor] | list[_Tensor]
+_Pair = _Tensor | tuple[_Tensor, _Tensor] | list[_Tensor]
 
 version: str
 
@@ -152,6 +153,46 @@ def rms_norm_linear(
     static_weights: bool = False,
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
+@overload
+def rms_norm_gate_up(
+    x: _T,
+    norm_weight: _Tensor,
+    gate_up_weight: _Pair,
+    eps: SupportsFloat = 1e-6,
+    *,
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu",
+    bias: _Pair | None = None,
+    residual: None = None,
+    out: _T | None = None,
+    residual_out: None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> _T: ...
+@overload
+def rms_norm_gate_up(
+    x: _T,
+    norm_weight: _Tensor,
+    gate_up_weight: _Pair,
+    eps: SupportsFloat = 1e-6,
+    *,
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu",
+    bias: _Pair | None = None,
+    residual: _Tensor,
+    out: _T | None = None,
+    residual_out: _T | None = None,
+    weight_layout: _WeightLayout = "auto",
+    rounding: _Rounding = "hf",
+    weight_offset: SupportsFloat = 0.0,
+    batch_invariant: bool = False,
+    allow_tf32: bool = False,
+    static_weights: bool = False,
+    kernel: str | None = None,
+) -> tuple[_T, _T]: ...
 def silu_and_mul(x: _T, *, out: _T | None = None, rounding: _Rounding = "hf", kernel: str | None = None) -> _T: ...
 def gelu_and_mul(
     x: _T,
@@ -239,7 +280,7 @@ def qk_norm_rope(
     cache_layout: Literal["NHD", "HND"] | None = None,
     kernel: str | None = None,
 ) -> tuple[_T, _T]: ...
-def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any], ...]]: ...
+def _ops() -> dict[str, tuple[tuple[str, str, str, bool, bool, bool, Any, tuple[str, ...]], ...]]: ...
 def kernels() -> list[tuple[str, str, str, str, bool, str]]: ...
 def last_kernel() -> tuple[str, str, str] | None: ...
 def set_num_threads(n: SupportsIndex) -> None: ...

@@ -26,6 +26,7 @@ __all__ = [
     "norm_add",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_gate_up",
     "rms_norm_linear",
     "rms_norm_qkv",
     "silu_and_mul",
@@ -124,6 +125,42 @@ def rms_norm_linear(
         "rms_norm_linear",
         _without_none(x=x, norm_weight=norm_weight, weight=weight, bias=bias, residual=residual),
         eps=eps,
+        weight_layout=weight_layout,
+        rounding=rounding,
+        weight_offset=weight_offset,
+        batch_invariant=batch_invariant,
+        allow_tf32=allow_tf32,
+        static_weights=static_weights,
+        kernel=kernel,
+    )
+    return (out, *sums) if sums else out
+
+
+def rms_norm_gate_up(
+    x,
+    norm_weight,
+    gate_up_weight,
+    eps=1e-6,
+    *,
+    activation="silu",
+    bias=None,
+    residual=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`minivllm.rms_norm_gate_up`: x [..., hidden] and gate_up_weight [2 d, hidden], [hidden, 2 d] or a tuple of two
+    -> activation(gate) * up, [..., d]; with a residual (out, residual_out).
+    """
+    out, *sums = _call(
+        "rms_norm_gate_up",
+        _without_none(x=x, norm_weight=norm_weight, gate_up_weight=gate_up_weight, bias=bias, residual=residual),
+        eps=eps,
+        activation=activation,
         weight_layout=weight_layout,
         rounding=rounding,
         weight_offset=weight_offset,
@@ -369,6 +406,7 @@ def _forward(op, options, arrays):
 def _backward(op, options, arrays, gradients):
     _, in_out, _, _ = _plan(op, options, arrays)
     formulas = {
+        "rms_norm_gate_up": _gate_up,
         "silu_and_mul": _act_and_mul,
         "gelu_and_mul": _act_and_mul,
         "norm_add": _norm_add,
@@ -498,7 +536,8 @@ def _formula(
 
 def _product(y, arrays, in_out, allow_tf32):
     """The linear layer of y, in float32."""
-    matrices = jax.tree.leaves(arrays.get("qkv_weight", arrays.get("weight")))
+    name = next(name for name in ("qkv_weight", "gate_up_weight", "weight") if name in arrays)
+    matrices = jax.tree.leaves(arrays[name])
     product = functools.partial(
         jnp.einsum,
         "...k,kn->...n" if in_out else "...k,nk->...n",
@@ -528,6 +567,13 @@ def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):
     if rounding == "hf":
         active = active.astype(x.dtype).astype(jnp.float32)
     return [(active * up).astype(x.dtype)]
+
+
+def _gate_up(arrays, *, activation, **options):
+    """The same of rms_norm_gate_up. A gradient does not see that "fp32" leaves gate and up as they are."""
+    products, *sums = _formula(arrays, **options)
+    approximate = {"silu": None, "gelu_tanh": "tanh", "gelu": "none"}[activation]
+    return [*_act_and_mul({"x": products}, rounding=options["rounding"], approximate=approximate), *sums]
 
 
 def _norm_add(arrays, **options):

@@ -8,11 +8,12 @@ from . import _C
 class Parameter(NamedTuple):
     """A parameter of an op.
 
-    type: "tensor", "tensors" (one, or a tuple of three), "integers" (a tensor of them), "number", "integer", "flag",
+    type: "tensor", "tensors" (one, or a tuple), "integers" (a tensor of them), "number", "integer", "flag",
     "choice" or "text".
     role: "rows" of a tensor whose rows do not depend on each other, "weight" of one that is the same for all rows,
     "output", "in place" of one that is read and written, or "option" of what is no tensor.
     optional: it may be None. required: it has no default. positional: it may be given by position.
+    members: of "tensors", the names of those of a tuple, such as ("q", "k", "v").
     """
 
     name: str
@@ -22,6 +23,7 @@ class Parameter(NamedTuple):
     required: bool
     positional: bool
     default: Any
+    members: tuple[str, ...]
 
 
 OPS = {op: tuple(Parameter(*row) for row in rows) for op, rows in _C._ops().items()}

@@ -26,6 +26,8 @@ _IN_PLACE = {  # what an output may be exactly
     "linear_add": ("residual",),
 }
 _INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
+_MEMBERS = {op: {p.name: p.members for p in parameters} for op, parameters in OPS.items()}
+_APPROXIMATE = {"silu": None, "gelu_tanh": "tanh", "gelu": "none"}  # as torch calls them
 
 # ---- gradients: the kernels forward, torch's own operations backward ------------------------------------------------
 
@@ -137,24 +139,49 @@ class _NormAdd(torch.autograd.Function):
         return dx.to(x.dtype), None if weight is None else dweight.to(weight.dtype), dout, None
 
 
+def _gated_gradients(gate, up, dout, approximate):
+    """For out = activation(gate) up, in float32: the gradients of gate and of up. approximate: None of silu."""
+    if approximate is None:
+        active = torch.nn.functional.silu(gate)
+        dgate = torch.ops.aten.silu_backward(dout * up, gate)
+    else:
+        active = torch.nn.functional.gelu(gate, approximate=approximate)
+        dgate = torch.ops.aten.gelu_backward(dout * up, gate, approximate=approximate)
+    return dgate, dout * active
+
+
+def _gate_up_gradients(dout, y, weights, biases, in_out, activation):
+    """For out = activation(g) u, g | u = y W^T + b: the gradient of g | u, which are computed once more."""
+    parts = []
+    for weight in weights:
+        dtype = torch.promote_types(y.dtype, weight.dtype)
+        parts.append((y.to(dtype) @ (weight if in_out else weight.t()).to(dtype)).float())
+    products = torch.cat(parts, -1)
+    if biases:
+        products = products + torch.cat([bias.float() for bias in biases])
+    gradients = _gated_gradients(*products.chunk(2, -1), dout.float(), _APPROXIMATE[activation])
+    return torch.cat(gradients, -1).to(dout.dtype)
+
+
 class _NormLinear(torch.autograd.Function):
-    """rms_norm_qkv or rms_norm_linear. weights: `members` matrices, then the biases."""
+    """rms_norm_qkv, rms_norm_linear or rms_norm_gate_up. weights: `members` matrices, then the biases."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(op, x, residual, norm_weight, members, options, *weights):
         tensors = {"x": x, "residual": residual, "norm_weight": norm_weight}
-        if op == "rms_norm_qkv":
-            matrices = {"qkv_weight": weights[:members], "bias": weights[members:]}
-        else:
+        if op == "rms_norm_linear":
             matrices = {"weight": weights[0], "bias": weights[1] if len(weights) > 1 else None}
+        else:
+            name = "qkv_weight" if op == "rms_norm_qkv" else "gate_up_weight"
+            matrices = {name: weights[:members], "bias": weights[members:]}
         return torch_ops.call(op, tensors | matrices | options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, x, residual, norm_weight, ctx.members, options, *weights = inputs
-        ctx.adds = residual is not None
+        ctx.adds, ctx.activation = residual is not None, options.get("activation")
         ctx.eps, ctx.weight_offset = options["eps"], options["weight_offset"]
         ctx.in_out = torch_ops.is_in_out(weights[: ctx.members], x.shape[-1], options["weight_layout"])
         ctx.save_for_backward(output[1] if ctx.adds else x, norm_weight, *weights)
@@ -167,7 +194,10 @@ class _NormLinear(torch.autograd.Function):
         n, r = _normed(s, ctx.eps)
         scale = ctx.weight_offset + norm_weight.float()
         y = (n * scale).to(s.dtype).reshape(-1, s.shape[-1])
-        dy, gradients = _product_gradients(dout.reshape(-1, dout.shape[-1]), y, weights, biases, needed, ctx.in_out)
+        dsum = dout.reshape(-1, dout.shape[-1])
+        if ctx.activation is not None:
+            dsum = _gate_up_gradients(dsum, y, weights, biases, ctx.in_out, ctx.activation)
+        dy, gradients = _product_gradients(dsum, y, weights, biases, needed, ctx.in_out)
         dx, dscale = _norm_gradients(dy.reshape(s.shape), n, r, scale)
         dx = (dx + ds.float() if ctx.adds else dx).to(s.dtype)
         return None, dx, dx if ctx.adds else None, dscale.to(norm_weight.dtype), None, None, *gradients
@@ -191,14 +221,8 @@ class _ActAndMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         (x,) = ctx.saved_tensors
-        (gate, up), dout = x.float().chunk(2, -1), dout.float()
-        if ctx.approximate is None:
-            active = torch.nn.functional.silu(gate)
-            dgate = torch.ops.aten.silu_backward(dout * up, gate)
-        else:
-            active = torch.nn.functional.gelu(gate, approximate=ctx.approximate)
-            dgate = torch.ops.aten.gelu_backward(dout * up, gate, approximate=ctx.approximate)
-        return None, torch.cat([dgate, dout * active], -1).to(x.dtype), None
+        gradients = _gated_gradients(*x.float().chunk(2, -1), dout.float(), ctx.approximate)
+        return None, torch.cat(gradients, -1).to(x.dtype), None
 
 
 class _QkNormRope(torch.autograd.Function):
@@ -326,8 +350,12 @@ def _checked(op, inputs, outputs, **options):
     if not torch.compiler.is_compiling():
         return check(op, inputs | outputs, **options)
     for name, given in inputs.items():
-        if isinstance(given, (tuple, list)) and len(given) != 3:
-            raise ValueError(f"{op}: {name} has {len(given)} members, expected one packed tensor or three (q, k, v)")
+        members = _MEMBERS[op][name]
+        if isinstance(given, (tuple, list)) and len(given) != len(members):
+            count = {2: "two", 3: "three"}.get(len(members))
+            raise ValueError(
+                f"{op}: {name} has {len(given)} members, expected one packed tensor or {count} ({', '.join(members)})"
+            )
     given = {name: out for name, out in outputs.items() if out is not None}
     if "residual_out" in given and inputs["residual"] is None:
         raise ValueError(f"{op}: residual_out was given without a residual")
@@ -451,6 +479,38 @@ def rms_norm_linear(
     }  # fmt: skip
     outputs = {"out": out, "residual_out": residual_out}
     results = _results(op, inputs, outputs, options, functools.partial(_linear_with_gradients, op, "weight"))
+    return results[0] if residual is None else results
+
+
+def rms_norm_gate_up(
+    x,
+    norm_weight,
+    gate_up_weight,
+    eps=1e-6,
+    *,
+    activation="silu",
+    bias=None,
+    residual=None,
+    out=None,
+    residual_out=None,
+    weight_layout="auto",
+    rounding="hf",
+    weight_offset=0.0,
+    batch_invariant=False,
+    allow_tf32=False,
+    static_weights=False,
+    kernel=None,
+):
+    """minivllm.rms_norm_gate_up for every torch tensor, with gradients of x, residual, the weights and biases."""
+    op = "rms_norm_gate_up"
+    inputs = {"x": x, "norm_weight": norm_weight, "gate_up_weight": gate_up_weight, "bias": bias, "residual": residual}
+    options = {
+        "eps": eps, "activation": activation, "weight_layout": weight_layout, "rounding": rounding,
+        "weight_offset": weight_offset, "batch_invariant": batch_invariant, "allow_tf32": allow_tf32,
+        "static_weights": static_weights, "kernel": kernel,
+    }  # fmt: skip
+    outputs = {"out": out, "residual_out": residual_out}
+    results = _results(op, inputs, outputs, options, functools.partial(_linear_with_gradients, op, "gate_up_weight"))
     return results[0] if residual is None else results
 
 

@@ -46,7 +46,7 @@ def _place(name, tensor, storages):
         storage, offset = tensor.untyped_storage(), tensor.storage_offset()
     except (NotImplementedError, RuntimeError):  # inside torch.vmap: the op will get rows that are contiguous
         base = storages.setdefault(id(tensor), (len(storages) + 1) * _NO_MEMORY)
-        return base, shape, strides if name == "qkv_weight" else _contiguous(shape), itemsize
+        return base, shape, strides if name in ("qkv_weight", "gate_up_weight") else _contiguous(shape), itemsize
     base = 0
     if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:  # a fake tensor would warn
         try:

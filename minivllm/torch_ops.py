@@ -142,13 +142,14 @@ def _shape_of_out(op, x, given):
         return (*x.shape[:-1], x.shape[-1] // 2)
     if "weight_layout" not in given:
         return x.shape
-    name = "qkv_weight" if "qkv_weight" in given else "weight"
+    name = next(name for name in ("qkv_weight", "gate_up_weight", "weight") if name in given)
     matrices = listed(given[name])
     for matrix in matrices:
         if matrix.ndim != 2:
             raise ValueError(f"{op}: {name} has shape {list(matrix.shape)}, expected two dimensions")
     dim = 1 if is_in_out(matrices, x.shape[-1], given["weight_layout"]) else 0
-    return (*x.shape[:-1], sum(matrix.shape[dim] for matrix in matrices))
+    outputs = sum(matrix.shape[dim] for matrix in matrices)
+    return (*x.shape[:-1], outputs // 2 if op == "rms_norm_gate_up" else outputs)
 
 
 def is_in_out(matrices, hidden, weight_layout):

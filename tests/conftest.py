@@ -8,9 +8,9 @@ import minivllm
 
 # Numbers, whole models, other processes and other people's compilers: minutes each under the sanitizers, through code
 # that other tests take them to.
-SLOW_UNDER_SANITIZERS = ("accuracy", "docs", "import", "nn", "numeric", "tensor_parallel", "torch_compile", "torch_grad",
-                         "paged", "transformers", "transformers_code", "transformers_few", "transformers_kept",
-                         "transformers_rounding")  # fmt: skip
+SLOW_UNDER_SANITIZERS = ("accuracy", "benchmarks", "docs", "import", "nn", "numeric", "paged", "tensor_parallel",
+                         "torch_compile", "torch_grad", "transformers", "transformers_code", "transformers_few",
+                         "transformers_kept", "transformers_rounding")  # fmt: skip
 collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []
 
 
@@ -33,6 +33,7 @@ OPS_OF_ROWS = (
     "rms_norm_qkv",
     "norm_add",
     "rms_norm_linear",
+    "rms_norm_gate_up",
     "linear",
     "linear_add",
     "silu_and_mul",

@@ -18,6 +18,8 @@ EMULATION = ROOT / "tests" / "emulation"
 CHECKS = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 # Of the drivers. The kernels are nvcc's to warn of, which alone knows its pragmas.
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# Of csrc/ops: the lists of kernels, and what they stand on.
+LISTS = ["rms_norm", "rms_norm_qkv", "act_and_mul", "decode_attention", "qk_norm_rope", "heads", "dispatch", "checks"]
 
 
 def cuda_headers():
@@ -47,26 +49,15 @@ def tree(tmp_path_factory):
     cuda = build / "csrc" / "cuda"
     for path in EMULATION.glob("*.cuh"):
         shutil.copy(path, cuda)
-    sources = [path for path in cuda.glob("*.cu") if path.name != "device.cu"]
-    for path in sources:  # shared memory belongs to the emulated block
+    for path in cuda.glob("*.cu*"):  # shared memory belongs to the emulated block
         text = re.sub(
             r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
             r"\1 *const \2 = reinterpret_cast<\1 *>(cpu::shared());",
             path.read_text(),
         )
         path.write_text(text.replace("__shared__ ", "static "))
-    cpp = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-U_FORTIFY_SOURCE",
-        "-isystem",
-        headers,
-        "-I",
-        EMULATION,
-        "-include",
-        "cuda_on_cpu.h",
-    ]
+    cpp = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-isystem", headers, "-I", EMULATION,
+           "-include", "cuda_on_cpu.h"]  # fmt: skip
     return build, [*cpp, *CHECKS, "-fno-pie", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
@@ -77,16 +68,7 @@ def run_driver(tree, sources, *arguments, driver="driver"):
     jobs = [[*cpp, "-w", "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
     jobs += [[*cpp, *WARNINGS, "-c", EMULATION / f"{driver}.cpp", "-o", cuda / f"{driver}.o"]]
     c = ["gcc", "-std=c11", "-fno-pie", "-w", "-I", build / "csrc", "-DMV_WITH_CUDA=1", "-c"]
-    for name in (
-        "rms_norm",
-        "rms_norm_qkv",
-        "act_and_mul",
-        "decode_attention",
-        "qk_norm_rope",
-        "heads",
-        "dispatch",
-        "checks",
-    ):  # the lists
+    for name in LISTS:
         jobs += [[*c, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, jobs))

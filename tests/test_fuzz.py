@@ -223,7 +223,7 @@ def test_soak_finds_stale_weights(with_torch, monkeypatch):
 
 
 def test_every_attack_is_made():
-    made = {(attack.what, attack.argument) for attack in (objects.Attack(4, index) for index in range(3000))}
+    made = {(attack.what, attack.argument) for attack in (objects.Attack(4, index) for index in range(6000))}
     assert {what for what, _ in made} >= set(objects.TENSORS)
     every = set().union(*map(parameters, cases.OPS)) - {"kernel"}
     assert {argument for _, argument in made} >= every

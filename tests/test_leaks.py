@@ -40,6 +40,7 @@ def calls_of_everything(framework):
         minivllm.add_rms_norm(x, x, weight, rounding="fp32", weight_offset=1.0)
         minivllm.rms_norm_qkv(x, weight, matrix, 3, 1, bias=bias, residual=x, batch_invariant=True)
         minivllm.rms_norm_qkv(x, weight, (matrix[:24], matrix[24:32], matrix[32:]), 3, 1, out=out)
+        minivllm.rms_norm_gate_up(x, weight, (matrix[:16], matrix[16:32]), residual=x, activation="gelu")
         minivllm.norm_add(x, weight, x)
         minivllm.silu_and_mul(x), minivllm.gelu_and_mul(x, approximate="none", rounding="fp32")
         layer(x), packed(x, residual=x)
@@ -51,6 +52,7 @@ def calls_of_everything(framework):
         refused(minivllm.rms_norm, x, weight, nonsense=1)
         refused(minivllm.rms_norm_qkv, x, weight, (matrix, matrix, 3), 3, 1)
         refused(minivllm.rms_norm_qkv, x, weight, matrix, 4, 1)
+        refused(minivllm.rms_norm_gate_up, x, weight, (matrix, 3))
 
     return one_of_everything, (x, weight, matrix, bias, out)
 

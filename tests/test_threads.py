@@ -205,6 +205,10 @@ SMALL_STACKS = """
                 minivllm.rms_norm_qkv(x, weight, transposed, 6, 2, **kernel),
             ],
             "rms_norm_linear": lambda: minivllm.rms_norm_linear(x, weight, matrix, bias=bias, **kernel),
+            "rms_norm_gate_up": lambda: [
+                minivllm.rms_norm_gate_up(x, weight, matrix, bias=bias, activation="gelu", **kernel),
+                minivllm.rms_norm_gate_up(x, weight, transposed, residual=x, **kernel),
+            ],
             "linear": lambda: [minivllm.linear(x, matrix, **kernel), minivllm.linear(x, transposed, **kernel)],
             "linear_add": lambda: minivllm.linear_add(x, matrix, np.ones((200, 1000), dtype), bias=bias, **kernel),
             "silu_and_mul": lambda: minivllm.silu_and_mul(x, **kernel),

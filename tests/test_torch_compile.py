@@ -205,6 +205,11 @@ def test_the_registered_ops(torch, device, dtype):
         ops.rms_norm_linear: LINEAR | {"x": i.x, "norm_weight": i.norm, "weight": i.wide, "bias": None},
         ops.add_rms_norm_linear: LINEAR
         | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "weight": i.square, "bias": i.bias},
+        ops.rms_norm_gate_up: LINEAR
+        | {"x": i.x, "norm_weight": i.norm, "gate_up_weight": [i.wide], "bias": [], "activation": "gelu"},
+        ops.add_rms_norm_gate_up: LINEAR
+        | {"x": i.x, "residual": i.residual, "norm_weight": i.norm, "activation": "silu"}
+        | {"gate_up_weight": list(i.square.chunk(2)), "bias": list(i.bias.chunk(2))},
         ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
         ops.decode_attention: NORM | attention_arguments(i.x),
         ops.qk_norm_rope: NORM | qk_arguments(i.x),

@@ -2,9 +2,12 @@
  *
  *   out = rn(sum + bias), or with an addend rn(rn(rn(sum + bias) * scale) + addend)
  *
- * Of the inner roundings "hf" makes both, but the second only where there is a scale, and "fp32" none. */
+ * Of the inner roundings "hf" makes both, but the second only where there is a scale, and "fp32" none. The outputs of a
+ * gated layer are rn(activation(gate) * up), where "hf" rounds gate, up and the activation, too. */
 #ifndef MV_SPAN_BIAS
 #define MV_SPAN_BIAS
+
+#include "activation.h"
 
 /* The bias of n outputs from `row` of the block on; zeros when it has none. */
 MV_INLINE vf span_bias(const mv_block *block, int64_t row, int n) {
@@ -34,4 +37,32 @@ MV_INLINE void MV_NAME(store_outputs, DTYPE)(const mv_task *task, int64_t token,
     }
     element *out = (element *)task->out.data + mv_row_offset(task->out, task->inner, token) + column;
     MV_NAME(v_store, DTYPE)(out, sum, n);
+}
+
+/* The same of a gated layer, from the sums of the gate and of up. */
+static void MV_NAME(store_gated, DTYPE)(const mv_task *task, int64_t token, int64_t column, vf gate, vf up, int n) {
+    typedef MV_NAME(element, DTYPE) element;
+    const bool hf = task->rounding == MV_ROUNDING_HF;
+    if (hf) gate = MV_NAME(v_round, DTYPE)(gate), up = MV_NAME(v_round, DTYPE)(up);
+    vf active = gate;
+    switch (task->activation) {
+    case MV_SILU: active = v_activation(MV_SILU, gate); break;
+    case MV_GELU_TANH: active = v_activation(MV_GELU_TANH, gate); break;
+    case MV_GELU: active = v_activation(MV_GELU, gate); break;
+    }
+    if (hf) active = MV_NAME(v_round, DTYPE)(active);
+    element *out = (element *)task->out.data + mv_row_offset(task->out, task->inner, token) + column;
+    MV_NAME(v_store, DTYPE)(out, v_mul(active, up), n);
+}
+
+/* What becomes of n outputs of a span from its output r on. gates: of a gated layer, where the gate's sums of these
+ * outputs wait for those of up; else NULL. */
+MV_INLINE void MV_NAME(finish_outputs, DTYPE)(const mv_task *task, int64_t token, output_span span, int64_t r, vf sum,
+                                              int n, float *gates) {
+    if (!gates)
+        MV_NAME(store_outputs, DTYPE)(task, token, span.column + r, sum, n);
+    else if (span.block == task->linear.block)
+        v_store_f32(gates, sum, LANES);
+    else
+        MV_NAME(store_gated, DTYPE)(task, token, span.column + r, v_load_f32(gates, LANES), sum, n);
 }

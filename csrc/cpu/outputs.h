@@ -12,7 +12,13 @@ typedef struct {
     int64_t column; /* of `out` */
 } output_span;
 
-/* The part of the outputs [*column, end) that the block at *column has; moves *column past it. */
+/* Of out: half of the outputs of a gated layer. */
+MV_INLINE int64_t out_columns(const mv_task *task) {
+    return task->linear.gated ? task->linear.outputs / 2 : task->linear.outputs;
+}
+
+/* The part of the outputs [*column, end) that the block at *column has; moves *column past it. Of a gated layer
+ * a column is an output of the gate. */
 MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t end) {
     int64_t before = 0;
     int b = 0;
@@ -22,6 +28,12 @@ MV_INLINE output_span next_span(const mv_task *task, int64_t *column, int64_t en
     const output_span span = {&task->linear.block[b], *column - before, least(end, block_end) - *column, *column};
     *column += span.count;
     return span;
+}
+
+/* Of a gated layer the spans are the gate's. This is up's of the same columns. */
+MV_INLINE output_span up_span(const mv_task *task, output_span gate) {
+    gate.block = &task->linear.block[1];
+    return gate;
 }
 
 /* Tokens that a kernel normalises before it multiplies: enough that reading the weights again for the next ones is

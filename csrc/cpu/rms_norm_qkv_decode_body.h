@@ -50,9 +50,9 @@ MV_INLINE void MV_NAME(decode_step, DTYPE)(const char *weight, int64_t row_bytes
     }
 }
 
-/* `rows` outputs of a span from r on, for `tokens` tokens from `token` on. */
+/* `rows` outputs of a span from r on, for `tokens` tokens from `token` on. gates: of a gated layer, [tokens][LANES]. */
 MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode, output_span span, int64_t r,
-                                           int64_t token, bool wide, int rows, int tokens) {
+                                           int64_t token, bool wide, int rows, int tokens, float *gates) {
     const mv_task *task = decode->task;
     const int64_t hidden = task->hidden, units = decode->units;
     const int64_t row_bytes = span.block->row_stride * (int64_t)(wide ? sizeof(float) : sizeof(ELEMENT));
@@ -86,8 +86,18 @@ MV_INLINE void MV_NAME(decode_tile, DTYPE)(const MV_NAME(decode, DTYPE) * decode
         for (int i = 0; i < rows; i++)
             finished[i] = MV_NAME(settle, DTYPE)((float)total[i][t], task, span.block, row + i, y + t * units, 1);
         const vf sums = v_add(v_load_f32(finished, LANES), bias);
-        MV_NAME(store_outputs, DTYPE)(task, decode->first + token + t, span.column + r, sums, rows);
+        float *of_token = gates ? gates + t * LANES : NULL;
+        MV_NAME(finish_outputs, DTYPE)(task, decode->first + token + t, span, r, sums, rows, of_token);
     }
+}
+
+/* Of a gated layer the rows of the gate, then those of up, for the same tokens. */
+MV_INLINE void MV_NAME(decode_pair, DTYPE)(const MV_NAME(decode, DTYPE) * decode, output_span span, int64_t r,
+                                           int64_t token, bool wide, int rows, int tokens) {
+    const bool gated = decode->task->linear.gated;
+    float gates[DOT_TOKENS * LANES];
+    for (int i = 0; i <= gated; i++) MV_NAME(decode_tile, DTYPE)
+    (decode, i ? up_span(decode->task, span) : span, r, token, wide, rows, tokens, gated ? gates : NULL);
 }
 
 MV_INLINE void MV_NAME(decode_span, DTYPE)(const MV_NAME(decode, DTYPE) * decode, output_span span, bool wide) {
@@ -96,12 +106,12 @@ MV_INLINE void MV_NAME(decode_span, DTYPE)(const MV_NAME(decode, DTYPE) * decode
     for (; r + DOT_ROWS <= span.count; r += DOT_ROWS) {
         int64_t token = 0;
         for (; token + DOT_TOKENS <= tokens; token += DOT_TOKENS)
-            MV_NAME(decode_tile, DTYPE)(decode, span, r, token, wide, DOT_ROWS, DOT_TOKENS);
-        for (; token < tokens; token++) MV_NAME(decode_tile, DTYPE)(decode, span, r, token, wide, DOT_ROWS, 1);
+            MV_NAME(decode_pair, DTYPE)(decode, span, r, token, wide, DOT_ROWS, DOT_TOKENS);
+        for (; token < tokens; token++) MV_NAME(decode_pair, DTYPE)(decode, span, r, token, wide, DOT_ROWS, 1);
     }
     for (; r < span.count; r++)
         for (int64_t token = 0; token < tokens; token++)
-            MV_NAME(decode_tile, DTYPE)(decode, span, r, token, wide, 1, 1);
+            MV_NAME(decode_pair, DTYPE)(decode, span, r, token, wide, 1, 1);
 }
 
 static void MV_NAME(decode_outputs, DTYPE)(void *context, int64_t begin, int64_t end) {
@@ -130,7 +140,7 @@ mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), decode), ISA)(const m
         decode.tokens = least(CHUNK_TOKENS, task->tokens - decode.first);
         mv_parallel_for(decode.tokens, 1 + PARALLEL_ELEMENTS / hidden, MV_NAME(decode_norm, DTYPE), &decode);
         const int64_t rows_worth_a_thread = 1 + PARALLEL_PRODUCTS / (hidden * decode.tokens);
-        mv_parallel_for(task->linear.outputs, round_up(rows_worth_a_thread, DOT_ROWS), MV_NAME(decode_outputs, DTYPE),
+        mv_parallel_for(out_columns(task), round_up(rows_worth_a_thread, DOT_ROWS), MV_NAME(decode_outputs, DTYPE),
                         &decode);
     }
     return MV_OK;

@@ -153,8 +153,10 @@ static void MV_NAME(chunk_stripe, DTYPE)(const MV_NAME(chunk, DTYPE) * chunk, ou
             for (int i = 0; i < LANES; i++)
                 m[i] = i < n ? v_load_f32(sum + (r + i) * CHUNK_TOKENS + t, LANES) : v_set(0);
             v_transpose(m);
-            for (int64_t i = 0; i < least(LANES, chunk->tokens - t); i++) MV_NAME(store_outputs, DTYPE)
-            (task, chunk->first + t + i, span.column + r, v_add(m[i], bias), n);
+            for (int64_t i = 0; i < least(LANES, chunk->tokens - t); i++) {
+                float *gates = task->linear.gated ? scratch->gates + (t + i) * STRIPE + r : NULL;
+                MV_NAME(finish_outputs, DTYPE)(task, chunk->first + t + i, span, r, v_add(m[i], bias), n, gates);
+            }
         }
 }
 
@@ -167,10 +169,13 @@ static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t 
         return;
     }
     int64_t column = begin * TILE_OUTPUTS;
-    const int64_t last = least(end * TILE_OUTPUTS, chunk->task->linear.outputs);
+    const int64_t last = least(end * TILE_OUTPUTS, out_columns(chunk->task));
     MV_NAME(begin_tiles, DTYPE)();
-    while (column < last)
-        MV_NAME(chunk_stripe, DTYPE)(chunk, next_span(chunk->task, &column, least(last, column + STRIPE)), scratch);
+    while (column < last) {
+        const output_span span = next_span(chunk->task, &column, least(last, column + STRIPE));
+        MV_NAME(chunk_stripe, DTYPE)(chunk, span, scratch);
+        if (chunk->task->linear.gated) MV_NAME(chunk_stripe, DTYPE)(chunk, up_span(chunk->task, span), scratch);
+    }
     MV_NAME(end_tiles, DTYPE)();
 }
 
@@ -183,7 +188,7 @@ mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill),
     if (!rows_are_contiguous(task)) return mv_rms_norm_qkv_bf16_prefill_avx512bf16(task, decision, error);
 #endif
     (void)decision;
-    const int64_t hidden = task->hidden, tiles = (task->linear.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    const int64_t hidden = task->hidden, tiles = (out_columns(task) + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
     float *scale = task->workspace;
     MV_NAME(chunk, DTYPE) chunk = {task, 0, 0, padded_units(hidden) / UNIT, scale, scale + CHUNK_TOKENS, false};
     for (; chunk.first < task->tokens; chunk.first += CHUNK_TOKENS) {

@@ -34,6 +34,7 @@ typedef struct {
     _Alignas(64) float sum[STRIPE * CHUNK_TOKENS]; /* [output][token] */
     float stage[STRIPE * BLOCK_UNITS];
     double total[STRIPE * CHUNK_TOKENS]; /* of the runs before, where there are more than one */
+    float gates[STRIPE * CHUNK_TOKENS];  /* [token][output]: of a gated layer, while up is multiplied */
 } stripe_scratch;
 
 /* The sums of a run join the totals; after the last run the totals are the sums. */

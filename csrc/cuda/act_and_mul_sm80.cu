@@ -10,6 +10,7 @@
  *
  * With exact divisions, expf and normcdff a result keeps the precision of float32, also where it is tiny. Nothing is
  * loaded before the wait for the previous kernel, which may still write x. */
+#include "activation.cuh"
 #include "launch.cuh"
 #include "vec.cuh"
 
@@ -26,14 +27,6 @@ struct Pieces {
     bool hf;
     bool gate_aligned, up_aligned, out_aligned; /* fit for 16-byte accesses */
 };
-
-/* tests/c/activation.h says how near these are. */
-template <mv_activation kActivation> __device__ __forceinline__ float activation(float z) {
-    constexpr float linear = -0x1.988454p0f, cubic = -0x1.2444f2p-4f; /* -2 sqrt(2 / pi), and 0.044715 of that */
-    if constexpr (kActivation == MV_SILU) return z / (1 + expf(-z));
-    if constexpr (kActivation == MV_GELU_TANH) return z / (1 + expf(z * fmaf(z * z, cubic, linear)));
-    return z * normcdff(z);
-}
 
 template <typename T, mv_activation kActivation>
 __device__ __forceinline__ Packet<T> act_and_mul(const Packet<T> &gate, const Packet<T> &up, bool hf) {

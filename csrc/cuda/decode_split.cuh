@@ -61,9 +61,13 @@ bool is_late(const mv_task *task, int64_t tokens) {
            tokens <= kLateTokens && task->hidden <= kLateHidden;
 }
 
+/* Rows that one block has all of, and how many times as many there are: the gate's and up's of an output. */
+int unit_of(const mv_task *task) { return task->linear.gated ? 2 : 1; }
+int64_t units_of(const mv_task *task) { return task->linear.outputs / unit_of(task); }
+
 Groups groups_of(const mv_task *task, int log_groups) {
     const int64_t tokens = (task->tokens + (1 << log_groups) - 1) >> log_groups;
-    const int64_t blocks = min(task->linear.outputs, int64_t{max(task->sm_count >> log_groups, 1)});
+    const int64_t blocks = min(units_of(task), int64_t{max(task->sm_count >> log_groups, 1)});
     const bool late = is_late(task, tokens);
     return {log_groups, static_cast<int>(tokens), static_cast<int>(blocks),
             static_cast<int>(late ? 2 * tokens : tokens), late};
@@ -72,7 +76,7 @@ Groups groups_of(const mv_task *task, int log_groups) {
 /* Of a warp. */
 int64_t pieces_of(const mv_task *task, const Groups &groups) {
     const int step = kWarps * 128 / static_cast<int>(mv_dtype_bytes(task->dtype));
-    const int64_t rows = (task->linear.outputs + groups.blocks - 1) / groups.blocks;
+    const int64_t rows = (units_of(task) + groups.blocks - 1) / groups.blocks * unit_of(task);
     return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
 }
 
@@ -149,9 +153,10 @@ int64_t parts_of(const mv_task *task, const Groups &groups) {
 }
 
 Part part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
-    const int64_t all = groups.head_rows ? task->linear.outputs / kHeadOutputs : task->linear.outputs;
+    const int64_t all = groups.head_rows ? task->linear.outputs / kHeadOutputs : units_of(task);
     const int first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
-    if (!groups.head_rows) return {first, count, groups.blocks, 0};
+    const int unit = unit_of(task);
+    if (!groups.head_rows) return {first * unit, count * unit, groups.blocks, 0};
     const int cluster = cluster_of(task, count);
     return {first * kHeadOutputs, count * kHeadOutputs, count * cluster, static_cast<unsigned>(cluster)};
 }

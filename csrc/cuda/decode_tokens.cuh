@@ -18,11 +18,11 @@ using Squares = float (*)[kWarps];
 
 /* How a launch is cut: blocks that follow each other have the same rows, each with a group of the tokens. */
 struct Split {
-    int first_output, rows_per_block, more; /* the first `more` shares have one row more */
-    int log_groups, group_tokens;           /* of the tokens */
-    int log_threads;                        /* of the threads that share a token */
-    int slots;                              /* per warp, so many 16 KB of weights are on their way to a block */
-    int norm_weight, y;                     /* where they begin in shared memory */
+    int first_output, rows_per_block, more, unit; /* the first `more` shares have one unit of rows more */
+    int log_groups, group_tokens;                 /* of the tokens */
+    int log_threads;                              /* of the threads that share a token */
+    int slots;                                    /* per warp, so many 16 KB of weights are on their way to a block */
+    int norm_weight, y;                           /* where they begin in shared memory */
     float mean_scale;
     bool in_pairs; /* the norm weights multiply two 16-bit values at a time */
     int early;     /* slots that are filled before the tokens are asked for */

@@ -4,14 +4,14 @@
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 
-/* One head on its way: all that it takes is asked for before any of it is used. Lane l has the columns l, l + 32 and so
- * on, kPer of them: dim is at most 32 kPer. */
+/* One head. Everything that it takes is loaded before any of it is used. Lane l has kPer columns, which are l, l + 32
+ * and so on: dim is at most 32 kPer. */
 template <typename T, int kPer> struct Head {
     float value[kPer], weight[kPer], cosine[kPer], sine[kPer];
 
     static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x % 32) + i * 32; }
 
-    /* Of `count` values of a dtype that is asked for once. */
+    /* Of `count` values; their dtype is looked at once, and not for each. */
     static __device__ __forceinline__ void load_values(float (&to)[kPer], const void *from, mv_dtype dtype,
                                                        int64_t first, int count) {
         if (dtype == MV_F32) {
@@ -25,7 +25,7 @@ template <typename T, int kPer> struct Head {
         }
     }
 
-    /* row: of cos and sin. */
+    /* row: the row of cos and sin. */
     __device__ __forceinline__ void load(const T *x, int dim, const mv_head_norm &norm, const mv_rotary &rotary,
                                          int64_t row) {
         const int columns = static_cast<int>(rotary.columns);

@@ -2,10 +2,13 @@
  *
  *   out = rn(sum + bias), or with an addend rn(rn(rn(sum + bias) * scale) + addend)
  *
- * The outputs of a task are numbered through q | k | v. When the three blocks are one packed matrix the number is the
- * row of that matrix; otherwise it has to be looked up, which a kernel does once per output of its tile. */
+ * or of a gated layer what activation.cuh makes of two. The outputs of a task are numbered through q | k | v; those of
+ * a gated layer are the first of the gate, the first of up, the second of the gate, and so on. When the three blocks
+ * are one packed matrix the number is the row of that matrix; otherwise it has to be looked up, which a kernel does
+ * once per output of its tile. */
 #pragma once
 
+#include "activation.cuh"
 #include "rms_norm.cuh"
 
 /* Output n of a task: row `row` of block `block`. */
@@ -15,6 +18,7 @@ struct OutputPlace {
 };
 
 __device__ __forceinline__ OutputPlace find_output(const mv_task &task, int64_t n) {
+    if (task.linear.gated) return {static_cast<int>(n % 2), n / 2};
     OutputPlace place = {0, n};
     if (task.linear.packed) return place;
     while (place.block < 2 && place.row >= task.linear.block[place.block].outputs)

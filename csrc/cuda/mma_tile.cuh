@@ -6,6 +6,7 @@
  * banks. */
 #pragma once
 
+#include "../kernel.h"
 #include "mma.cuh"
 #include "ptx.cuh"
 
@@ -52,6 +53,17 @@ template <int kRows, int kColumns, int kThreads, bool kSpread> struct Source {
                                           int64_t columns_left) {
         from = static_cast<const char *>(matrix) + (own_row() * row_stride + own_piece() * kPiece) * 2;
         apart = rows_apart * row_stride * 2;
+        rows = static_cast<int>(min(rows_left, int64_t{INT32_MAX})) - own_row();
+        columns = static_cast<int>(min(columns_left, int64_t{INT32_MAX})) - own_piece() * kPiece;
+    }
+
+    /* Of a gated layer, whose rows are the gate's and up's in turns: `rows_left` of both, from row `first` of each. */
+    __device__ __forceinline__ void begin_pairs(const mv_block *blocks, int64_t first, int64_t rows_left,
+                                                int64_t columns_left) {
+        const mv_block &block = blocks[own_row() % 2]; /* of all own rows: they are an even number apart */
+        const int64_t row = first + own_row() / 2;
+        from = static_cast<const char *>(block.weight) + (row * block.row_stride + own_piece() * kPiece) * 2;
+        apart = rows_apart * block.row_stride; /* in bytes, of half as many rows */
         rows = static_cast<int>(min(rows_left, int64_t{INT32_MAX})) - own_row();
         columns = static_cast<int>(min(columns_left, int64_t{INT32_MAX})) - own_piece() * kPiece;
     }

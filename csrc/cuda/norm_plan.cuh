@@ -18,9 +18,13 @@ template <typename Cut> Cut cut_of(const mv_decision *decision) {
     return cut;
 }
 
+/* Of a row whose product has no pairs of outputs. */
+constexpr const char *kNotGated = "it does not multiply up by the activation of the gate";
+
 /* Of a row that has a norm in front of its product, and only a rounding behind it. */
 static inline const char *norm_linear_why_not(const mv_task *task) {
     if (task->linear.plain_x) return "it multiplies normalised rows only";
+    if (task->linear.gated) return kNotGated;
     return task->linear.addend.data ? "it adds no residual to its outputs" : nullptr;
 }
 

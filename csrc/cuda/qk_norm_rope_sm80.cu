@@ -42,7 +42,8 @@ template <typename T> __device__ __forceinline__ mv_rotary rotary_of_token(const
     return rotary;
 }
 
-/* kPer: columns of a head that a lane has. */
+/* kPer: columns of a head that a lane has. Where they are at most 4, a thread may take no more registers than let an SM
+ * hold 5 blocks. */
 template <typename T, int kPer> __global__ void __launch_bounds__(kThreads, kPer <= 4 ? 5 : 1)
     qk_norm_rope_kernel(const __grid_constant__ mv_task task) {
     extern __shared__ __align__(16) float smem[];

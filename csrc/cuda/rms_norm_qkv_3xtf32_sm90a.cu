@@ -266,6 +266,7 @@ mv_kernel mv_rms_norm_f32_sm80;
 const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const TileChoice choice = choose_tile(task);
     if (!mv_at_price(decision, h100::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
+    if (task->linear.gated) return kNotGated;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = Workspace(task, choice).bytes();
     keep_cut(decision, choice);

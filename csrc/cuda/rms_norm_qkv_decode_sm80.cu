@@ -10,8 +10,9 @@
  * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: in "hf" y exactly, after a
  * barrier that makes the row factor known; in "fp32" s * w without a rounding, and the row factor multiplies the
  * finished sum, which saves that barrier. Without a norm x itself goes there, and an addend comes with the last step of
- * its row, as the bias does. Sums are float32, each lane's in order of k, then over lanes in a fixed tree.
- */
+ * its row, as the bias does. The rows of the gate and of up take turns in a gated layer; their finished sums wait in
+ * shared memory until the block has all of its own. Sums are float32, each lane's in order of k, then over lanes in a
+ * fixed tree. */
 #include "cuda.h"
 #include "h100.cuh"
 #include "launch.cuh"
@@ -50,8 +51,10 @@ template <typename W> int padded(int64_t hidden) {
 
 constexpr int kPartials = kMaxTokens * kWarps;
 
-template <typename W> size_t shared_bytes(int tokens, int64_t hidden) {
-    return (2 * kPartials + static_cast<size_t>(tokens) * static_cast<size_t>(padded<W>(hidden))) * sizeof(float);
+/* gated_rows: of a block of a gated layer, else 0. */
+template <typename W> size_t shared_bytes(int tokens, int64_t hidden, int gated_rows) {
+    const size_t of_token = static_cast<size_t>(padded<W>(hidden)) + static_cast<size_t>(gated_rows);
+    return (2 * kPartials + static_cast<size_t>(tokens) * of_token) * sizeof(float);
 }
 
 struct Aligned {
@@ -161,10 +164,13 @@ struct Place {
     int n, k, left;
 };
 
-/* The even split of the rows over the blocks: the first `more` blocks have one row more. */
+/* The even split of the rows over the blocks, in units of one row, or of two in a gated layer: the first `more` blocks
+ * have one more. */
 struct Split {
-    int rows_per_block, more, steps_per_row; /* a row is steps_per_row * kColumns<W> wide, padding included */
+    int units_per_block, more, unit, steps_per_row; /* a row is steps_per_row * kColumns<W> wide, padding included */
 };
+
+int rows_of_block(const Split &split) { return (split.units_per_block + (split.more > 0)) * split.unit; }
 
 __device__ __forceinline__ int share_begin(int each, int more, int part) { return part * each + min(part, more); }
 
@@ -173,12 +179,13 @@ template <typename W, bool kAligned> struct Stream {
     static constexpr int columns = kColumns<W>;
 
     const mv_task &task;
-    const int hidden, first_row, steps_per_row, steps; /* of this block */
+    const int hidden, first_row, rows, steps_per_row, steps; /* of this block */
 
     __device__ __forceinline__ Stream(const mv_task &task, Split split)
         : task(task), hidden(static_cast<int>(task.hidden)),
-          first_row(share_begin(split.rows_per_block, split.more, blockIdx.x)), steps_per_row(split.steps_per_row),
-          steps((split.rows_per_block + (static_cast<int>(blockIdx.x) < split.more)) * split.steps_per_row) {}
+          first_row(split.unit * share_begin(split.units_per_block, split.more, blockIdx.x)),
+          rows(split.unit * (split.units_per_block + (static_cast<int>(blockIdx.x) < split.more))),
+          steps_per_row(split.steps_per_row), steps(rows * split.steps_per_row) {}
 
     /* The steps of warp w are those from begin(w) to begin(w + 1). */
     __device__ __forceinline__ int begin(int warp) const { return share_begin(steps / kWarps, steps % kWarps, warp); }
@@ -265,14 +272,23 @@ template <int kTokens> struct Row {
     bool whole;         /* the warp has it from its first column on */
 };
 
-/* kPlain: without a norm; only then there may be addends. */
+/* Of a gated layer, whose finished sums of row n are those from n * kTokens on; else null. */
+struct GatedSums {
+    float *of;
+};
+
+/* kPlain: without a norm; only then there may be addends, and no gate. */
 template <typename T, int kTokens, bool kPlain>
 __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first_token, int n,
                                               const float (&total)[kTokens], const float (&factor)[kTokens], float bias,
-                                              float addend) {
+                                              float addend, GatedSums gated) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++)
         if (static_cast<int>(threadIdx.x % 32) == t && first_token + t < task.tokens) {
+            if (!kPlain && task.linear.gated) {
+                gated.of[n * kTokens + t] = total[t] * factor[t] + bias;
+                continue;
+            }
             T *const to = row_address<T>(task.out, task.inner, first_token + t) + n;
             if constexpr (kPlain)
                 *to = finish_output<T>(task, total[t], bias, addend);
@@ -286,7 +302,8 @@ __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first
 template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
 __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
                                         Step<W> &step, Place done, Place later, int64_t first_token,
-                                        const float (&factor)[kTokens], Row<kTokens> &row, float *open) {
+                                        const float (&factor)[kTokens], Row<kTokens> &row, float *open,
+                                        GatedSums gated) {
     const float bias = step.bias, addend = kPlain ? step.addend : 0.0f;
     const W *next_row = stream.row(later);
 #pragma unroll
@@ -307,14 +324,16 @@ __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const
         if (!row.whole) open[t * kWarps + threadIdx.x / 32] = total[t];
         row.sum[t] = 0;
     }
-    if (row.whole) write_outputs<T, kTokens, kPlain>(stream.task, first_token, done.n, total, factor, bias, addend);
+    if (row.whole)
+        write_outputs<T, kTokens, kPlain>(stream.task, first_token, done.n, total, factor, bias, addend, gated);
     row.whole = ends;
 }
 
 /* The row that this warp has begun and others have ended: their parts come from `open`. */
 template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
 __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int64_t first_token, int n,
-                                          const float (&factor)[kTokens], const Row<kTokens> &row, const float *open) {
+                                          const float (&factor)[kTokens], const Row<kTokens> &row, const float *open,
+                                          GatedSums gated) {
     float total[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; t++) total[t] = warp_sum(row.sum[t]);
@@ -324,7 +343,19 @@ __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int
         for (int t = 0; t < kTokens; t++) total[t] += open[t * kWarps + warp];
     const float bias = load_bias<T>(stream.task, find_output(stream.task, n));
     const float addend = kPlain ? stream.template addend<T, kTokens>(Place{n, stream.hidden, 1}, first_token) : 0.0f;
-    write_outputs<T, kTokens, kPlain>(stream.task, first_token, n, total, factor, bias, addend);
+    write_outputs<T, kTokens, kPlain>(stream.task, first_token, n, total, factor, bias, addend, gated);
+}
+
+/* The outputs of a gated layer, when all sums of the block are there. */
+template <typename T, int kTokens> __device__ __forceinline__ void
+write_gated(const mv_task &task, int64_t first_token, int first_row, int rows, GatedSums gated) {
+    for (int i = threadIdx.x; i < rows / 2 * kTokens; i += kThreads) {
+        const int t = i % kTokens, gate = first_row + i / kTokens * 2;
+        const float *sums = gated.of + gate * kTokens + t;
+        if (first_token + t < task.tokens)
+            row_address<T>(task.out, task.inner, first_token + t)[gate / 2] =
+                finish_gated<T>(task, sums[0], sums[kTokens]);
+    }
 }
 
 template <typename T, typename W, bool kAligned, int kTokens, bool kPlain>
@@ -335,6 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float *const open = shared + kPartials;
     const Tokens<Packet<W>::size> tokens = {shared + 2 * kPartials, split.steps_per_row * kColumns<W>};
     const Stream<W, kAligned> stream(task, split);
+    const GatedSums gated = {tokens.y + kTokens * (tokens.stride - stream.first_row)};
 
     Place now = stream.first(), next = stream.next(now), last = now;
     Row<kTokens> row = {{}, now.k == 0};
@@ -365,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     const auto multiply_step = [&](Step<W> &step) {
         const Place later = stream.next(next);
-        advance<T, kPlain>(stream, tokens, step, now, later, first_token, factor, row, open);
+        advance<T, kPlain>(stream, tokens, step, now, later, first_token, factor, row, open, gated);
         last = now;
         now = next;
         next = later;
@@ -374,10 +406,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_step(even);
         if (now.left > 0) multiply_step(odd);
     }
-    if (stream.steps_per_row == 1) return;
+    const bool has_gate = !kPlain && task.linear.gated;
+    if (stream.steps_per_row == 1 && !has_gate) return;
     __syncthreads();
     if (last.left == 1 && row.whole && !stream.ends_row(last))
-        close_row<T, kPlain>(stream, first_token, last.n, factor, row, open);
+        close_row<T, kPlain>(stream, first_token, last.n, factor, row, open, gated);
+    if (!has_gate) return;
+    __syncthreads();
+    write_gated<T, kTokens>(task, first_token, stream.first_row, stream.rows, gated);
 }
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
@@ -390,12 +426,17 @@ template <typename W> bool weights_aligned(const mv_task *task) {
     return aligned;
 }
 
+template <typename W> Split split_of(const mv_task *task) {
+    const int unit = task->linear.gated ? 2 : 1, units = static_cast<int>(task->linear.outputs) / unit;
+    return {units / task->sm_count, units % task->sm_count, unit, padded<W>(task->hidden) / kColumns<W>};
+}
+
 template <typename T, typename W, int kTokens, bool kPlain>
 mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *error) {
-    const int outputs = static_cast<int>(task->linear.outputs);
-    const Split split = {outputs / task->sm_count, outputs % task->sm_count, padded<W>(task->hidden) / kColumns<W>};
+    const Split split = split_of<W>(task);
     const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm.weight)};
-    const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads, shared_bytes<W>(kTokens, task->hidden)};
+    const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads,
+                       shared_bytes<W>(kTokens, task->hidden, task->linear.gated ? rows_of_block(split) : 0)};
     return weights_aligned<W>(task)
                ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens, kPlain>>(task, grid, error, *task, first_token,
                                                                                  split, aligned)
@@ -432,8 +473,9 @@ extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, 
     if (!mv_at_price(decision, h100::decode_sm80_us(task), below)) return mv_too_dear;
     if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
-    if (task->hidden > 1 << 16 ||
-        shared_bytes<__half>(kMaxTokens, task->hidden) > static_cast<size_t>(task->smem_bytes))
+    if (task->hidden > 1 << 16) return "its tokens do not fit in shared memory";
+    const int gated_rows = task->linear.gated ? rows_of_block(split_of<__half>(task)) : 0;
+    if (shared_bytes<__half>(kMaxTokens, task->hidden, gated_rows) > static_cast<size_t>(task->smem_bytes))
         return "its tokens do not fit in shared memory";
     return nullptr;
 }

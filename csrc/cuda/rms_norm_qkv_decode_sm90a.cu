@@ -91,8 +91,8 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     Fixed *const fixed = reinterpret_cast<Fixed *>(shared);
     const int block = blockIdx.x >> split.log_groups, group = blockIdx.x & ((1 << split.log_groups) - 1);
     const int warp = threadIdx.x / 32;
-    const int first_row = split.first_output + block * split.rows_per_block + min(block, split.more);
-    const int rows = split.rows_per_block + (block < split.more);
+    const int first_row = split.first_output + block * split.rows_per_block + min(block, split.more) * split.unit;
+    const int rows = split.rows_per_block + (block < split.more) * split.unit;
     const int hidden = static_cast<int>(task.hidden);
     char *const ring = shared + kRing<kTokens> + warp * split.slots * kPieceBytes;
     const char *const norm_weight = shared + split.norm_weight;
@@ -233,7 +233,7 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     for (int m = 0; m < kRowTiles; m++)
         Product::template store<kLate>(reinterpret_cast<float *>(ring) + m * kPieceRows, kPitch, sums[m]);
     __syncthreads();
-    const auto total_of = [&](int token) {
+    const auto total_of = [&](int token, int row) {
         const char *parts = shared + kRing<kTokens> + (token * kPitch + row) * 4;
         float total = 0;
 #pragma unroll
@@ -249,14 +249,20 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         for (int i = 0; i < kOwn; i++) {
             const int token = first_token + i * kAtOnce;
             if (token < share.tokens)
-                *place_of(token) = finish_output<T>(task, total_of(token), fixed->bias[row], addend[i]);
+                *place_of(token) = finish_output<T>(task, total_of(token, row), fixed->bias[row], addend[i]);
         }
     } else {
+        if (task.linear.gated && row % 2 != 0) return; /* the thread of the gate has up, too */
 #pragma unroll 1
         for (int token = first_token; token < share.tokens; token += kAtOnce) {
-            float total = total_of(token);
-            if (kLate) total *= token_factor<T>(task, split, fixed->squares[token]);
-            *place_of(token) = finish_output<T>(total, fixed->bias[row]);
+            const float factor = kLate ? token_factor<T>(task, split, fixed->squares[token]) : 1.0f;
+            const float sum = total_of(token, row) * factor;
+            if (!task.linear.gated) {
+                *place_of(token) = finish_output<T>(sum, fixed->bias[row]);
+                continue;
+            }
+            const float gate = sum + fixed->bias[row], up = total_of(token, row + 1) * factor + fixed->bias[row + 1];
+            token_row<T>(task.out, share.first + token)[(first_row + row) / 2] = finish_gated<T>(task, gate, up);
         }
     }
 }
@@ -292,9 +298,10 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
     for (int64_t i = 0; i < parts && status == MV_OK; i++) {
         const Part part = part_of(task, groups, i, parts);
         split.first_output = part.first_output;
-        split.rows_per_block = part.outputs / part.blocks;
-        split.more = part.outputs % part.blocks;
-        switch ((split.rows_per_block + (split.more > 0) + kPieceRows - 1) / kPieceRows) {
+        split.unit = unit_of(task);
+        split.rows_per_block = part.outputs / split.unit / part.blocks * split.unit;
+        split.more = part.outputs / split.unit % part.blocks;
+        switch ((split.rows_per_block + (split.more > 0) * split.unit + kPieceRows - 1) / kPieceRows) {
         case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, groups, part, error); break;
         case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, groups, part, error); break;
         case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, groups, part, error); break;

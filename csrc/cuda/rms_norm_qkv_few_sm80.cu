@@ -254,6 +254,7 @@ mv_kernel mv_rms_norm_f32_sm80;
 
 const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_few_us(task), below)) return mv_too_dear;
+    if (task->linear.gated) return kNotGated;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
     decision->launch = choose_tile(task).launch;

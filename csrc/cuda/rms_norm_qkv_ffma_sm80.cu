@@ -312,6 +312,29 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
     }
 }
 
+/* The same of a gated layer: a group has two outputs. A loop that takes the first row of sums and moves the others up
+ * needs the code of the activations once, and leaves the sums in registers. */
+template <typename Tile, typename T, typename W> __device__ __forceinline__ void
+store_gated(Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n, TilePlace tile, const mv_task &task) {
+#pragma unroll 1
+    for (int i = 0; i < Tile::own_m; i++) {
+        const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
+        if (token < task.tokens) {
+            T *row = row_address<T>(task.out, task.inner, token);
+#pragma unroll
+            for (int j = 0; j < Tile::own_n; j += 2) {
+                const int column = n + j / kGroup * kGroup * 4 + j % kGroup;
+                const int64_t output = tile.first_output + column;
+                if (output < task.linear.outputs)
+                    row[output / 2] =
+                        finish_gated<T>(task, sum[0][j] + shared.bias[column], sum[0][j + 1] + shared.bias[column + 1]);
+            }
+        }
+#pragma unroll
+        for (int v = 0; v < Tile::own - Tile::own_n; v++) (&sum[0][0])[v] = (&sum[0][0])[v + Tile::own_n];
+    }
+}
+
 enum class Loads { kAny, kAlongK, kAlongN };
 
 /* kAdds: an addend joins the outputs. kLoads: what is known of access when compiled. */
@@ -372,6 +395,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
         if (first > 0) add_totals<Tile>(sum, shared);
         if (step < steps)
             keep_totals<Tile>(sum, shared);
+        else if (!kNorm && !kAdds && task.linear.gated)
+            store_gated<Tile>(sum, shared, m, n, tile, task);
         else
             store_outputs<kAdds, Tile>(sum, shared, m, n, tile, task);
     }
@@ -400,7 +425,8 @@ template <typename T, typename W> Access find_access(const mv_task *task) {
         const int64_t outputs = task->linear.packed ? task->linear.outputs : block.outputs;
         access.w_whole =
             access.w_whole &&
-            (access.w_along_n ? block.row_stride == 1 && groups_fit<W>(block.weight, block.col_stride, outputs)
+            (access.w_along_n ? !task->linear.gated && block.row_stride == 1 &&
+                                    groups_fit<W>(block.weight, block.col_stride, outputs)
                               : block.col_stride == 1 && groups_fit<W>(block.weight, block.row_stride, task->hidden));
         if (task->linear.packed) break;
     }

@@ -36,7 +36,7 @@ __device__ __forceinline__ Place find_place(const mv_task &task, unsigned tile, 
     const unsigned rows = static_cast<unsigned>((task.tokens + Tile::M - 1) / Tile::M);
     const TileIndex index = index_tile(tile, rows, columns, 2048 / Tile::M);
     Place place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.linear.outputs, 0, 0};
-    if (task.linear.packed) return place;
+    if (task.linear.packed || task.linear.gated) return place;
     for (; place.block < 3; place.block++) {
         place.outputs = task.linear.block[place.block].outputs;
         if (place.output < place.outputs) break;
@@ -71,6 +71,8 @@ template <typename T, typename Tile, bool kInOut> struct Stream {
         w_stride = kInOut ? block.col_stride : block.row_stride;
         if constexpr (kInOut)
             w.begin(weight + place.output, w_stride, hidden, outputs);
+        else if (task.linear.gated)
+            w.begin_pairs(task.linear.block, place.output / 2, outputs, hidden);
         else
             w.begin(weight + place.output * w_stride, w_stride, outputs, hidden);
         steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
@@ -184,6 +186,49 @@ __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &ta
         }
 }
 
+/* The same of a gated layer: of this thread's four sums in 16 columns two are the gate's and two are up's, in turns, so
+ * that they make two neighbours. A loop that takes the first sums and moves the others up needs the code of the
+ * activations once, and leaves the sums in registers. */
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_gated(Sums<Tile> &sum, const mv_task &task, const Place &place) {
+    constexpr int kColumns = Tile::warp_n / 8;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
+    const int64_t outputs = place.outputs / 2;
+    int64_t output = (place.output + first_n + output_of<false>(0)) / 2;
+#pragma unroll 1
+    for (int j = 0; j < kColumns; j += 2, output += 8) {
+        if (output >= outputs) return;
+        const bool both = output + 1 < outputs;
+        const float gate_bias[2] = {load_bias<T>(task, {0, output}), both ? load_bias<T>(task, {0, output + 1}) : 0};
+        const float up_bias[2] = {load_bias<T>(task, {1, output}), both ? load_bias<T>(task, {1, output + 1}) : 0};
+#pragma unroll
+        for (int i = 0; i < Tile::warp_m / 16; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int64_t token = place.token + first_m + i * 16 + half * 8 + lane / 4;
+                if (token >= task.tokens) continue;
+                alignas(4) T pair[2];
+#pragma unroll
+                for (int v = 0; v < 2; v++) {
+                    const float *of = sum[i][v] + 2 * half;
+                    pair[v] = finish_gated<T>(task, of[0] + gate_bias[v], of[1] + up_bias[v]);
+                }
+                T *to = row_address<T>(task.out, task.inner, token) + output;
+                if (both && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+                    *reinterpret_cast<uint32_t *>(to) = *reinterpret_cast<const uint32_t *>(pair);
+                } else {
+                    to[0] = pair[0];
+                    if (both) to[1] = pair[1];
+                }
+            }
+#pragma unroll
+        for (int i = 0; i < Tile::warp_m / 16; i++)
+#pragma unroll
+            for (int v = 0; v < 4 * (kColumns - 2); v++) (&sum[i][0][0])[v] = (&sum[i][0][0])[v + 8];
+    }
+}
+
 template <typename T, typename Tile, bool kInOut, bool kAdds>
 __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
@@ -258,7 +303,11 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
                 multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
             }
         }
-        store_outputs<T, Tile, kInOut, kAdds>(sum, task, find_place<Tile>(task, tile, columns));
+        const Place place = find_place<Tile>(task, tile, columns);
+        if (!kInOut && !kAdds && task.linear.gated)
+            store_gated<T, Tile>(sum, task, place);
+        else
+            store_outputs<T, Tile, kInOut, kAdds>(sum, task, place);
     }
 }
 
@@ -364,6 +413,8 @@ extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
 extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, h100::norm_mma_us(task), below)) return mv_too_dear;
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
+    if (task->linear.gated && task->linear.block[0].col_stride != 1)
+        return "it takes a gated layer's weights as nn.Linear keeps them, not a transposed copy";
     decision->workspace = plan_workspace(task);
     decision->launch = task->dtype == MV_F16 ? choose_end<__half>(task) : choose_end<__nv_bfloat16>(task);
     return nullptr;

@@ -284,6 +284,7 @@ mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm
 }
 
 const char *plan_why_not(const mv_task *task) {
+    if (task->linear.gated) return kNotGated;
     if (task->smem_bytes < kSmemBytes) return "there is too little shared memory";
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->linear.outputs > INT32_MAX - 256)

@@ -104,7 +104,7 @@ static inline int64_t tile_count(const mv_task *task, int tokens, int outputs) {
 
 /* Columns of tiles when no tile has outputs of two matrices. */
 static inline int64_t block_columns(const mv_task *task, int outputs) {
-    if (task->linear.packed) return ceil_div(task->linear.outputs, outputs);
+    if (task->linear.packed || task->linear.gated) return ceil_div(task->linear.outputs, outputs);
     int64_t columns = 0;
     for (const mv_block &block : task->linear.block) columns += ceil_div(block.outputs, outputs);
     return columns;

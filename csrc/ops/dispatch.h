@@ -81,6 +81,7 @@ extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list, mv_act_and_mul_list
 #define mv_add_rms_norm_list mv_rms_norm_list
 #define mv_norm_add_list mv_rms_norm_list
 #define mv_rms_norm_linear_list mv_rms_norm_qkv_list
+#define mv_rms_norm_gate_up_list mv_rms_norm_qkv_list
 #define mv_silu_and_mul_list mv_act_and_mul_list
 #define mv_gelu_and_mul_list mv_act_and_mul_list
 #define mv_linear_list mv_rms_norm_qkv_list

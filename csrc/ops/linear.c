@@ -161,7 +161,7 @@ void mv_add_layer(mv_plan *plan, const mv_layer *layer) {
         linear->block[blocks++] = *block;
         linear->outputs += block->outputs;
         linear->weight_dtype = layer->weight_dtype[i];
-        linear->packed = layer->packed || blocks == 1;
+        linear->packed = !layer->gated && (layer->packed || blocks == 1);
         first_output += block->outputs;
     }
 }

@@ -27,6 +27,8 @@ typedef struct {
     int64_t outputs;
     mv_weight_layout layout; /* that they were taken for: never AUTO */
     bool packed;             /* the blocks are adjacent in memory, and so are their biases */
+    bool gated;              /* two blocks, gate and up: `activation` joins each pair of their outputs */
+    mv_activation activation;
 } mv_layer;
 
 /* Of an op with one `weight` and one `bias`. */

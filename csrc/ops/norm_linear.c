@@ -32,11 +32,12 @@ static mv_status check_outputs(const mv_norm_linear *a, const mv_linear_views *v
 
 mv_status mv_plan_norm_linear(const mv_norm_linear *a, const mv_linear_views *views, const mv_layer *layer,
                               mv_plan *plan, mv_error *error) {
-    MV_TRY(check_outputs(a, views, layer->outputs, error));
+    const int64_t columns = layer->gated ? layer->outputs / 2 : layer->outputs;
+    MV_TRY(check_outputs(a, views, columns, error));
     const int64_t hidden = a->x->shape[a->x->ndim - 1];
     const mv_row_view rows[] = {MV_READS(a->x, hidden, x),
                                 MV_READS(a->residual, hidden, norm.residual),
-                                {a->out, layer->outputs, offsetof(mv_task, out), .output = "out", .divided = true},
+                                {a->out, columns, offsetof(mv_task, out), .output = "out", .divided = true},
                                 MV_RESIDUAL_OUT(a->residual_out, hidden)};
     MV_TRY(mv_start_plan(plan, a->list, a->op, a->call, rows, mv_present(a->residual) ? 4 : 3, error));
     plan->weight_layout = layer->layout;
@@ -49,6 +50,8 @@ mv_status mv_plan_norm_linear(const mv_norm_linear *a, const mv_linear_views *vi
     task->norm.eps = (float)a->eps;
     task->norm.weight_offset = (float)a->weight_offset;
     task->linear.allow_tf32 = a->allow_tf32;
+    task->linear.gated = layer->gated;
+    task->activation = layer->activation;
     mv_add_layer(plan, layer);
     return mv_finish_plan(plan, error);
 }

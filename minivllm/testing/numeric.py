@@ -25,12 +25,13 @@ h_k` for the elements this may happen to (`may_flip`), and nothing for the other
 bits repeat, and those with the same mantissa are equally far from a tie.)
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from .reference import FORMATS, activation, gelu_exponent, halves, namespace, quantum, rms_norm, round_to
+from .reference import FORMATS, act_and_mul, activation, gelu_exponent, halves, namespace, quantum, rms_norm, round_to
 
 UNIT_F32 = 2.0**-24
 UNIT_TF32 = 2.0**-11
@@ -112,21 +113,50 @@ def _activation_ends(z, kind: str):
     return xp.where(finite, low, a), xp.where(finite, high, a)
 
 
-def act_and_mul_ends(x, kind: str, rounding: str, dtype: str):
+_LEAST_AT = {
+    "silu": -1.2784645427610738,
+    "tanh": -0.7524614220710162,
+    "none": -0.7517915246935645,
+}  # each falls, then rises
+
+
+def act_and_mul_ends(x, kind: str, rounding: str, dtype: str, error=None):
     """(least, most) that silu_and_mul or gelu_and_mul of x may give, in float64 and not rounded at the end. All that
-    follows the activation is monotonic, so they come from the ends of what that may be."""
+    follows the activation is monotonic, so they come from the ends of what that may be.
+
+    error: x is what a product gives, which float32 may put that far away, before "hf" rounds it. Rounding is monotonic
+    too, so gate and up are between their own ends; an activation falls to its least value and rises from there, so it
+    is largest at one end of the gate, and least where the gate is nearest to that place."""
     xp, (gate, up) = namespace(x), halves(x)
+    rn = (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
     with np.errstate(all="ignore"):
-        ends = _activation_ends(gate, kind)
-        if rounding == "hf":
-            ends = [round_to(end, dtype) for end in ends]
-        products = [end * up for end in ends]
-        least, most = xp.minimum(*products), xp.maximum(*products)
+        if error is None:
+            ends, ups = _activation_ends(gate, kind), [up]
+        else:
+            (below, above), ups = ([rn(half) for half in pair] for pair in zip(halves(x - error), halves(x + error)))
+            nearest = xp.minimum(xp.maximum(xp.zeros_like(below) + _LEAST_AT[kind], below), above)
+            highest = xp.maximum(_activation_ends(below, kind)[1], _activation_ends(above, kind)[1])
+            ends = (_activation_ends(nearest, kind)[0], highest)
+        products = [rn(end) * factor for end in ends for factor in ups]
+        least, most = functools.reduce(xp.minimum, products), functools.reduce(xp.maximum, products)
         if dtype != "f32":  # rounded to float32 first: exact of "hf", but below 2^-149
             unit = UNIT_F32 if rounding == "fp32" else 0.0
             least = xp.where(xp.isfinite(least), least - abs(least) * unit - 2.0**-150, least)
             most = xp.where(xp.isfinite(most), most + abs(most) * unit + 2.0**-150, most)
     return least, most
+
+
+def gate_up_tolerance(products, bound, kind: str, rounding: str, dtype: str):
+    """(values, tolerance) of rms_norm_gate_up, given the products gate | up [..., 2 d], not rounded, and the tolerance
+    of them rounded: what the reference's roundings but the last make of them, and how far from it a result may be.
+    Without its last rounding a product is within bound - q(product) / 2, hence between two ends, and so is what follows
+    (act_and_mul_ends); q / 2 of the end that is larger is the rounding at the end."""
+    xp, rn = namespace(products), (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
+    values = act_and_mul(rn(products), kind, rounding=rounding, dtype=dtype, round_last=False)
+    ends = act_and_mul_ends(products, kind, rounding, dtype, bound - quantum(products, dtype) / 2)
+    with np.errstate(invalid="ignore"):
+        off = xp.maximum(ends[1] - values, values - ends[0])
+        return values, off + quantum(xp.maximum(abs(ends[0]), abs(ends[1])), dtype) / 2
 
 
 def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, rounding: str = "hf"):

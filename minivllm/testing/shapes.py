@@ -75,6 +75,10 @@ HEADS = tuple(
     LinearShape(f"{shape.name}-head", shape.hidden, _MLP_AND_VOCABULARY[shape.name][1], "a language model's head")
     for shape in MODELS
 )
+GATE_UPS = tuple(
+    LinearShape(f"{shape.name}-gate_up", shape.hidden, 2 * _MLP_AND_VOCABULARY[shape.name][0], "gate and up of the MLP")
+    for shape in MODELS
+)
 
 # Small, so that a test can run the product of all of them with every kernel, dtype and layout.
 QKV_EDGES = (

@@ -2,8 +2,9 @@
 
     out   = decode_attention(q, k, v, keys, values)          a Decoder's step: norms of heads, rotary embedding, cache
     total = linear_add(out, o_proj, total)
-    h     = rms_norm_linear(total, gate_proj | up_proj)      the norm once for each of the two weights
-    total = linear_add(silu_and_mul(h), down_proj, total)    in place
+    h     = rms_norm_gate_up(total, (gate_proj, up_proj))    of more than PAIR_TOKENS the norm and product for each of
+                                                             the two, then silu_and_mul
+    total = linear_add(h, down_proj, total)                  in place
 
 The modules that this skips are looked at in every call, as layer.py does with its own. Where one of them is not what it
 is taken for, or has a hook, the layer calls all of them as transformers does.
@@ -25,6 +26,7 @@ from .. import _C as ops
 from .cache import Rows
 from .code import Family, is_replaced
 
+PAIR_TOKENS = 8  # in one call up to so many: with more of them two products, each on wgmma, are faster on a Hopper GPU
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS: dict[type, object] = {kind: kind.forward for kind in (SiLUActivation, torch.nn.SiLU)}
 SILU, ATTENTION = F.silu, F.scaled_dot_product_attention
@@ -63,7 +65,8 @@ class Few:
                     return False
             if "weight" not in linear._parameters:
                 return False
-        return True
+        gate, up, _ = self.linears
+        return gate.weight.stride() == up.weight.stride() and (gate.bias is None) == (up.bias is None)
 
 
 def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Rows | None:
@@ -106,11 +109,20 @@ def finish(few: Few, norm: Any, out: Tensor, total: Tensor, rounding: Any, **opt
     options |= {"weight_layout": "out_in", "rounding": rounding}
     o_proj, (gate, up, down) = few.o_proj, few.linears
     total = ops.linear_add(out, o_proj.weight, total, bias=o_proj.bias, **options)
+    h = gated(norm, gate, up, total, **options)
+    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)
+
+
+def gated(norm: Any, gate: Any, up: Any, total: Tensor, **options: Any) -> Tensor:
+    """What down_proj takes: the norm, gate and up, and silu of the gate times up."""
+    eps = norm.variance_epsilon
+    if total.shape[:-1].numel() <= PAIR_TOKENS:
+        biases = None if gate.bias is None else (gate.bias, up.bias)
+        h: Tensor = ops.rms_norm_gate_up(total, norm.weight, (gate.weight, up.weight), eps, bias=biases, **options)
+        return h
     columns = gate.out_features
     gate_up = total.new_empty(*total.shape[:-1], columns + up.out_features)
     for linear, half in ((gate, gate_up[..., :columns]), (up, gate_up[..., columns:])):
-        ops.rms_norm_linear(
-            total, norm.weight, linear.weight, norm.variance_epsilon, bias=linear.bias, out=half, **options
-        )
-    h = ops.silu_and_mul(gate_up, rounding=rounding)
-    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)
+        ops.rms_norm_linear(total, norm.weight, linear.weight, eps, bias=linear.bias, out=half, **options)
+    product: Tensor = ops.silu_and_mul(gate_up, rounding=options["rounding"])
+    return product

@@ -43,7 +43,7 @@ def prepare(case: Case, memory) -> dict:
     """The arguments of the case, its tensors in this memory."""
 
     def placed(specs):
-        return tuple(map(memory.tensor, specs)) if len(members(specs)) == 3 else memory.tensor(specs)
+        return tuple(map(memory.tensor, specs)) if len(members(specs)) > 1 else memory.tensor(specs)
 
     return {name: placed(specs) for name, specs in case.tensors.items()} | case.options
 
@@ -65,7 +65,7 @@ def matrix_of(case: Case) -> str | None:
     """The argument that is a matrix, if the op has one."""
     if "weight_layout" not in parameters(case.op):
         return None
-    return "qkv_weight" if "qkv_weight" in case.tensors else "weight"
+    return next(name for name in ("qkv_weight", "gate_up_weight", "weight") if name in case.tensors)
 
 
 def gives_sum(case: Case) -> bool:

@@ -88,18 +88,21 @@ def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> S
 
 
 def weights(d: Drawing, sizes, hidden: int):
-    """The weight and weight_layout: one matrix, three, or three slices of one."""
+    """The weight and weight_layout: one matrix, one for each size, or as many slices of one."""
     rng, in_out, kind = d.rng, d.chance(0.4), d.rng.random()
-    name = "weight" if len(sizes) == 1 else "qkv_weight"
+    name = {1: "weight", 2: "gate_up_weight", 3: "qkv_weight"}[len(sizes)]
     if kind < 0.5 or len(sizes) == 1:
         kind = 0.0
         weight = matrix(d, sum(sizes), hidden, in_out, d.parameter_dtype())
     elif kind < 0.8:
         weight = tuple(matrix(d, size, hidden, in_out, d.parameter_dtype()) for size in sizes)
+        if len(sizes) == 2:  # which lie alike, and are of one dtype
+            first = weight[0]
+            weight = (first, d.at.fill(d.at.place(first.shape, first.dtype, first.strides), "small"))
     else:
         packed = matrix(d, sum(sizes), hidden, in_out, d.parameter_dtype())
         dim = 1 if in_out else 0
-        starts = (0, sizes[0], sizes[0] + sizes[1])
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
         weight = tuple(
             packed._replace(
                 shape=(hidden, size) if in_out else (size, hidden),
@@ -119,8 +122,8 @@ def weights(d: Drawing, sizes, hidden: int):
 
 
 def projection(d: Drawing):
-    """rms_norm_linear, rms_norm_qkv, and the layer object."""
-    rng, one = d.rng, d.op == "rms_norm_linear"
+    """rms_norm_linear, rms_norm_gate_up, rms_norm_qkv, and the layer object."""
+    rng, one, gated = d.rng, d.op == "rms_norm_linear", d.op == "rms_norm_gate_up"
     hidden = d.hidden()
     heads, kv_heads = rng.randint(1, 5), rng.randint(1, 3)
     total = heads + 2 * kv_heads
@@ -137,21 +140,26 @@ def projection(d: Drawing):
         sizes = (
             hidden if rng.random() < 0.05 and hidden * hidden <= products // 4 else sum(sizes) + rng.randint(0, 7),
         )
+    if gated:
+        sizes = (sizes[0] + rng.randint(0, 3),) * 2
+        if rng.random() < 0.05 and hidden * hidden <= products // 4:
+            sizes = (hidden, hidden)
     qkv = sum(sizes)
+    columns = sizes[0] if gated else qkv  # of out
     lead = d.lead(max(1, min(products // (hidden * qkv), d.most_elements // max(hidden, qkv))))
     shape, tokens = (*lead, hidden), math.prod(lead)
     residual, out = rng.random() < 0.3, rng.random() < 0.5
     residual_out = residual and rng.random() < 0.5
     if rng.random() < 0.15:
         names = ["x", *["residual"] * residual, *["out"] * out, *["residual_out"] * residual_out]
-        widths = [qkv if name == "out" else hidden for name in names]
+        widths = [columns if name == "out" else hidden for name in names]
         d.tensors |= dict(zip(names, d.at.beside(lead, widths, d.dtype)))
     else:
         d.tensors["x"] = d.at.rows(shape, d.dtype, distinct=False)
         if residual:
             d.tensors["residual"] = d.at.rows(shape, d.dtype, distinct=False)
         if out:
-            d.tensors["out"] = d.at.rows((*lead, qkv), d.dtype, distinct=True)
+            d.tensors["out"] = d.at.rows((*lead, columns), d.dtype, distinct=True)
         if residual_out:
             d.tensors["residual_out"] = d.at.rows(shape, d.dtype, distinct=True)
     d.at.fill(d.tensors["x"])
@@ -164,16 +172,23 @@ def projection(d: Drawing):
             d.tensors["bias"] = d.vector(qkv)
         else:
             d.tensors["bias"] = tuple(d.vector(size) for size in sizes)
-    if not one:
+    if gated and rng.random() < 0.7:
+        d.give(activation=rng.choice(("silu", "gelu_tanh", "gelu")))
+    if not one and not gated:
         d.options |= {"num_heads": heads, "num_kv_heads": kv_heads}
         if rng.random() < 0.2:
             d.give(head_dim=head_dim)
     d.numbers()
     d.layer_options()
-    if not one and len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1 and rng.random() < 0.3:
+    if (
+        not one
+        and not gated
+        and len({spec.dtype for spec in members(d.tensors["qkv_weight"])}) == 1
+        and rng.random() < 0.3
+    ):
         d.give(prepack=True)
     if d.spoil and not d.refused:
-        spoil.projection(d, shape, tokens, qkv)
+        spoil.projection(d, shape, tokens, qkv, columns)
 
 
 # ---- the activations -------------------------------------------------------------------------------------------------
@@ -250,6 +265,7 @@ OPS = {
     "norm_add": Op(functools.partial(norm, inputs=("x", "residual"), outputs={"x": "out"}), expect.norm_add),
     "fused_add_rms_norm": Op(functools.partial(norm, inputs=("x", "residual")), expect.norm),
     "rms_norm_linear": Op(projection, expect.projection),
+    "rms_norm_gate_up": Op(projection, expect.gate_up),
     "rms_norm_qkv": Op(projection, expect.projection),
     "linear": Op(linear, expect.linear),
     "linear_add": Op(linear, expect.linear),

@@ -25,7 +25,7 @@ class Case(NamedTuple):
     name: str  # SEED:INDEX
     op: str
     device: str
-    tensors: dict  # argument -> Spec, or a tuple of three
+    tensors: dict  # argument -> Spec, or a tuple of two or three
     options: dict  # the other arguments
     blocks: list[Block]
     outputs: dict  # result -> the argument that it is written to, where one is given
@@ -170,5 +170,5 @@ class Drawing:
 
 
 def members(specs) -> tuple:
-    """The one or three tensors of an argument."""
+    """The tensors of an argument, one or several."""
     return (specs,) if isinstance(specs, Spec) else specs

@@ -80,7 +80,7 @@ def norm_add(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
 
 
 def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
-    weight = inputs["qkv_weight"] if "qkv_weight" in inputs else inputs["weight"]
+    weight = next(inputs[name] for name in ("qkv_weight", "gate_up_weight", "weight") if name in inputs)
     bias, hf = inputs.get("bias"), options.get("rounding", "hf") == "hf"
     y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=hf)
 
@@ -105,6 +105,25 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
     bound = bound + _unlucky(_finite(out), finite_y, finite_weight, abs(finite_gain))
     return Expected(out, bound, unsure if unsure.any() else None)
+
+
+def gate_up(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
+    """The products within their own bound, and what the activation makes of both ends of that."""
+    products, bound, open_ = projection(inputs, options, dtype, wild)
+    xp, kind = namespace(products), {"silu": "silu", "gelu_tanh": "tanh", "gelu": "none"}
+    kind, rounding = kind[options.get("activation", "silu")], options.get("rounding", "hf")
+    values, _ = numeric.gate_up_tolerance(products, bound, kind, rounding, dtype)
+    error = bound - quantum(_finite(products), dtype) / 2
+    least, most = numeric.act_and_mul_ends(products, kind, rounding, dtype, error)
+    sure = _same_class(least, most) & _same_class(least, values)
+    (gate, up), made = reference.halves(products), xp.isnan(values)
+    sure &= ~(made & ~xp.isnan(gate) & ~xp.isnan(up))  # 0 times infinity, where the zero may be none
+    large = abs(_finite(products)) + error > LARGEST_F32  # infinite in float32, though "fp32" rounds none
+    gate, up = reference.halves(large if open_ is None else large | open_)
+    sure &= ~(gate | up)
+    bound = xp.maximum(abs(_finite(most) - _finite(values)), abs(_finite(values) - _finite(least)))
+    largest = xp.maximum(abs(_finite(least)), abs(_finite(most)))
+    return Expected(values, bound + quantum(largest, dtype) / 2, None if sure.all() else ~sure)
 
 
 def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:

@@ -31,7 +31,7 @@ class Plain:
                     made[spec] = self.framework.tensor(values.astype(np.float64), spec.dtype)
             return made[spec]
 
-        tensors = {name: tuple(map(tensor, specs)) if len(members(specs)) == 3 else tensor(specs)
+        tensors = {name: tuple(map(tensor, specs)) if len(members(specs)) > 1 else tensor(specs)
                    for name, specs in self.case.tensors.items()}  # fmt: skip
         return tensors | self.case.options
 

@@ -85,7 +85,7 @@ def linear(d: Drawing, shape, outputs: int):
         d.refused = Refused(ValueError, r"out overlaps residual in part")
 
 
-def projection(d: Drawing, shape, tokens: int, qkv: int):
+def projection(d: Drawing, shape, tokens: int, qkv: int, columns: int):
     hidden = shape[-1]
     heads = ("heads",) if "num_heads" in d.options else ()
     what = d.rng.choice(("x steps", "norm_weight is long", *heads, "out overlaps", "out is x", "bias is long"))
@@ -103,10 +103,10 @@ def projection(d: Drawing, shape, tokens: int, qkv: int):
         d.tensors["x"] = stepping(d.tensors["x"], d)
         d.refused = Refused(ValueError, r"x must be contiguous in its last dimension")
     elif tokens and what.startswith("out"):
-        width = max(hidden, qkv) + 1
+        width = max(hidden, columns) + 1
         wide = d.at.place((*shape[:-1], width), d.dtype, c_strides((*shape[:-1], width)))
         d.tensors["x"] = d.at.fill(wide._replace(shape=shape), "normal")
-        offset = wide.offset + (hidden - 1 if what == "out overlaps" and hidden - 1 + qkv <= width else 0)
-        d.tensors["out"] = wide._replace(shape=(*shape[:-1], qkv), offset=offset)
+        offset = wide.offset + (hidden - 1 if what == "out overlaps" and hidden - 1 + columns <= width else 0)
+        d.tensors["out"] = wide._replace(shape=(*shape[:-1], columns), offset=offset)
         d.tensors.pop("residual_out", None)
         d.refused = Refused(ValueError, r"out overlaps x")

@@ -16,7 +16,7 @@ static int most_tensors(const signature *s) {
     int count = s->beside ? most_tensors(s->beside) : 1;
     for (int i = 0; i < s->count; i++) {
         const value_type type = s->parameters[i].kind->type;
-        count += type == TENSOR || type == INTEGERS ? 1 : type == TENSORS ? 3 : 0;
+        if (type == TENSOR || type == INTEGERS || type == TENSORS) count += count_views(s->parameters[i].kind);
     }
     return count;
 }
@@ -183,17 +183,23 @@ static bool to_integers(call *c, const parameter *p, PyObject *value, void *targ
     return (p->kind->optional && value == Py_None) || take_integers(c, p->name, value, target);
 }
 
+static bool refuse_count(const call *c, const parameter *p, Py_ssize_t got) {
+    const bool three = count_names(p->kind) == 3;
+    const char *const *names = p->kind->names;
+    return refuse_argument(c, p->name, PyExc_ValueError,
+                           "has %zd members, expected one packed tensor or %s (%s, %s%s%s)", got,
+                           three ? "three" : "two", names[0], names[1], three ? ", " : "", three ? names[2] : "");
+}
+
 /* A list may change under our hands; its members are taken, and so kept, one by one. */
 static bool to_tensors(call *c, const parameter *p, PyObject *value, void *target) {
     mv_view *views = target;
     if (!PyTuple_Check(value) && !PyList_Check(value)) return take_tensor(c, p->name, -1, value, &views[0]);
     PyObject *members = PySequence_Tuple(value);
     if (!members) return false;
-    bool ok = PyTuple_Size(members) == 3;
-    if (!ok)
-        refuse_argument(c, p->name, PyExc_ValueError, "has %zd members, expected one packed tensor or three (q, k, v)",
-                        PyTuple_Size(members));
-    for (int i = 0; ok && i < 3; i++) ok = take_tensor(c, p->name, i, PyTuple_GetItem(members, i), &views[i]);
+    const int count = count_names(p->kind);
+    bool ok = PyTuple_Size(members) == count || refuse_count(c, p, PyTuple_Size(members));
+    for (int i = 0; ok && i < count; i++) ok = take_tensor(c, p->name, i, PyTuple_GetItem(members, i), &views[i]);
     Py_DECREF(members);
     return ok;
 }
@@ -267,7 +273,7 @@ static PyObject *text_of_choices(const char *const *choices) {
 }
 
 static bool refuse_choice(const call *c, const parameter *p, PyObject *value) {
-    PyObject *expected = text_of_choices(p->kind->choices + p->kind->optional);
+    PyObject *expected = text_of_choices(p->kind->names + p->kind->optional);
     const char *text = expected ? PyUnicode_AsUTF8AndSize(expected, NULL) : NULL;
     if (text && !PyUnicode_Check(value))
         refuse_type(c, p, text, value);
@@ -279,7 +285,7 @@ static bool refuse_choice(const call *c, const parameter *p, PyObject *value) {
 
 /* None is the first choice where it is one. */
 static bool to_choice(call *c, const parameter *p, PyObject *value, void *target) {
-    const char *const *choices = p->kind->choices;
+    const char *const *choices = p->kind->names;
     if (p->kind->optional && value == Py_None) return true;
     for (int i = p->kind->optional; PyUnicode_Check(value) && choices[i]; i++) {
         if (PyUnicode_CompareWithASCIIString(value, choices[i]) == 0) {
@@ -305,20 +311,25 @@ static bool to_optional_text(call *c, const parameter *p, PyObject *value, void 
 }
 
 _Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) == sizeof(int) &&
-                   sizeof(mv_approximate) == sizeof(int) && sizeof(mv_cache_layout) == sizeof(int),
+                   sizeof(mv_approximate) == sizeof(int) && sizeof(mv_activation) == sizeof(int) &&
+                   sizeof(mv_cache_layout) == sizeof(int),
                "what to_choice() writes");
 static const char *const roundings[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
 static const char *const weight_layouts[] = {
     [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
 static const char *const approximations[] = {[MV_APPROXIMATE_TANH] = "tanh", [MV_APPROXIMATE_NONE] = "none", NULL};
-
+static const char *const activations[] = {[MV_SILU] = "silu", [MV_GELU_TANH] = "gelu_tanh", [MV_GELU] = "gelu", NULL};
 static const char *const cache_layouts[] = {
     [MV_CACHE_STATIC] = "None", [MV_CACHE_NHD] = "NHD", [MV_CACHE_HND] = "HND", NULL};
+const char *const qkv_members[] = {"q", "k", "v", NULL};
+static const char *const gate_up_members[] = {"gate", "up", NULL};
 
 const value_kind tensor_value = {TENSOR, false, to_tensor, NULL};
 const value_kind optional_tensor_value = {TENSOR, true, to_optional_tensor, NULL};
-const value_kind tensors_value = {TENSORS, false, to_tensors, NULL};
-const value_kind optional_tensors_value = {TENSORS, true, to_optional_tensors, NULL};
+const value_kind tensors_value = {TENSORS, false, to_tensors, qkv_members};
+const value_kind optional_tensors_value = {TENSORS, true, to_optional_tensors, qkv_members};
+const value_kind pair_value = {TENSORS, false, to_tensors, gate_up_members};
+const value_kind optional_pair_value = {TENSORS, true, to_optional_tensors, gate_up_members};
 const value_kind integers_value = {INTEGERS, false, to_integers, NULL};
 const value_kind optional_integers_value = {INTEGERS, true, to_integers, NULL};
 const value_kind optional_number_value = {NUMBER, true, to_optional_number, NULL};
@@ -330,6 +341,7 @@ const value_kind optional_text_value = {TEXT, true, to_optional_text, NULL};
 const value_kind rounding_value = {CHOICE, false, to_choice, roundings};
 const value_kind weight_layout_value = {CHOICE, false, to_choice, weight_layouts};
 const value_kind approximate_value = {CHOICE, false, to_choice, approximations};
+const value_kind activation_value = {CHOICE, false, to_choice, activations};
 const value_kind cache_layout_value = {CHOICE, true, to_choice, cache_layouts};
 
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
@@ -355,7 +367,7 @@ static PyObject *value_of(const parameter *p, const void *args) {
     case FLAG: return PyBool_FromLong(*(const bool *)field);
     case CHOICE: {
         const int choice = *(const int *)field;
-        return p->kind->optional && choice == 0 ? Py_NewRef(Py_None) : PyUnicode_FromString(p->kind->choices[choice]);
+        return p->kind->optional && choice == 0 ? Py_NewRef(Py_None) : PyUnicode_FromString(p->kind->names[choice]);
     }
     case TEXT: {
         const char *text = *(const char *const *)field;
@@ -365,13 +377,25 @@ static PyObject *value_of(const parameter *p, const void *args) {
     }
 }
 
+/* Of TENSORS, the names of the members of a tuple; () of all others. */
+static PyObject *members_of(const value_kind *kind) {
+    const int count = kind->type == TENSORS ? count_names(kind) : 0;
+    PyObject *members = PyTuple_New(count);
+    for (int i = 0; members && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(kind->names[i]);
+        if (!name || PyTuple_SetItem(members, i, name) < 0) Py_CLEAR(members);
+    }
+    return members;
+}
+
 PyObject *described(const signature *s) {
     PyObject *rows = PyTuple_New(s->count);
     for (int i = 0; rows && i < s->count; i++) {
         const parameter *p = &s->parameters[i];
-        PyObject *row = Py_BuildValue("(sssOOON)", p->name, type_names[p->kind->type], role_names[p->role],
-                                      p->kind->optional ? Py_True : Py_False, i < s->required ? Py_True : Py_False,
-                                      i < s->positional ? Py_True : Py_False, value_of(p, s->defaults));
+        PyObject *row =
+            Py_BuildValue("(sssOOONN)", p->name, type_names[p->kind->type], role_names[p->role],
+                          p->kind->optional ? Py_True : Py_False, i < s->required ? Py_True : Py_False,
+                          i < s->positional ? Py_True : Py_False, value_of(p, s->defaults), members_of(p->kind));
         if (!row || PyTuple_SetItem(rows, i, row) < 0) Py_CLEAR(rows);
     }
     return rows;

@@ -10,21 +10,33 @@
 
 typedef struct parameter parameter;
 
-/* The C types: mv_view, mv_view[3] (one, or a tuple of three), mv_view of integers, double, int64_t, bool, an enum,
- * const char *. HELD: what only a layer hands to itself. */
+/* The C types: mv_view, mv_view[] (one, or a tuple of as many as its kind has names), mv_view of integers, double,
+ * int64_t, bool, an enum, const char *. HELD: what only a layer hands to itself. */
 typedef enum { TENSOR, TENSORS, INTEGERS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
 
 typedef struct {
     value_type type;
     bool optional; /* may be None: an absent tensor, 0 or NULL */
     bool (*convert)(call *c, const parameter *p, PyObject *value, void *target);
-    const char *const *choices; /* of a CHOICE, by their numbers; ends with NULL */
+    const char *const *names; /* of a CHOICE, by their numbers, or of the members of TENSORS; ends with NULL */
 } value_kind;
 
-extern const value_kind tensor_value, optional_tensor_value, tensors_value, optional_tensors_value;
+static inline int count_names(const value_kind *kind) {
+    int count = 0;
+    while (kind->names && kind->names[count]) count++;
+    return count;
+}
+/* How many mv_views there are for tensors of this kind. */
+static inline int count_views(const value_kind *kind) { return kind->type == TENSORS ? count_names(kind) : 1; }
+
+extern const char *const qkv_members[];
+
+extern const value_kind tensor_value, optional_tensor_value;
+extern const value_kind tensors_value, optional_tensors_value; /* (q, k, v)  */
+extern const value_kind pair_value, optional_pair_value;       /* (gate, up) */
 extern const value_kind number_value, integer_value, optional_integer_value, flag_value, optional_text_value;
 extern const value_kind integers_value, optional_integers_value; /* tensors of int32 or int64 */
-extern const value_kind optional_number_value, rounding_value, weight_layout_value, approximate_value,
+extern const value_kind optional_number_value, rounding_value, weight_layout_value, approximate_value, activation_value,
     cache_layout_value;
 
 /* What an op does with a parameter. ROWS: it reads a tensor whose rows do not depend on each other. WEIGHT: it reads a
@@ -68,7 +80,7 @@ bool prepare_signature(module_state *state, const signature *s, int index);
 bool parse(call *c, const signature *s, void *args, PyObject *const *values, Py_ssize_t count, PyObject *names);
 /* The same from the attributes of an object, which must have all of them. */
 bool read_attributes(call *c, const signature *s, void *args, PyObject *object);
-/* ((name, type, role, optional, required, positional, default), ...), with texts as Python knows them. */
+/* ((name, type, role, optional, required, positional, default, members), ...), with texts as Python knows them. */
 PyObject *described(const signature *s);
 
 #endif

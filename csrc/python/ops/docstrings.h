@@ -75,6 +75,23 @@
     "weight_layout, batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. eps, rounding, weight_offset,\n"  \
     "kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_rms_norm_gate_up                                                                                           \
+    "rms_norm_gate_up($module, x, norm_weight, gate_up_weight, eps=1e-06, *, activation='silu', bias=None, "           \
+    "residual=None, out=None, residual_out=None, weight_layout='auto', rounding='hf', weight_offset=0.0, "             \
+    "batch_invariant=False, allow_tf32=False, static_weights=False, kernel=None)\n--\n\n"                              \
+    "activation(gate) * up, where gate | up = rms_norm(x, norm_weight) @ gate_up_weight.T + bias, in one call\n\n"     \
+    "x: [..., hidden]. norm_weight: [hidden]. gate_up_weight: [2 * d, hidden], whose first d outputs are the\n"        \
+    "gate's, or [hidden, 2 * d] (its .t(), also contiguous); or a tuple (gate, up) of one dtype that lie alike. "      \
+    "bias:\n"                                                                                                          \
+    "[2 * d], or a tuple. Weights and biases are of x's dtype or float32; none is copied.\n"                           \
+    "Returns [..., d], or with a residual, which x is added to before the norm, the sum as well: (out,\n"              \
+    "residual_out). out, residual_out: where they go; they must overlap nothing.\n"                                    \
+    "activation: 'silu'; 'gelu_tanh' (Gemma) and 'gelu' are what gelu_and_mul calls 'tanh' and 'none'. rounding "      \
+    "'hf'\n"                                                                                                           \
+    "rounds gate, up and the activation to x's dtype before they are multiplied, besides what it rounds in the\n"      \
+    "norm; 'fp32' rounds the result alone. weight_layout, batch_invariant, allow_tf32, static_weights: as in\n"        \
+    "rms_norm_qkv. eps, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_silu_and_mul                                                                                               \
     "silu_and_mul($module, x, *, out=None, rounding='hf', kernel=None)\n--\n\n"                                        \
     "out = silu(gate) * up, where x is gate | up and silu(z) = z / (1 + exp(-z))\n\n"                                  \

@@ -112,7 +112,7 @@ static bool to_tensors_if_absent(call *c, const parameter *p, PyObject *value, v
     return is_given(target) || tensors_value.convert(c, p, value, target);
 }
 static const value_kind numbers_value = {HELD, false, to_numbers, NULL};
-static const value_kind tensors_if_absent_value = {TENSORS, false, to_tensors_if_absent, NULL};
+static const value_kind tensors_if_absent_value = {TENSORS, false, to_tensors_if_absent, qkv_members};
 
 static const parameter layer_held_parameters[] = {
     QKV_PARAMETER(norm_weight, tensor_value, WEIGHT),

@@ -19,7 +19,7 @@ static inline size_t xla_scratch_bytes(const mv_plan *plan) {
  * place is a result as well, in the same memory. */
 static inline int xla_views(const parameter *p, op_args *args, mv_view **views) {
     *views = (mv_view *)((char *)args + p->offset);
-    return p->role == OUTPUT || p->role == OPTION ? 0 : p->kind->type == TENSORS ? 3 : 1;
+    return p->role == OUTPUT || p->role == OPTION ? 0 : count_views(p->kind);
 }
 
 /* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (shapes, in_out, scratch_bytes, attributes). The arguments
