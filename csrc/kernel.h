@@ -132,6 +132,7 @@ typedef struct {
     int32_t sm_count, compute_capability; /* of the GPU; 0 on the CPU */
     int32_t smem_bytes;                   /* shared memory a block may ask for */
     int32_t l2_bytes;
+    int32_t memory_gbs;       /* of the GPU, in theory; 0: unknown */
     bool programmatic_launch; /* the GPU and this binary's code for it know griddepcontrol */
     bool static_weights;      /* weights, norm weights and biases may be read before griddepcontrol.wait */
     bool batch_invariant;     /* a row's bits must not depend on the number of rows */

@@ -11,6 +11,7 @@ extern "C" {
 /* What the ops know of a GPU. Asked of the driver once per device. */
 typedef struct {
     int32_t compute_capability, sm_count, smem_bytes, l2_bytes;
+    int32_t memory_gbs; /* as its clock and width say; 0 where the driver does not tell them */
     bool programmatic_launch;
 } mv_gpu;
 

@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int kMaxRowTiles = 5; /* of a block */
+constexpr int kMaxRowTiles = 5;   /* of a pass */
+constexpr int kMaxRows = 1 << 11; /* of a block */
 constexpr int kMaxTokens = 16, kMaxTokensFloat32 = 4;
 constexpr int kMaxLogGroups = 2, kGroupTokens = 2; /* at most so many groups of tokens, of at least so many each */
 constexpr int kHalfBytes = 113 << 10; /* two blocks, and 1 KB of each for the system, fill the 228 KB of an SM */
@@ -14,14 +15,14 @@ constexpr int kWholeBytes = 227 << 10;
 
 /* ---- shared memory ---------------------------------------------------------------------------------------------- */
 
+constexpr int kMaxSlots = 24; /* of a warp */
+
+/* Then, for each row of the block, its address and its bias; the ring; the norm weights; y; and the parts of sums. */
 template <int kTokens> struct alignas(16) Fixed {
-    const void *row[kMaxRowTiles * kPieceRows];
-    float bias[kMaxRowTiles * kPieceRows];
-    float squares[kTokens][kWarps]; /* parts of the tokens' sums of squares; zeros where a token has fewer */
+    uint64_t full[kWarps][kMaxSlots]; /* a barrier for each slot */
+    float squares[kTokens][kWarps];   /* parts of the tokens' sums of squares; zeros where a token has fewer */
 };
-/* Then the ring, the norm weights, y. */
-template <int kTokens> constexpr int kRing = (sizeof(Fixed<kTokens>) + 127) / 128 * 128;
-constexpr int kMinSlots = 3, kMaxSlots = 12;
+constexpr int kRowBytes = sizeof(void *) + sizeof(float);
 
 int norm_weight_bytes(const mv_task *task) {
     return task->linear.plain_x
@@ -31,16 +32,6 @@ int norm_weight_bytes(const mv_task *task) {
 
 int y_bytes(const mv_task *task, int rows) {
     return rows * static_cast<int>(task->hidden) * static_cast<int>(mv_dtype_bytes(task->dtype));
-}
-
-/* Where the ring begins. */
-int ring_of(int y_rows) { return y_rows <= 8 ? kRing<8> : kRing<16>; }
-
-/* As many slots per warp as a block of this size has room for beside so many rows of y. */
-int slots_of(const mv_task *task, int y_rows, int block_bytes) {
-    const int room = block_bytes - ring_of(y_rows) - norm_weight_bytes(task) - y_bytes(task, y_rows),
-              slots = room / (kWarps * kPieceBytes);
-    return slots < kMinSlots ? 0 : min(slots, block_bytes == kHalfBytes ? 6 : kMaxSlots);
 }
 
 /* ---- tokens and outputs ------------------------------------------------------------------------------------------ */
@@ -73,14 +64,56 @@ Groups groups_of(const mv_task *task, int log_groups) {
             static_cast<int>(late ? 2 * tokens : tokens), late};
 }
 
-/* Of a warp. */
-int64_t pieces_of(const mv_task *task, const Groups &groups) {
+/* Of a block, at most. */
+int rows_of(const mv_task *task, const Groups &groups) {
+    if (groups.head_rows) return groups.head_rows;
+    const int64_t most = kMaxRows / unit_of(task), units = (units_of(task) + groups.blocks - 1) / groups.blocks;
+    return static_cast<int>(min(units, most)) * unit_of(task);
+}
+
+/* Steps in which a warp multiplies its columns. */
+int steps_of(const mv_task *task) {
     const int step = kWarps * 128 / static_cast<int>(mv_dtype_bytes(task->dtype));
-    const int64_t rows = (units_of(task) + groups.blocks - 1) / groups.blocks * unit_of(task);
-    return (task->hidden + step - 1) / step * ((rows + kPieceRows - 1) / kPieceRows);
+    return static_cast<int>((task->hidden + step - 1) / step);
+}
+
+/* Where the ring begins. */
+int ring_of(const mv_task *task, const Groups &groups) {
+    const size_t fixed = groups.y_rows <= 8 ? sizeof(Fixed<8>) : sizeof(Fixed<16>);
+    return (static_cast<int>(fixed) + rows_of(task, groups) * kRowBytes + 127) / 128 * 128;
+}
+
+/* What the ring of a block is cut into. A pass is the rows that are multiplied at a time: all, where each warp has
+ * slots enough for so many, and else fewer, whose sums then meet beside the ring. No slots: there is no room. */
+struct Ring {
+    int pass_rows, slots, slot_bytes;
+};
+
+Ring ring_for(const mv_task *task, const Groups &groups, int block_bytes) {
+    constexpr int kMinSlots = 2, kPassBytes = 128 << 10; /* of a pass, where there are several */
+    const int rows = rows_of(task, groups), row_bytes = static_cast<int>(task->hidden * mv_dtype_bytes(task->dtype));
+    const int room = block_bytes - ring_of(task, groups) - norm_weight_bytes(task) - y_bytes(task, groups.y_rows);
+    int tiles = (rows + kPieceRows - 1) / kPieceRows;
+    if (tiles > kMaxRowTiles) tiles = min(max(kPassBytes / row_bytes / kPieceRows, 1), kMaxRowTiles);
+    for (;; tiles--) {
+        Ring ring = {min(tiles * kPieceRows, rows), 0, 0};
+        const bool meets_beside = ring.pass_rows < rows;
+        const int parts = meets_beside ? kWarps * (groups.y_rows <= 8 ? 8 : 16) * (ring.pass_rows + 4) * 4 : 0;
+        /* An even number of rows, which are swapped in pairs; 10 at least, so that a slot has room for sums. */
+        ring.slot_bytes = max((ring.pass_rows + 1) / 2 * 2, 10) * 128;
+        ring.slots = min((room - parts) / (kWarps * ring.slot_bytes), kMaxSlots);
+        if (ring.pass_rows == rows) ring.slots = min(ring.slots, steps_of(task)); /* all that there is to hold */
+        if (ring.slots >= min(kMinSlots, steps_of(task))) return ring;
+        if (tiles == 1) return {};
+    }
 }
 
 int most_tokens(const mv_task *task) { return task->dtype == MV_F32 ? kMaxTokensFloat32 : kMaxTokens; }
+
+/* Have all weights of a block a slot? */
+bool holds_all(const mv_task *task, const Ring &ring, const Groups &groups) {
+    return ring.slots >= steps_of(task) && ring.pass_rows == rows_of(task, groups);
+}
 
 /* Each group reads all weights, but no block waits for all tokens: that pays where a block's weights have slots in half
  * of an SM. No tokens: there are too many. */
@@ -91,7 +124,7 @@ Groups choose_groups(const mv_task *task) {
     for (int log_groups = narrow ? kMaxLogGroups : 0; log_groups > 0; log_groups--) {
         const Groups groups = groups_of(task, log_groups);
         if (groups.tokens <= most && task->tokens >= kGroupTokens << log_groups &&
-            pieces_of(task, groups) <= slots_of(task, groups.y_rows, kHalfBytes))
+            holds_all(task, ring_for(task, groups, kHalfBytes), groups))
             return groups;
     }
     return task->tokens <= most ? groups_of(task, 0) : Groups{};
@@ -123,20 +156,22 @@ Groups choose_heads(const mv_task *task) {
     return groups;
 }
 
-/* Two blocks share an SM, where there is room for both, up to so many weights of each. */
+/* Two blocks share an SM, where there is room for both, up to so many weights of each. The faster memory is,
+ * the more. */
 int block_bytes_of(const mv_task *task, const Groups &groups) {
-    const int64_t few_bytes = task->tokens <= 2 ? 80 << 10 : 150 << 10; /* 95 KB are between */
+    const int64_t few_bytes = int64_t{48} * (task->memory_gbs > 0 ? task->memory_gbs : 3352);
     const int64_t rows = groups.head_rows ? int64_t{groups.head_rows} * task->sm_count : task->linear.outputs;
     const int64_t weight_bytes = rows * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
     const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
-    return few && slots_of(task, groups.y_rows, kHalfBytes) > 0 ? kHalfBytes : kWholeBytes;
+    return few && ring_for(task, groups, kHalfBytes).slots > 0 ? kHalfBytes : kWholeBytes;
 }
 
 /* The more tokens, the later they come, and the fewer weights may be asked for before them. */
-int early_slots(const mv_task *task, int y_rows, int slots) {
+int early_slots(const mv_task *task, const Groups &groups, const Ring &ring) {
     constexpr int kEarlyBytes = 144 << 10;
-    const int early = (kEarlyBytes - y_bytes(task, y_rows) * 5 / 4) / (kWarps * kPieceBytes);
-    return min(max(early, 1), slots - 1);
+    if (holds_all(task, ring, groups)) return ring.slots;
+    const int early = (kEarlyBytes - y_bytes(task, groups.y_rows) * 5 / 4) / (kWarps * ring.slot_bytes);
+    return min(max(early, 1), ring.slots - 1);
 }
 
 /* What a launch takes, and its blocks. */
@@ -148,7 +183,7 @@ struct Part {
 /* More rows than the blocks can take at once are several launches. */
 int64_t parts_of(const mv_task *task, const Groups &groups) {
     if (groups.head_rows) return launches_of_heads(task);
-    const int64_t most = static_cast<int64_t>(groups.blocks) * kMaxRowTiles * kPieceRows;
+    const int64_t most = static_cast<int64_t>(groups.blocks) * kMaxRows;
     return (task->linear.outputs + most - 1) / most;
 }
 

@@ -21,12 +21,14 @@ struct Split {
     int first_output, rows_per_block, more, unit; /* the first `more` shares have one unit of rows more */
     int log_groups, group_tokens;                 /* of the tokens */
     int log_threads;                              /* of the threads that share a token */
-    int slots;                                    /* per warp, so many 16 KB of weights are on their way to a block */
-    int norm_weight, y;                           /* where they begin in shared memory */
+    int slots, slot_bytes;                        /* per warp: a slot is for 128 bytes of each row of a pass */
+    int ring, norm_weight, y, parts;              /* where they begin in shared memory */
+    int pass_rows;                                /* rows that a block multiplies at a time */
+    bool one_pass;                                /* no block has more */
+    bool resident;                                /* all that a warp multiplies has a slot */
     float mean_scale;
     bool in_pairs; /* the norm weights multiply two 16-bit values at a time */
     int early;     /* slots that are filled before the tokens are asked for */
-    bool resident; /* all pieces of a warp have a slot */
     int held;      /* packets of a token that each of its threads has */
 };
 

@@ -55,6 +55,10 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
     if (status == cudaSuccess) status = attribute(&gpu->sm_count, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess) status = attribute(&gpu->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status == cudaSuccess) status = attribute(&gpu->l2_bytes, cudaDevAttrL2CacheSize, device);
+    int32_t khz = 0, bits = 0; /* of memory; it moves two bits a cycle on each wire */
+    if (status == cudaSuccess) status = attribute(&khz, cudaDevAttrMemoryClockRate, device);
+    if (status == cudaSuccess) status = attribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device);
+    gpu->memory_gbs = static_cast<int32_t>(2.0 * khz * bits / 8 / 1e6);
     if (status != cudaSuccess) return driver_problem(error, device, status);
     gpu->compute_capability = 10 * major + minor;
 

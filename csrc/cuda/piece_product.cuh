@@ -23,13 +23,15 @@ template <typename T, int kTokens> struct Product {
     };
 
     /* A lane's token in each tile; one that does not exist is a column that nobody stores. */
-    const char *row[kTiles];
+    const char *row[kTiles][2]; /* of each half of 128 bytes */
     __device__ __forceinline__ Product(const char *y, int tokens, int hidden) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
             const int token = tile * 8 + lane / 4, other = lane / 4 % 2, parity = token < tokens ? token : other;
-            row[tile] = y + (parity < tokens ? parity : 0) * hidden * 2 + swapped(parity, lane % 4) * 16;
+            const char *const of_token = y + (parity < tokens ? parity : 0) * hidden * 2;
+            row[tile][0] = of_token + swapped(parity, lane % 4) * 16;
+            row[tile][1] = of_token + (swapped(parity, lane % 4) ^ 4) * 16;
         }
     }
 
@@ -43,8 +45,7 @@ template <typename T, int kTokens> struct Product {
         for (int tile = 0; tile < kTiles; tile++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                columns.half[half][tile] = *reinterpret_cast<const uint4 *>(
-                    reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(row[tile] + k * 2) ^ (half * 64)));
+                columns.half[half][tile] = *reinterpret_cast<const uint4 *>(row[tile][half] + k * 2);
         return columns;
     }
 

@@ -15,10 +15,10 @@
  *
  * With allow_tf32 high high is all, and all steps of a sum stay in the tensor cores. Then tiles have 256 outputs. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
 #include "norm_plan.cuh"
+#include "prices.cuh"
 #include "tf32_product.cuh"
 
 namespace {
@@ -265,7 +265,7 @@ mv_kernel mv_rms_norm_f32_sm80;
 
 const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const TileChoice choice = choose_tile(task);
-    if (!mv_at_price(decision, h100::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
     if (task->linear.gated) return kNotGated;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = Workspace(task, choice).bytes();

@@ -14,9 +14,9 @@
  * shared memory until the block has all of its own. Sums are float32, each lane's in order of k, then over lanes in a
  * fixed tree. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
+#include "prices.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 
@@ -470,7 +470,7 @@ template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
 } // namespace
 
 extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::decode_sm80_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::decode_sm80_us(task), below)) return mv_too_dear;
     if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16) return "its tokens do not fit in shared memory";

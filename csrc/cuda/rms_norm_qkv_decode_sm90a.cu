@@ -1,9 +1,11 @@
 /* rms_norm_qkv_decode_sm90a.cu: RMSNorm and the projection for few tokens on Hopper, at the speed of memory.
  *
- * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16. Its warps share the
- * columns: each copies pieces of 16 rows x 128 bytes into slots of its own in shared memory and multiplies those that
- * have arrived by the tokens: 16-bit values on the tensor cores, the weight being the wide operand, float32 on the CUDA
- * cores. A block lets the next kernel of the stream start as soon as it is resident itself. With static_weights nothing
+ * A block, of which an SM has one, takes an even share of the rows of the weight, in tiles of 16, and multiplies up to
+ * five of them in a pass. Its warps share the columns: each copies 128 bytes of every row of the pass into a slot of
+ * its own in shared memory, and multiplies what has arrived by the tokens: 16-bit values on the tensor cores, the
+ * weight being the wide operand, float32 on the CUDA cores. Copies run ahead into the next pass, so memory does not
+ * wait while the warps add up the sums of one. A warp waits once for a slot, at a barrier that its copies report to:
+ * what it does between two slots decides how much a block can take from memory. A block lets the next kernel of the stream start as soon as it is resident itself. With static_weights nothing
  * that the weights need depends on the kernel before, so the block asks for them at once. Without, the kernel before
  * may still write them: the block has L2 bring them, and all else comes after the wait. Where its share is small, a
  * block takes a little less than half of an SM's shared memory: that of the next call fills its slots while this one
@@ -29,10 +31,11 @@
  * not matter: both splits give the same bits, unless the even one has groups of tokens. */
 #include "cuda.h"
 #include "decode_split.cuh"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
+#include "mbarrier.cuh"
 #include "norm_plan.cuh"
+#include "prices.cuh"
 
 namespace {
 
@@ -48,31 +51,38 @@ __device__ __forceinline__ void copy_norm_weight(const mv_task &task, uint32_t t
     cp_async_commit();
 }
 
-/* Walks over the pieces of a warp: all tiles of rows, then the next columns. */
-template <typename T, int kRowTiles> struct Walk {
-    int tile, column;
-    __device__ __forceinline__ void next() {
-        tile++;
-        if (tile < kRowTiles) return;
-        tile = 0;
+/* Where a warp's next copies come from: the columns of a step, of the block's rows from `row` on. */
+struct Asked {
+    int column, row;
+    template <typename T> __device__ __forceinline__ void next(int hidden, int pass_rows) {
         column += kStep<T>;
+        if (column < hidden) return;
+        column = static_cast<int>(threadIdx.x) / 32 * kPieceColumns<T>;
+        row += pass_rows;
     }
 };
 
-/* Starts to copy a piece, if there is one, and closes a group of copies. */
+/* Starts to copy a step of a warp, if there is one: 128 bytes of each row of the pass. They report to the barrier. */
 template <typename T, int kRowTiles> __device__ __forceinline__ void
-copy_piece(const void *const *row_at, const Walk<T, kRowTiles> &walk, int rows, int hidden, uint32_t slot) {
-    const int lane = threadIdx.x % 32;
-    if (walk.column < hidden) {
+copy_step(const void *const *row_at, Asked asked, int rows, int pass_rows, uint32_t slot, uint32_t barrier) {
+    constexpr int kAtOnce = 8; /* of a lane */
+    const int lane = threadIdx.x % 32, count = min(rows - asked.row, pass_rows);
+    if (count <= 0) return;
+    const int64_t offset = asked.column * static_cast<int>(sizeof(T)) + lane % 8 * 16;
+    slot += lane / 8 * 128 + swapped(lane / 8, lane % 8) * 16;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = lane / 8 + 4 * i, output = walk.tile * kPieceRows + row;
-            if (output < rows)
-                cp_async16(slot + row * 128 + swapped(row, lane % 8) * 16,
-                           static_cast<const char *>(row_at[output]) + walk.column * sizeof(T) + lane % 8 * 16, true);
+    for (int first = 0; first < kRowTiles * 4; first += kAtOnce) {
+        const char *from[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce && first + i < kRowTiles * 4; i++) {
+            const int row = lane / 8 + (first + i) * 4;
+            from[i] = row < count ? static_cast<const char *>(row_at[asked.row + row]) : nullptr;
         }
+#pragma unroll
+        for (int i = 0; i < kAtOnce && first + i < kRowTiles * 4; i++)
+            if (from[i]) cp_async16(slot + (first + i) * 4 * 128, from[i] + offset, true);
     }
-    cp_async_commit();
+    cp_async_arrive(barrier);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
@@ -89,23 +99,28 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     using Fixed = ::Fixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
     Fixed *const fixed = reinterpret_cast<Fixed *>(shared);
+    const void **const row_at = reinterpret_cast<const void **>(fixed + 1);
     const int block = blockIdx.x >> split.log_groups, group = blockIdx.x & ((1 << split.log_groups) - 1);
     const int warp = threadIdx.x / 32;
     const int first_row = split.first_output + block * split.rows_per_block + min(block, split.more) * split.unit;
     const int rows = split.rows_per_block + (block < split.more) * split.unit;
     const int hidden = static_cast<int>(task.hidden);
-    char *const ring = shared + kRing<kTokens> + warp * split.slots * kPieceBytes;
+    float *const bias = reinterpret_cast<float *>(row_at + rows);
+    char *const ring = shared + split.ring + warp * split.slots * split.slot_bytes;
+    const uint32_t full = shared_address(fixed->full[warp]); /* a slot's copies are there */
     const char *const norm_weight = shared + split.norm_weight;
 
     /* What does not depend on the kernel before. */
     griddepcontrol_launch();
-    if (threadIdx.x < rows) {
-        const T *const row = weight_row<T>(task, find_output(task, first_row + threadIdx.x));
-        if (!task.static_weights)
-            prefetch_l2(row, min(hidden * static_cast<int>(sizeof(T)), split.early * kWarps * kPieceBytes / rows));
-        fixed->row[threadIdx.x] = row;
+    for (int i = threadIdx.x; i < rows; i += kThreads) {
+        const T *const row = weight_row<T>(task, find_output(task, first_row + i));
+        if (!task.static_weights && i < split.pass_rows)
+            prefetch_l2(row, min(hidden * static_cast<int>(sizeof(T)),
+                                 split.early * kWarps * kPieceBytes / min(rows, split.pass_rows)));
+        row_at[i] = row;
     }
     if (!kPlain && threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
+    if (threadIdx.x % 32 < split.slots) mbarrier_init(full + threadIdx.x % 32 * 8, 32);
     if (!task.static_weights) {
         if (!kPlain) prefetch_norm_weight(task);
         griddepcontrol_wait();
@@ -113,19 +128,22 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     __syncthreads();
     const Share<T, kLate> share(task, split, group, shared);
     if (!kPlain) copy_norm_weight(task, shared_address(norm_weight));
-    Walk<T, kRowTiles> asked = {0, warp * kPieceColumns<T>};
+    const int first_column = warp * kPieceColumns<T>;
+    Asked asked = {first_column, first_column < hidden ? 0 : rows};
+    const auto fill_slot = [&](int slot) {
+        copy_step<T, kRowTiles>(row_at, asked, rows, split.pass_rows, shared_address(ring) + slot * split.slot_bytes,
+                                full + slot * 8);
+        asked.next<T>(hidden, split.pass_rows);
+    };
     const auto fill = [&](int first, int end) {
 #pragma unroll 1
-        for (int slot = first; slot < end; slot++) {
-            copy_piece(fixed->row, asked, rows, hidden, shared_address(ring) + slot * kPieceBytes);
-            asked.next();
-        }
+        for (int slot = first; slot < end; slot++) fill_slot(slot);
     };
     fill(0, split.early);
-    if (threadIdx.x < rows) fixed->bias[threadIdx.x] = load_bias<T>(task, find_output(task, first_row + threadIdx.x));
+    for (int i = threadIdx.x; i < rows; i += kThreads) bias[i] = load_bias<T>(task, find_output(task, first_row + i));
     const Product product(shared + split.y, kLate ? 2 * share.tokens : share.tokens, hidden);
     if (kLate) {
-        cp_async_wait_all_but(split.early); /* for the norm weights */
+        cp_async_wait<0>(); /* for the norm weights */
         __syncthreads();
     }
     griddepcontrol_wait();
@@ -135,24 +153,21 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     constexpr int kAtOnce = kThreads / kRowSlots, kOwn = (kTokens + kAtOnce - 1) / kAtOnce;
     const int row = threadIdx.x % kRowSlots;
     float addend[kOwn] = {};
-    const auto load_addends = [&] {
-        if (!task.linear.addend.data || row >= rows) return;
+    const auto load_addends = [&](int base) {
+        if (!task.linear.addend.data || base + row >= rows) return;
 #pragma unroll
         for (int i = 0; i < kOwn; i++) {
             const int token = static_cast<int>(threadIdx.x) / kRowSlots + i * kAtOnce;
             if (token < share.tokens)
-                addend[i] =
-                    to_float(__ldcg(token_row<const T>(task.linear.addend, share.first + token) + first_row + row));
+                addend[i] = to_float(
+                    __ldcg(token_row<const T>(task.linear.addend, share.first + token) + first_row + base + row));
         }
     };
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
-    const auto await_weights = [&] {
-        if (split.resident)
-            cp_async_wait<0>();
-        else
-            cp_async_wait_all_but(split.slots - 1); /* and for the norm weights, which were asked for before */
-        __syncthreads();
+    const auto await_copies = [&] { /* of norm weights and tokens */
+                                    cp_async_wait<0>();
+                                    __syncthreads();
     };
     const auto hold_tokens = [&](auto held) {
         held.load();
@@ -160,7 +175,7 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         held.read(norm_weight);
         if (held.few) fill(split.early, split.slots);
         if (!kLate) keep_squares<T, kLanes>(fixed->squares, share, hidden, held.squares);
-        await_weights();
+        await_copies();
         if (kLate)
             keep_squares<T, kLanes>(fixed->squares, share, hidden, held.squares);
         else if (split.in_pairs)
@@ -170,10 +185,9 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     };
     if constexpr (kPlain) {
         copy_tokens<T>(task, split, share);
-        load_addends();
+        load_addends(0);
         fill(split.early, split.slots);
-        cp_async_wait_all_but(split.slots - split.early);
-        await_weights();
+        await_copies();
     } else if constexpr (kLate) {
         hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
     } else {
@@ -184,85 +198,91 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         } else {
             copy_tokens<T>(task, split, share);
             fill(split.early, split.slots);
-            cp_async_wait_all_but(split.slots - split.early);
+            cp_async_wait<0>();
             read_tokens<T, kLanes>(task, split, share, fixed->squares);
-            await_weights();
+            await_copies();
             normalise_tokens<T>(task, split, share, fixed->squares, norm_weight);
         }
         __syncthreads();
     }
 
-    typename Product::Sums sums[kRowTiles];
-    const char *slot = ring;
-    const auto read_piece = [&](int tile) {
-        const bool whole = kRowTiles == 1 || tile < kRowTiles - 1;
-        return Product::read(slot, whole ? kPieceRows : rows - tile * kPieceRows);
-    };
-    if (split.resident) {
-        for (int k = warp * kPieceColumns<T>; k < hidden; k += kStep<T>) {
-            const typename Product::Columns y = product.columns(k);
-#pragma unroll
-            for (int m = 0; m < kRowTiles; m++, slot += kPieceBytes) Product::multiply(read_piece(m), y, sums[m]);
-        }
-    } else {
-        typename Product::Piece piece = read_piece(0);
-        const char *const end = ring + split.slots * kPieceBytes;
+    /* The warps' parts of each sum meet in shared memory, token by token: where the slots were if there is one pass.
+     * 4 words more than a multiple of 16 keep the lanes' writes out of each other's banks. */
+    constexpr int kPitch = kRowTiles * kPieceRows + 4;
+    const int parts_stride = split.one_pass ? split.slots * split.slot_bytes : kTokens * kPitch * 4;
+    char *const parts = shared + (split.one_pass ? split.ring : split.parts);
+
+    int slot = 0;
+    uint32_t parity = 0;
 #pragma unroll 1
-        for (int k = warp * kPieceColumns<T>; k < hidden; k += kStep<T>) {
+    for (int base = 0; base < rows; base += split.pass_rows) {
+        typename Product::Sums sums[kRowTiles];
+        if (kPlain && base > 0) load_addends(base);
+        const auto multiply_step = [&](int k, int slot) {
             const typename Product::Columns y = product.columns(k);
 #pragma unroll
             for (int m = 0; m < kRowTiles; m++) {
-                Product::multiply(piece, y, sums[m]);
-                __syncwarp(); /* all lanes have read this piece: its slot is free */
-                copy_piece(fixed->row, asked, rows, hidden, shared_address(slot));
-                asked.next();
-                slot = slot + kPieceBytes == end ? ring : slot + kPieceBytes;
-                cp_async_wait_all_but(split.slots - 1);
-                __syncwarp();
-                piece = read_piece((m + 1) % kRowTiles);
+                const bool whole = kRowTiles > 1 && m < kRowTiles - 1;
+                Product::multiply(Product::read(ring + slot * split.slot_bytes + m * kPieceBytes,
+                                                whole ? kPieceRows : split.pass_rows - m * kPieceRows),
+                                  y, sums[m]);
             }
-        }
-    }
-
-    /* The warps' parts of each sum meet where their slots were, token by token; 4 words more than a multiple of 16 keep
-     * the lanes' writes out of each other's banks. */
-    constexpr int kPitch = kRowTiles * kPieceRows + 4;
-    static_assert(kTokens * kPitch * 4 <= kMinSlots * kPieceBytes, "the parts fit");
-    __syncwarp();
-#pragma unroll
-    for (int m = 0; m < kRowTiles; m++)
-        Product::template store<kLate>(reinterpret_cast<float *>(ring) + m * kPieceRows, kPitch, sums[m]);
-    __syncthreads();
-    const auto total_of = [&](int token, int row) {
-        const char *parts = shared + kRing<kTokens> + (token * kPitch + row) * 4;
-        float total = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; w++)
-            total += *reinterpret_cast<const float *>(parts + w * split.slots * kPieceBytes);
-        return total;
-    };
-    if (row >= rows) return;
-    const int first_token = threadIdx.x / kRowSlots;
-    const auto place_of = [&](int token) { return token_row<T>(task.out, share.first + token) + first_row + row; };
-    if constexpr (kPlain) {
-#pragma unroll
-        for (int i = 0; i < kOwn; i++) {
-            const int token = first_token + i * kAtOnce;
-            if (token < share.tokens)
-                *place_of(token) = finish_output<T>(task, total_of(token, row), fixed->bias[row], addend[i]);
-        }
-    } else {
-        if (task.linear.gated && row % 2 != 0) return; /* the thread of the gate has up, too */
+        };
+        if (split.resident) {
+            for (int k = first_column; k < hidden; k += kStep<T>) mbarrier_wait(full + slot++ * 8, 0);
+            slot = 0;
+            for (int k = first_column; k < hidden; k += kStep<T>) multiply_step(k, slot++);
+        } else {
 #pragma unroll 1
-        for (int token = first_token; token < share.tokens; token += kAtOnce) {
-            const float factor = kLate ? token_factor<T>(task, split, fixed->squares[token]) : 1.0f;
-            const float sum = total_of(token, row) * factor;
-            if (!task.linear.gated) {
-                *place_of(token) = finish_output<T>(sum, fixed->bias[row]);
-                continue;
+            for (int k = first_column; k < hidden; k += kStep<T>) {
+                mbarrier_wait(full + slot * 8, parity);
+                multiply_step(k, slot);
+                __syncwarp(); /* all lanes have read the slot: it is free */
+                fill_slot(slot);
+                if (++slot == split.slots) slot = 0, parity ^= 1;
             }
-            const float gate = sum + fixed->bias[row], up = total_of(token, row + 1) * factor + fixed->bias[row + 1];
-            token_row<T>(task.out, share.first + token)[(first_row + row) / 2] = finish_gated<T>(task, gate, up);
+        }
+
+        if (base > 0) __syncthreads(); /* the parts of the pass before have been read */
+#pragma unroll
+        for (int m = 0; m < kRowTiles; m++)
+            Product::template store<kLate>(reinterpret_cast<float *>(parts + warp * parts_stride) + m * kPieceRows,
+                                           kPitch, sums[m]);
+        __syncthreads();
+        const auto total_of = [&](int token, int row) {
+            float total = 0;
+#pragma unroll
+            for (int w = 0; w < kWarps; w++)
+                total += *reinterpret_cast<const float *>(parts + w * parts_stride + (token * kPitch + row) * 4);
+            return total;
+        };
+        const int of_block = base + row; /* the row among the block's */
+        if (row >= split.pass_rows || of_block >= rows) continue;
+        const int first_token = threadIdx.x / kRowSlots;
+        const auto place_of = [&](int token) {
+            return token_row<T>(task.out, share.first + token) + first_row + of_block;
+        };
+        if constexpr (kPlain) {
+#pragma unroll
+            for (int i = 0; i < kOwn; i++) {
+                const int token = first_token + i * kAtOnce;
+                if (token < share.tokens)
+                    *place_of(token) = finish_output<T>(task, total_of(token, row), bias[of_block], addend[i]);
+            }
+        } else {
+            if (task.linear.gated && row % 2 != 0) continue; /* the thread of the gate has up, too */
+#pragma unroll 1
+            for (int token = first_token; token < share.tokens; token += kAtOnce) {
+                const float factor = kLate ? token_factor<T>(task, split, fixed->squares[token]) : 1.0f;
+                const float sum = total_of(token, row) * factor;
+                if (!task.linear.gated) {
+                    *place_of(token) = finish_output<T>(sum, bias[of_block]);
+                    continue;
+                }
+                const float gate = sum + bias[of_block], up = total_of(token, row + 1) * factor + bias[of_block + 1];
+                token_row<T>(task.out, share.first + token)[(first_row + of_block) / 2] =
+                    finish_gated<T>(task, gate, up);
+            }
         }
     }
 }
@@ -271,8 +291,6 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
 
 template <typename T, int kTokens, int kRowTiles, Form kForm>
 mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, const Part &part, mv_error *error) {
-    split.resident = (task->hidden + kStep<T> - 1) / kStep<T> * kRowTiles <= split.slots;
-    split.early = split.resident ? split.slots : early_slots(task, groups.y_rows, split.slots);
     const Grid grid = {static_cast<unsigned>(part.blocks) << groups.log_groups, kThreads,
                        static_cast<size_t>(block_bytes_of(task, groups)), part.cluster};
     return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
@@ -288,9 +306,17 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
     split.log_threads = tokens == 1 ? 8 : tokens == 2 ? 7 : tokens <= 4 ? 6 : tokens <= 8 ? 5 : 4;
     const int step = Packet<T>::size << split.log_threads;
     split.held = (static_cast<int>(task->hidden) + step - 1) / step;
-    split.slots = slots_of(task, groups.y_rows, block_bytes_of(task, groups));
-    split.norm_weight = kRing<kTokens> + split.slots * kWarps * kPieceBytes;
+    const Ring ring = ring_for(task, groups, block_bytes_of(task, groups));
+    split.slots = ring.slots;
+    split.slot_bytes = ring.slot_bytes;
+    split.pass_rows = ring.pass_rows;
+    split.one_pass = ring.pass_rows >= rows_of(task, groups);
+    split.resident = holds_all(task, ring, groups);
+    split.early = early_slots(task, groups, ring);
+    split.ring = ring_of(task, groups);
+    split.norm_weight = split.ring + split.slots * kWarps * split.slot_bytes;
     split.y = split.norm_weight + norm_weight_bytes(task);
+    split.parts = split.y + y_bytes(task, groups.y_rows);
     split.mean_scale = mean_scale<T>(*task);
     split.in_pairs =
         task->rounding == MV_ROUNDING_HF && task->norm.weight_dtype == task->dtype && task->norm.weight_offset == 0;
@@ -301,7 +327,7 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
         split.unit = unit_of(task);
         split.rows_per_block = part.outputs / split.unit / part.blocks * split.unit;
         split.more = part.outputs / split.unit % part.blocks;
-        switch ((split.rows_per_block + (split.more > 0) * split.unit + kPieceRows - 1) / kPieceRows) {
+        switch ((ring.pass_rows + kPieceRows - 1) / kPieceRows) {
         case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, groups, part, error); break;
         case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, groups, part, error); break;
         case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, groups, part, error); break;
@@ -342,7 +368,7 @@ const char *why_not(const mv_task *task, const Groups &groups, const char *too_m
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16) return "the tokens do not fit in shared memory";
     if (groups.tokens == 0) return narrow ? too_many : "it takes up to 4 tokens of float32";
-    if (slots_of(task, groups.y_rows, kWholeBytes) == 0) return "the tokens do not fit in shared memory";
+    if (ring_for(task, groups, kWholeBytes).slots == 0) return "the tokens do not fit in shared memory";
     if (task->tokens > task->inner) return "the rows of x have two strides";
     if (!(narrow ? norm_rows_aligned<__half>(task) : norm_rows_aligned<float>(task)) ||
         !is_aligned16(task->norm.weight))
@@ -356,13 +382,6 @@ const char *why_not(const mv_task *task, const Groups &groups, const char *too_m
 /* Are hidden and outputs small enough for the arithmetic of choose_groups and choose_heads? */
 bool counts_fit(const mv_task *task) { return task->hidden <= 1 << 16 && task->linear.outputs <= 1 << 24; }
 
-/* What the tokens of a block take of its shared memory is missed where weights should be on their way
- * (docs/speed/few_tokens.md). */
-double missed_us(const mv_task *task, const Groups &groups) {
-    const double bytes = y_bytes(task, groups.tokens);
-    return block_bytes_of(task, groups) == kHalfBytes ? (bytes - 25e3) / 9e3 : (bytes - 35e3) / 18e3;
-}
-
 } // namespace
 
 /* ---- the rows -------------------------------------------------------------------------------------------------- */
@@ -370,8 +389,7 @@ double missed_us(const mv_task *task, const Groups &groups) {
 extern "C" {
 const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
-    const double missed = groups.tokens > 0 ? missed_us(task, groups) : 0;
-    if (!mv_at_price(decision, h100::decode_sm90a_us(task, missed), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::decode_sm90a_us(task, y_bytes(task, groups.tokens)), below)) return mv_too_dear;
     keep_cut(decision, groups);
     return why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
 }

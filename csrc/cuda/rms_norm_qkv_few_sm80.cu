@@ -14,11 +14,11 @@
  *
  * An output's bits do not depend on the number of tokens: every tile adds the same products in the same order. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
 #include "mma.cuh"
 #include "norm_plan.cuh"
+#include "prices.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "token_tile.cuh"
@@ -253,7 +253,7 @@ extern "C" {
 mv_kernel mv_rms_norm_f32_sm80;
 
 const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::norm_few_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_few_us(task), below)) return mv_too_dear;
     if (task->linear.gated) return kNotGated;
     if (const char *reason = why_not(task)) return reason;
     decision->workspace = plan_workspace(task);

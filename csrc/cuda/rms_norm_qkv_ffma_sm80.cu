@@ -14,10 +14,10 @@
  * Shared memory holds the step as [k][m] and [k][n], with column c of row k at c ^ 8 (k / 4 % 4): so the lanes of a
  * warp that transpose groups of neighbouring rows write to 32 different banks. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
 #include "norm_plan.cuh"
+#include "prices.cuh"
 #include "ptx.cuh"
 #include "rms_norm.cuh"
 #include "token_tile.cuh"
@@ -492,14 +492,14 @@ extern "C" {
 mv_kernel mv_rms_norm_f32_sm80, mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::ffma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::ffma_us(task), below)) return mv_too_dear;
     if (const char *reason = norm_linear_why_not(task)) return reason;
     choose<true>(task, decision);
     return nullptr;
 }
 
 const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::norm_ffma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_ffma_us(task), below)) return mv_too_dear;
     PlanTasks tasks = plan_tasks(task);
     if (task->linear.plain_x) {
         tasks.product.x = task->x; /* wherever it lies */

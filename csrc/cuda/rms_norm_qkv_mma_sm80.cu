@@ -13,11 +13,11 @@
  * An output's bits do not depend on the number of tokens: every tile shape adds the same groups of 16 k in the same
  * order into one float32 sum, and k is never split. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "launch.cuh"
 #include "linear_epilogue.cuh"
 #include "mma_tile.cuh"
 #include "norm_plan.cuh"
+#include "prices.cuh"
 #include "ptx.cuh"
 #include "rms_norm.cuh"
 #include "token_tile.cuh"
@@ -411,7 +411,7 @@ extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
 }
 
 extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::norm_mma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_mma_us(task), below)) return mv_too_dear;
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     if (task->linear.gated && task->linear.block[0].col_stride != 1)
         return "it takes a gated layer's weights as nn.Linear keeps them, not a transposed copy";

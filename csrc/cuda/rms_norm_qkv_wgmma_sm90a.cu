@@ -6,11 +6,11 @@
  * The weights' first steps are on their way before the wait for the norm: to shared memory where static_weights allows
  * it, else to L2. */
 #include "cuda.h"
-#include "h100.cuh"
 #include "late_product.cuh"
 #include "launch.cuh"
 #include "norm_plan.cuh"
 #include "norm_rows.cuh"
+#include "prices.cuh"
 #include "token_tile.cuh"
 #include "wgmma_store.cuh"
 
@@ -317,7 +317,7 @@ const char *late_why_not(const mv_task *task) {
 /* As against the plan; twice as much where it cannot serve, or has no tiles for so few tokens. */
 double late_us(const mv_task *task, const TileChoice &choice) {
     constexpr double kHop = 1.5; /* us between two launches */
-    const double plan_us = h100::norm_wgmma_us(task);
+    const double plan_us = prices::norm_wgmma_us(task);
     if (task->rounding != MV_ROUNDING_FP32 || task->tokens <= 64) return 2 * plan_us;
     return plan_us * choice.us / (choose_tile(task).us + kHop);
 }
@@ -330,7 +330,7 @@ extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, h100::norm_wgmma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_wgmma_us(task), below)) return mv_too_dear;
     if (const char *reason = plan_why_not(task)) return reason;
     if (!reads_x(task)) decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
     keep_cut(decision, choose_tile(task));

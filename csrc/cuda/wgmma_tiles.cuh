@@ -6,7 +6,7 @@
 
 constexpr int kStep = 64;          /* along hidden */
 constexpr unsigned kCluster = 2;   /* CTAs, where there are clusters */
-constexpr int kVeryFew = 24;       /* tokens */
+constexpr int kVeryFew = 32;       /* tokens */
 constexpr int kWholeOutputs = 192; /* of a tile that one warpgroup has for itself */
 
 /* What the two warpgroups of a CTA share: a tile's tokens, the steps along hidden of a tile of 64 tokens, or the tiles:

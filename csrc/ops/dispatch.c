@@ -34,6 +34,7 @@ mv_status mv_bind_device(const char *op, mv_task *task, mv_error *error) {
     task->sm_count = gpu.sm_count;
     task->smem_bytes = gpu.smem_bytes;
     task->l2_bytes = gpu.l2_bytes;
+    task->memory_gbs = gpu.memory_gbs;
     task->programmatic_launch = gpu.programmatic_launch;
     return MV_OK;
 #else

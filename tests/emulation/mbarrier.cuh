@@ -39,6 +39,7 @@ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     cpu::mbarrier(barrier).bytes += static_cast<int32_t>(bytes);
     mbarrier_arrive(barrier);
 }
+inline void cp_async_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     while (cpu::mbarrier(barrier).phase == parity) cpu::yield();
     if (cpu::mbarrier(barrier).waited) cpu::wait_for_kernel_in_front();

@@ -1,17 +1,24 @@
-/* h100.cuh: host: what the products take on an H100, in microseconds (SPEED.md): the figures that the choice among
- * them goes by. Each is launches, and the larger of the weights at the kernel's share of memory speed and the products
- * at its rate. The tiles of a product have figures of their own, beside them. */
+/* prices.cuh: host: what the products take on a GPU, in microseconds (SPEED.md): the figures that the choice among them
+ * goes by. Each is launches, and the larger of the weights at the memory's speed, of which a kernel reaches some share,
+ * and the products at its rate. They were measured on an H100 and, those of 16 bits, on an H200; other GPUs get the
+ * speed of their memory and the rest of these. The tiles of a product have figures of their own, beside them. */
 #pragma once
 
 #include "../kernel.h"
 
-namespace h100 {
+namespace prices {
 
 static inline double larger(double a, double b) { return a > b ? a : b; }
 
 static inline double weight_bytes(const mv_task *t) {
     return static_cast<double>(t->linear.outputs) * static_cast<double>(t->hidden) *
            static_cast<double>(mv_dtype_bytes(t->linear.weight_dtype));
+}
+
+/* Reading the weights: 93 % of what the memory's clock and width say, as both GPUs reach. */
+static inline double read_us(const mv_task *t) {
+    const double gbs = t->memory_gbs > 0 ? t->memory_gbs : 3352;
+    return weight_bytes(t) / (0.93e3 * gbs);
 }
 
 /* Of tiles that are so many tokens high. */
@@ -22,23 +29,20 @@ static inline double tile_flops(const mv_task *t, double tokens) {
 
 /* It takes 4 tokens at a time. */
 static inline double decode_sm80_us(const mv_task *t) {
-    return 1.5 * static_cast<double>(t->tokens) +
-           static_cast<double>((t->tokens + 3) / 4) * (1.7 + weight_bytes(t) / 3.0e6);
+    return 1.5 * static_cast<double>(t->tokens) + static_cast<double>((t->tokens + 3) / 4) * (1.7 + 1.04 * read_us(t));
 }
 
-/* missed: microseconds in which weights should be on their way, but the tokens of a block are in their room. */
-static inline double decode_sm90a_us(const mv_task *t, double missed) {
-    return 0.6 + weight_bytes(t) / 2.97e6 + larger(missed, 0);
+/* token_bytes: of the tokens of a block, which it reads, and normalises where there is a norm, before it multiplies. */
+static inline double decode_sm90a_us(const mv_task *t, double token_bytes) {
+    return 0.9 + read_us(t) + weight_bytes(t) / 100e6 + token_bytes / (t->linear.plain_x ? 60e3 : 25e3);
 }
 
-static inline double norm_mma_us(const mv_task *t) {
-    return 6 + larger(weight_bytes(t) / 2.4e6, tile_flops(t, 32) / 4.3e8);
-}
+static inline double norm_mma_us(const mv_task *t) { return 6 + larger(1.3 * read_us(t), tile_flops(t, 32) / 4.3e8); }
 
-/* The weights are on their way while the norm runs; small ones are there before it is done, and wait for it. */
+/* Without a norm no launch in front hides the start of the product. */
 static inline double norm_wgmma_us(const mv_task *t) {
-    const double waits = larger(1 - weight_bytes(t) / 20e6, 0);
-    return 1 + 2 * waits + larger(weight_bytes(t) / 2.93e6, tile_flops(t, 128) / 6.2e8);
+    const double launches = t->linear.plain_x ? 4.2 : 2.2;
+    return launches + larger(read_us(t) + weight_bytes(t) / 55e6, tile_flops(t, 128) / 6.2e8);
 }
 
 static inline double norm_3xtf32_us(const mv_task *t, double product_us) {
@@ -48,7 +52,7 @@ static inline double norm_3xtf32_us(const mv_task *t, double product_us) {
 
 static inline double norm_few_us(const mv_task *t) {
     const double ends = 1 + 300 / static_cast<double>(t->hidden); /* of tiles: what short rows do not hide */
-    const double weights = weight_bytes(t) / 2.95e6, products = tile_flops(t, 8) / 3.6e7 * ends;
+    const double weights = 1.06 * read_us(t), products = tile_flops(t, 8) / 3.6e7 * ends;
     const double most = larger(weights, products), least = weights + products - most;
     return 4 + most + 0.15 * least * least / most; /* they get in each other's way */
 }
@@ -63,4 +67,4 @@ static inline double norm_ffma_us(const mv_task *t) {
     return 5 + static_cast<double>(t->hidden) * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
 }
 
-} // namespace h100
+} // namespace prices
