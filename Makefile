@@ -6,8 +6,8 @@ SECONDS ?= 60    # of the fuzzer
 VENV = .venv/bin/python
 C_FILES = $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help demo test inplace gpu-test bench ctest asan tsan fuzz wheels wheel-cpu wheel-cuda release-check \
-    format lint clean
+.PHONY: help demo test inplace gpu-test bench ctest asan tsan arm64 fuzz wheels wheel-cpu wheel-cuda \
+    release-check format lint clean
 
 help:
 	@echo 'make demo      set up, build, and run the fused layer on real model shapes (WITH=torch: beside torch, too)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make gpu-test  build in place and run the GPU tests with $(PYTHON): no network, no set-up'
 	@echo 'make bench     build in place and measure every op, JSON into build/bench'
 	@echo 'make ctest     the kernels from plain C, without Python'
+	@echo 'make arm64     the same for arm64 with NEON, cross-compiled and emulated by qemu'
 	@echo 'make asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the threads of the CPU backend under ThreadSanitizer'
 	@echo 'make fuzz      SECONDS=60 of random calls, a quarter of it of hostile objects, in place with $(PYTHON)'
@@ -61,10 +62,12 @@ ctest:
 	$(PYTHON) setup.py -q build_c
 	for run in 1 2 3 4 5 6 7 8 9 10; do build/c/test_first_call || exit; done
 	build/c/test_rms_norm
+	build/c/test_kernels
 	build/c/test_act_and_mul
 	build/c/test_act_and_mul_calls
 	build/c/test_plan
 	build/c/test_pool
+	build/c/test_float_mode
 
 fuzz: inplace
 	PYTHONPATH=tests $(PYTHON) -m fuzz cpu --seconds $(SECONDS) $(ARGS)
@@ -84,6 +87,28 @@ tsan:
 	CC=gcc MINIVLLM_SANITIZE=thread MINIVLLM_CUDA=0 $(PYTHON) setup.py -q build_c --build-temp build/tsan/temp \
 	    --build-programs build/tsan
 	for program in test_pool test_first_call; do TSAN_OPTIONS=halt_on_error=1 build/tsan/$$program || exit; done
+
+# The C programs for arm64, under the user mode of qemu. ARM64=fast leaves out what takes minutes there.
+ARM64_CC = aarch64-linux-gnu-gcc
+QEMU = $(firstword $(shell command -v qemu-aarch64-static qemu-aarch64) qemu-aarch64-static)
+RUN_ARM64 = $(QEMU) -L /usr/aarch64-linux-gnu build/arm64
+arm64:
+	@command -v $(ARM64_CC) >/dev/null || { echo 'make arm64: $(ARM64_CC) is missing: install gcc-aarch64-linux-gnu and libc6-dev-arm64-cross'; exit 1; }
+	@command -v $(QEMU) >/dev/null || { echo 'make arm64: $(QEMU) is missing: install qemu-user-static'; exit 1; }
+	CC=$(ARM64_CC) MINIVLLM_CUDA=0 MINIVLLM_WERROR=1 $(PYTHON) setup.py -q build_c --build-temp build/arm64/temp \
+	    --build-programs build/arm64
+	$(RUN_ARM64)/test_first_call
+	$(RUN_ARM64)/test_plan
+	$(RUN_ARM64)/test_act_and_mul_calls
+	$(RUN_ARM64)/test_float_mode
+	$(RUN_ARM64)/test_pool 4
+ifeq ($(ARM64),fast)
+	$(RUN_ARM64)/test_kernels neon
+else
+	$(RUN_ARM64)/test_kernels
+	$(RUN_ARM64)/test_rms_norm
+	$(RUN_ARM64)/test_act_and_mul
+endif
 
 .venv/wheels: .venv/ready tools/requirements.txt
 	@$(VENV) -m venv .venv/wheels-env

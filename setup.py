@@ -1,6 +1,8 @@
 """Builds minivllm._C: plain C by the C compiler, CUDA C by nvcc where there is one, linked by the C compiler.
 
 `setup.py build_c` links the same objects, less Python's, with tests/c/ into stand-alone programs under build/c.
+There CC may be a cross compiler: no file has flags of an architecture, since a kernel's source says what it may use
+(csrc/cpu/isa.h).
 
 Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_LINEINFO=1 (for
 profilers: CUDA code remembers its lines, and the path they were compiled under), CC, CFLAGS, NVCC, CUDA_HOME,

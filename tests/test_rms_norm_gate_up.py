@@ -111,7 +111,7 @@ def test_every_kernel(kernel, framework):
                     ran += check(framework, dtype, hidden, d, tokens, rounding=rounding, activation=activation,
                                  adds=adds, biased=activation != "gelu_tanh", layout=layout,
                                  kernel=kernel.name)  # fmt: skip
-    if kernel.isa in ("portable", "avx2", "avx512"):
+    if kernel.isa in ("portable", "avx2", "avx512", "neon"):
         assert ran == 3 * 3 * len(SHAPES) * len(roundings_of(kernel))
 
 

@@ -1,6 +1,8 @@
 /* epyc9005.c: what the projection kernels of the CPU take, in microseconds of two cores of an EPYC 9005: the weights at
  * the speed at which a kernel streams them, and the products at its rate. What counts is where the curves cross:
- * measured between 8 and 16 tokens in float32, between 16 and 32 with AVX512-BF16. */
+ * measured between 8 and 16 tokens in float32, between 16 and 32 with AVX512-BF16.
+ *
+ * NEON was measured nowhere: it is given the memory of AVX2, whose vectors are twice as long, and half its products. */
 #include "cpu.h"
 #include "workspace.h"
 
@@ -30,13 +32,16 @@ static double price(const mv_task *t, double bytes_per_us, double flops_per_us) 
     }
 DECIDE_ATTENTION(avx512, 3.8e4, 2.4e5)
 DECIDE_ATTENTION(avx2, 3.5e4, 1.2e5)
+DECIDE_ATTENTION(neon, 3.5e4, 6e4)
 DECIDE_ATTENTION(portable, 3e4, 1e4)
 
 DECIDE(decode, avx512bf16, 4e4, 4.5e5)
 DECIDE(decode, avx512, 3.8e4, 2.4e5)
 DECIDE(decode, avx2, 3.5e4, 1.2e5)
+DECIDE(decode, neon, 3.5e4, 6e4)
 DECIDE(decode, portable, 3e4, 1e4)
 DECIDE(prefill, avx512bf16, 1.7e4, 1e6)
 DECIDE(prefill, avx512, 2.4e4, 5e5)
 DECIDE(prefill, avx2, 2e4, 2.5e5)
+DECIDE(prefill, neon, 2e4, 1.25e5)
 DECIDE(prefill, portable, 1.5e4, 2e4)

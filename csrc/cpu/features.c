@@ -1,8 +1,9 @@
 /* features.c: which kernels may run here.
  *
  * An instruction set counts only when the CPU has it (CPUID) and the operating system saves its registers (XGETBV):
- * a hypervisor or a boot option may leave the first true and the second false. This file is compiled for the baseline
- * architecture, because it runs before anything is known. Asked once; the answer never changes.
+ * a hypervisor or a boot option may leave the first true and the second false. NEON is in the baseline of arm64. This
+ * file is compiled for the baseline architecture, because it runs before anything is known. Asked once; the answer
+ * never changes.
  */
 #define _GNU_SOURCE
 #include "cpu.h"
@@ -19,13 +20,14 @@
 #include <cpuid.h>
 #endif
 
-/* In the order of age; a name is what the kernels' names end in. */
+/* A name is what the kernels' names end in. */
 static struct {
     const char *isa;
     bool usable;
-} instruction_sets[] = {{"portable", true}, {"avx2", false}, {"avx512", false}, {"avx512bf16", false}, {"amx", false}};
+} instruction_sets[] = {{"portable", true},    {"avx2", false}, {"avx512", false},
+                        {"avx512bf16", false}, {"amx", false},  {"neon", false}};
 
-enum { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_AMX, ISA_COUNT };
+enum { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_AMX, ISA_NEON, ISA_COUNT };
 
 static char feature_names[96];
 static pthread_once_t asked = PTHREAD_ONCE_INIT;
@@ -69,6 +71,8 @@ static void ask_cpu(void) {
     instruction_sets[ISA_AVX512BF16].usable = avx512_here && bf16_here;
     instruction_sets[ISA_AMX].usable = avx512_here && bf16_here && amx_here && may_use_tiles();
 }
+#elif defined(__aarch64__)
+static void ask_cpu(void) { instruction_sets[ISA_NEON].usable = true; }
 #else
 static void ask_cpu(void) {}
 #endif

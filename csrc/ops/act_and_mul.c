@@ -8,6 +8,7 @@
     MV_GPU(MV_ALL_DTYPES(K, act_and_mul, sm80, sm80, MV_CUDA, true, mv_decide_wide))                                   \
     MV_X86(MV_ALL_DTYPES(K, act_and_mul, avx512, avx512, MV_CPU, true, mv_decide_wide))                                \
     MV_X86(MV_ALL_DTYPES(K, act_and_mul, avx2, avx2, MV_CPU, true, mv_decide_half))                                    \
+    MV_ARM64(MV_ALL_DTYPES(K, act_and_mul, neon, neon, MV_CPU, true, mv_decide_half))                                  \
     MV_ALL_DTYPES(K, act_and_mul, portable, portable, MV_CPU, true, mv_decide_scalar)
 
 ACT_AND_MUL_KERNELS(MV_DECLARE_KERNEL)

@@ -15,6 +15,7 @@
     MV_GPU(MV_ALL_DTYPES(K, decode_attention, sm80, sm80, MV_CUDA, true, mv_attention_sm80_decide))                    \
     MV_X86(MV_ALL_DTYPES(K, decode_attention, avx512, avx512, MV_CPU, true, mv_attention_avx512_decide))               \
     MV_X86(MV_ALL_DTYPES(K, decode_attention, avx2, avx2, MV_CPU, true, mv_attention_avx2_decide))                     \
+    MV_ARM64(MV_ALL_DTYPES(K, decode_attention, neon, neon, MV_CPU, true, mv_attention_neon_decide))                   \
     MV_ALL_DTYPES(K, decode_attention, portable, portable, MV_CPU, true, mv_attention_portable_decide)
 
 DECODE_ATTENTION_KERNELS(MV_DECLARE_KERNEL)

@@ -43,11 +43,17 @@ typedef struct {
 #define avx512_CAPABILITIES 0, 0
 #define avx512bf16_CAPABILITIES 0, 0
 #define amx_CAPABILITIES 0, 0
+#define neon_CAPABILITIES 0, 0
 
 #if defined(__x86_64__)
 #define MV_X86(...) __VA_ARGS__
 #else
 #define MV_X86(...)
+#endif
+#if defined(__aarch64__)
+#define MV_ARM64(...) __VA_ARGS__
+#else
+#define MV_ARM64(...)
 #endif
 #ifdef MV_WITH_CUDA
 #define MV_GPU(...) __VA_ARGS__

@@ -10,6 +10,7 @@
     MV_GPU(MV_ALL_DTYPES(K, qk_norm_rope, sm80, sm80, MV_CUDA, true, mv_decide_wide))                                  \
     MV_X86(MV_ALL_DTYPES(K, qk_norm_rope, avx512, avx512, MV_CPU, true, mv_decide_wide))                               \
     MV_X86(MV_ALL_DTYPES(K, qk_norm_rope, avx2, avx2, MV_CPU, true, mv_decide_half))                                   \
+    MV_ARM64(MV_ALL_DTYPES(K, qk_norm_rope, neon, neon, MV_CPU, true, mv_decide_half))                                 \
     MV_ALL_DTYPES(K, qk_norm_rope, portable, portable, MV_CPU, true, mv_decide_scalar)
 
 QK_NORM_ROPE_KERNELS(MV_DECLARE_KERNEL)

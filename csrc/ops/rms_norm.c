@@ -16,6 +16,7 @@ static const char *decide_by_name(const mv_task *task, double below, mv_decision
     MV_GPU(MV_ALL_DTYPES(K, rms_norm, naive_sm80, sm80, MV_CUDA, true, decide_by_name))                                \
     MV_X86(MV_ALL_DTYPES(K, rms_norm, avx512, avx512, MV_CPU, true, mv_decide_wide))                                   \
     MV_X86(MV_ALL_DTYPES(K, rms_norm, avx2, avx2, MV_CPU, true, mv_decide_half))                                       \
+    MV_ARM64(MV_ALL_DTYPES(K, rms_norm, neon, neon, MV_CPU, true, mv_decide_half))                                     \
     MV_ALL_DTYPES(K, rms_norm, portable, portable, MV_CPU, true, mv_decide_scalar)
 
 RMS_NORM_KERNELS(MV_DECLARE_KERNEL)

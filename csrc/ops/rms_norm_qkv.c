@@ -27,7 +27,9 @@
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_decode_avx512_decide))              \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_prefill_avx512_decide))             \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_decode_avx2_decide))                    \
+    MV_ARM64(MV_ALL_DTYPES(K, rms_norm_qkv, decode_neon, neon, MV_CPU, false, mv_decode_neon_decide))                  \
     MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_prefill_avx2_decide))                   \
+    MV_ARM64(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_neon, neon, MV_CPU, true, mv_prefill_neon_decide))                 \
     MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_decode_portable_decide)                \
     MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_prefill_portable_decide)
 

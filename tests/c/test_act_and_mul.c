@@ -4,12 +4,11 @@
  * against float64 (activation.h): normal values, all 16-bit gates, values at which something overflows, vanishes or is
  * not a number, rows of every short length, from every alignment and with gaps, and offsets past 2^31 elements. */
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
-#include "activation.h"
+#include "values.h"
 
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 static mv_error error;
@@ -27,60 +26,6 @@ static void require(mv_status status, const char *what) {
     fprintf(stderr, "%s: %s\n", what, error.text);
     exit(1);
 }
-
-/* ---- values --------------------------------------------------------------------------------------------------- */
-
-static size_t bytes_of(mv_dtype dtype) { return dtype == MV_F32 ? 4 : 2; }
-
-static double half_value(uint16_t bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                             : exponent == 0 ? ldexp(fraction, -24)
-                                             : ldexp(1024 + fraction, exponent - 25);
-    return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-static uint16_t half_bits(double v) { /* of a value that is one */
-    int exponent;
-    const double magnitude = fabs(v);
-    frexp(magnitude, &exponent);
-    const int sign = signbit(v) ? 0x8000 : 0;
-    if (isnan(v)) return (uint16_t)(sign | 0x7e00);
-    if (isinf(v)) return (uint16_t)(sign | 0x7c00);
-    if (magnitude < ldexp(1, -14)) return (uint16_t)(sign | (int)ldexp(magnitude, 24));
-    return (uint16_t)(sign | ((exponent + 13) << 10) | ((int)ldexp(magnitude, 11 - exponent) - 1024));
-}
-
-static double get(const void *data, mv_dtype dtype, int64_t i) {
-    uint16_t bits;
-    float value;
-    memcpy(&bits, (const char *)data + (size_t)i * bytes_of(dtype), sizeof bits);
-    if (dtype == MV_F16) return half_value(bits);
-    const uint32_t wide = (uint32_t)bits << 16;
-    memcpy(&value, dtype == MV_F32 ? (const char *)data + (size_t)i * 4 : (const char *)&wide, sizeof value);
-    return value;
-}
-
-/* Rounds to the dtype. */
-static void set(void *data, mv_dtype dtype, int64_t i, double v) {
-    const double rounded = round_to(v, dtype);
-    const float value = (float)rounded;
-    uint32_t wide;
-    memcpy(&wide, &value, sizeof wide);
-    const uint16_t bits = dtype == MV_F16 ? half_bits(rounded) : (uint16_t)(wide >> 16);
-    memcpy((char *)data + (size_t)i * bytes_of(dtype), dtype == MV_F32 ? (const void *)&value : &bits, bytes_of(dtype));
-}
-
-/* From 0 to 1, the same sequence in every run. */
-static double uniform(void) {
-    static uint64_t state = 0x9E3779B97F4A7C15u;
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (double)(state >> 11) * 0x1p-53;
-}
-
-static double bell(void) { return sqrt(3.0) * (uniform() + uniform() + uniform() + uniform() - 2); }
 
 /* ---- one call ------------------------------------------------------------------------------------------------- */
 
@@ -314,16 +259,14 @@ static void test_isa(const char *isa, bool cuda) {
 int main(void) {
     int32_t gpus = 0;
     mv_cuda_info gpu;
-    test_isa("portable", false);
-    static const char *const wider[] = {"avx2", "avx512"};
-    for (int i = 0; i < 2; i++) {
-        char words[128], word[32];
-        snprintf(words, sizeof words, " %s ", mv_cpu_features());
-        snprintf(word, sizeof word, " %s ", wider[i]);
-        if (strstr(words, word))
-            test_isa(wider[i], false);
+    mv_kernel_info kernel;
+    for (int k = 0; mv_kernel_at(k, &kernel); k++) {
+        if (strcmp(kernel.op, "silu_and_mul") != 0 || kernel.dtype != MV_F32 || strncmp(kernel.isa, "sm", 2) == 0)
+            continue;
+        if (kernel.usable)
+            test_isa(kernel.isa, false);
         else
-            printf("skipped %s: this CPU has none\n", wider[i]);
+            printf("skipped %s: %s\n", kernel.isa, kernel.why_not);
     }
     if (mv_cuda_device_count(&gpus, &error) != MV_OK || gpus == 0)
         printf("skipped CUDA: %s\n", gpus == 0 && error.text[0] ? error.text : "no GPU");

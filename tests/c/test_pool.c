@@ -2,7 +2,9 @@
  *
  * Callers with tensors of their own call every op on the CPU, while one thread changes how many threads there are and
  * another looks at what exists; then the process forks, and its child does the same with a pool of its own. Each result
- * is compared with that of the first, quiet call. Meant for ThreadSanitizer (`make tsan`), and right without it. */
+ * is compared with that of the first, quiet call. Meant for ThreadSanitizer (`make tsan`), and right without it.
+ *
+ * argv[1]: how many times every caller calls, 40 where it is absent. */
 #define _POSIX_C_SOURCE 200809L
 #include "mv.h"
 
@@ -14,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { CALLERS = 4, ROUNDS = 40, FORKS = 3, TOKENS = 40, HIDDEN = 1024, QKV = 320, ELEMENTS = TOKENS * HIDDEN };
+enum { CALLERS = 4, FORKS = 3, TOKENS = 40, HIDDEN = 1024, QKV = 320, ELEMENTS = TOKENS * HIDDEN };
 
 typedef struct {
     float out[ELEMENTS], qkv[TOKENS * QKV];
@@ -27,6 +29,7 @@ static const int64_t x_shape[] = {TOKENS, HIDDEN}, matrix_shape[] = {QKV, HIDDEN
 static float x[ELEMENTS], weight[HIDDEN], matrix[QKV * HIDDEN];
 static Caller first, callers[CALLERS];
 static atomic_bool stop;
+static int rounds = 40;
 
 #define VIEW(array, sizes)                                                                                             \
     { .data = array, .shape = sizes, .ndim = sizeof sizes / sizeof sizes[0], .dtype = MV_F32 }
@@ -60,7 +63,7 @@ static bool call_ops(Caller *caller) {
 
 static void *keep_calling(void *argument) {
     Caller *caller = argument;
-    for (int round = 0; round < ROUNDS && !caller->failed; round++)
+    for (int round = 0; round < rounds && !caller->failed; round++)
         caller->failed = !call_ops(caller) || memcmp(caller->out, first.out, sizeof first.out) != 0 ||
                          memcmp(caller->qkv, first.qkv, sizeof first.qkv) != 0;
     return NULL;
@@ -104,7 +107,8 @@ static bool in_a_child(void) {
 #endif
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    if (argc > 1) rounds = atoi(argv[1]);
     for (int i = 0; i < ELEMENTS; i++) x[i] = (float)((i * 7919 % 2003) - 1001) / 500.0f;
     for (int i = 0; i < HIDDEN; i++) weight[i] = 1.0f + (float)(i % 7) / 16.0f;
     for (int i = 0; i < QKV * HIDDEN; i++) matrix[i] = (float)(i % 11 - 5) / 64;
