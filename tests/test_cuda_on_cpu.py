@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SANITIZED
 from test_prefill import LATE, MEANWHILE, SHAPES
+from test_rms_norm_gate_up import TILES as GATED
 from test_tf32 import SHAPES as TF32
 
 EMULATION = ROOT / "tests" / "emulation"
@@ -138,6 +139,12 @@ def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
     assert {choice[2] for choice in meanwhile} == {1, 2}
     turned = choices([(tokens, hidden, outputs) for tokens, hidden, outputs in SHAPES if tokens > 64], "in_out")
     assert {choice[:2] for choice in turned} == {(tokens, 128), (tokens, 256)}
+    gated = choices([(tokens, hidden, 2 * d) for tokens, hidden, d in GATED], "gated")
+    taken = {choice[:2] for choice in gated}
+    assert taken >= {(tokens, outputs) for outputs in range(64, 257, 32)}
+    assert taken >= {(steps, outputs) for outputs in (32, 64, 96)} | {(tiles, 192)}
+    assert {choice[2:4] for choice in gated if choice[0] == tiles} == {(1, 0), (2, 0), (2, 1)}
+    assert {choice[2:4] for choice in gated if choice[0] == tokens} == {(1, 0), (2, 0), (2, 1)}
     when_late = choices(LATE, "late")
     assert {choice[:2] for choice in when_late} == {(late, outputs) for outputs in range(64, 257, 32)}
     assert {choice[4] for choice in when_late} >= {1, 2}

@@ -8,7 +8,7 @@ import pytest
 from cases import CONTIGUOUS, PADDED, UNALIGNED, Placed, assert_same_bits, normal
 from checks import IS_IN_OUT, WEIGHTS
 from conftest import roundings_of, short_dtype
-from frameworks import TORCH_CPU, TORCH_CUDA
+from frameworks import TORCH_CPU, TORCH_CUDA, hopper_dtype
 
 import minivllm
 from minivllm.testing import numeric, reference
@@ -17,6 +17,11 @@ from minivllm.testing.reference import round_to, to_float64
 KINDS = {"silu": "silu", "gelu_tanh": "tanh", "gelu": "none"}  # as the references call them
 SHAPES = ((64, 7), (128, 1), (256, 192), (1024, 500), (40, 131))  # hidden, d
 EPS = 1e-6
+# tokens, hidden, d: on the 132 SMs of an H100 every tile for Hopper's tensor cores, with clusters and without, and with
+# rows that are normalised meanwhile (test_cuda_on_cpu holds the list to that)
+TILES = ((9, 3080, 512), (40, 72, 3551), (40, 72, 6144), (64, 72, 8512),
+         *((130, 72, d) for d in (512, 2656, 3201, 4256)), *((300, 72, d) for d in (3552, 4257, 4960)),
+         (4300, 64, 2817), (1160, 3584, 6144), (1100, 3584, 4608), (4700, 2560, 1920), (2500, 5120, 3584))  # fmt: skip
 
 
 def inputs_of(hidden, d, tokens, dtype, weight_dtype=None):
@@ -137,6 +142,18 @@ def test_options(device, dtype, framework):
     for tokens in (1, 40):
         assert check(framework, dtype, 64, 48, tokens, batch_invariant=True)
         assert check(framework, dtype, 64, 48, tokens, static_weights=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_every_tile(dtype, shape):
+    tokens, hidden, d = shape
+    hopper_dtype(dtype, "norm_wgmma_sm90a")
+    kernel = f"{dtype}_norm_wgmma_sm90a"
+    for layout, rounding, out in (("packed", "hf", None), ("tuple", "fp32", PADDED)):
+        assert check(TORCH_CUDA, dtype, hidden, d, tokens, layout=layout, rounding=rounding, out=out, biased=True,
+                     kernel=kernel)  # fmt: skip
 
 
 def test_many_outputs(device, framework):

@@ -64,12 +64,12 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         for (unsigned item = first + turn * apart; item < items; item += Tile::tile_turns * apart) {
             Place place = find_place<Tile>(p, item, rank);
             if (Tile::shared_tokens) place.token += half * 64;
-            if (Tile::shared_steps) place.output += half * Tile::own_outputs;
+            if (Tile::shared_steps) place.output += half * Tile::own_columns;
             const Segment &segment = p.segment[place.segment];
             const auto bias_of = [&](int n) {
-                return segment.bias && place.output + n < segment.outputs
-                           ? load_as_past_l1<T>(segment.bias, segment.bias_dtype, place.output + n)
-                           : 0.0f;
+                const Segment &of = Tile::gated ? p.segment[n / Tile::own_columns] : segment;
+                const int output = place.output + (Tile::gated ? n % Tile::own_columns : n);
+                return of.bias && output < of.outputs ? load_as_past_l1<T>(of.bias, of.bias_dtype, output) : 0.0f;
             };
             if constexpr (!Tile::shared_steps) {
                 for (int n = thread; n < Tile::own_outputs; n += 128) bias[n] = bias_of(n);
@@ -96,7 +96,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 float own[Tile::own_outputs / 2];
                 exchange<Tile>(own, sum[0], smem, half);
                 if constexpr (Tile::adds) add_rows<T, Tile>(own, p, place, bias);
-                store_pairs<T, Tile>(own, rows, segment.outputs - place.output, bias);
+                store_pairs<T, Tile>(own, p, rows, segment.outputs - place.output, bias);
             }
         }
         if (Tile::late && half == 0) await_turn(0); /* nobody's: the last step was the other one's */
@@ -168,14 +168,14 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
 
     /* Do all rows of out begin at multiples of 16 bytes, one stride apart? */
     const mv_rows out = task->out;
-    const int64_t out_stride = row_stride(task, out, task->linear.outputs);
+    const int64_t out_stride = row_stride(task, out, task->linear.outputs / (Tile::gated ? 2 : 1));
     p.out_boxes = !Tile::shared_steps && fits_map(out.data, out_stride, task->tokens);
     int64_t first = 0;
     for (int i = 0; i < 3 && first < task->linear.outputs; i++) {
         const mv_block &block = task->linear.block[i];
         Segment &segment = p.segment[i];
         segment.outputs = static_cast<int>(task->linear.packed ? task->linear.outputs : block.outputs);
-        segment.tiles = static_cast<unsigned>(ceil_div(segment.outputs, Tile::N));
+        segment.tiles = static_cast<unsigned>(ceil_div(segment.outputs, Tile::columns));
         segment.bias = block.bias;
         segment.bias_dtype = block.bias_dtype;
         segment.first_output = first;
@@ -188,8 +188,12 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
                                  block.col_stride,
                                  kStep / static_cast<int>(p.cluster),
                                  kStep}
-                   : BoxedMatrix{block.weight, task->dtype,      segment.outputs,
-                                 task->hidden, block.row_stride, Tile::N / static_cast<int>(p.cluster),
+                   : BoxedMatrix{block.weight,
+                                 task->dtype,
+                                 segment.outputs,
+                                 task->hidden,
+                                 block.row_stride,
+                                 Tile::gated ? Tile::columns : Tile::N / static_cast<int>(p.cluster),
                                  kStep};
         if (status == MV_OK) status = encode_map(&p.weight[i], weight, error);
         if (first % 8 != 0 || segment.outputs % 8 != 0) p.out_boxes = false; /* copies store whole 16 bytes */
@@ -197,7 +201,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     }
     for (int i = 0; i < 3; i++) {
         const Segment &segment = p.segment[i];
-        if (!p.out_boxes || segment.outputs == 0) continue;
+        if (!p.out_boxes || segment.outputs == 0 || (Tile::gated && i > 0)) continue;
         BoxedMatrix to = {static_cast<uint16_t *>(out.data) + segment.first_output,
                           task->dtype,
                           task->tokens,
@@ -252,6 +256,19 @@ mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Res
     }
 }
 
+/* The same of a gated layer. */
+template <typename T>
+mv_status launch_gated(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+    switch (choice.sharing) {
+    case Sharing::kTiles:
+        return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, Form::kGated>>(task, choice, rest, error);
+    case Sharing::kSteps: return launch_one_of<T, Sharing::kSteps, Form::kGated, 32, 64, 96>(task, choice, rest, error);
+    default:
+        return launch_one_of<T, Sharing::kTokens, Form::kGated, 64, 96, 128, 160, 192, 224, 256>(task, choice, rest,
+                                                                                                 error);
+    }
+}
+
 /* One launch: x is read as it is. */
 mv_status launch_late(const mv_task *task, const TileChoice &choice, mv_error *error) {
     return launch_one_of<__nv_bfloat16, Sharing::kTokens, Form::kLate, 64, 96, 128, 160, 192, 224, 256>(
@@ -278,13 +295,15 @@ mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm
     }
     const mv_status status = reads_x(task) ? MV_OK : make_y(&tasks.norm, decision, norm, error);
     if (status != MV_OK) return status;
+    if (task->linear.gated) return launch_gated<T>(&tasks.product, choice, rest, error);
     return task->linear.addend.data
                ? launch_choice<T, Form::kAdds, Form::kAddsInOut>(&tasks.product, choice, rest, error)
                : launch_choice<T, Form::kPlain, Form::kInOut>(&tasks.product, choice, rest, error);
 }
 
 const char *plan_why_not(const mv_task *task) {
-    if (task->linear.gated) return kNotGated;
+    if (task->linear.gated && task->linear.block[0].col_stride != 1)
+        return "it takes a gated layer's weights as nn.Linear keeps them, not a transposed copy";
     if (task->smem_bytes < kSmemBytes) return "there is too little shared memory";
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     if (task->tokens > INT32_MAX - 256 || task->hidden > INT32_MAX - 256 || task->linear.outputs > INT32_MAX - 256)

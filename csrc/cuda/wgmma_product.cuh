@@ -48,8 +48,9 @@ constexpr int boxes_at_once_of(int boxes, int most, int other_bytes, int stage_b
 }
 
 /* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
- * (late_product.cuh). kAdds..: an addend joins the outputs. */
-enum class Form { kPlain, kInOut, kLate, kAdds, kAddsInOut };
+ * (late_product.cuh). kAdds..: an addend joins the outputs. kGated: the first half of a tile's outputs are the gate's,
+ * the second half those of up for the same columns of out, so that a thread has both sums of a pair. */
+enum class Form { kPlain, kInOut, kLate, kAdds, kAddsInOut, kGated };
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
  * biases, barriers, then the ring. Of 64 tokens both warpgroups multiply all, every second step each, because waiting
@@ -60,10 +61,13 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
                           whole = kSharing == Sharing::kTiles;
     static constexpr bool adds = kForm == Form::kAdds || kForm == Form::kAddsInOut;
     static constexpr bool in_out = kForm == Form::kInOut || kForm == Form::kAddsInOut, late = kForm == Form::kLate;
+    static constexpr bool gated = kForm == Form::kGated;
     static constexpr bool spare_warps = has_spare_warps(kSharing, kOutputs) && !late && !adds; /* an addend: no norm */
     static constexpr int M = tile_tokens(kSharing), N = kOutputs;
     static constexpr int own_parts = whole ? M / 64 : 1;         /* 64 tokens each, that a warpgroup multiplies */
     static constexpr int own_outputs = shared_steps ? N / 2 : N; /* that it stores */
+    static constexpr int columns = gated ? N / 2 : N;            /* of out; rows of a matrix of weights */
+    static constexpr int own_columns = gated ? own_outputs / 2 : own_outputs;
     static constexpr int step_turns = shared_steps ? kWarpgroups : 1, tile_turns = whole ? kWarpgroups : 1;
     static constexpr int releasing_warps = shared_tokens ? 4 * kWarpgroups : 4; /* of a slot */
     static constexpr bool trades_registers = whole || (late && kOutputs > 192); /* with a third warpgroup */
@@ -72,9 +76,9 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static constexpr int chunks = (N + kStep - 1) / kStep, chunk_bytes = kStep * kRowBytes; /* of an in_out weight */
     static constexpr int w_bytes = in_out ? chunks * chunk_bytes : N * kRowBytes;
     static constexpr int stage_bytes = x_bytes + w_bytes;
-    static constexpr int wide_boxes = own_outputs / kBoxColumns, boxes = (own_outputs + kBoxColumns - 1) / kBoxColumns;
+    static constexpr int wide_boxes = own_columns / kBoxColumns, boxes = (own_columns + kBoxColumns - 1) / kBoxColumns;
     static constexpr int bias_bytes = kWarpgroups * own_outputs * 4, barrier_bytes = 16 * kMaxStages;
-    static constexpr int most_boxes = own_outputs <= 160 ? boxes : (boxes + 1) / 2;
+    static constexpr int most_boxes = own_columns <= 160 ? boxes : (boxes + 1) / 2;
     static constexpr int boxes_at_once =
         late ? most_boxes : boxes_at_once_of(boxes, most_boxes, bias_bytes + barrier_bytes, stage_bytes);
     static constexpr int own_out_bytes = shared_steps ? 64 * own_outputs * 4 : boxes_at_once * kBoxBytes;
@@ -87,10 +91,12 @@ template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
     static_assert(stages >= 3);
     static_assert(!late || (shared_tokens && !in_out && stages <= kMostLateStages));
     static_assert(!in_out || shared_tokens);
-    static_assert(shared_steps || own_outputs % kNarrowColumns == 0);
+    static_assert(shared_steps || own_columns % kNarrowColumns == 0);
+    static_assert(!gated || N % 32 == 0); /* half a tile, and half of that, are whole groups of eight columns */
 };
 
-/* Consecutive outputs that one matrix of weights makes. */
+/* Consecutive outputs that one matrix of weights makes. Of a gated layer the first segment has the tiles, and the
+ * weights and the bias of up are the second one's. */
 struct Segment {
     int outputs;
     unsigned tiles;
@@ -134,9 +140,9 @@ template <typename Tile> __device__ __forceinline__ Place find_place(const Produ
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
-    const int first = static_cast<int>(tile * Tile::N);
+    const int first = static_cast<int>(tile * Tile::columns);
     Place place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
-                   Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::N))};
+                   Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::columns))};
     if (Tile::late) place.token = max(0, min(place.token, static_cast<int>(p.tokens) - Tile::M));
     return place;
 }
@@ -176,7 +182,8 @@ __device__ __forceinline__ int own_stages(const Product &p, int stages) { return
 
 /* ---- the producer ---------------------------------------------------------------------------------------------- */
 
-/* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA. */
+/* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA; of a
+ * gated layer the gate's from the first, and those of up from the second. */
 template <typename Tile, bool kShared> struct Producer {
     const Product &p;
     Ring<Tile> ring;
@@ -199,6 +206,14 @@ template <typename Tile, bool kShared> struct Producer {
 #pragma unroll
             for (int c = 0; c < Tile::chunks; c++)
                 load_part<kStep>(to + c * Tile::chunk_bytes, map, place.output + c * kStep, step * kStep, barrier);
+        } else if constexpr (Tile::gated) {
+            constexpr int kHalf = Tile::columns * kRowBytes;
+            if constexpr (kShared) {
+                load_box_multicast(to + rank * kHalf, map + rank, step * kStep, place.output, barrier, 3);
+            } else {
+                load_box(to, map, step * kStep, place.output, barrier);
+                load_box(to + kHalf, map + 1, step * kStep, place.output, barrier);
+            }
         } else {
             load_part<Tile::N>(to, map, step * kStep, place.output, barrier);
         }
@@ -238,6 +253,9 @@ template <typename Tile, bool kShared> struct Producer {
         if constexpr (Tile::in_out) {
 #pragma unroll
             for (int c = 0; c < Tile::chunks; c++) prefetch_box(map, place.output + c * kStep, step * kStep + own);
+        } else if constexpr (Tile::gated) {
+            if (!kShared || rank == 0) prefetch_box(map, step * kStep, place.output);
+            if (!kShared || rank == 1) prefetch_box(map + 1, step * kStep, place.output);
         } else {
             prefetch_box(map, step * kStep, place.output + own);
         }
@@ -351,17 +369,20 @@ __device__ __forceinline__ void multiply(float (&sum)[Tile::own_parts][Tile::N /
     for (int own = 0; own < Tile::own_parts; own++) wgmma_results(sum[own]);
 }
 
-/* Each warpgroup gives the other one the sums of the outputs which that one stores. */
+/* Each warpgroup gives the other one the sums of the outputs which that one stores: half of all, or of a gated layer
+ * half of the gate's and half of up's. */
 template <typename Tile> __device__ __forceinline__ void
 exchange(float (&own)[Tile::own_outputs / 2], const float (&sum)[Tile::N / 2], char *smem, int half) {
     constexpr int kOwn = Tile::own_outputs / 2;
     const int thread = threadIdx.x % 128;
+    constexpr int kApart = Tile::gated ? kOwn / 2 : kOwn; /* the second warpgroup's from the first one's */
     const auto place = [&](int of) { return reinterpret_cast<float *>(smem + of * Tile::own_out_bytes) + thread; };
+    const auto first = [](int i) { return i < kApart ? i : i + kApart; };
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) place(1 - half)[i * 128] = half ? sum[i] : sum[i + kOwn];
+    for (int i = 0; i < kOwn; i++) place(1 - half)[i * 128] = half ? sum[first(i)] : sum[first(i) + kApart];
     warps_barrier(kExchangeBarrier, kConsumers);
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) own[i] = (half ? sum[i + kOwn] : sum[i]) + place(half)[i * 128];
+    for (int i = 0; i < kOwn; i++) own[i] = (half ? sum[first(i) + kApart] : sum[first(i)]) + place(half)[i * 128];
 }
 
 } // namespace

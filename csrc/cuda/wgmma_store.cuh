@@ -19,27 +19,35 @@ __device__ __forceinline__ float2 bias_pair(const float *bias, int column) {
     return *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
 }
 
-/* A pair of outputs: of a tile with addends the bias is in its sums already. */
+/* A pair of outputs: of a tile with addends the bias is in its sums already; of a gated one there are the sums of the
+ * gate, and half a tile behind them those of up. */
 template <typename T, typename Tile>
-__device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const float *bias, int column) {
-    if constexpr (Tile::adds)
+__device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const Product &p, const float *bias, int column) {
+    if constexpr (Tile::gated) {
+        const float *const up = sum + Tile::own_outputs / 4;
+        const float2 of_gate = bias_pair(bias, column), of_up = bias_pair(bias, Tile::own_columns + column);
+        alignas(4) const T pair[2] = {finish_gated<T>(p.norm, sum[0] + of_gate.x, up[0] + of_up.x),
+                                      finish_gated<T>(p.norm, sum[1] + of_gate.y, up[1] + of_up.y)};
+        return *reinterpret_cast<const uint32_t *>(pair);
+    } else if constexpr (Tile::adds) {
         return pack_word<T>(sum);
-    else
+    } else {
         return finish_pair<T>(sum[0], sum[1], bias_pair(bias, column));
+    }
 }
 
 /* Eight columns of this thread's two rows, rounded: rows l / 4 and l / 4 + 8 of its warp. */
-template <typename T, typename Tile>
-__device__ __forceinline__ void finish_columns(uint32_t *m, const float *sum, const float *bias, int column) {
-    m[0] = finish_pair_of<T, Tile>(sum, bias, column);
-    m[1] = finish_pair_of<T, Tile>(sum + 2, bias, column);
+template <typename T, typename Tile> __device__ __forceinline__ void
+finish_columns(uint32_t *m, const float *sum, const Product &p, const float *bias, int column) {
+    m[0] = finish_pair_of<T, Tile>(sum, p, bias, column);
+    m[1] = finish_pair_of<T, Tile>(sum + 2, p, bias, column);
 }
 
 /* Outputs leave through boxes in shared memory, as many at once as there is room for. */
 template <typename T, typename Tile>
 __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
                                            const Place &place, char *out, const float *bias) {
-    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * kBoxPieces, kAll = Tile::own_outputs / 8;
+    constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * kBoxPieces, kAll = Tile::own_columns / 8;
     constexpr int kWide = Tile::wide_boxes * kBoxPieces;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
     const uint32_t out_address = shared_address(out);
@@ -53,8 +61,8 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
             const int j = first + i;
             const uint32_t to = out_address + piece_offset(warp * 16 + lane % 16, i + lane / 16, j >= kWide);
             uint32_t m[4];
-            finish_columns<T, Tile>(m, sum + 4 * j, bias, 8 * j);
-            finish_columns<T, Tile>(m + 2, sum + 4 * j + 4, bias, 8 * j + 8);
+            finish_columns<T, Tile>(m, sum + 4 * j, p, bias, 8 * j);
+            finish_columns<T, Tile>(m + 2, sum + 4 * j + 4, p, bias, 8 * j + 8);
             stmatrix_x4(to, m);
         }
         fence_async_shared();
@@ -124,22 +132,23 @@ add_rows(float (&sum)[Tile::own_outputs / 2], const Product &p, const Place &pla
 }
 
 /* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
-template <typename T, typename Tile> __device__ __forceinline__ void
-store_pairs(const float (&sum)[Tile::own_outputs / 2], const PairRows<T> &rows, int count, const float *bias) {
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_pairs(const float (&sum)[Tile::own_outputs / 2], const Product &p,
+                                            const PairRows<T> &rows, int count, const float *bias) {
     const int first = threadIdx.x % 4 * 2;
-    const auto pair = [&](int row, int j) { return finish_pair_of<T, Tile>(sum + 4 * j + 2 * row, bias, 8 * j); };
+    const auto pair = [&](int row, int j) { return finish_pair_of<T, Tile>(sum + 4 * j + 2 * row, p, bias, 8 * j); };
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         T *const to = rows.to[row];
         if (!to) continue;
-        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && count >= Tile::own_outputs) {
+        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && count >= Tile::own_columns) {
 #pragma unroll
-            for (int j = 0; j < Tile::own_outputs / 8; j++)
+            for (int j = 0; j < Tile::own_columns / 8; j++)
                 *reinterpret_cast<uint32_t *>(to + 8 * j + first) = pair(row, j);
             continue;
         }
 #pragma unroll
-        for (int j = 0; j < Tile::own_outputs / 8; j++) {
+        for (int j = 0; j < Tile::own_columns / 8; j++) {
             const uint32_t word = pair(row, j);
 #pragma unroll
             for (int odd = 0; odd < 2; odd++)

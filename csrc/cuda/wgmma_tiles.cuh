@@ -92,7 +92,8 @@ static inline TileChoice choose_tile(const mv_task *task) {
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->linear.block[0].col_stride != 1,
                few = task->tokens <= 64 && !in_out && !task->batch_invariant;
-    const int apart = in_out ? 128 : 16; /* few tiles for the rarer layout */
+    /* Fewer tiles for the rarer layout, and for the pairs of a gated layer. */
+    const int apart = in_out ? 128 : task->linear.gated ? 32 : 16;
     const int64_t busy = block_columns(task, 64);
     const bool idle = steps <= kFewSteps && 3 * busy <= task->sm_count;
     const bool narrow = few && (idle || (task->tokens <= kVeryFew && steps >= kManySteps));

@@ -1,7 +1,7 @@
 /* tiles.cpp: which tile the kernels for Hopper's tensor cores would take on a GPU of 132 SMs. Reads lines of tokens,
- * hidden, outputs and one of out_in, in_out, late, tf32 and tf32_allowed, and writes a line for each. Of 16 bits: how
- * the warpgroups share a tile (0: its tokens, 1: its steps, 2: the tiles; 3: its tokens, where the row factor joins
- * late), its outputs, the CTAs of a cluster, whether rows are normalised meanwhile, and the waves. tf32: a tile's
+ * hidden, outputs and one of out_in, in_out, gated, late, tf32 and tf32_allowed, and writes a line for each. Of 16
+ * bits: how the warpgroups share a tile (0: its tokens, 1: its steps, 2: the tiles; 3: its tokens, where the row factor
+ * joins late), its outputs, the CTAs of a cluster, whether rows are normalised meanwhile, and the waves. tf32: a tile's
  * tokens, how many tiles are whole, how many are split, and among how many CTAs. */
 #include "cuda_on_cpu.h"
 
@@ -19,7 +19,8 @@ int main() {
         task.sm_count = 132;
         task.l2_bytes = 50 << 20;
         task.dtype = task.norm.weight_dtype = MV_BF16;
-        task.linear.packed = true;
+        task.linear.gated = strcmp(what, "gated") == 0;
+        task.linear.packed = !task.linear.gated;
         task.tokens = task.inner = tokens;
         task.hidden = hidden;
         task.x.inner_stride = hidden;
