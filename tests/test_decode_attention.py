@@ -324,7 +324,9 @@ def test_norm_and_rotary_embedding(kernel, framework, rounding, dim, columns, in
         keys = np.concatenate([inputs.keys[b][:-1], stored[b : b + 1]])
         exact, bound = attended(new_q[b], keys, inputs.values[b], dim**-0.5, None, dtype)
         # The same of queries: one in a hundred elements is a neighbour, which moves the scores like a random walk.
-        step = 4 * numeric.quantum(abs(new_q[b]).max(-1), dtype) * (0.1 if dtype == "f32" or rounding != "fp32" else 0.01)
+        step = (
+            4 * numeric.quantum(abs(new_q[b]).max(-1), dtype) * (0.1 if dtype == "f32" or rounding != "fp32" else 0.01)
+        )
         moved = numeric.LAMBDA * dim**-0.5 * step * np.sqrt((keys**2).sum(-1).max())
         limit = bound + np.minimum(moved, 1)[:, None] * abs(inputs.values[b]).max() / 4
         numeric.assert_within(to_float64(out)[b], exact, limit, f"sequence {b}")

@@ -89,7 +89,7 @@ def test_in_place(device, framework, dtype):
 @pytest.mark.rows("norm_add")
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_norm_add(kernel, framework, offset):
-    """"hf_once" rounds what it adds, where "fp32" does not."""
+    """ "hf_once" rounds what it adds, where "fp32" does not."""
     dtype = short_dtype(kernel.dtype)
     values = of_a_layer(dtype)
     x, weight, residual = (values[name] for name in ("x", "norm_weight", "residual"))
@@ -113,7 +113,7 @@ def projected(values, dtype, offset, rounding):
 @pytest.mark.rows("rms_norm_qkv")
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_qkv(kernel, framework, offset):
-    """"hf_once" multiplies a y that is rounded."""
+    """ "hf_once" multiplies a y that is rounded."""
     dtype = short_dtype(kernel.dtype)
     values = of_a_layer(dtype)
     tensors = arguments(framework, dtype, (values[name] for name in ("x", "norm_weight", "weight")))
@@ -203,7 +203,7 @@ def test_keys_of_the_cache(kernel, framework):
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_ops_without_a_norm(device, framework, dtype):
-    """"hf_once" is "hf" there."""
+    """ "hf_once" is "hf" there."""
     values = of_a_layer(dtype)
     x, weight, residual = arguments(framework, dtype, (values["x"], values["weight"][:256], values["residual"]))
     for call in (

@@ -87,9 +87,8 @@ template <typename T> __device__ __forceinline__ float apply_norm(float s, float
     return (twice ? round_to<T>(normalised) : normalised) * weight;
 }
 
-template <typename T>
-__device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, const NormWeights<T> &weights,
-                                                bool twice) {
+template <typename T> __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r,
+                                                                      const NormWeights<T> &weights, bool twice) {
     float y[Packet<T>::size];
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) y[i] = s.get(i) * r;
@@ -104,9 +103,9 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
 }
 
 /* rn(residual + y), y rounded first but in "fp32". */
-template <typename T> __device__ __forceinline__ Packet<T>
-apply_norm_and_add(const Packet<T> &s, float r, const NormWeights<T> &weights, mv_rounding rounding,
-                   const Packet<T> &residual) {
+template <typename T>
+__device__ __forceinline__ Packet<T> apply_norm_and_add(const Packet<T> &s, float r, const NormWeights<T> &weights,
+                                                        mv_rounding rounding, const Packet<T> &residual) {
     if (mv_rounds_each_step(rounding))
         return add_residual(apply_norm(s, r, weights, mv_norm_rounds_twice(rounding)), residual);
     float y[Packet<T>::size];

@@ -146,9 +146,9 @@ def act_and_mul_ends(x, kind: str, rounding: str, dtype: str, error=None):
     """(least, most) that silu_and_mul or gelu_and_mul of x may give, in float64 and not rounded at the end. All that
     follows the activation is monotonic, so they come from the ends of what that may be.
 
-    error: x is what a product gives, which float32 may put that far away, before it is rounded but in "fp32". Rounding is
-    monotonic too, so gate and up are between their own ends; an activation falls to its least value and rises from there, so it
-    is largest at one end of the gate, and least where the gate is nearest to that place."""
+    error: x is what a product gives, which float32 may put that far away, before all but "fp32" round it. Rounding is
+    monotonic too, so gate and up are between their own ends; an activation falls to its least value and rises from
+    there, so it is largest at one end of the gate, and least where the gate is nearest to that place."""
     xp, (gate, up) = namespace(x), halves(x)
     rn = (lambda v: round_to(v, dtype)) if rounds_each_step(rounding) else (lambda v: v)
     with np.errstate(all="ignore"):

@@ -18,9 +18,9 @@
     "x: [..., hidden], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"    \
     "weight: [hidden], of x's dtype or float32; None: ones. out: like x; may be x itself. Returns out, or a new\n"     \
     "tensor.\n"                                                                                                        \
-    "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM); 'hf_once'\n" \
-    "and 'fp32' round once, at the end (Gemma, FlashInfer, TE); in the ops that do more, 'hf_once' is 'hf' but for\n"  \
-    "that. weight_offset=1.0 is Gemma's. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM);\n"          \
+    "'hf_once' and 'fp32' round once, at the end (Gemma, FlashInfer, TE); in ops that do more 'hf_once' is 'hf' but\n" \
+    "for that. weight_offset=1.0 is Gemma's. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_add_rms_norm                                                                                               \
     "add_rms_norm($module, x, residual, weight, eps=1e-06, *, out=None, residual_out=None, rounding='hf', "            \
@@ -114,7 +114,7 @@
     "x: [..., hidden]. weight: [outputs, hidden] as nn.Linear keeps it, or [hidden, outputs] (its .t(), also\n"        \
     "contiguous); bias: [outputs]. Weight and bias are of x's dtype or float32; neither is copied. Returns\n"          \
     "[..., outputs], in x's dtype; out: where it goes, which must overlap nothing.\n"                                  \
-    "Sums are float32, the bias joins them, and they are rounded once, in every rounding. weight_layout,\n"           \
+    "Sums are float32, the bias joins them, and they are rounded once, in every rounding. weight_layout,\n"            \
     "batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. kernel: a name of "                              \
     "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
@@ -125,7 +125,7 @@
     "residual + scale * (x @ weight.T + bias), in one call\n\n"                                                        \
     "x, weight, bias: as in linear. residual: [..., outputs], of x's dtype. Returns [..., outputs]; out: where it\n"   \
     "goes, which may be exactly residual (in place), and must overlap nothing else.\n"                                 \
-    "rounding 'hf', or 'hf_once', rounds to x's dtype wherever torch would: the product with its bias, what scale\n"   \
+    "rounding 'hf' or 'hf_once' rounds to x's dtype wherever torch would: the product with its bias, what scale\n"     \
     "makes of it (not for scale=1.0), and the sum; 'fp32' rounds once, at the end. weight_layout, batch_invariant,\n"  \
     "allow_tf32, static_weights: as in rms_norm_qkv. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
