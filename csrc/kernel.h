@@ -51,7 +51,7 @@ typedef struct {
     bool plain_x;   /* it multiplies x as it is, and there is no norm; else y, the norm of x */
     bool gated;     /* two blocks, gate and up, as many outputs each: out has one column for each pair of them */
     mv_rows addend; /* [tokens, outputs], of x's dtype: out = rn(rn(rn(sum + bias) * scale) + addend) */
-    float scale;    /* where there is an addend; "fp32" rounds once, "hf" after a scale only where it is not 1 */
+    float scale;    /* where there is an addend; "fp32" rounds once, the others after a scale only where it is not 1 */
 } mv_linear_layer;
 
 /* What the norm does for the next launch of its plan, which multiplies its output. */
@@ -176,6 +176,18 @@ static inline bool mv_at_price(mv_decision *decision, double us, double below) {
     decision->workspace = 0;
     return !(us >= below);
 }
+
+#ifdef __CUDACC__
+#define MV_ANYWHERE __host__ __device__
+#else
+#define MV_ANYWHERE
+#endif
+
+/* Is x * r rounded before the norm weight multiplies it? */
+MV_ANYWHERE static inline bool mv_norm_rounds_twice(mv_rounding rounding) { return rounding == MV_ROUNDING_HF; }
+
+/* Is each step of a call rounded: the norm in front of a product, a product in front of what joins it? */
+MV_ANYWHERE static inline bool mv_rounds_each_step(mv_rounding rounding) { return rounding != MV_ROUNDING_FP32; }
 
 static inline int64_t mv_row_offset(mv_rows rows, int64_t inner, int64_t r) {
     return (r / inner) * rows.outer_stride + (r % inner) * rows.inner_stride;

@@ -38,8 +38,9 @@ typedef enum {
 } mv_status;
 
 typedef enum {
-    MV_ROUNDING_HF,  /* y = rn(rn(x * r) * (offset + w)): what HF Llama/Qwen, vLLM and nano-vllm do */
-    MV_ROUNDING_FP32 /* y = rn(x * r * (offset + w)): one rounding (FlashInfer, TE, Gemma)            */
+    MV_ROUNDING_HF,      /* y = rn(rn(x * r) * (offset + w)): what HF Llama/Qwen, vLLM and nano-vllm do       */
+    MV_ROUNDING_HF_ONCE, /* y = rn(x * r * (offset + w)), all else as in MV_ROUNDING_HF: HF Gemma and OLMo 2  */
+    MV_ROUNDING_FP32     /* the same y, and float32 between the steps of a call, such as y and its projection */
 } mv_rounding;
 
 typedef enum {
@@ -149,7 +150,7 @@ mv_status mv_add_rms_norm(const mv_rms_norm_args *args, mv_plan *plan, mv_error 
 
 /* ---- norm_add -------------------------------------------------------------------------------------------------
  *
- *   out = rn(residual + y),  y = rms_norm of x, which MV_ROUNDING_HF rounds to x's dtype first
+ *   out = rn(residual + y),  y = rms_norm of x, rounded to x's dtype first but in MV_ROUNDING_FP32
  *
  * As rms_norm, with a residual of x's shape and dtype, which is added behind the norm. out may be exactly x or exactly
  * residual; there is no residual_out. */
@@ -203,8 +204,8 @@ mv_status mv_rms_norm_linear(const mv_rms_norm_linear_args *args, mv_plan *plan,
 /* ---- rms_norm_gate_up -----------------------------------------------------------------------------------------
  *
  *   g, u = the products of y = rms_norm of x (or of s = rn(x + residual)), as above, with the two weights, and biases
- *   MV_ROUNDING_HF:   out = rn(rn(activation(rn(g))) * rn(u))
- *   MV_ROUNDING_FP32: out = rn(activation(g) * u)
+ *   MV_ROUNDING_HF, _HF_ONCE: out = rn(rn(activation(rn(g))) * rn(u))
+ *   MV_ROUNDING_FP32:         out = rn(activation(g) * u)
  *
  * gate_up_weight: one packed matrix [2 d, hidden] in [0], whose first d outputs are those of the gate (the other view
  * absent), or the gate's and the up projection's, of one dtype; each as in rms_norm_qkv. bias: packed [2 d] in [0], or
@@ -226,8 +227,8 @@ mv_status mv_rms_norm_gate_up(const mv_rms_norm_gate_up_args *args, mv_plan *pla
 
 /* ---- silu_and_mul, gelu_and_mul -------------------------------------------------------------------------------
  *
- *   MV_ROUNDING_HF:   out = rn(rn(activation(gate)) * up)
- *   MV_ROUNDING_FP32: out = rn(activation(gate) * up)
+ *   MV_ROUNDING_HF, _HF_ONCE: out = rn(rn(activation(gate)) * up)
+ *   MV_ROUNDING_FP32:         out = rn(activation(gate) * up)
  *
  * x: [..., 2 d], a row of which is gate | up, so its last dimension is even; out: [..., d]. One dtype, any strides of
  * the leading dimensions, the last one contiguous. out may share no byte with x, not even where it is exactly the gate
@@ -252,7 +253,7 @@ mv_status mv_gelu_and_mul(const mv_act_and_mul_args *args, mv_plan *plan, mv_err
  *   linear:      out[t][n] = rn(sum_k x[t][k] * W[n][k] + bias[n])
  *   linear_add:  out[t][n] = rn(rn(rn(sum_k x[t][k] * W[n][k] + bias[n]) * scale) + residual[t][n])
  *
- * The inner roundings are those of MV_ROUNDING_HF, the one after the product is left out where scale is 1;
+ * The inner roundings are those of MV_ROUNDING_HF and _HF_ONCE, the one after the product is left out where scale is 1;
  * MV_ROUNDING_FP32 rounds once. x: [..., hidden]. weight and bias as in rms_norm_linear. residual, out:
  * [..., outputs], of x's dtype; out may be exactly residual, and must overlap nothing else. */
 typedef struct {

@@ -15,7 +15,7 @@ class _Tensor(Protocol):
 
 _T = TypeVar("_T", bound=_Tensor)  # results are of x's framework
 _Class = TypeVar("_Class")
-_Rounding = Literal["hf", "fp32"]
+_Rounding = Literal["hf", "hf_once", "fp32"]
 _WeightLayout = Literal["auto", "out_in", "in_out"]
 _Tensors = _Tensor | tuple[_Tensor, _Tensor, _Tensor] | list[_Tensor]
 _Pair = _Tensor | tuple[_Tensor, _Tensor] | list[_Tensor]

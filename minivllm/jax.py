@@ -552,7 +552,7 @@ def _product(y, arrays, in_out, allow_tf32):
 
 def _added(out, residual, scale, rounding):
     """residual + scale out, of a float32 out."""
-    rounded = (lambda v: v.astype(residual.dtype).astype(jnp.float32)) if rounding == "hf" else (lambda v: v)
+    rounded = (lambda v: v.astype(residual.dtype).astype(jnp.float32)) if rounding != "fp32" else (lambda v: v)
     out = rounded(out)
     if scale != 1:
         out = rounded(out * scale)
@@ -564,7 +564,7 @@ def _act_and_mul(arrays, *, rounding, approximate=None, **without_influence):
     x = arrays["x"]
     gate, up = jnp.split(x.astype(jnp.float32), 2, -1)
     active = jax.nn.silu(gate) if approximate is None else jax.nn.gelu(gate, approximate == "tanh")
-    if rounding == "hf":
+    if rounding != "fp32":
         active = active.astype(x.dtype).astype(jnp.float32)
     return [(active * up).astype(x.dtype)]
 
@@ -587,11 +587,13 @@ def _qk_norm_rope(arrays, *, eps, rounding, weight_offset, interleaved, **withou
     results = []
     for name in ("q", "k"):
         x, weight = arrays[name], arrays.get(f"{name}_norm_weight")
-        rn = (lambda y, dtype=x.dtype: y.astype(dtype)) if rounding == "hf" else (lambda y: y)
-        n = x if rounding == "hf" else x.astype(jnp.float32)
+        rn = (lambda y, dtype=x.dtype: y.astype(dtype)) if rounding != "fp32" else (lambda y: y)
+        n = x if rounding != "fp32" else x.astype(jnp.float32)
         if weight is not None:
             wide = x.astype(jnp.float32)
-            n = rn(wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(jnp.float32)
+            n = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+            if rounding == "hf":
+                n = rn(n).astype(jnp.float32)
             n = rn(n * (weight_offset + weight.astype(jnp.float32)))
         if "cos" in arrays:
             cos, sin = (_of_tokens(arrays[row], x.shape[:-2]) for row in ("cos", "sin"))

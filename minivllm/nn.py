@@ -28,7 +28,7 @@ from ._C import rms_norm, rms_norm_qkv
 
 __all__ = ["FusedRMSNormQKV", "NotFusedWarning", "RMSNorm"]
 
-_Rounding = Literal["hf", "fp32"]
+_Rounding = Literal["hf", "hf_once", "fp32"]
 _PACKED = ("qkv_proj",)
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 

@@ -284,7 +284,7 @@ def expect_qkv(case: QKV, got, x, norm_weight, weight, bias, added=None):
         dtype=case.dtype,
         round_last=False,
     )
-    hf, gain = case.rounding == "hf", case.weight_offset + norm_weight
+    gain = case.weight_offset + norm_weight
     bound = numeric.tolerance(
         expected,
         y,
@@ -292,8 +292,7 @@ def expect_qkv(case: QKV, got, x, norm_weight, weight, bias, added=None):
         weight=weight,
         length=case.hidden,
         gain=abs(gain),
-        flips=numeric.may_flip(s, gain, case.eps, case.dtype) if hf else None,
-        roundings=0 if hf else 1,
+        **numeric.lost_before_the_product(s, gain, case.eps, case.dtype, case.rounding),
         tf32=case.allow_tf32 and case.dtype == "f32",
     )
     numeric.assert_within(got, expected, bound, f"{case}\nout")

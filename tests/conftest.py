@@ -124,7 +124,8 @@ def head_dim_for(kernel, small: int) -> int:
 
 
 def roundings_of(kernel) -> tuple[str, ...]:
-    """What a kernel of the projection takes: where the row factor joins late there is no "hf"."""
+    """What a kernel of the projection takes: where the row factor joins late there is "fp32" alone. "hf_once"
+    goes the way of "hf": it is left to test_roundings.py and to the calls that are drawn."""
     return ("fp32",) if kernel.name == "bf16_wgmma_sm90a" else ("hf", "fp32")
 
 

@@ -269,9 +269,9 @@ def turned(x, columns, interleaved):
 
 def prepared(x, weight, cos, sin, dtype, rounding="hf", interleaved=False, wide=False):
     """Heads x [B, heads, D] after norm and rotary embedding; wide: the rows of that are of float32."""
-    rn = (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
+    rn = (lambda v: round_to(v, dtype)) if rounding != "fp32" else (lambda v: v)
     if weight is not None:
-        x, _ = reference.rms_norm(x, weight, rounding=rounding, dtype=dtype, round_last=rounding == "hf")
+        x, _ = reference.rms_norm(x, weight, rounding=rounding, dtype=dtype, round_last=rounding != "fp32")
     if cos is None:
         return x
     columns, y = cos.shape[-1], x.copy()
@@ -288,7 +288,7 @@ def rotary_rows(positions, columns, theta, interleaved, dtype):
 
 
 @pytest.mark.rows("decode_attention")
-@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("rounding", ["hf", "hf_once", "fp32"])
 @pytest.mark.parametrize(
     "dim, columns, interleaved, normed, wide",
     [(128, 128, False, True, False), (64, 64, True, False, False), (96, 32, False, True, True),
@@ -324,7 +324,9 @@ def test_norm_and_rotary_embedding(kernel, framework, rounding, dim, columns, in
         keys = np.concatenate([inputs.keys[b][:-1], stored[b : b + 1]])
         exact, bound = attended(new_q[b], keys, inputs.values[b], dim**-0.5, None, dtype)
         # The same of queries: one in a hundred elements is a neighbour, which moves the scores like a random walk.
-        step = 4 * numeric.quantum(abs(new_q[b]).max(-1), dtype) * (0.1 if dtype == "f32" or rounding == "hf" else 0.01)
+        step = (
+            4 * numeric.quantum(abs(new_q[b]).max(-1), dtype) * (0.1 if dtype == "f32" or rounding != "fp32" else 0.01)
+        )
         moved = numeric.LAMBDA * dim**-0.5 * step * np.sqrt((keys**2).sum(-1).max())
         limit = bound + np.minimum(moved, 1)[:, None] * abs(inputs.values[b]).max() / 4
         numeric.assert_within(to_float64(out)[b], exact, limit, f"sequence {b}")

@@ -350,7 +350,7 @@ def test_numbers_and_dtypes_that_are_refused():
     for scale in (np.inf, np.nan, 1e39):
         with pytest.raises(ValueError, match="linear_add: scale is .*, expected a finite number of float32"):
             minivllm.linear_add(x, weight, residual, scale=scale)
-    with pytest.raises(ValueError, match='linear: rounding is .*, expected "hf" or "fp32"'):
+    with pytest.raises(ValueError, match='linear: rounding is .*, expected "hf", "hf_once" or "fp32"'):
         minivllm.linear(x, weight, rounding="bf16")
     with pytest.raises(TypeError, match=r"linear_add: residual is float16, expected float32 \(the dtype of x\)"):
         minivllm.linear_add(x, weight, residual.astype(np.float16))

@@ -28,15 +28,15 @@ def inputs_of(shape, dtype, weight_dtype=None):
 
 @functools.cache
 def expected(shape, dtype, rounding="hf", weight_offset=0.0, weight_dtype=None):
-    """(out before its last rounding, how far it may be off): "hf" rounds the norm first, by a neighbour too far where
-    float32 moves it across a tie."""
+    """(out before its last rounding, how far it may be off): all but "fp32" round the norm first, by a neighbour too far
+    where float32 moves it across a tie."""
     x, weight, residual = inputs_of(shape, dtype, weight_dtype).values()
     options = {"rounding": rounding, "weight_offset": weight_offset, "dtype": dtype}
     y, _ = reference.rms_norm(x, weight, EPS, round_last=False, **options)
-    gain, hf = abs(weight_offset + weight), rounding == "hf"
-    flips = numeric.may_flip(x, weight_offset + weight, EPS, dtype) if hf else None
-    bound = numeric.tolerance(y, y, dtype, length=x.shape[-1], gain=gain, flips=flips) - quantum(y, dtype) / 2
-    if hf:
+    gain = weight_offset + weight
+    flips = numeric.may_flip(x, gain, EPS, dtype, rounding) if rounding != "fp32" else None
+    bound = numeric.tolerance(y, y, dtype, length=x.shape[-1], gain=abs(gain), flips=flips) - quantum(y, dtype) / 2
+    if rounding != "fp32":
         y, bound = round_to(y, dtype), bound + np.where(flips, quantum(y, dtype), 0.0)
     out = y + residual
     return out, bound + quantum(out, dtype) / 2 + 2 * numeric.UNIT_F32 * (abs(y) + abs(out))
@@ -72,7 +72,7 @@ def check(framework, dtype, shape, *, rounding="hf", weight_offset=0.0, kernel=N
 def test_every_kernel(kernel, framework):
     dtype = short_dtype(kernel.dtype)
     for hidden in HIDDEN:
-        for rounding in ("hf", "fp32"):
+        for rounding in ("hf", "hf_once", "fp32"):
             check(framework, dtype, (5, hidden), rounding=rounding, kernel=kernel.name)
             ran = minivllm.last_kernel()
             assert (ran.op, ran.name) == ("norm_add", kernel.name)

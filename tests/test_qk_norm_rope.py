@@ -64,18 +64,18 @@ def of_tokens(row, lead):
 def prepared(case, x, weight, cos, sin, dtype):
     """(exact, bound) of heads after norm and rotary embedding.
 
-    The bound adds up what each step may lose: in "hf" half a spacing for each rounding on the way, which is 2^-bits of
+    The bound adds up what each step may lose: but in "fp32" half a spacing for each rounding on the way, which is 2^-bits of
     the value or half of a subnormal; the float32 arithmetic of the norm (see numeric.py) and of the sum; and the last
     rounding. Whoever rounds n loses that in both products.
     """
     bits, lowest, _ = reference.FORMATS[dtype]
-    hf, tiny = case.rounding == "hf", 2.0 ** (lowest - bits)
+    rounds, tiny = case.rounding != "fp32", 2.0 ** (lowest - bits)
     n, lost = x, np.zeros_like(x)
     if weight is not None:
         n, _ = reference.rms_norm(x, weight, rounding="fp32", weight_offset=case.weight_offset)
         gain = np.maximum(1, abs(case.weight_offset + weight))
         lost = (numeric.LAMBDA * (x.shape[-1] ** 0.5 / 2 + 4) * numeric.UNIT_F32) * abs(n)
-        lost = lost + (2.0 * 2.0**-bits * abs(n) + 2 * gain * tiny if hf else 0)
+        lost = lost + {"hf": 2, "hf_once": 1, "fp32": 0}[case.rounding] * (2.0**-bits * abs(n) + gain * tiny)
     if cos is None:
         return n, lost + numeric.quantum(n, dtype) / 2
     cos, sin = of_tokens(cos, case.lead), of_tokens(sin, case.lead)
@@ -85,7 +85,7 @@ def prepared(case, x, weight, cos, sin, dtype):
     size = abs(n[..., :columns] * cos) + first * abs(sin)
     bound = lost.copy()
     bound[..., :columns] = lost[..., :columns] * abs(cos) + turned * abs(sin) + 3 * numeric.UNIT_F32 * size
-    if hf and not case.wide_rows:
+    if rounds and not case.wide_rows:
         bound[..., :columns] += 2.0**-bits * size + 2 * tiny
     return exact, bound + numeric.quantum(exact, dtype) / 2 + numeric.UNIT_F32 * abs(exact)
 
@@ -301,7 +301,7 @@ def drawn(index):
     rows = tuple(int(pick(1, n)) for n in lead)[int(rng.integers(0, len(lead) + 1)) :]
     return Case(
         lead, int(rng.integers(1, 9)), int(rng.integers(1, 5)), dim, int(pick(0, dim // 2 * 2, dim // 4 * 2)),
-        pick("", "q", "k", "qk"), bool(rng.integers(2)), pick("hf", "fp32"), bool(rng.integers(2)),
+        pick("", "q", "k", "qk"), bool(rng.integers(2)), pick("hf", "hf_once", "fp32"), bool(rng.integers(2)),
         bool(rng.integers(2)), pick(None, rows), pick(0.0, 1.0, -0.5), cache, bool(rng.integers(2)),
         pick(CONTIGUOUS, PADDED, UNALIGNED, RAGGED), bool(rng.integers(2)), int(rng.integers(0, 9)),
         bool(rng.integers(2)),

@@ -44,11 +44,8 @@ def products(hidden, d, tokens, dtype, weight_dtype, rounding, adds, biased):
     gate_up, y, s = reference.rms_norm_qkv(
         x, gamma, weight, EPS, bias=bias, residual=residual, rounding=rounding, dtype=dtype, round_last=False
     )
-    hf = rounding == "hf"
-    flips = numeric.may_flip(s, gamma, EPS, dtype) if hf else None
-    bound = numeric.tolerance(
-        gate_up, y, dtype, weight=weight, length=hidden, gain=abs(gamma), flips=flips, roundings=0 if hf else 1
-    )
+    lost = numeric.lost_before_the_product(s, gamma, EPS, dtype, rounding)
+    bound = numeric.tolerance(gate_up, y, dtype, weight=weight, length=hidden, gain=abs(gamma), **lost)
     return gate_up, s, bound
 
 

@@ -6,14 +6,14 @@
 MV_INLINE void MV_NAME(activate_rows, DTYPE)(const mv_task *task, int64_t begin, int64_t end,
                                              mv_activation activation) {
     const int64_t hidden = task->hidden;
-    const bool hf = task->rounding == MV_ROUNDING_HF;
+    const bool rounds = mv_rounds_each_step(task->rounding);
     for (int64_t token = begin; token < end; token++) {
         const ELEMENT *gate = (const ELEMENT *)task->x.data + mv_row_offset(task->x, task->inner, token);
         ELEMENT *out = (ELEMENT *)task->out.data + mv_row_offset(task->out, task->inner, token);
         for (int64_t i = 0; i < hidden; i += LANES) {
             const int n = (int)least(LANES, hidden - i);
             vf active = v_activation(activation, MV_NAME(v_load, DTYPE)(gate + i, n));
-            if (hf) active = MV_NAME(v_round, DTYPE)(active);
+            if (rounds) active = MV_NAME(v_round, DTYPE)(active);
             MV_NAME(v_store, DTYPE)(out + i, v_mul(active, MV_NAME(v_load, DTYPE)(gate + hidden + i, n)), n);
         }
     }

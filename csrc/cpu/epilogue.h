@@ -2,8 +2,8 @@
  *
  *   out = rn(sum + bias), or with an addend rn(rn(rn(sum + bias) * scale) + addend)
  *
- * Of the inner roundings "hf" makes both, but the second only where there is a scale, and "fp32" none. The outputs of a
- * gated layer are rn(activation(gate) * up), where "hf" rounds gate, up and the activation, too. */
+ * "fp32" makes none of the inner roundings, the others the second only where there is a scale. The outputs of a gated
+ * layer are rn(activation(gate) * up), where all but "fp32" round gate, up and the activation, too. */
 #ifndef MV_SPAN_BIAS
 #define MV_SPAN_BIAS
 
@@ -27,11 +27,11 @@ MV_INLINE void MV_NAME(store_outputs, DTYPE)(const mv_task *task, int64_t token,
     const mv_rows addend = task->linear.addend;
     if (addend.data) {
         const element *joins = (const element *)addend.data + mv_row_offset(addend, task->inner, token) + column;
-        const bool once = task->rounding == MV_ROUNDING_FP32;
-        if (!once) sum = MV_NAME(v_round, DTYPE)(sum);
+        const bool rounds = mv_rounds_each_step(task->rounding);
+        if (rounds) sum = MV_NAME(v_round, DTYPE)(sum);
         if (task->linear.scale != 1) {
             sum = v_mul(sum, v_set(task->linear.scale));
-            if (!once) sum = MV_NAME(v_round, DTYPE)(sum);
+            if (rounds) sum = MV_NAME(v_round, DTYPE)(sum);
         }
         sum = v_add(sum, MV_NAME(v_load, DTYPE)(joins, n));
     }
@@ -42,15 +42,15 @@ MV_INLINE void MV_NAME(store_outputs, DTYPE)(const mv_task *task, int64_t token,
 /* The same of a gated layer, from the sums of the gate and of up. */
 static void MV_NAME(store_gated, DTYPE)(const mv_task *task, int64_t token, int64_t column, vf gate, vf up, int n) {
     typedef MV_NAME(element, DTYPE) element;
-    const bool hf = task->rounding == MV_ROUNDING_HF;
-    if (hf) gate = MV_NAME(v_round, DTYPE)(gate), up = MV_NAME(v_round, DTYPE)(up);
+    const bool rounds = mv_rounds_each_step(task->rounding);
+    if (rounds) gate = MV_NAME(v_round, DTYPE)(gate), up = MV_NAME(v_round, DTYPE)(up);
     vf active = gate;
     switch (task->activation) {
     case MV_SILU: active = v_activation(MV_SILU, gate); break;
     case MV_GELU_TANH: active = v_activation(MV_GELU_TANH, gate); break;
     case MV_GELU: active = v_activation(MV_GELU, gate); break;
     }
-    if (hf) active = MV_NAME(v_round, DTYPE)(active);
+    if (rounds) active = MV_NAME(v_round, DTYPE)(active);
     element *out = (element *)task->out.data + mv_row_offset(task->out, task->inner, token) + column;
     MV_NAME(v_store, DTYPE)(out, v_mul(active, up), n);
 }

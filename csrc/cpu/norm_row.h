@@ -82,11 +82,13 @@ MV_INLINE vf MV_NAME(row_weight, DTYPE)(const mv_task *task, int64_t i, int n) {
     return v_add(v_set(task->norm.weight_offset), weight);
 }
 
-/* In "hf" rounded twice; in "fp32" not at all, the caller rounds where it must. */
+/* In "hf" rounded twice, in "hf_once" once; in "fp32" not at all, the caller rounds where it must. */
 MV_INLINE vf MV_NAME(row_norm, DTYPE)(const mv_task *task, vf s, float scale, vf weight) {
     const vf normal = v_mul(s, v_set(scale));
-    if (task->rounding == MV_ROUNDING_FP32) return v_mul(normal, weight);
-    return MV_NAME(v_round, DTYPE)(v_mul(MV_NAME(v_round, DTYPE)(normal), weight));
+    if (mv_norm_rounds_twice(task->rounding))
+        return MV_NAME(v_round, DTYPE)(v_mul(MV_NAME(v_round, DTYPE)(normal), weight));
+    const vf y = v_mul(normal, weight);
+    return mv_rounds_each_step(task->rounding) ? MV_NAME(v_round, DTYPE)(y) : y;
 }
 
 #undef ROW

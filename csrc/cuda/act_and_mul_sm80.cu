@@ -24,17 +24,17 @@ struct Pieces {
     int64_t inner, tokens, columns; /* columns: of gate, of up and of out */
     int threads, rows;              /* of a block: threads for each row's piece, and rows */
     int pieces;                     /* of a row; 1 where a block has several rows */
-    bool hf;
+    bool rounds_activation;
     bool gate_aligned, up_aligned, out_aligned; /* fit for 16-byte accesses */
 };
 
 template <typename T, mv_activation kActivation>
-__device__ __forceinline__ Packet<T> act_and_mul(const Packet<T> &gate, const Packet<T> &up, bool hf) {
+__device__ __forceinline__ Packet<T> act_and_mul(const Packet<T> &gate, const Packet<T> &up, bool rounds) {
     float active[Packet<T>::size];
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) active[i] = activation<kActivation>(gate.get(i));
     if constexpr (sizeof(T) == 2) {
-        if (hf) { /* float32 holds the product of two such values exactly, so one instruction rounds two of them */
+        if (rounds) { /* float32 holds the product of two such values exactly, so one instruction rounds two of them */
             Packet<T> product = pack<T>(active);
 #pragma unroll
             for (int w = 0; w < 4; w++) product.word[w] = multiply_pair<T>(product.word[w], up.word[w]);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMostThreads, 4) act_and_mul_kernel(const __gr
 #pragma unroll
     for (int i = 0; i < kPackets; i++) {
         if (i * apart >= left) break;
-        const Packet<T> product = act_and_mul<T, kActivation>(gates[i], ups[i], p.hf);
+        const Packet<T> product = act_and_mul<T, kActivation>(gates[i], ups[i], p.rounds_activation);
         store_packet(out + i * apart, product, kWhole ? size : left - i * apart, kWhole || p.out_aligned);
     }
 }
@@ -125,7 +125,7 @@ template <typename T> mv_status act_and_mul(const mv_task *task, mv_error *error
     p.inner = task->inner;
     p.tokens = task->tokens;
     p.columns = task->hidden;
-    p.hf = task->rounding == MV_ROUNDING_HF;
+    p.rounds_activation = mv_rounds_each_step(task->rounding);
     p.gate_aligned = rows_aligned16(task->x, sizeof(T));
     p.up_aligned = p.gate_aligned && p.columns % Packet<T>::size == 0;
     p.out_aligned = rows_aligned16(task->out, sizeof(T));

@@ -11,14 +11,14 @@ template <mv_activation kActivation> __device__ __forceinline__ float activation
     return z * normcdff(z);
 }
 
-/* An output of a gated layer, from the finished sums of the gate and of up: rn(activation(gate) * up), where "hf"
- * rounds gate, up and the activation, too. */
+/* An output of a gated layer, from the finished sums of the gate and of up: rn(activation(gate) * up), where all
+ * but "fp32" round gate, up and the activation, too. */
 template <typename T> __device__ __forceinline__ T finish_gated(const mv_task &task, float gate, float up) {
-    const bool hf = task.rounding == MV_ROUNDING_HF;
-    if (hf) gate = round_to<T>(gate), up = round_to<T>(up);
+    const bool rounds = mv_rounds_each_step(task.rounding);
+    if (rounds) gate = round_to<T>(gate), up = round_to<T>(up);
     float active = task.activation == MV_SILU        ? activation<MV_SILU>(gate)
                    : task.activation == MV_GELU_TANH ? activation<MV_GELU_TANH>(gate)
                                                      : activation<MV_GELU>(gate);
-    if (hf) active = round_to<T>(active);
+    if (rounds) active = round_to<T>(active);
     return from_float<T>(active * up);
 }

@@ -48,7 +48,7 @@ struct Groups {
  * not to miss the room of their second part. */
 bool is_late(const mv_task *task, int64_t tokens) {
     constexpr int kLateTokens = 2, kLateHidden = 3072;
-    return !task->linear.plain_x && task->rounding == MV_ROUNDING_FP32 && task->dtype == MV_BF16 &&
+    return !task->linear.plain_x && !mv_rounds_each_step(task->rounding) && task->dtype == MV_BF16 &&
            tokens <= kLateTokens && task->hidden <= kLateHidden;
 }
 

@@ -186,7 +186,7 @@ template <typename T> __device__ __forceinline__ Packet<T>
 normalised(const mv_task &task, bool in_pairs, const Packet<T> &s, float r, const char *norm_weight, int k) {
     if constexpr (sizeof(T) == 2)
         if (in_pairs) return apply_norm_hf(s, r, *reinterpret_cast<const Packet<T> *>(norm_weight + k * sizeof(T)));
-    return apply_norm(s, r, copied_norm_weights<T>(task, norm_weight, k), task.rounding == MV_ROUNDING_HF);
+    return apply_norm(s, r, copied_norm_weights<T>(task, norm_weight, k), mv_norm_rounds_twice(task.rounding));
 }
 
 /* Each thread finishes its share of what read_tokens has read, four packets at a time while there are as many. */

@@ -40,7 +40,7 @@ template <typename T, int kPer> struct Head {
      * values, zeros from dim on. */
     __device__ __forceinline__ void finish(int dim, const mv_head_norm &norm, const mv_rotary &rotary,
                                            mv_rounding rounding, float *y, int columns) {
-        const bool hf = rounding == MV_ROUNDING_HF;
+        const bool twice = mv_norm_rounds_twice(rounding), rounds = mv_rounds_each_step(rounding);
         if (norm.weight) {
             float squares = 0;
 #pragma unroll
@@ -50,14 +50,14 @@ template <typename T, int kPer> struct Head {
 #pragma unroll
             for (int i = 0; i < kPer; i++) {
                 if (column(i) >= dim) continue;
-                value[i] = apply_norm<T>(value[i], r, norm.weight_offset + weight[i], hf);
-                if (hf) value[i] = round_to<T>(value[i]);
+                value[i] = apply_norm<T>(value[i], r, norm.weight_offset + weight[i], twice);
+                if (rounds) value[i] = round_to<T>(value[i]);
             }
         }
         store(y, columns);
         if (rotary.columns == 0) return;
         const int half = static_cast<int>(rotary.columns) / 2;
-        const bool each = hf && rotary.dtype == Dtype<T>::value; /* the products are rounded, too */
+        const bool each = rounds && rotary.dtype == Dtype<T>::value; /* the products are rounded, too */
 #pragma unroll
         for (int i = 0; i < kPer; i++) {
             const int at = column(i);
@@ -68,7 +68,7 @@ template <typename T, int kPer> struct Head {
             /* __fmul_rn: a product that joins a sum in one instruction would not be rounded. */
             float a = __fmul_rn(value[i], cosine[i]), b = __fmul_rn(other, sine[i]);
             if (each) a = round_to<T>(a), b = round_to<T>(b);
-            value[i] = hf ? round_to<T>(a + b) : a + b;
+            value[i] = rounds ? round_to<T>(a + b) : a + b;
         }
         __syncwarp();
         store(y, columns);

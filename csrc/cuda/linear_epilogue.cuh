@@ -42,8 +42,8 @@ template <typename T> __device__ __forceinline__ T finish_output(float sum, floa
     return from_float<T>(sum + bias);
 }
 
-/* The addend joins an output that has its bias and is not rounded yet. Of the inner roundings "hf" makes both, but the
- * second only where there is a scale; with `once` there are none. */
+/* The addend joins an output that has its bias and is not rounded yet. With `once` there are no inner roundings; else
+ * there are both, but the second only where there is a scale. */
 template <typename T> __device__ __forceinline__ float join_addend(float out, float addend, float scale, bool once) {
     if (once) return fmaf(out, scale, addend);
     out = round_to<T>(out);
@@ -51,7 +51,7 @@ template <typename T> __device__ __forceinline__ float join_addend(float out, fl
     return out + addend;
 }
 template <typename T> __device__ __forceinline__ float join_addend(const mv_task &task, float out, float addend) {
-    return join_addend<T>(out, addend, task.linear.scale, task.rounding == MV_ROUNDING_FP32);
+    return join_addend<T>(out, addend, task.linear.scale, !mv_rounds_each_step(task.rounding));
 }
 
 /* The addends of a token. Kernels in front may write them, so they are read after the wait for those; and past L1, by

@@ -89,8 +89,8 @@ template <typename T> __device__ __forceinline__ void load_part(Packet<T> (&s)[k
 
 /* A row, into rows of y without gaps. */
 template <typename T> __device__ __forceinline__ void normalise_row(const mv_task &task, int row, int rounds, T *y) {
-    const bool hf = task.rounding == MV_ROUNDING_HF;
-    const bool narrow = task.norm.weight_dtype == Dtype<T>::value, plain = hf && task.norm.weight_offset == 0;
+    const bool twice = mv_norm_rounds_twice(task.rounding);
+    const bool narrow = task.norm.weight_dtype == Dtype<T>::value, plain = twice && task.norm.weight_offset == 0;
     Packet<T> s[kRoundPackets];
     float squares = 0;
     for (int round = 0; round < rounds; round++) {
@@ -115,13 +115,13 @@ template <typename T> __device__ __forceinline__ void normalise_row(const mv_tas
             for (int j = 0; j < kRoundPackets; j++)
                 if (j < part.count)
                     store_whole(to + j * kApart, plain ? apply_norm_hf(s[j], r, w[j])
-                                                       : apply_norm(s[j], r, widen_norm_weights<T>(task, w[j]), hf));
+                                                       : apply_norm(s[j], r, widen_norm_weights<T>(task, w[j]), twice));
         } else {
 #pragma unroll
             for (int j = 0; j < kRoundPackets; j++)
                 if (j < part.count)
                     store_whole(to + j * kApart,
-                                apply_norm(s[j], r, wide_norm_weights<T>(task, part.k + j * kApart), hf));
+                                apply_norm(s[j], r, wide_norm_weights<T>(task, part.k + j * kApart), twice));
         }
     }
 }

@@ -81,18 +81,18 @@ template <typename T> __device__ __forceinline__ float row_factor(float sum_of_s
     return row_factor<T>(sum_of_squares, mean_scale<T>(task), task);
 }
 
-/* s * r * (offset + w), rounded on the way as "hf" asks; the result still has to be rounded to T. */
-template <typename T> __device__ __forceinline__ float apply_norm(float s, float r, float weight, bool hf) {
+/* s * r * (offset + w); twice: s * r is rounded. The result still has to be rounded to T. */
+template <typename T> __device__ __forceinline__ float apply_norm(float s, float r, float weight, bool twice) {
     const float normalised = s * r;
-    return (hf ? round_to<T>(normalised) : normalised) * weight;
+    return (twice ? round_to<T>(normalised) : normalised) * weight;
 }
 
-template <typename T>
-__device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, const NormWeights<T> &weights, bool hf) {
+template <typename T> __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r,
+                                                                      const NormWeights<T> &weights, bool twice) {
     float y[Packet<T>::size];
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) y[i] = s.get(i) * r;
-    if (hf) { /* by packs: the instruction that rounds two values is much faster than the one for one */
+    if (twice) { /* by packs: the instruction that rounds two values is much faster than the one for one */
         const Packet<T> rounded = pack<T>(y);
 #pragma unroll
         for (int i = 0; i < Packet<T>::size; i++) y[i] = rounded.get(i);
@@ -102,10 +102,12 @@ __device__ __forceinline__ Packet<T> apply_norm(const Packet<T> &s, float r, con
     return pack<T>(y);
 }
 
-/* rn(residual + y), y rounded first as "hf" asks. */
-template <typename T> __device__ __forceinline__ Packet<T>
-apply_norm_and_add(const Packet<T> &s, float r, const NormWeights<T> &weights, bool hf, const Packet<T> &residual) {
-    if (hf) return add_residual(apply_norm(s, r, weights, true), residual);
+/* rn(residual + y), y rounded first but in "fp32". */
+template <typename T>
+__device__ __forceinline__ Packet<T> apply_norm_and_add(const Packet<T> &s, float r, const NormWeights<T> &weights,
+                                                        mv_rounding rounding, const Packet<T> &residual) {
+    if (mv_rounds_each_step(rounding))
+        return add_residual(apply_norm(s, r, weights, mv_norm_rounds_twice(rounding)), residual);
     float y[Packet<T>::size];
 #pragma unroll
     for (int i = 0; i < Packet<T>::size; i++) y[i] = s.get(i) * r * weights.v[i] + residual.get(i);

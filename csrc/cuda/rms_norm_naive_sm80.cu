@@ -22,7 +22,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     T *residual_out = task.norm.residual_out.data ? row_address<T>(task.norm.residual_out, task.inner, row) : nullptr;
     const T *added = task.norm.added.data ? row_address<const T>(task.norm.added, task.inner, row) : nullptr;
     T *out = row_address<T>(task.out, task.inner, row);
-    const bool hf = task.rounding == MV_ROUNDING_HF;
+    const bool twice = mv_norm_rounds_twice(task.rounding), rounds = mv_rounds_each_step(task.rounding);
 
     float sum = 0;
     for (int64_t i = threadIdx.x; i < task.hidden; i += kThreads) {
@@ -43,8 +43,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
         const T s = residual_out ? residual_out[i] : residual ? add_residual(x[i], residual[i]) : x[i];
         const float own = task.norm.weight ? load_as<T>(task.norm.weight, task.norm.weight_dtype, i) : 1.0f;
         const float w = task.norm.weight_offset + own;
-        float y = apply_norm<T>(to_float(s), r, w, hf);
-        if (added) y = (hf ? round_to<T>(y) : y) + to_float(added[i]);
+        float y = apply_norm<T>(to_float(s), r, w, twice);
+        if (added) y = (rounds ? round_to<T>(y) : y) + to_float(added[i]);
         out[i] = from_float<T>(y);
     }
 }

@@ -7,7 +7,7 @@
  * six scoreboards, and loads that share one are waited for together); the first two are asked for before the wait for
  * the previous kernel where static_weights allows it, else L2 is.
  *
- * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: in "hf" y exactly, after a
+ * Meanwhile the block normalises the tokens once and keeps them as float32 in shared memory: y exactly, after a
  * barrier that makes the row factor known; in "fp32" s * w without a rounding, and the row factor multiplies the
  * finished sum, which saves that barrier. Without a norm x itself goes there, and an addend comes with the last step of
  * its row, as the bias does. The rows of the gate and of up take turns in a gated layer; their finished sums wait in
@@ -88,7 +88,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
     constexpr int size = Packet<T>::size;
     constexpr int step = kThreads * size;
     const int first = threadIdx.x * size;
-    const bool hf = task.rounding == MV_ROUNDING_HF;
+    const bool rounds = mv_rounds_each_step(task.rounding), twice = mv_norm_rounds_twice(task.rounding);
     const bool writes_sum = task.norm.residual_out.data && blockIdx.x == 0;
     const auto weights_at = [&](int k) {
         return k == first ? near : load_norm_weights<T>(task, k, aligned.norm_weight);
@@ -113,7 +113,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
             for (int i = 0; i < size; i++) {
                 value[i] = s.get(i);
                 squares[t] = fmaf(value[i], value[i], squares[t]);
-                if (!hf) value[i] *= weights.v[i];
+                if (!rounds) value[i] *= weights.v[i];
             }
 #pragma unroll
             for (int i = 0; i < size; i += 4)
@@ -134,7 +134,7 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
         for (int warp = 0; warp < kWarps; warp++) sum += partial[t * kWarps + warp];
         factor[t] = row_factor<T>(sum, task);
     }
-    if (!hf) return;
+    if (!rounds) return;
 
     /* Each thread finishes the values that it put there itself. */
     for (int k = first; k < tokens.stride; k += step) {
@@ -145,10 +145,10 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
             for (int i = 0; i < size; i += 4) {
                 float4 *quad = tokens.quad(t, k, i);
                 const float4 s = *quad;
-                *quad = make_float4(round_to<T>(apply_norm<T>(s.x, factor[t], weights.v[i + 0], true)),
-                                    round_to<T>(apply_norm<T>(s.y, factor[t], weights.v[i + 1], true)),
-                                    round_to<T>(apply_norm<T>(s.z, factor[t], weights.v[i + 2], true)),
-                                    round_to<T>(apply_norm<T>(s.w, factor[t], weights.v[i + 3], true)));
+                *quad = make_float4(round_to<T>(apply_norm<T>(s.x, factor[t], weights.v[i + 0], twice)),
+                                    round_to<T>(apply_norm<T>(s.y, factor[t], weights.v[i + 1], twice)),
+                                    round_to<T>(apply_norm<T>(s.z, factor[t], weights.v[i + 2], twice)),
+                                    round_to<T>(apply_norm<T>(s.w, factor[t], weights.v[i + 3], twice)));
             }
         }
     }

@@ -319,7 +319,7 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
     split.parts = split.y + y_bytes(task, groups.y_rows);
     split.mean_scale = mean_scale<T>(*task);
     split.in_pairs =
-        task->rounding == MV_ROUNDING_HF && task->norm.weight_dtype == task->dtype && task->norm.weight_offset == 0;
+        mv_norm_rounds_twice(task->rounding) && task->norm.weight_dtype == task->dtype && task->norm.weight_offset == 0;
     mv_status status = MV_OK;
     for (int64_t i = 0; i < parts && status == MV_OK; i++) {
         const Part part = part_of(task, groups, i, parts);

@@ -142,7 +142,7 @@ template <typename Tile, typename T> struct TokenGroups {
     }
 
     template <typename W> __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half,
-                                                                const float *weights, bool norm, bool hf) const {
+                                                                const float *weights, bool norm, bool twice) const {
         const int k = threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
@@ -150,7 +150,7 @@ template <typename Tile, typename T> struct TokenGroups {
 #pragma unroll
             for (int j = 0; j < kGroup; j++) {
                 float y = to_float(group[i].v[j]);
-                if (norm) y = round_to<T>(apply_norm<T>(y, shared.scale[m], weights[j], hf));
+                if (norm) y = round_to<T>(apply_norm<T>(y, shared.scale[m], weights[j], twice));
                 shared.x[half][k + j][column(k, m)] = y;
             }
         }
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     if (kLoads != Loads::kAny) access = {true, true, kLoads == Loads::kAlongN};
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
-    const bool hf = task.rounding == MV_ROUNDING_HF, residual = kNorm && task.norm.residual.data;
+    const bool twice = mv_norm_rounds_twice(task.rounding), residual = kNorm && task.norm.residual.data;
 
     /* Static weights do not depend on the kernel before, x does. */
     if (!task.static_weights) griddepcontrol_wait();
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
         tile_row_scales<T, Tile::M, Tile::threads>(task, tile.first_token, tile.first_output == 0, shared.scale);
         __syncthreads();
     }
-    x_next.store(shared, 0, norm_weights, kNorm, hf);
+    x_next.store(shared, 0, norm_weights, kNorm, twice);
     w_next.store(shared, 0, access.w_along_n);
     __syncthreads();
 
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
                 if (kNorm) load_group_weights<T>(task, next, norm_weights);
                 multiply<Tile>(sum, shared, half, m, n);
                 /* to where all warps have left at the last barrier */
-                x_next.store(shared, half ^ 1, norm_weights, kNorm, hf);
+                x_next.store(shared, half ^ 1, norm_weights, kNorm, twice);
                 w_next.store(shared, half ^ 1, access.w_along_n);
                 __syncthreads();
             }

@@ -153,7 +153,7 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     p.static_weights = task->static_weights;
     p.addend = task->linear.addend;
     p.scale = task->linear.scale;
-    p.once = task->rounding == MV_ROUNDING_FP32;
+    p.once = !mv_rounds_each_step(task->rounding);
     /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
      * of either is not stored. */
     p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
@@ -321,7 +321,7 @@ const char *plan_why_not(const mv_task *task) {
 
 const char *late_why_not(const mv_task *task) {
     if (const char *reason = plan_why_not(task)) return reason;
-    if (task->rounding != MV_ROUNDING_FP32)
+    if (mv_rounds_each_step(task->rounding))
         return "it takes rounding=\"fp32\" alone, since the row factor joins after the products";
     if (task->norm.residual.data) return "it takes no residual";
     if (task->norm.weight_offset != 0 || task->norm.weight_dtype != task->dtype || !is_aligned16(task->norm.weight))
@@ -337,7 +337,7 @@ const char *late_why_not(const mv_task *task) {
 double late_us(const mv_task *task, const TileChoice &choice) {
     constexpr double kHop = 1.5; /* us between two launches */
     const double plan_us = prices::norm_wgmma_us(task);
-    if (task->rounding != MV_ROUNDING_FP32 || task->tokens <= 64) return 2 * plan_us;
+    if (mv_rounds_each_step(task->rounding) || task->tokens <= 64) return 2 * plan_us;
     return plan_us * choice.us / (choose_tile(task).us + kHop);
 }
 

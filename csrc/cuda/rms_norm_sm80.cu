@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
     rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
     constexpr int size = Packet<T>::size;
     constexpr bool kAdd = kResidual == Residual::kBefore, kTwo = kResidual != Residual::kNone;
-    const bool hf = task.rounding == MV_ROUNDING_HF;
+    const bool twice = mv_norm_rounds_twice(task.rounding);
     const int lane = threadIdx.x % kThreads;
     const int64_t place =
         static_cast<int64_t>(blockIdx.x) * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
@@ -151,10 +151,10 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
         const float r = row_factor<T>(row_sum<kThreads>(squares), access.mean_scale, task);
         const auto normalised = [&](int p) {
             if constexpr (!kWhole)
-                return apply_norm(s[p], r, load_norm_weights_or_ones<T>(task, at(p), access.weight), hf);
+                return apply_norm(s[p], r, load_norm_weights_or_ones<T>(task, at(p), access.weight), twice);
             if constexpr (sizeof(T) == 2)
-                if (hf && task.norm.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
-            return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), hf);
+                if (twice && task.norm.weight_offset == 0) return apply_norm_hf(s[p], r, weights[p]);
+            return apply_norm(s[p], r, widen_norm_weights<T>(task, weights[p]), twice);
         };
 #pragma unroll
         for (int p = 0; p < kPackets; p++) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
                 const NormWeights<T> own = kWhole ? widen_norm_weights<T>(task, weights[p])
                                                   : load_norm_weights_or_ones<T>(task, at(p), access.weight);
                 const Packet<T> added = kResidualLast ? load(residual, p) : other[p];
-                store(out, p, apply_norm_and_add(s[p], r, own, hf, added));
+                store(out, p, apply_norm_and_add(s[p], r, own, task.rounding, added));
                 continue;
             }
             store_normalised(task, normalised(p),
@@ -186,7 +186,7 @@ template <typename T, Residual kResidual> __global__ void __launch_bounds__(kLon
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kLongRowThreads * size;
     const int64_t row = blockIdx.x;
-    const bool hf = task.rounding == MV_ROUNDING_HF;
+    const bool twice = mv_norm_rounds_twice(task.rounding);
     prefetch_norm_weight(task);
     if (task.next.launch_early) griddepcontrol_launch();
     griddepcontrol_wait();
@@ -220,10 +220,10 @@ template <typename T, Residual kResidual> __global__ void __launch_bounds__(kLon
         if constexpr (kResidual == Residual::kBehind) {
             const Packet<T> added =
                 load_packet(row_address<const T>(task.norm.added, task.inner, row) + at, left, access.rows);
-            store_packet(out + at, apply_norm_and_add(s, r, weights, hf, added), left, access.rows);
+            store_packet(out + at, apply_norm_and_add(s, r, weights, task.rounding, added), left, access.rows);
             continue;
         }
-        store_normalised(task, apply_norm(s, r, weights, hf), [&](const Packet<T> &y, int64_t behind) {
+        store_normalised(task, apply_norm(s, r, weights, twice), [&](const Packet<T> &y, int64_t behind) {
             store_packet(out + behind + at, y, left, access.rows);
         });
     }

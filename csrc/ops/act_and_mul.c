@@ -19,8 +19,7 @@ const mv_list mv_act_and_mul_list = {"act_and_mul", rows, sizeof rows / sizeof r
 
 static mv_status check(const char *op, const mv_act_and_mul_args *a, mv_error *error) {
     const mv_named x = {op, "x", &a->x}, out = {op, "out", &a->out};
-    MV_REQUIRE(a->rounding == MV_ROUNDING_HF || a->rounding == MV_ROUNDING_FP32, MV_BAD_VALUE,
-               "%s: unknown rounding, expected \"hf\" or \"fp32\"", op);
+    MV_TRY(mv_check_rounding(op, a->rounding, error));
     MV_TRY(mv_check_x(x, error));
     const int64_t columns = a->x.shape[a->x.ndim - 1];
     MV_REQUIRE(columns % 2 == 0, MV_BAD_VALUE,

@@ -229,8 +229,12 @@ mv_status mv_check_numbers(const char *op, double eps, double weight_offset, mv_
     MV_REQUIRE(isfinite(eps) && eps >= 0, MV_BAD_VALUE, "%s: eps is %g, expected a finite number >= 0", op, eps);
     MV_REQUIRE(isfinite(weight_offset), MV_BAD_VALUE, "%s: weight_offset is %g, expected a finite number", op,
                weight_offset);
-    MV_REQUIRE(rounding == MV_ROUNDING_HF || rounding == MV_ROUNDING_FP32, MV_BAD_VALUE,
-               "%s: unknown rounding, expected \"hf\" or \"fp32\"", op);
+    return mv_check_rounding(op, rounding, error);
+}
+
+mv_status mv_check_rounding(const char *op, mv_rounding rounding, mv_error *error) {
+    MV_REQUIRE(rounding == MV_ROUNDING_HF || rounding == MV_ROUNDING_HF_ONCE || rounding == MV_ROUNDING_FP32,
+               MV_BAD_VALUE, "%s: unknown rounding, expected \"hf\", \"hf_once\" or \"fp32\"", op);
     return MV_OK;
 }
 

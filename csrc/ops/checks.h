@@ -50,6 +50,7 @@ mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns,
 mv_status mv_check_vector(mv_named vector, const mv_view *x, int64_t size, const char *meaning, mv_error *error);
 /* eps and weight_offset: finite, and eps >= 0. */
 mv_status mv_check_numbers(const char *op, double eps, double weight_offset, mv_rounding rounding, mv_error *error);
+mv_status mv_check_rounding(const char *op, mv_rounding rounding, mv_error *error);
 /* Dtype and device of any weight or bias: x's dtype or float32, on x's device. */
 mv_status mv_check_parameter(mv_named tensor, const mv_view *x, mv_error *error);
 

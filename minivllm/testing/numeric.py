@@ -31,7 +31,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reference import FORMATS, act_and_mul, activation, gelu_exponent, halves, namespace, quantum, rms_norm, round_to
+from .reference import (
+    FORMATS,
+    act_and_mul,
+    activation,
+    gelu_exponent,
+    halves,
+    namespace,
+    quantum,
+    rms_norm,
+    round_to,
+    rounds_each_step,
+)
 
 UNIT_F32 = 2.0**-24
 UNIT_TF32 = 2.0**-11
@@ -49,14 +60,25 @@ def _from_tie(value, dtype: str):
     return abs(abs(value) / spacing % 1.0 - 0.5) * spacing
 
 
-def may_flip(s, gain, eps: float, dtype: str):
-    """Which elements of y = rn(rn(s r) gain), s and y [..., k], gain [k], float32 arithmetic may round to a neighbour
-    of what float64 rounds to: [..., k], True or False."""
+def may_flip(s, gain, eps: float, dtype: str, rounding: str = "hf"):
+    """Which elements of y = rn(rn(s r) gain), or in "hf_once" rn(s r gain), s and y [..., k], gain [k], float32
+    arithmetic may round to a neighbour of what float64 rounds to: [..., k], True or False."""
     normalised, _ = rms_norm(s, 1.0, eps, rounding="fp32", round_last=False)
+    if rounding == "hf_once":
+        y = normalised * gain
+        return _from_tie(y, dtype) <= _noise(s.shape[-1]) * abs(y) + 2.0**-149 * abs(gain)
     scaled = round_to(normalised, dtype) * gain
     first = _from_tie(normalised, dtype) <= _noise(s.shape[-1]) * abs(normalised)
     distance = _from_tie(scaled, dtype)  # 0 where the product is exactly on a tie: then it is exact in float32, too
     return first | ((distance <= 4 * UNIT_F32 * abs(scaled)) & (distance > 0))
+
+
+def lost_before_the_product(s, gain, eps: float, dtype: str, rounding: str) -> dict:
+    """What `tolerance` is told of the y that a projection multiplies: held against a reference that rounds it as well,
+    or in "fp32" against one that does not, though it may be rounded once."""
+    if not rounds_each_step(rounding):
+        return {"roundings": 1}
+    return {"flips": may_flip(s, gain, eps, dtype, rounding)}
 
 
 def tolerance(
@@ -124,11 +146,11 @@ def act_and_mul_ends(x, kind: str, rounding: str, dtype: str, error=None):
     """(least, most) that silu_and_mul or gelu_and_mul of x may give, in float64 and not rounded at the end. All that
     follows the activation is monotonic, so they come from the ends of what that may be.
 
-    error: x is what a product gives, which float32 may put that far away, before "hf" rounds it. Rounding is monotonic
-    too, so gate and up are between their own ends; an activation falls to its least value and rises from there, so it
-    is largest at one end of the gate, and least where the gate is nearest to that place."""
+    error: x is what a product gives, which float32 may put that far away, before all but "fp32" round it. Rounding is
+    monotonic too, so gate and up are between their own ends; an activation falls to its least value and rises from
+    there, so it is largest at one end of the gate, and least where the gate is nearest to that place."""
     xp, (gate, up) = namespace(x), halves(x)
-    rn = (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
+    rn = (lambda v: round_to(v, dtype)) if rounds_each_step(rounding) else (lambda v: v)
     with np.errstate(all="ignore"):
         if error is None:
             ends, ups = _activation_ends(gate, kind), [up]
@@ -139,8 +161,8 @@ def act_and_mul_ends(x, kind: str, rounding: str, dtype: str, error=None):
             ends = (_activation_ends(nearest, kind)[0], highest)
         products = [rn(end) * factor for end in ends for factor in ups]
         least, most = functools.reduce(xp.minimum, products), functools.reduce(xp.maximum, products)
-        if dtype != "f32":  # rounded to float32 first: exact of "hf", but below 2^-149
-            unit = UNIT_F32 if rounding == "fp32" else 0.0
+        if dtype != "f32":  # rounded to float32 first: exact of 16-bit factors, but below 2^-149
+            unit = 0.0 if rounds_each_step(rounding) else UNIT_F32
             least = xp.where(xp.isfinite(least), least - abs(least) * unit - 2.0**-150, least)
             most = xp.where(xp.isfinite(most), most + abs(most) * unit + 2.0**-150, most)
     return least, most
@@ -151,7 +173,7 @@ def gate_up_tolerance(products, bound, kind: str, rounding: str, dtype: str):
     of them rounded: what the reference's roundings but the last make of them, and how far from it a result may be.
     Without its last rounding a product is within bound - q(product) / 2, hence between two ends, and so is what follows
     (act_and_mul_ends); q / 2 of the end that is larger is the rounding at the end."""
-    xp, rn = namespace(products), (lambda v: round_to(v, dtype)) if rounding == "hf" else (lambda v: v)
+    xp, rn = namespace(products), (lambda v: round_to(v, dtype)) if rounds_each_step(rounding) else (lambda v: v)
     values = act_and_mul(rn(products), kind, rounding=rounding, dtype=dtype, round_last=False)
     ends = act_and_mul_ends(products, kind, rounding, dtype, bound - quantum(products, dtype) / 2)
     with np.errstate(invalid="ignore"):
@@ -169,11 +191,11 @@ def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, round
         return quantum(abs(value) + error, dtype)
 
     error = bound - quantum(sums, dtype) / 2
-    if rounding == "hf":
+    if rounds_each_step(rounding):
         error = error + spacing(sums, error)
     scaled = sums * scale
     error = abs(scale) * error + 2 * UNIT_F32 * abs(scaled)
-    if rounding == "hf" and scale != 1:
+    if rounds_each_step(rounding) and scale != 1:
         error = error + spacing(scaled, error)
     error = error + 2 * UNIT_F32 * xp.maximum(abs(added), abs(scaled))
     return error + spacing(added, error) / 2

@@ -61,6 +61,13 @@ def round_to(x, dtype: str):
     return xp.where(rounded > largest, infinity, xp.where(rounded < -largest, -infinity, rounded))
 
 
+def rounds_each_step(rounding: str) -> bool:
+    """Is each step of a call rounded, such as the norm in front of a product? Else only what is stored."""
+    if rounding not in ("hf", "hf_once", "fp32"):
+        raise ValueError(f"rounding is {rounding!r}, expected 'hf', 'hf_once' or 'fp32'")
+    return rounding != "fp32"
+
+
 def _rounder(dtype):
     return (lambda x: x) if dtype is None else (lambda x: round_to(x, dtype))
 
@@ -69,10 +76,9 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, rounding="hf", weight_offset
     """(y, s) of x [..., hidden], weight [hidden], residual [..., hidden]:
 
     s = rn(x + residual), or x;  r = 1 / sqrt(mean(s^2) + eps)
-    hf:    y = rn(rn(s r) (weight_offset + weight));  fp32:  y = rn(s r (weight_offset + weight))
+    hf:    y = rn(rn(s r) (weight_offset + weight));  hf_once, fp32:  y = rn(s r (weight_offset + weight))
     """
-    if rounding not in ("hf", "fp32"):
-        raise ValueError(f"rounding is {rounding!r}, expected 'hf' or 'fp32'")
+    rounds_each_step(rounding)
     xp, rn = namespace(x), _rounder(dtype)
     s = x if residual is None else rn(x + residual)
     r = 1.0 / xp.sqrt((s * s).mean(axis=-1, keepdims=True) + eps)
@@ -106,7 +112,7 @@ def rms_norm_qkv(
         rounding=rounding,
         weight_offset=weight_offset,
         dtype=dtype,
-        round_last=rounding == "hf",
+        round_last=rounds_each_step(rounding),
     )
     out = y @ qkv_weight.T
     if bias is not None:
@@ -141,25 +147,25 @@ def halves(x):
 def act_and_mul(x, kind: str, *, rounding="hf", dtype=None, round_last=True):
     """silu_and_mul and gelu_and_mul of x [..., 2 d], by the kind of the activation:
 
-    hf: rn(rn(activation(gate)) up);  fp32: rn(activation(gate) up)
+    hf, hf_once: rn(rn(activation(gate)) up);  fp32: rn(activation(gate) up)
     """
     rn, (gate, up) = _rounder(dtype), halves(x)
     active = activation(gate, kind)
     with np.errstate(all="ignore"):
-        out = (rn(active) if rounding == "hf" else active) * up
+        out = (rn(active) if rounds_each_step(rounding) else active) * up
         return rn(out) if round_last else out
 
 
 def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dtype=None, round_last=True):
     """(out, sums): sums = x @ weight.T + bias, not rounded; weight [outputs, hidden]. Without a residual out is rn of
-    it, with one rn(rn(rn(sums) scale) + residual): of the inner roundings "fp32" makes none, and "hf" the second only
-    where scale is not 1.
+    it, with one rn(rn(rn(sums) scale) + residual): of the inner roundings "fp32" makes none, and the others the second
+    only where scale is not 1.
     """
     rn = _rounder(dtype)
     sums = x @ weight.T if bias is None else x @ weight.T + bias
     out = sums
     if residual is not None:
-        inner = rn if rounding == "hf" else _rounder(None)
+        inner = rn if rounds_each_step(rounding) else _rounder(None)
         out = inner(out)
         if scale != 1:
             out = inner(out * scale)
@@ -192,11 +198,11 @@ def turned(x, interleaved=False):
 def rotary(n, cos, sin, *, interleaved=False, rounding="hf", rows=None, dtype=None, round_last=True):
     """n [..., D] after the rotary embedding of its first R columns by cos and sin [..., R], which broadcast:
 
-    hf: rn(rn(n cos) + rn(turned(n) sin)), or with rows="f32" rn(n cos + turned(n) sin), as fp32
+    hf, hf_once: rn(rn(n cos) + rn(turned(n) sin)), or with rows="f32" rn(n cos + turned(n) sin), as fp32
     """
     xp, rn = namespace(n), _rounder(dtype)
     columns = cos.shape[-1]
-    each = rn if rounding == "hf" and rows != "f32" else _rounder(None)
+    each = rn if rounds_each_step(rounding) and rows != "f32" else _rounder(None)
     first = n[..., :columns]
     y = each(first * cos) + each(turned(first, interleaved) * sin)
     return xp.concatenate([rn(y) if round_last else y, n[..., columns:]], -1)

@@ -67,7 +67,7 @@ static inline Interval activation_interval(mv_activation activation, double z) {
 static inline bool act_and_mul_is_right(mv_activation activation, mv_rounding rounding, mv_dtype dtype, double gate,
                                         double up, double got) {
     Interval a = activation_interval(activation, gate);
-    if (rounding == MV_ROUNDING_HF) a = (Interval){round_to(a.low, dtype), round_to(a.high, dtype)};
+    if (rounding != MV_ROUNDING_FP32) a = (Interval){round_to(a.low, dtype), round_to(a.high, dtype)};
     const double ends[2] = {a.low * up, a.high * up};
     if (isnan(ends[0]) && isnan(ends[1])) return isnan(got);
     if (isnan(got)) return isnan(ends[0]) || isnan(ends[1]); /* of an infinite up: the activation may be zero */

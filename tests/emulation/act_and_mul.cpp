@@ -77,7 +77,7 @@ int main() {
         int cases = 0, wrong = 0;
         for (const Case &c : kCases)
             for (mv_activation activation : {MV_SILU, MV_GELU_TANH, MV_GELU})
-                for (mv_rounding rounding : {MV_ROUNDING_HF, MV_ROUNDING_FP32}) {
+                for (mv_rounding rounding : {MV_ROUNDING_HF, MV_ROUNDING_HF_ONCE, MV_ROUNDING_FP32}) {
                     const int now = row.dtype == MV_F32   ? run<float>(row, c, activation, rounding)
                                     : row.dtype == MV_F16 ? run<__half>(row, c, activation, rounding)
                                                           : run<__nv_bfloat16>(row, c, activation, rounding);

@@ -39,6 +39,7 @@ constexpr Case kCases[] = {
     {{140, kNone}, 12, 1, 64, kStatic, 400, 0, 0, 9, 0, 0},
     {{33, kNone}, 40, 1, 64},
     {{65, 2, kNone}, 2, 2, 256, kStatic, 0, 0, 0, 0, 0, 256, true, false, false, MV_ROUNDING_FP32},
+    {{20, 2, kNone}, 2, 2, 128, kStatic, 0, 0, 0, 0, 0, 128, true, false, false, MV_ROUNDING_HF_ONCE},
     {{40, 41, kNone}, 3, 1, 72, kStatic, 0, 0, 0, 0, 1, 24, true},
     {{40, 7, kNone}, 3, 1, 33, kStatic, 0, 0, 0, 0, 0, 32},
     {{20, kNone}, 2, 1, 600},

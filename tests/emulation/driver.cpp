@@ -27,7 +27,7 @@ struct Case {
     mv_activation activation = MV_SILU;
 };
 
-constexpr mv_rounding kHf = MV_ROUNDING_HF, kFp32 = MV_ROUNDING_FP32;
+constexpr mv_rounding kHf = MV_ROUNDING_HF, kOnce = MV_ROUNDING_HF_ONCE, kFp32 = MV_ROUNDING_FP32;
 constexpr Case kProjections[] = {
     {1, 256, 37, kHf, false, false, false, false, false, 0, 0},
     {1, 1024, 3, kFp32, true, false, false, false, false, 0.5f, 8},
@@ -52,12 +52,19 @@ constexpr Case kProjections[] = {
     {2, 320, 384, kFp32, true, true, false, false, false, 0, 8},
     {3, 128, 512, kHf, true, true, true, false, true, 0, 8},
     {1, 64, 2304, kHf, false, true, false, false, false, 0, 0},
+    /* where "fp32" leaves y as it is, and "hf" rounds two at a time */
+    {1, 256, 70, kOnce, false, false, false, false, false, 0, 0},
+    {2, 512, 384, kOnce, true, true, false, false, true, 0, 8},
+    {4, 512, 80, kOnce, false, true, true, false, false, 1, 0},
+    {20, 264, 136, kOnce, true, true, false, true, false, 0, 8},
+    {130, 320, 200, kOnce, false, true, false, false, false, 0, 0},
 };
 /* Where each warpgroup of the kernel for Hopper's tensor cores has tiles of its own, of one step and of several; then
  * in clusters, with rows normalised meanwhile: too slow for the others. */
 constexpr Case kLargeProjections[] = {
     {390, 64, 192, kHf, true, true, false, false, false, 0, 0},
     {258, 328, 400, kFp32, false, true, false, false, true, 0, 8},
+    {260, 128, 192, kOnce, false, true, false, false, false, 0, 8},
     {5130, 1024, 192, kHf, true, true, false, false, false, 0, 8},
 };
 /* Without a norm; x where it is, and, where there are gaps or the alignment is wrong, copied. */
@@ -75,7 +82,7 @@ constexpr Case kLinears[] = {
     linear(3, 320, 700, kFp32, 0.22f, false),
     linear(4, 96, 20, kHf, 1, true),
     linear(5, 1027, 33, kHf, 1, true, 3),
-    linear(7, 128, 513, kHf, 0.22f, true),
+    linear(7, 128, 513, kOnce, 0.22f, true),
     linear(8, 768, 68, kFp32, 1, false, 8),
     linear(13, 512, 132, kHf, 1, true, 16),
     linear(16, 3136, 100, kHf, 0.22f, true, 8),
@@ -119,6 +126,7 @@ constexpr Case kGated[] = {
     gated(2, 512, 50, kHf, MV_GELU, true, 8),
     gated(3, 320, 700, kFp32, MV_GELU_TANH, false),
     gated(4, 96, 20, kHf, MV_SILU, true),
+    gated(4, 256, 80, kOnce, MV_SILU, true),
     gated(5, 1027, 34, kHf, MV_SILU, true, 3),
     gated(8, 768, 68, kFp32, MV_GELU, false, 8),
     gated(13, 512, 1026, kHf, MV_SILU, true, 16),
@@ -183,6 +191,12 @@ constexpr Case kNorms[] = {
     {2, 8200, 0, kFp32, true, false, false, false, false, 0, 0, false, true, true},
     {2, 16392, 0, kHf, true, false, false, false, false, 0, 8, false, false, true},
     {2, 40000, 0, kFp32, true, false, false, false, false, 0, 0, false, false, true},
+    {5, 1024, 0, kOnce, true, false, false, false, false, 0, 0},
+    {3, 1027, 0, kOnce, false, false, true, false, false, 0.5f, 1},
+    {2, 40000, 0, kOnce, false, false, false, false, false, 0, 0},
+    {100, 1000, 0, kOnce, true, false, false, false, false, 0, 0, false, false, true},
+    {3, 1027, 0, kOnce, true, false, true, false, false, 0.5f, 1, false, false, true},
+    {2, 40000, 0, kOnce, true, false, false, false, false, 0, 0, false, false, true},
 };
 
 /* Of rounding to T: half the distance of 1 and the next number. */
@@ -287,10 +301,12 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
         return INFINITY;
     }
 
+    const bool rounds = c.rounding != kFp32;
     const auto rounded = [](double v) { return static_cast<double>(static_cast<float>(T(static_cast<float>(v)))); };
     std::vector<double> y(c.hidden), weights(matrix.values.size());
     for (size_t i = 0; i < weights.size(); i++) weights[i] = static_cast<float>(matrix.values[i]);
     double worst = 0;
+    int64_t others = 0; /* not the number that the exact result rounds to */
     for (int t = 0; t < c.tokens; t++) {
         double squares = 0;
         for (int k = 0; k < c.hidden; k++) {
@@ -306,17 +322,17 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
             const double normalised = c.rounding == kHf ? rounded(y[k] * r) : y[k] * r;
             if (c.plain_x) continue;
             y[k] = normalised * (c.weight_offset + wide.at(0, k));
-            if (c.rounding == kHf && (projects || c.behind)) y[k] = rounded(y[k]);
+            if (rounds && (projects || c.behind)) y[k] = rounded(y[k]);
         }
         const auto rounded_at_any_side = [&](double *exact, double *before) {
-            if (c.rounding != kHf) return;
+            if (!rounds) return;
             *exact = rounded(*exact);
             *before += 2 * kUnit<T> * (std::fabs(*exact) + *before); /* a spacing, or less, between two roundings */
         };
         /* The sum of an output with its bias, and how far a kernel's may be from it: the float32 sum, whose roundings
          * are random: five standard deviations where partial sums are as large as the root of the squares of their
          * terms, which leaves no room for TF32; the roundings of y, which are random: in "fp32" those of all terms,
-         * 0.41 units each, five standard deviations of their sum; in "hf" of the few that go the other way; and of
+         * 0.41 units each, five standard deviations of their sum; else of the few that go the other way; and of
          * TF32, both factors' of every term. */
         const auto sum_of = [&](int n, double *exact) {
             double terms = 0, term_squares = 0;
@@ -328,7 +344,7 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
                 term_squares += term * term;
             }
             if (c.bias) *exact += static_cast<float>(bias.at(0, n));
-            const double of_y = c.plain_x ? 0 : c.rounding == kHf ? terms / 8 : 5 * 0.41 * std::sqrt(term_squares);
+            const double of_y = c.plain_x ? 0 : rounds ? terms / 8 : 5 * 0.41 * std::sqrt(term_squares);
             const double of_tf32 = c.allow_tf32 && row.dtype == MV_F32 ? 5 * 0.58 * std::sqrt(term_squares) : 0;
             return 5 * 0x1p-24 * std::sqrt(c.hidden * term_squares) + kUnit<T> * of_y + 0x1p-11 * of_tf32;
         };
@@ -362,7 +378,14 @@ template <typename T> double run(const mv_row &row, const Case &c, bool static_w
             const double far = std::fabs(static_cast<float>(out.at(t, n)) - exact) / may;
             if (std::isnan(far)) return INFINITY;
             worst = std::max(worst, far);
+            others += static_cast<float>(out.at(t, n)) != rounded(exact);
         }
+    }
+    /* All roundings are those of the reference, so only noise moves a result; another rounding of y moves a quarter of
+     * them. */
+    if (sizeof(T) == 2 && rounds && others > 4 + 0.08 * c.tokens * width) {
+        printf("%s: %d of %d results are others\n", row.name, static_cast<int>(others), c.tokens * width);
+        return INFINITY;
     }
     return out.gaps_untouched() && (!before || sum.gaps_untouched()) ? worst : INFINITY;
 }

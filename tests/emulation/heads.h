@@ -17,14 +17,14 @@ using Values = std::vector<double>;
 /* A head after the norm, whose weight_offset is 0.5, and the rotary embedding: what c says of them. */
 template <typename T, typename Case>
 Values prepared(const Case &c, Rows<T> &from, int row, Rows<T> &weight, Rows<T> &rotary, int at) {
-    const bool hf = c.rounding == MV_ROUNDING_HF;
-    const auto rn = [&](double v) { return hf ? rounded<T>(v) : v; };
+    const auto rn = [&](double v) { return c.rounding != MV_ROUNDING_FP32 ? rounded<T>(v) : v; };
+    const auto first_rn = [&](double v) { return c.rounding == MV_ROUNDING_HF ? rounded<T>(v) : v; };
     Values n(c.dim);
     double squares = 0;
     for (int i = 0; i < c.dim; i++) n[i] = static_cast<float>(from.at(row, i)), squares += n[i] * n[i];
     const double r = 1 / std::sqrt(squares / c.dim + 1e-6f);
     if (c.norm)
-        for (int i = 0; i < c.dim; i++) n[i] = rn(rn(n[i] * r) * (0.5 + static_cast<float>(weight.at(0, i))));
+        for (int i = 0; i < c.dim; i++) n[i] = rn(first_rn(n[i] * r) * (0.5 + static_cast<float>(weight.at(0, i))));
     Values y = n;
     for (int i = 0; i < c.columns; i++) {
         const int half = c.columns / 2;

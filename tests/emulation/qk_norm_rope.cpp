@@ -31,6 +31,7 @@ constexpr Case kCases[] = {
     {4, 1, 2, 2, 96, 24, false, true, true, false, 16},
     {1, 3, 1, 1, 1},
     {2, 2, 1, 1, 1024, 1024, true},
+    {1, 4, 4, 2, 128, 128, true, false, false, false, 3, MV_ROUNDING_HF_ONCE},
 };
 
 template <typename T> int run(const mv_row &row, const Case &c) {
@@ -108,6 +109,7 @@ template <typename T> int run(const mv_row &row, const Case &c) {
     const auto line = [&](int t, int heads) { return (t / c.inner * (c.inner + gap) + t % c.inner) * heads; };
     const auto compare = [&](Rows<T> &from, Rows<T> &before, Rows<T> &to, Rows<T> &weight, int heads) {
         wrong += !to.gaps_untouched();
+        int others = 0; /* not the number that the exact result rounds to: noise moves a few */
         for (int t = 0; t < tokens; t++)
             for (int h = 0; h < heads; h++) {
                 const int at = line(t, heads) + h;
@@ -117,10 +119,12 @@ template <typename T> int run(const mv_row &row, const Case &c) {
                 const double may = (c.norm || c.columns ? 8 : 0) * kUnit<T> * largest;
                 for (int i = 0; i < c.dim; i++) {
                     wrong += !(std::fabs(static_cast<float>(to.at(at, i)) - exact[i]) <= may);
+                    others += static_cast<float>(to.at(at, i)) != rounded<T>(exact[i]);
                     before.at(at, i) = to.at(at, i);
                     if (!c.in_place) from.at(at, i) = to.at(at, i);
                 }
             }
+        wrong += sizeof(T) == 2 && c.rounding != MV_ROUNDING_FP32 && others > 4 + 0.05 * tokens * heads * c.dim;
         for (int r = 0; r < from.count; r++) /* between the tokens nothing was written */
             for (int i = 0; i < c.dim; i++) wrong += !same(from.at(r, i), before.at(r, i));
     };

@@ -140,7 +140,7 @@ class Drawing:
         if rng.random() < 0.7:
             self.give(eps=rng.choice((1e-6, 1e-5, 1e-12, 0.0, 0.125, 1.0, 1e4)))
         if rng.random() < 0.5:
-            self.give(rounding=rng.choice(("hf", "fp32")))
+            self.give(rounding=rng.choice(("hf", "hf_once", "fp32")))
         if rng.random() < 0.3:
             self.give(weight_offset=rng.choice((1.0, 1.0, 0.0, -1.0, 0.5, 2.0**-10)))
         names = forceable(self.op, self.dtype, self.device)

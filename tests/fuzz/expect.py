@@ -50,7 +50,7 @@ def _normed(inputs, options, dtype: str, wild: bool, round_last: bool):
 
 
 def _as_well(y, s, gain, eps: float):
-    """What y may be in its place with "fp32": zero where s r is lost below the smallest float32."""
+    """What y may be in its place where it is rounded once: zero where s r is lost below the smallest float32."""
     normalised, _ = reference.rms_norm(s, 1.0, eps, rounding="fp32", round_last=False)
     return namespace(y).where(abs(normalised) < 4 * SUBNORMAL_F32, 0.0 * gain, y)
 
@@ -81,8 +81,8 @@ def norm_add(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
 
 def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     weight = next(inputs[name] for name in ("qkv_weight", "gate_up_weight", "weight") if name in inputs)
-    bias, hf = inputs.get("bias"), options.get("rounding", "hf") == "hf"
-    y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=hf)
+    bias, rounding = inputs.get("bias"), options.get("rounding", "hf")
+    y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=rounding != "fp32")
 
     def product(rows):
         return rows @ weight.T if bias is None else rows @ weight.T + bias
@@ -94,15 +94,15 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         finite_y, finite_s, finite_gain, finite_weight = map(_finite, (y, s, gain, weight))
         sizes = abs(finite_y) @ abs(finite_weight).T
         unsure = unsure | (sizes > SAFE_SUM)
-        if not hf:  # y may be rounded, or r may come after the sum
-            late = abs(_finite(s * gain)) @ abs(finite_weight).T
+        if rounding == "fp32":  # r may come after the sum
+            unsure = unsure | (abs(_finite(s * gain)) @ abs(finite_weight).T > SAFE_SUM)
+        if rounding != "hf":  # in "fp32" y may be rounded
             as_well = round_to(_as_well(y, s, gain, options.get("eps", 1e-6)), dtype)
-            unsure = unsure | (late > SAFE_SUM) | ~_same_class(out, product(as_well))
-    flips = numeric.may_flip(finite_s, finite_gain, options.get("eps", 1e-6), dtype) if hf else None
+            unsure = unsure | ~_same_class(out, product(as_well))
+    lost = numeric.lost_before_the_product(finite_s, finite_gain, options.get("eps", 1e-6), dtype, rounding)
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
-        gain=abs(finite_gain), flips=flips, roundings=0 if hf else 1,
-        tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
+        gain=abs(finite_gain), **lost, tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
     bound = bound + _unlucky(_finite(out), finite_y, finite_weight, abs(finite_gain))
     return Expected(out, bound, unsure if unsure.any() else None)
 

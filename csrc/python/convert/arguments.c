@@ -314,7 +314,8 @@ _Static_assert(sizeof(mv_rounding) == sizeof(int) && sizeof(mv_weight_layout) ==
                    sizeof(mv_approximate) == sizeof(int) && sizeof(mv_activation) == sizeof(int) &&
                    sizeof(mv_cache_layout) == sizeof(int),
                "what to_choice() writes");
-static const char *const roundings[] = {[MV_ROUNDING_HF] = "hf", [MV_ROUNDING_FP32] = "fp32", NULL};
+static const char *const roundings[] = {
+    [MV_ROUNDING_HF] = "hf", [MV_ROUNDING_HF_ONCE] = "hf_once", [MV_ROUNDING_FP32] = "fp32", NULL};
 static const char *const weight_layouts[] = {
     [MV_LAYOUT_AUTO] = "auto", [MV_LAYOUT_OUT_IN] = "out_in", [MV_LAYOUT_IN_OUT] = "in_out", NULL};
 static const char *const approximations[] = {[MV_APPROXIMATE_TANH] = "tanh", [MV_APPROXIMATE_NONE] = "none", NULL};

@@ -18,9 +18,9 @@
     "x: [..., hidden], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"    \
     "weight: [hidden], of x's dtype or float32; None: ones. out: like x; may be x itself. Returns out, or a new\n"     \
     "tensor.\n"                                                                                                        \
-    "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM); 'fp32'\n"   \
-    "rounds once, at the end (FlashInfer, TE, Gemma). weight_offset=1.0 is Gemma's. kernel: a name of "                \
-    "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "Sums are float32. rounding 'hf' rounds x * r to x's dtype before the weight multiplies it (HF, vLLM);\n"          \
+    "'hf_once' and 'fp32' round once, at the end (Gemma, FlashInfer, TE); in ops that do more 'hf_once' is 'hf' but\n" \
+    "for that. weight_offset=1.0 is Gemma's. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_add_rms_norm                                                                                               \
     "add_rms_norm($module, x, residual, weight, eps=1e-06, *, out=None, residual_out=None, rounding='hf', "            \
@@ -40,9 +40,9 @@
     "norm_add($module, x, weight, residual, eps=1e-06, *, out=None, rounding='hf', weight_offset=0.0, kernel=None)\n"  \
     "--\n\n"                                                                                                           \
     "out = residual + rms_norm(x, weight), as Gemma has a norm on either side of a sublayer. Returns out.\n\n"         \
-    "residual, out: of x's shape and dtype; out may be exactly x or exactly residual. rounding 'hf' rounds the norm\n" \
-    "to x's dtype before it is added, 'fp32' the sum alone. weight, eps, weight_offset, kernel: as in "                \
-    "rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "residual, out: of x's shape and dtype; out may be exactly x or exactly residual. rounding 'hf' and\n"             \
+    "'hf_once' round the norm to x's dtype before it is added, 'fp32' the sum alone. weight, eps, weight_offset,\n"    \
+    "kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_rms_norm_qkv                                                                                               \
     "rms_norm_qkv($module, x, norm_weight, qkv_weight, num_heads, num_kv_heads, eps=1e-06, *, bias=None, "             \
@@ -88,17 +88,17 @@
     "residual_out). out, residual_out: where they go; they must overlap nothing.\n"                                    \
     "activation: 'silu'; 'gelu_tanh' (Gemma) and 'gelu' are what gelu_and_mul calls 'tanh' and 'none'. rounding "      \
     "'hf'\n"                                                                                                           \
-    "rounds gate, up and the activation to x's dtype before they are multiplied, besides what it rounds in the\n"      \
-    "norm; 'fp32' rounds the result alone. weight_layout, batch_invariant, allow_tf32, static_weights: as in\n"        \
-    "rms_norm_qkv. eps, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "and 'hf_once' round gate, up and the activation to x's dtype before they are multiplied, besides what they\n"     \
+    "round in the norm; 'fp32' rounds the result alone. weight_layout, batch_invariant, allow_tf32,\n"                 \
+    "static_weights: as in rms_norm_qkv. eps, weight_offset, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_silu_and_mul                                                                                               \
     "silu_and_mul($module, x, *, out=None, rounding='hf', kernel=None)\n--\n\n"                                        \
     "out = silu(gate) * up, where x is gate | up and silu(z) = z / (1 + exp(-z))\n\n"                                  \
     "x: [..., 2 * d], float32, float16 or bfloat16; any strides of the leading dimensions, the last contiguous.\n"     \
     "out: [..., d], which may share no memory with x. Returns out, or a new tensor.\n"                                 \
-    "The activation is computed in float32. rounding 'hf' rounds it to x's dtype before up multiplies it (HF);\n"      \
-    "'fp32' rounds once, at the end. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "The activation is computed in float32. rounding 'hf', or 'hf_once', rounds it to x's dtype before up\n"           \
+    "multiplies it (HF); 'fp32' rounds once, at the end. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_gelu_and_mul                                                                                               \
     "gelu_and_mul($module, x, *, approximate='tanh', out=None, rounding='hf', kernel=None)\n--\n\n"                    \
@@ -114,7 +114,7 @@
     "x: [..., hidden]. weight: [outputs, hidden] as nn.Linear keeps it, or [hidden, outputs] (its .t(), also\n"        \
     "contiguous); bias: [outputs]. Weight and bias are of x's dtype or float32; neither is copied. Returns\n"          \
     "[..., outputs], in x's dtype; out: where it goes, which must overlap nothing.\n"                                  \
-    "Sums are float32, the bias joins them, and they are rounded once, in either rounding. weight_layout,\n"           \
+    "Sums are float32, the bias joins them, and they are rounded once, in every rounding. weight_layout,\n"            \
     "batch_invariant, allow_tf32, static_weights: as in rms_norm_qkv. kernel: a name of "                              \
     "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
@@ -125,9 +125,9 @@
     "residual + scale * (x @ weight.T + bias), in one call\n\n"                                                        \
     "x, weight, bias: as in linear. residual: [..., outputs], of x's dtype. Returns [..., outputs]; out: where it\n"   \
     "goes, which may be exactly residual (in place), and must overlap nothing else.\n"                                 \
-    "rounding 'hf' rounds to x's dtype wherever torch would: the product with its bias, what scale makes of it (not\n" \
-    "for scale=1.0), and the sum; 'fp32' rounds once, at the end. weight_layout, batch_invariant, allow_tf32,\n"       \
-    "static_weights: as in rms_norm_qkv. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+    "rounding 'hf' or 'hf_once' rounds to x's dtype wherever torch would: the product with its bias, what scale\n"     \
+    "makes of it (not for scale=1.0), and the sum; 'fp32' rounds once, at the end. weight_layout, batch_invariant,\n"  \
+    "allow_tf32, static_weights: as in rms_norm_qkv. kernel: a name of kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
 #define DOC_decode_attention                                                                                           \
     "decode_attention($module, q, k, v, key_cache, value_cache, positions, *, cos=None, sin=None, "                    \
