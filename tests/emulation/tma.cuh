@@ -69,5 +69,10 @@ inline void warps_arrive(int number, int threads) {
 
 inline uint32_t cluster_rank() { return cpu::current->rank; }
 inline void cluster_barrier() { cpu::cluster_meets.arrive_and_wait(); }
+inline void cluster_barrier_arrive() {} /* both halves in one: no thread may go on before that */
+inline void cluster_barrier_wait() { cluster_barrier(); }
 inline uint32_t cluster_address(uint32_t address, uint32_t rank) { return address | rank << 24; }
 inline void cluster_arrive(uint32_t barrier) { cpu::mbarrier(barrier, barrier >> 24).arrive(); }
+inline void store_to_cluster(uint32_t there, float value) {
+    memcpy(cpu::shared_of(there, there >> 24), &value, sizeof value);
+}
