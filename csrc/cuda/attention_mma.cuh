@@ -6,25 +6,24 @@
  * tiles of keys and of values, and a softmax of its own. No warp waits for another before the end.
  *
  * The keys are the wide operand: S^T = K Q^T has 16 keys and 8 query heads in a product, so up to 8 query heads cost
- * one. A lane then has two heads of two keys. P^T is what the next product wants on the other side, 16 columns of
- * O^T = V^T P^T at a time, after each 8 x 8 values of it are transposed between the lanes; the sums of O^T are of the
- * lane's same two heads, so what shrinks them is at hand. P is not rounded to 16 bits but taken apart into two such
- * parts, which are multiplied one after the other; where "fp32" leaves q unrounded, so is q. Scores, softmax and sums are
- * float32.
+ * one. A lane then has two heads of two keys. O^T = V^T P^T, 16 columns at a time, takes P^T with its 8 x 8 values
+ * transposed between the lanes, and gives the lane sums of the same two heads: what shrinks them is at hand. P is not
+ * rounded to 16 bits but taken apart into two such parts, which are multiplied one after the other; where "fp32" leaves
+ * q unrounded, so is q. Scores, softmax and sums are float32.
  *
- * The chain that a short call takes: launch, the wait for the kernel in front, the load of the position; then the
- * first keys (and in front of them the block table, where there are pages); two products and a softmax, the merge of the
- * warps, that of the blocks, and the store. Everything else happens meanwhile: the heads are asked for behind the
- * position and before it is known; norm and rotary embedding run while the first tiles are on their way.
+ * What a short call takes is a chain: the launch; the wait for the kernel in front; the load of the position; that of
+ * the block table, where there are pages; the first keys; two products and a softmax; the merge of the warps, that of
+ * the blocks; the store. All else happens meanwhile: the heads and the new value are asked for right behind the
+ * position, and norm and rotary embedding run while the first tiles are on their way.
  *
  * The new token is a row of the last tile: its key and value are copied there from shared memory, where the block that
  * has the last piece made them. It alone writes them to the cache.
  *
- * Merging. On Hopper the blocks of a sequence and a head are a cluster of up to 16. Each sends what it has found to the
+ * Merging: on Hopper the blocks of a sequence and a head are a cluster of up to 16. Each sends what it has found to the
  * shared memory of the others, each of which gets a share of the columns; they meet once, and each merges its share.
  * They must all have begun before anyone sends: that barrier is arrived at with the first instruction and waited for
- * with the last key. Where that many blocks are too few for the GPU, and on other GPUs, a second launch merges. In
- * either case the order is fixed. */
+ * after the last key. Where so many blocks are too few for the GPU, and on other GPUs, a second launch merges. In
+ * either case the order is fixed: the bits are the same every time. */
 #pragma once
 
 #include "attention_merge.cuh"
@@ -40,8 +39,8 @@ constexpr int kMostHeadsOfBlock = 16, kMostCluster = 16;
 constexpr float kLog2OfE = 1.44269504088896341f;
 constexpr uint32_t kNoRow = 0xffffffffu;
 
-/* An instance: heads of up to kColumns columns, kTiles times 8 query heads of a block. kHopper: blocks may be a cluster,
- * and an SM has room for longer rings. */
+/* An instance: heads of up to kColumns columns, kTiles times 8 query heads of a block. kHopper: blocks may be a
+ * cluster, and an SM has room for longer rings. */
 template <typename T_, int kColumns_, int kTiles_, bool kHopper_> struct Instance {
     using T = T_;
     static constexpr int kColumns = kColumns_, kTiles = kTiles_, kHeads = kTiles * kTileHeads;
@@ -56,6 +55,7 @@ template <typename T_, int kColumns_, int kTiles_, bool kHopper_> struct Instanc
     static constexpr int kBlocks = kColumns <= 128 ? 2 : 1; /* of an SM */
     static constexpr int kQueryStride = kColumns + 8;       /* values: rows begin in different banks */
     static constexpr int kOutStride = kColumns + 4;
+    static constexpr bool kKeepsQueries = kTiles * kSteps <= 16; /* in registers: there are enough for that */
     static_assert(kHeads * kOutStride * sizeof(float) <= kRingBytes, "a warp's sums take the place of its ring");
 };
 
@@ -79,7 +79,7 @@ template <typename S> __device__ __forceinline__ uint32_t chunk_at(int row, int 
     return static_cast<uint32_t>(row * S::kRowBytes + (chunk ^ (row & 7)) * 16);
 }
 
-/* Brings tiles of a warp to its ring. Lanes 0 to 15 know where the keys of a tile are, lanes 16 to 31 where the values. */
+/* Brings tiles of a warp to its ring. Lanes 0 to 15 know where the keys of a tile are, the others where its values. */
 template <typename S> struct Ring {
     const mv_task &task;
     const Cut &cut;
@@ -202,10 +202,11 @@ template <typename T> __device__ __forceinline__ uint32_t transposed_pair(float 
 /* A warp's softmax: a lane has heads 2 (lane % 4) and the next, of each 8. */
 template <typename S> struct WarpSoftmax {
     using T = typename S::T;
-    uint32_t q[S::kTiles][S::kSteps][2]; /* the operand Q^T */
+    uint32_t q[S::kTiles][S::kKeepsQueries ? S::kSteps : 2][2]; /* the operand Q^T, or what is needed next of it */
     float most[S::kTiles][2], sum[S::kTiles][2], out[S::kTiles][S::kSteps][4];
     float p[S::kTiles][4];
-    uint32_t low_at[S::kTiles]; /* where what the rounding of q leaves is */
+    uint32_t query_at[S::kTiles]; /* where the lane's part of q is; what its rounding leaves is so far behind it: */
+    static constexpr uint32_t kLowBehind = S::kHeads * S::kQueryStride * sizeof(T);
     const int lane;
     const bool has_low;
 
@@ -214,15 +215,10 @@ template <typename S> struct WarpSoftmax {
 #pragma unroll
         for (int t = 0; t < S::kTiles; t++) {
             const int head = min(t * kTileHeads + lane % 8, group - 1);
-            const uint32_t at = shared_address(&memory.query[0][head][lane / 8 * 8]);
-            low_at[t] = shared_address(&memory.query[1][head][lane / 8 * 8]);
+            query_at[t] = shared_address(&memory.query[0][head][lane / 8 * 8]);
+            if constexpr (S::kKeepsQueries)
 #pragma unroll
-            for (int step = 0; step < S::kSteps; step += 2) {
-                uint32_t both[4];
-                ldmatrix_x4(both, at + step * 32);
-                q[t][step][0] = both[0], q[t][step][1] = both[1];
-                q[t][step + 1][0] = both[2], q[t][step + 1][1] = both[3];
-            }
+                for (int step = 0; step < S::kSteps; step += 2) load_query(t, step, step);
             most[t][0] = most[t][1] = -INFINITY;
             sum[t][0] = sum[t][1] = 0;
 #pragma unroll
@@ -230,6 +226,14 @@ template <typename S> struct WarpSoftmax {
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[t][step][i] = 0;
         }
+    }
+
+    /* Of steps `step` and the next, as the `to`-th and the next. */
+    __device__ __forceinline__ void load_query(int t, int step, int to) {
+        uint32_t both[4];
+        ldmatrix_x4(both, query_at[t] + step * 32);
+        q[t][to][0] = both[0], q[t][to][1] = both[1];
+        q[t][to + 1][0] = both[2], q[t][to + 1][1] = both[3];
     }
 
     /* Leaves q . k of the tile's keys lane / 4 and lane / 4 + 8 in p: the first two, the second two. */
@@ -243,11 +247,13 @@ template <typename S> struct WarpSoftmax {
                 ldmatrix_x4(k[odd], slot + chunk_at<S>(lane % 16, (step + odd) * 2 + lane / 16));
 #pragma unroll
             for (int t = 0; t < S::kTiles; t++) {
+                if constexpr (!S::kKeepsQueries) load_query(t, step, 0);
+                const int at = S::kKeepsQueries ? step : 0;
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++)
-                    mma_m16n8k16<T>(dot[odd][t], k[odd], q[t][step + odd][0], q[t][step + odd][1]);
+                    mma_m16n8k16<T>(dot[odd][t], k[odd], q[t][at + odd][0], q[t][at + odd][1]);
                 if (!has_low) continue;
-                ldmatrix_x4(low, low_at[t] + step * 32);
+                ldmatrix_x4(low, query_at[t] + kLowBehind + step * 32);
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++) mma_m16n8k16<T>(dot[odd][t], k[odd], low[2 * odd], low[2 * odd + 1]);
             }
@@ -455,6 +461,8 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const Keys keys(task, place, cut.pieces, kLeastOfPiece);
     const int first = who.piece * keys.piece, end = min(first + keys.piece, keys.count);
     if (keys.count <= 0 || (first >= end && !cut.cluster)) {
+        if constexpr (S::kHopper)
+            if (cut.cluster) cluster_barrier_wait();
         write_empty<T>(task, cut, keys, who.sequence, who.first_head, who.group, who.piece);
         return;
     }
