@@ -20,10 +20,13 @@
  * has the last piece made them. It alone writes them to the cache.
  *
  * Merging: on Hopper the blocks of a sequence and a head are a cluster of up to 16. Each sends what it has found to the
- * shared memory of the others, each of which gets a share of the columns; they meet once, and each merges its share.
- * They must all have begun before anyone sends: that barrier is arrived at with the first instruction and waited for
- * after the last key. Where so many blocks are too few for the GPU, and on other GPUs, a second launch merges. In
- * either case the order is fixed: the bits are the same every time. */
+ * shared memory of the others, each of which gets a share of the columns, waits at a barrier of its own that counts the
+ * bytes, and merges. They must all have begun before anyone sends: the cluster's barrier is arrived at with the first
+ * instructions and waited for after the last key. Where so many blocks are too few for the GPU, and on other GPUs, a
+ * second launch merges. In either case the order is fixed: the bits are the same every time.
+ *
+ * In a model a call finds none of its code in the caches of the SM, so what is long is there once or twice, and not
+ * unrolled. */
 #pragma once
 
 #include "attention_merge.cuh"
@@ -65,10 +68,11 @@ template <typename S> struct Memory {
     T query[2][S::kHeads][S::kQueryStride]; /* the rounded values, and what that leaves of them */
     alignas(16) T new_key[S::kColumns];
     alignas(16) T new_value[S::kColumns];
-    float head[S::kWarps][S::kColumns];                       /* that goes through norm and rotary embedding */
-    float2 found[S::kWarps][S::kHeads];                       /* by the warps: m and sum p_j */
-    float2 sent_found[kMostCluster][S::kHeads];               /* by the blocks of the cluster */
-    float sent_out[S::kHopper ? S::kHeads * S::kColumns : 1]; /* [block][share]: sum p_j v_j */
+    float head[S::kWarps][S::kColumns];         /* that goes through norm and rotary embedding */
+    float2 found[S::kWarps][S::kHeads];         /* by the warps: m and sum p_j */
+    float2 sent_found[kMostCluster][S::kHeads]; /* by the blocks of the cluster */
+    float4 sent_out[S::kHopper ? S::kHeads * S::kColumns / 4 + kMostCluster : 1]; /* [block][share]: sum p_j v_j */
+    alignas(8) uint64_t all_sent;                                                 /* counts the bytes */
 };
 template <typename S> constexpr size_t kSharedBytes = S::kWarps *S::kRingBytes + sizeof(Memory<S>);
 
@@ -125,6 +129,18 @@ template <typename S> struct Ring {
             if (chunk < S::kChunks)
                 cp_async16(slot + chunk_at<S>(row, chunk), base[which] + (there ? int64_t{at} * 16 : 0), there);
         }
+        cp_async_commit();
+    }
+
+    /* Brings a tile, keys first: two groups of copies, which are empty where there is no such tile. */
+    __device__ __forceinline__ void bring(bool is_one, uint32_t rows, uint32_t slot) const {
+        if (is_one) {
+            copy(0, rows, slot);
+            copy(1, rows, slot + S::kUnitBytes);
+        } else {
+            cp_async_commit();
+            cp_async_commit();
+        }
     }
 };
 
@@ -140,18 +156,18 @@ __device__ __forceinline__ void place_new(char *slot, int row, const typename S:
 /* ---- heads ------------------------------------------------------------------------------------------------------- */
 
 /* The heads that go through norm and rotary embedding in a block: its queries, then the new key. A warp has every
- * fourth of them, and asks for its first two before the position is known. */
+ * fourth of them, asks for its first before the position is known, and for each other one before it is done with the
+ * one in front. */
 template <typename S> struct HeadQueue {
     using T = typename S::T;
     const mv_task &task;
     const int sequence, kv_head, first_head, group, warp;
-    Head<T, S::kColumns / 32> now, next;
+    Head<T, S::kColumns / 32> now;
 
     __device__ __forceinline__ HeadQueue(const mv_task &task, int sequence, int kv_head, int first_head, int group)
         : task(task), sequence(sequence), kv_head(kv_head), first_head(first_head), group(group),
           warp(static_cast<int>(threadIdx.x / 32)) {
         load(now, warp);
-        load(next, warp + S::kWarps);
     }
     __device__ __forceinline__ const T *kv_row(const mv_rows &rows) const {
         return static_cast<const T *>(rows.data) + sequence * rows.outer_stride + kv_head * rows.inner_stride;
@@ -171,6 +187,8 @@ template <typename S> struct HeadQueue {
 #pragma unroll 1
         for (int h = warp; h <= group; h += S::kWarps) {
             if (h == group && !has_new) return;
+            Head<T, S::kColumns / 32> next;
+            load(next, h + S::kWarps);
             now.finish(static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, task.rounding,
                        memory.head[warp], S::kColumns);
 #pragma unroll
@@ -186,7 +204,6 @@ template <typename S> struct HeadQueue {
                     from_float<T>(isinf(to_float(rounded)) ? 0 : now.value[i] - to_float(rounded));
             }
             now = next;
-            load(next, h + 2 * S::kWarps);
         }
     }
 };
@@ -264,6 +281,14 @@ template <typename S> struct WarpSoftmax {
             for (int i = 0; i < 4; i++) p[t][i] = dot[0][t][i] + dot[1][t][i];
     }
 
+    __device__ __forceinline__ void cap_scores(int count, float soft_cap) {
+#pragma unroll
+        for (int t = 0; t < S::kTiles; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (lane / 4 + i / 2 * 8 < count) p[t][i] = soft_cap * tanhf(p[t][i] / soft_cap);
+    }
+
     /* Scores become probabilities. count: keys of the tile. scale and soft_cap are of base-2 logarithms. */
     __device__ __forceinline__ void add_scores(int count, float scale, float soft_cap) {
 #pragma unroll
@@ -271,9 +296,9 @@ template <typename S> struct WarpSoftmax {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 p[t][i] *= scale;
-                if (soft_cap != 0) p[t][i] = soft_cap * tanhf(p[t][i] / soft_cap);
                 if (lane / 4 + i / 2 * 8 >= count) p[t][i] = -INFINITY;
             }
+        if (soft_cap != 0) cap_scores(count, soft_cap);
 #pragma unroll
         for (int t = 0; t < S::kTiles; t++)
 #pragma unroll
@@ -342,19 +367,29 @@ template <typename S> struct WarpSoftmax {
 
 /* ---- merging ----------------------------------------------------------------------------------------------------- */
 
-/* Merges `count` softmaxes: found(i) has m and the sum of the i-th, out(i) a column of sum p_j v_j. */
+/* Merges `count` softmaxes: found(i) has m and the sum of the i-th, out(i) four columns of sum p_j v_j. */
 template <int kUnrolled, typename Found, typename Out>
-__device__ __forceinline__ Softmax<1> merge(int count, Found found, Out out) {
-    Softmax<1> all;
+__device__ __forceinline__ Softmax<4> merge(int count, Found found, Out out) {
+    Softmax<4> all;
 #pragma unroll kUnrolled
     for (int i = 0; i < count; i++) all.most = fmaxf(all.most, found(i).x);
 #pragma unroll kUnrolled
     for (int i = 0; i < count; i++) {
         const float shrink = weight(found(i).x, all.most);
+        const float4 four = out(i);
         all.sum += shrink * found(i).y;
-        all.out[0] += shrink * out(i);
+        all.out[0] += shrink * four.x, all.out[1] += shrink * four.y;
+        all.out[2] += shrink * four.z, all.out[3] += shrink * four.w;
     }
     return all;
+}
+
+/* The result: four columns of it. */
+template <typename T> __device__ __forceinline__ void store_result(const mv_task &task, int sequence, int head,
+                                                                   int column, const Softmax<4> &all) {
+    T *const to = head_address<T>(task, task.out, sequence, head) + column;
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i] = from_float<T>(all.out[i] / all.sum);
 }
 
 /* Who a block is. */
@@ -378,58 +413,66 @@ struct Who {
     bool writes_new;
 };
 
+/* Who merges what in a cluster: each block has a share of the heads' columns, four of which are a unit. */
+template <typename S> struct Shares {
+    int units, share;
+    __device__ __forceinline__ Shares(const Cut &cut, int group)
+        : units(group * S::kColumns / 4), share((units + cut.cluster - 1) / cut.cluster) {}
+    __device__ __forceinline__ int of(int block) const { return max(0, min(share, units - block * share)); }
+};
+
 /* Merges what the warps have found: the result, or what the other blocks get, or what the second launch does. */
 template <typename S> __device__ __forceinline__ void merge_warps(const mv_task &task, const Cut &cut, const Who &who,
                                                                   Memory<S> &memory, const char *rings) {
-    const int dim = static_cast<int>(task.hidden), share = cut.cluster ? who.group * S::kColumns / cut.cluster : 1;
+    constexpr int kUnits = S::kColumns / 4; /* of a head */
+    const int dim = static_cast<int>(task.hidden);
     const Partials partials(task, cut.pieces);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < who.group * S::kColumns; i += S::kThreads) {
-        const int h = i / S::kColumns, column = i % S::kColumns;
-        const Softmax<1> all = merge<S::kWarps>(
+    for (int i = threadIdx.x; i < who.group * kUnits; i += S::kThreads) {
+        const int h = i / kUnits, unit = i % kUnits, column = unit * 4;
+        const Softmax<4> all = merge<S::kWarps>(
             S::kWarps, [&](int warp) { return memory.found[warp][h]; },
             [&](int warp) {
-                return reinterpret_cast<const float *>(rings + warp * S::kRingBytes)[h * S::kOutStride + column];
+                return reinterpret_cast<const float4 *>(rings + warp * S::kRingBytes)[h * (S::kOutStride / 4) + unit];
             });
         if constexpr (S::kHopper)
             if (cut.cluster) {
-                const int to = i / share;
-                store_to_cluster(cluster_address(shared_address(&memory.sent_out[who.piece * share + i % share]),
-                                                 static_cast<uint32_t>(to)),
-                                 all.out[0]);
-                if (column < cut.cluster) { /* each of the blocks has to know m and the sum */
-                    const uint32_t at = cluster_address(shared_address(&memory.sent_found[who.piece][h]),
-                                                        static_cast<uint32_t>(column));
-                    store_to_cluster(at, all.most);
-                    store_to_cluster(at + 4, all.sum);
-                }
+                const int share = Shares<S>(cut, who.group).share;
+                const auto there = [&](const void *here, int block) {
+                    return cluster_address(shared_address(here), static_cast<uint32_t>(block));
+                };
+                send_to_cluster(there(&memory.sent_out[who.piece * share + i % share], i / share), all.out,
+                                there(&memory.all_sent, i / share));
+                if (unit < cut.cluster) /* each block has to know m and the sum */
+                    send_to_cluster(there(&memory.sent_found[who.piece][h], unit), all.most, all.sum,
+                                    there(&memory.all_sent, unit));
                 continue;
             }
         if (column >= dim) continue;
         if (!is_merged_later(cut)) {
-            head_address<typename S::T>(task, task.out, who.sequence, who.first_head + h)[column] =
-                from_float<typename S::T>(all.out[0] / all.sum);
+            store_result<typename S::T>(task, who.sequence, who.first_head + h, column, all);
             continue;
         }
         const int64_t place = (who.sequence * task.attention.heads + who.first_head + h) * cut.pieces + who.piece;
-        partials.out[place * dim + column] = all.out[0];
+#pragma unroll
+        for (int c = 0; c < 4; c++) partials.out[place * dim + column + c] = all.out[c];
         if (column == 0) partials.found[place] = {all.most, all.sum};
     }
 }
 
-/* Merges the block's share of what the blocks of its cluster have sent. */
+/* Merges the block's share of what so many blocks of its cluster have sent. */
 template <typename S> __device__ __forceinline__ void merge_cluster(const mv_task &task, const Cut &cut, const Who &who,
                                                                     const Memory<S> &memory, int pieces) {
-    const int dim = static_cast<int>(task.hidden), share = who.group * S::kColumns / cut.cluster;
+    constexpr int kUnits = S::kColumns / 4;
+    const Shares<S> shares(cut, who.group);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < share; i += S::kThreads) {
-        const int h = (who.piece * share + i) / S::kColumns, column = (who.piece * share + i) % S::kColumns;
-        const Softmax<1> all = merge<4>(
+    for (int i = threadIdx.x; i < shares.of(who.piece); i += S::kThreads) {
+        const int h = (who.piece * shares.share + i) / kUnits, column = (who.piece * shares.share + i) % kUnits * 4;
+        if (column >= task.hidden) continue;
+        const Softmax<4> all = merge<4>(
             pieces, [&](int piece) { return memory.sent_found[piece][h]; },
-            [&](int piece) { return memory.sent_out[piece * share + i]; });
-        if (column < dim)
-            head_address<typename S::T>(task, task.out, who.sequence, who.first_head + h)[column] =
-                from_float<typename S::T>(all.out[0] / all.sum);
+            [&](int piece) { return memory.sent_out[piece * shares.share + i]; });
+        store_result<typename S::T>(task, who.sequence, who.first_head + h, column, all);
     }
 }
 
@@ -445,7 +488,13 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32;
 
     if constexpr (S::kHopper)
-        if (cut.cluster) cluster_barrier_arrive();
+        if (cut.cluster) {
+            if (threadIdx.x == 0) {
+                mbarrier_init(shared_address(&memory.all_sent), 1);
+                mbarrier_init_fence();
+            }
+            cluster_barrier_arrive();
+        }
     griddepcontrol_wait();
     griddepcontrol_launch();
     const Place place(task, who.sequence);
@@ -474,15 +523,13 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         Ring<S> ring(task, cut, keys, who.sequence, who.kv_head, has_new ? end - 1 : end);
         char *const slots = smem + warp * S::kRingBytes;
         const uint32_t slots_at = shared_address(slots);
-        uint32_t rows[S::kAhead + 1]; /* all are asked for before one is used */
-#pragma unroll
-        for (int i = 0; i <= S::kAhead; i++) rows[i] = ring.row_of(key + i * kApart);
-#pragma unroll
-        for (int i = 0; i < S::kSlots; i++) {
-            if (key + i / 2 * kApart < end) ring.copy(i % 2, rows[i / 2], slots_at + i * S::kUnitBytes);
-            cp_async_commit();
+        uint32_t rows = ring.row_of(key); /* of the next tile to bring */
+#pragma unroll 1
+        for (int i = 0; i < S::kAhead; i++) {
+            const uint32_t coming = rows;
+            rows = ring.row_of(key + (i + 1) * kApart);
+            ring.bring(key + i * kApart < end, coming, slots_at + i * 2 * S::kUnitBytes);
         }
-        uint32_t next = rows[S::kAhead];
 
         const bool whole = !has_new || has_all_pages(task, cut, keys, who.sequence);
         heads.finish(memory, has_new);
@@ -511,32 +558,34 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             __syncwarp();
             if (is_last) place_new<S>(slots + slot * S::kUnitBytes, end - 1 - key, memory.new_key);
             softmax.multiply_keys(keys_at);
-            __syncwarp();
-            const uint32_t coming = next;
-            if (later < end) ring.copy(0, coming, keys_at);
-            cp_async_commit();
-            next = ring.row_of(later + kApart);
             softmax.add_scores(end - key, scale, soft_cap);
-            cp_async_wait<S::kSlots - 1>();
+            cp_async_wait<S::kSlots - 2>();
             __syncwarp();
             if (is_last) place_new<S>(slots + (slot + 1) * S::kUnitBytes, end - 1 - key, memory.new_value);
             softmax.add_values(values_at);
             __syncwarp();
-            if (later < end) ring.copy(1, coming, values_at);
-            cp_async_commit();
+            const uint32_t coming = rows;
+            rows = ring.row_of(later + kApart);
+            ring.bring(later < end, coming, keys_at);
             slot = slot + 2 == S::kSlots ? 0 : slot + 2;
         }
         softmax.store(memory.found[warp], reinterpret_cast<float *>(slots), who.group, whole ? ring.missing : NAN);
         __syncthreads();
     }
 
+    const int pieces = (keys.count + keys.piece - 1) / keys.piece; /* that have keys */
+    const uint32_t all_sent = shared_address(&memory.all_sent);
     if constexpr (S::kHopper)
-        if (cut.cluster) cluster_barrier_wait();
+        if (cut.cluster) {
+            cluster_barrier_wait();
+            const int bytes = Shares<S>(cut, who.group).of(who.piece) * 16 + who.group * 8;
+            if (threadIdx.x == 0) mbarrier_arrive_expect(all_sent, static_cast<uint32_t>(pieces * bytes));
+        }
     if (first < end) merge_warps<S>(task, cut, who, memory, smem);
     if constexpr (S::kHopper)
         if (cut.cluster) {
-            cluster_barrier();
-            merge_cluster<S>(task, cut, who, memory, (keys.count + keys.piece - 1) / keys.piece);
+            mbarrier_wait(all_sent, 0);
+            merge_cluster<S>(task, cut, who, memory, pieces);
         }
 }
 
@@ -593,19 +642,21 @@ void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
     const double heads = static_cast<double>(sequences * task->attention.kv_heads * cut.passes);
     const double room = static_cast<double>(blocks_of_sm) * task->sm_count, bytes = bytes_of_head(task);
     const int64_t most = parts(least(task->attention.rows, task->attention.window), kLeastOfPiece);
+    /* Part of a GPU, or blocks that have an SM each, may not have room for more than the 8 that any GPU promises. */
+    const int64_t most_of_cluster = blocks_of_sm > 1 && task->sm_count >= 100 ? kMostCluster : kMostCluster / 2;
     double best = INFINITY;
     const auto consider = [&](int64_t pieces, bool in_cluster) {
         const double count = static_cast<double>(pieces);
-        const double us = blocks_us(task, heads * count, room, bytes / count) + (pieces == 1  ? 0
-                                                                                 : in_cluster ? cluster_us
-                                                                                              : launch_us);
+        const double merge_us = pieces == 1 ? 0 : in_cluster ? cluster_us : launch_us;
+        const double us = blocks_us(task, heads * count, room, bytes / count) + merge_us;
         if (us >= best) return;
         best = us;
         cut.pieces = static_cast<int32_t>(pieces);
         cut.cluster = in_cluster && pieces > 1 ? cut.pieces : 0;
     };
     consider(1, false);
-    for (int64_t pieces = 2; hopper && pieces <= kMostCluster && pieces < 2 * most; pieces *= 2) consider(pieces, true);
+    for (int64_t pieces = 2; hopper && pieces <= most_of_cluster && pieces < 2 * most; pieces *= 2)
+        consider(pieces, true);
     for (int turn = 1; turn <= 4; turn++) /* as many pieces as there is room for */
         if (const int64_t pieces = least(static_cast<int64_t>(turn * room / heads), most); pieces > 1)
             consider(pieces, false);
