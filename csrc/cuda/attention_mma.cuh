@@ -13,8 +13,10 @@
  *
  * What a short call takes is a chain: the launch; the wait for the kernel in front; the load of the position; that of
  * the block table, where there are pages; the first keys; two products and a softmax; the merge of the warps, that of
- * the blocks; the store. All else happens meanwhile: the heads and the new value are asked for right behind the
- * position, and norm and rotary embedding run while the first tiles are on their way.
+ * the blocks; the store. Blocks that begin before the kernel in front is done read the position then, too, which may
+ * not be the one that counts, and have L2 ask memory for the keys and values that it points to. All else happens
+ * meanwhile: the heads and the new value are asked for right behind the position, and norm and rotary embedding run
+ * while the first tiles are on their way.
  *
  * The new token is a row of the last tile: its key and value are copied there from shared memory, where the block that
  * has the last piece made them. It alone writes them to the cache.
@@ -89,7 +91,7 @@ template <typename S> struct Ring {
     const Cut &cut;
     const Keys &keys;
     const int sequence, end, lane;              /* end: of the keys that are in the cache */
-    const char *base[2];                        /* of keys and values, at the lane's first chunk */
+    const char *base[2];                        /* of keys and values, at the lane's chunk */
     uint32_t block_stride, row_stride, head_at; /* of keys or values, in chunks */
     float missing = 0;                          /* NaN once there was no page for a key */
 
@@ -117,29 +119,35 @@ template <typename S> struct Ring {
         return static_cast<uint32_t>(row.block) * block_stride + static_cast<uint32_t>(row.row) * row_stride + head_at;
     }
 
-    /* Copies a tile of keys (which: 0) or values (1) to `slot`. What there is no row for becomes zeros. */
-    __device__ __forceinline__ void copy(int which, uint32_t rows, uint32_t slot) const {
-        constexpr int kRows = 32 / S::kLanes; /* at a time */
-        const int chunk = lane % S::kLanes, dim_chunks = static_cast<int>(task.hidden) / 8;
-#pragma unroll
-        for (int i = 0; i < kTileKeys; i += kRows) {
-            const int row = i + lane / S::kLanes;
-            const uint32_t at = __shfl_sync(0xffffffffu, rows, which * 16 + row);
-            const bool there = at != kNoRow && chunk < dim_chunks;
-            if (chunk < S::kChunks)
-                cp_async16(slot + chunk_at<S>(row, chunk), base[which] + (there ? int64_t{at} * 16 : 0), there);
-        }
-        cp_async_commit();
-    }
-
-    /* Brings a tile, keys first: two groups of copies, which are empty where there is no such tile. */
+    /* Brings a tile of keys, then one of values: two groups of copies, which are empty where there is no such tile.
+     * What there is no row for becomes zeros. */
     __device__ __forceinline__ void bring(bool is_one, uint32_t rows, uint32_t slot) const {
-        if (is_one) {
-            copy(0, rows, slot);
-            copy(1, rows, slot + S::kUnitBytes);
-        } else {
+        constexpr int kRows = 32 / S::kLanes; /* at a time */
+        const int chunk = lane % S::kLanes, first = lane / S::kLanes;
+        const bool wanted = chunk < static_cast<int>(task.hidden) / 8;
+        const uint32_t first_row = __shfl_sync(0xffffffffu, rows, lane & 16);
+        /* All there, and equally far apart: then an address is a sum. */
+        const bool even = __all_sync(0xffffffffu, rows != kNoRow && rows - first_row == lane % 16 * row_stride);
+#pragma unroll 1
+        for (int which = 0; which < 2; which++) {
+            const char *from = which ? base[1] : base[0];
+            if (is_one && even) {
+                const int64_t apart = int64_t{__shfl_sync(0xffffffffu, row_stride, which * 16)} * 16;
+                from += int64_t{__shfl_sync(0xffffffffu, rows, which * 16)} * 16 + apart * first;
+#pragma unroll
+                for (int i = 0; i < kTileKeys; i += kRows, from += apart * kRows)
+                    if (chunk < S::kChunks) cp_async16(slot + chunk_at<S>(i + first, chunk), from, wanted);
+            } else if (is_one) {
+#pragma unroll
+                for (int i = 0; i < kTileKeys; i += kRows) {
+                    const uint32_t at = __shfl_sync(0xffffffffu, rows, which * 16 + i + first);
+                    const bool there = at != kNoRow && wanted;
+                    if (chunk < S::kChunks)
+                        cp_async16(slot + chunk_at<S>(i + first, chunk), from + (there ? int64_t{at} * 16 : 0), there);
+                }
+            }
             cp_async_commit();
-            cp_async_commit();
+            slot += S::kUnitBytes;
         }
     }
 };
@@ -151,6 +159,24 @@ __device__ __forceinline__ void place_new(char *slot, int row, const typename S:
     if (lane < S::kChunks)
         *reinterpret_cast<uint4 *>(slot + chunk_at<S>(row, lane)) = reinterpret_cast<const uint4 *>(from)[lane];
     __syncwarp();
+}
+
+/* Before the wait: asks L2 for the keys and values that fill the ring, lanes 0 to 15 for keys, the others for values.
+ * What the position says may be old: then the wrong rows of the cache are asked for. */
+template <typename S> __device__ __forceinline__ void prefetch_tiles(const mv_task &task, const Cut &cut, int sequence,
+                                                                     int kv_head, int piece) {
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32;
+    const Keys keys(task, load_place<When::kToAim>(task, sequence), cut.pieces, kLeastOfPiece);
+    const int first = piece * keys.piece, end = min(first + keys.piece, keys.count - 1);
+    int key = first + warp * kTileKeys + lane % kTileKeys;
+#pragma unroll 1
+    for (int i = 0; i < S::kAhead && key < end; i++, key += S::kWarps * kTileKeys) {
+        const CacheRowAt<When::kToAim> row(task, cut, keys, sequence, key);
+        if (row.block >= 0)
+            prefetch_l2(
+                row.template of<const typename S::T>(lane < 16 ? task.attention.keys : task.attention.values, kv_head),
+                2 * task.hidden);
+    }
 }
 
 /* ---- heads ------------------------------------------------------------------------------------------------------- */
@@ -495,9 +521,10 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             }
             cluster_barrier_arrive();
         }
+    if (static_cast<int>(blockIdx.x) < cut.early) prefetch_tiles<S>(task, cut, who.sequence, who.kv_head, who.piece);
     griddepcontrol_wait();
     griddepcontrol_launch();
-    const Place place(task, who.sequence);
+    const Place place = load_place(task, who.sequence);
     HeadQueue<S> heads(task, who.sequence, who.kv_head, who.first_head, who.group);
     constexpr int kValues = (S::kColumns + S::kThreads - 1) / S::kThreads; /* of the new value, of a thread */
     T new_value[kValues];
@@ -685,6 +712,7 @@ template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, 
     if (instance.shared_bytes > static_cast<size_t>(task->smem_bytes))
         return "the GPU has too little shared memory for heads this wide";
     choose_cut(task, kHopper, instance.blocks, cut);
+    cut.early = task->programmatic_launch ? instance.blocks * task->sm_count : 0;
     decision->launch = instance.launch;
     decision->workspace = workspace_bytes(task, cut);
     keep_cut(decision, cut);

@@ -81,7 +81,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     griddepcontrol_wait();
     griddepcontrol_launch();
     Heads<S> heads(task, sequence, kv_head, first_head, group);
-    const Keys keys(task, Place(task, sequence), cut.pieces);
+    const Keys keys(task, load_place(task, sequence), cut.pieces);
     const int first = piece * keys.piece, end = min(first + keys.piece, keys.count);
     if (first >= end) {
         write_empty<T>(task, cut, keys, sequence, first_head, group, piece);

@@ -86,6 +86,7 @@ template <typename T> int run(const mv_row &row, const Case &c, int sm_count) {
     task.device.kind = MV_CUDA;
     task.sm_count = sm_count;
     task.compute_capability = 90;
+    task.programmatic_launch = true;
     task.smem_bytes = cpu::kSharedBytes;
     task.dtype = row.dtype;
     task.rounding = c.rounding;
