@@ -156,6 +156,16 @@ def check(framework, case, dtype, kernel=None, **options):
     return out
 
 
+def check_or_refuse(framework, case, dtype, kernel, **options):
+    """The same of a named kernel. Those on tensor cores leave some heads and caches to another."""
+    try:
+        check(framework, case, dtype, kernel.name, **options)
+    except ValueError as error:
+        assert f"kernel '{kernel.name}' cannot serve this call: " in str(error)
+        assert "_mma_" in kernel.name
+        assert case.dim % 8 or case.dim > 256 or case.layout == UNALIGNED, f"{case}: {error}"
+
+
 LENGTHS = (0, 1, 2, 62, 63, 64, 65, 127, 128, 500)
 CASES = [
     Case((0,)),
@@ -203,9 +213,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=changed)
 def test_every_kernel(kernel, framework, case):
     dtype = short_dtype(kernel.dtype)
-    check(framework, case, dtype, kernel.name)
+    check_or_refuse(framework, case, dtype, kernel)
     if "portable" not in kernel.name:
-        check(framework, case, dtype, kernel.name, batch_invariant=True)
+        check_or_refuse(framework, case, dtype, kernel, batch_invariant=True)
 
 
 @pytest.mark.rows("decode_attention")
@@ -238,7 +248,7 @@ def drawn(index):
 @pytest.mark.rows("decode_attention")
 def test_drawn_cases(kernel, framework):
     for index in range(40):
-        check(framework, drawn(index), short_dtype(kernel.dtype), kernel.name, batch_invariant=index % 2 == 0)
+        check_or_refuse(framework, drawn(index), short_dtype(kernel.dtype), kernel, batch_invariant=index % 2 == 0)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -295,6 +305,8 @@ def rotary_rows(positions, columns, theta, interleaved, dtype):
      (80, 0, False, True, False), (33, 30, True, True, True), (256, 256, False, False, False)],
 )  # fmt: skip
 def test_norm_and_rotary_embedding(kernel, framework, rounding, dim, columns, interleaved, normed, wide):
+    if "_mma_" in kernel.name and dim % 8:
+        pytest.skip("tensor cores take heads of whole packets of 16 bytes")
     dtype = short_dtype(kernel.dtype)
     case = Case((1, 127, 1000), heads=4, kv_heads=2, dim=dim)
     inputs, rows = Inputs(case, dtype), "f32" if wide else dtype

@@ -10,30 +10,6 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 
-/* Where head h of a sequence is in x or out, whose rows are the heads of all sequences. */
-template <typename T>
-__device__ __forceinline__ T *head_address(const mv_task &task, const mv_rows &rows, int sequence, int64_t h) {
-    const int64_t heads = task.attention.heads;
-    T *const data = static_cast<T *>(rows.data);
-    if (task.inner == heads) return data + sequence * rows.outer_stride + h * rows.inner_stride;
-    return data + (sequence * heads + h) * rows.inner_stride; /* all rows are equally far apart */
-}
-
-/* Has the sequence a page for each of its keys? All threads must call it. */
-__device__ __forceinline__ bool has_all_pages(const mv_task &task, const Cut &cut, const Keys &keys, int sequence) {
-    __shared__ int missing;
-    if (!task.attention.block_table) return true;
-    if (threadIdx.x == 0) missing = 0;
-    __syncthreads();
-    const int page = static_cast<int>(task.attention.block_rows), blocks = (keys.first % page + keys.count - 1) / page;
-    for (int i = threadIdx.x; i <= blocks; i += kThreads) {
-        const int key = max(0, i * page - keys.first % page);
-        if (CacheRow(task, cut, keys, sequence, key).block < 0) missing = 1;
-    }
-    __syncthreads();
-    return !missing;
-}
-
 /* The share of a warp: kHeads of the block's query heads from `head` on, and every slots-th stretch of the keys. */
 template <typename S> struct Share {
     int head, slot, slots;

@@ -26,7 +26,8 @@ mv_decide mv_decode_sm80_decide, mv_decode_sm90a_decide, mv_decode_heads_sm90a_d
 mv_decide mv_norm_mma_sm80_decide, mv_norm_wgmma_sm90a_decide, mv_wgmma_sm90a_decide;
 mv_decide mv_norm_few_sm80_decide, mv_norm_3xtf32_sm90a_decide, mv_ffma_sm80_decide, mv_norm_ffma_sm80_decide;
 
-mv_decide mv_attention_sm80_decide; /* of decode_attention */
+/* Of decode_attention. */
+mv_decide mv_attention_sm80_decide, mv_attention_mma_sm80_decide, mv_attention_mma_sm90a_decide;
 
 /* Why the tensor cores cannot multiply this task's 16-bit values, or NULL. */
 const char *mv_tensor_cores_why_not(const mv_task *task);

@@ -19,8 +19,7 @@
  * The block whose piece has the new token makes its key, too: the first that one of its groups meets. So what has just
  * been written is read back by nobody. Only this block writes to the cache. */
 #include "attention_block.cuh"
-#include "launch.cuh"
-#include "norm_plan.cuh"
+#include "attention_merge.cuh"
 
 namespace {
 
@@ -28,14 +27,6 @@ constexpr int kMostHeads = 4;      /* of a warp */
 constexpr int kMostGroup = 16;     /* query heads of a block */
 constexpr int kMostColumns = 1024; /* of a head */
 constexpr float kLog2E = 1.44269504088896341f;
-
-/* Where the workspace has the softmax of each (query head, piece). Its sum is 0 where the piece has no keys. */
-struct Partials {
-    float2 *found; /* m and sum p_j */
-    float *out;    /* [dim]: sum p_j v_j */
-    __device__ __forceinline__ Partials(const mv_task &task, int pieces)
-        : found(static_cast<float2 *>(task.workspace)), out(reinterpret_cast<float *>(found + task.tokens * pieces)) {}
-};
 
 /* Merges what the slots of a block have found. That is the result where a sequence has one piece; else it goes to the
  * workspace. */
@@ -70,27 +61,6 @@ template <typename S> __device__ __forceinline__ void merge_slots(const mv_task 
     }
 }
 
-/* What a piece without keys leaves. Where the sequence is skipped, the first piece leaves a sum of 1, so that the
- * result is 0; where it cannot be served, all sums are 0, and the result is NaN. */
-template <typename T> __device__ __forceinline__ void write_empty(const mv_task &task, const Cut &cut, const Keys &keys,
-                                                                  int sequence, int first_head, int group, int piece) {
-    const int dim = static_cast<int>(task.hidden);
-    const Partials partials(task, cut.pieces);
-    for (int h = first_head; h < first_head + group; h++)
-#pragma unroll 1
-        for (int column = threadIdx.x; column < dim; column += kThreads) {
-            const int64_t place = (sequence * task.attention.heads + h) * cut.pieces + piece;
-            if (cut.pieces == 1) {
-                head_address<T>(task, task.out, sequence, h)[column] = from_float<T>(keys.count < 0 ? NAN : 0);
-                continue;
-            }
-            partials.out[place * dim + column] = 0;
-            if (column) continue;
-            const bool is_zero = keys.count == 0 && piece == 0;
-            partials.found[place] = {is_zero ? 0 : -INFINITY, is_zero ? 1.0f : 0.0f};
-        }
-}
-
 template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     decode_attention_kernel(const __grid_constant__ mv_task task, Cut cut) {
     using T = typename S::T;
@@ -111,7 +81,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     griddepcontrol_wait();
     griddepcontrol_launch();
     Heads<S> heads(task, sequence, kv_head, first_head, group);
-    const Keys keys(task, sequence, cut.pieces);
+    const Keys keys(task, load_place(task, sequence), cut.pieces);
     const int first = piece * keys.piece, end = min(first + keys.piece, keys.count);
     if (first >= end) {
         write_empty<T>(task, cut, keys, sequence, first_head, group, piece);
@@ -177,49 +147,7 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     merge_slots(task, cut, shared, share.slots, sequence, first_head, group, piece);
 }
 
-constexpr int kMergeThreads = 128;
-constexpr int kMergePieces = 16; /* that are loaded at a time */
-
-/* Merges the pieces of a head into the result. */
-template <typename T> __global__ void __launch_bounds__(kMergeThreads)
-    merge_pieces_kernel(const __grid_constant__ mv_task task, Cut cut) {
-    const int dim = static_cast<int>(task.hidden);
-    const int64_t row = blockIdx.x, first = row * cut.pieces;
-    const Partials partials(task, cut.pieces);
-    T *const to = row_address<T>(task.out, task.inner, row); /* its divisions are done before the wait */
-    griddepcontrol_wait();
-    griddepcontrol_launch();
-    for (int column = threadIdx.x; column < dim; column += kMergeThreads) {
-        Softmax<1> all;
-        const float2 *of_row = partials.found + first;
-        const float *out_of_row = partials.out + first * dim + column;
-        for (int begin = 0; begin < cut.pieces; begin += kMergePieces) {
-            float2 found[kMergePieces];
-            float out[kMergePieces], both = all.most;
-#pragma unroll
-            for (int p = 0; p < kMergePieces; p++) {
-                const bool is_one = begin + p < cut.pieces;
-                found[p] = is_one ? of_row[begin + p] : float2{-INFINITY, 0};
-                out[p] = is_one ? out_of_row[(begin + p) * dim] : 0;
-                both = fmaxf(both, found[p].x);
-            }
-            const float shrink = weight(all.most, both);
-            all.most = both, all.sum *= shrink, all.out[0] *= shrink;
-#pragma unroll
-            for (int p = 0; p < kMergePieces; p++) {
-                const float of_piece = weight(found[p].x, both);
-                all.sum += of_piece * found[p].y;
-                all.out[0] += of_piece * out[p];
-            }
-        }
-        to[column] = from_float<T>(all.out[0] / all.sum);
-    }
-}
-
 /* ---- host -------------------------------------------------------------------------------------------------------- */
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 template <typename S> mv_status launch_shape(const mv_task *task, const mv_decision *decision, mv_error *error) {
     const Cut cut = cut_of<Cut>(decision);
@@ -228,9 +156,7 @@ template <typename S> mv_status launch_shape(const mv_task *task, const mv_decis
     const Grid grid = {static_cast<unsigned>(sequences * a.kv_heads * cut.passes * cut.pieces), kThreads,
                        Shared<S>(nullptr, cut.group).bytes};
     const mv_status status = launch<decode_attention_kernel<S>>(task, grid, error, *task, cut);
-    if (status != MV_OK || cut.pieces == 1) return status;
-    const Grid merge = {static_cast<unsigned>(task->tokens), kMergeThreads, 0};
-    return launch<merge_pieces_kernel<typename S::T>>(task, merge, error, *task, cut);
+    return status == MV_OK ? launch_merge<typename S::T>(task, cut, error) : status;
 }
 
 /* An instance, and how many of its blocks an SM has room for. */
@@ -265,11 +191,6 @@ int64_t choose_pieces(const mv_task *task, int64_t keys, int64_t blocks, int64_t
     return best;
 }
 
-bool cache_aligned(const mv_cache &cache, int64_t per_packet) {
-    return is_aligned16(cache.data) && cache.block_stride % per_packet == 0 && cache.row_stride % per_packet == 0 &&
-           cache.head_stride % per_packet == 0;
-}
-
 /* What a call with full caches takes, in microseconds: a start, and the time in which memory delivers the keys and
  * values. */
 double price(const mv_task *task) {
@@ -284,15 +205,10 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
     if (!mv_at_price(decision, price(task), below)) return mv_too_dear;
     constexpr int64_t size = Packet<T>::size;
     const mv_attention &a = task->attention;
-    const int64_t packets = parts(task->hidden, size), of_head = a.heads / a.kv_heads;
+    const int64_t packets = parts(task->hidden, size);
     const bool whole = task->hidden % size == 0 && cache_aligned(a.keys, size) && cache_aligned(a.values, size);
     const bool fast = whole && packets <= (size == 4 ? 64 : 32);
-    Cut cut = {};
-    cut.passes = static_cast<int32_t>(parts(of_head, fast ? kMostGroup : kWarps));
-    cut.group = static_cast<int32_t>(parts(of_head, cut.passes));
-    cut.of_head = static_cast<int32_t>(of_head);
-    while ((int64_t{1} << cut.shift) < a.block_rows) cut.shift++;
-    cut.reciprocal = (uint64_t{1} << (30 + cut.shift)) / static_cast<uint64_t>(a.block_rows) + 1;
+    Cut cut = cut_of_heads(task, fast ? kMostGroup : kWarps);
     const int64_t of_warp = cut.group > kMostHeads ? kMostHeads : cut.group;
     constexpr int most_packets = size == 4 ? 2 : 1; /* of a lane */
     const Instance instance = !fast           ? instance_of<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
@@ -306,18 +222,8 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
     cut.pieces = static_cast<int32_t>(choose_pieces(task, least(a.rows, a.window), sequences * a.kv_heads * cut.passes,
                                                     int64_t{instance.blocks} * task->sm_count));
     keep_cut(decision, cut);
-    if (cut.pieces > 1)
-        decision->workspace = static_cast<size_t>(task->tokens * cut.pieces * (task->hidden + 2)) * sizeof(float);
+    decision->workspace = workspace_bytes(task, cut);
     return nullptr;
-}
-
-mv_status run(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    const Cut cut = cut_of<Cut>(decision);
-    const double blocks = static_cast<double>(task->tokens) * cut.passes * cut.pieces;
-    if (blocks > INT32_MAX)
-        return mv_fail(error, MV_BAD_VALUE, "decode_attention: q has %lld heads in all, more than a GPU's grid takes",
-                       static_cast<long long>(task->tokens));
-    return decision->launch(task, decision, error);
 }
 
 } // namespace

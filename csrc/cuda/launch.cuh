@@ -36,6 +36,8 @@ static inline cudaError_t prepare_kernel(const void *kernel, int32_t device_smem
     if (status == cudaSuccess)
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       device_smem_bytes - static_cast<int32_t>(attributes.sharedSizeBytes));
+    if (status == cudaSuccess && attributes.binaryVersion >= 90) /* clusters of 16, where a kernel has them */
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status == cudaSuccess) status = cudaGetFuncBySymbol(function, kernel);
     cudaThreadExchangeStreamCaptureMode(&mode);
     return status;

@@ -70,6 +70,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&m)[4], uint32_t row
                  : "memory");
 }
 
+/* The transpose of an 8x8 matrix of 16-bit values, of which lane l has values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4,
+ * before and after. */
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t m) {
+    uint32_t turned;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(m));
+    return turned;
+}
+
 /* sum[16][8] += a[16][16] * b[16][8]. Lane l holds of a: rows l / 4 and l / 4 + 8, columns 2 (l % 4) + {0, 1} and those
  * + 8; of b: column l / 4, rows 2 (l % 4) + {0, 1} and those + 8; of sum: rows l / 4 and l / 4 + 8, columns
  * 2 (l % 4) + {0, 1}. */

@@ -62,6 +62,10 @@ __device__ __forceinline__ uint4 load_past_l1(const void *p, bool wanted) {
     return v;
 }
 
+/* What the kernel in front may still be writing: good only to aim a prefetch, within bounds that are checked. It does
+ * not stay in L1, where the load that counts would find it. */
+template <typename T> __device__ __forceinline__ T load_to_aim(const T *p) { return __ldcg(p); }
+
 /* How soon L2 drops what a load brings: as usual, or after everything else. */
 __device__ __forceinline__ uint64_t l2_policy(bool last) {
     uint64_t policy;

@@ -66,11 +66,32 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/* The same in two halves: what lies between them runs while others have yet to arrive. Of what was written before,
+ * only initialised barriers are seen after, and those by their fence. */
+__device__ __forceinline__ void cluster_barrier_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_barrier_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 /* The place in another CTA's shared memory that corresponds to this one's. */
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
+}
+/* Writes to another CTA's shared memory, which sees it once its barrier, which is told of the bytes, has completed. */
+__device__ __forceinline__ void send_to_cluster(uint32_t there, const float (&v)[4], uint32_t barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+        "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void send_to_cluster(uint32_t there, float a, float b, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(there),
+                 "f"(a), "f"(b), "r"(barrier)
+                 : "memory");
 }
 __device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

@@ -12,6 +12,8 @@
 
 /*                              name      isa       backend  invariant  decide */
 #define DECODE_ATTENTION_KERNELS(K)                                                                                    \
+    MV_GPU(MV_16BIT_DTYPES(K, decode_attention, mma_sm90a, sm90a, MV_CUDA, true, mv_attention_mma_sm90a_decide))       \
+    MV_GPU(MV_16BIT_DTYPES(K, decode_attention, mma_sm80, sm80, MV_CUDA, true, mv_attention_mma_sm80_decide))          \
     MV_GPU(MV_ALL_DTYPES(K, decode_attention, sm80, sm80, MV_CUDA, true, mv_attention_sm80_decide))                    \
     MV_X86(MV_ALL_DTYPES(K, decode_attention, avx512, avx512, MV_CPU, true, mv_attention_avx512_decide))               \
     MV_X86(MV_ALL_DTYPES(K, decode_attention, avx2, avx2, MV_CPU, true, mv_attention_avx2_decide))                     \

@@ -230,6 +230,10 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int lanes) {
 template <typename T> T __shfl_sync(unsigned, T value, int from) {
     return cpu::show_one(value, static_cast<unsigned>(from) % 32);
 }
+inline int __all_sync(unsigned, int predicate) {
+    const auto &of = cpu::show(predicate);
+    return std::all_of(of, of + 32, [](const auto &shown) { return shown[0] != 0; });
+}
 
 using std::isinf;
 using std::max;

@@ -37,6 +37,15 @@ template <bool kTransposed> void load_matrices(uint32_t (&m)[4], uint32_t row) {
 inline void ldmatrix_x4(uint32_t (&m)[4], uint32_t row) { load_matrices<false>(m, row); }
 inline void ldmatrix_x4_trans(uint32_t (&m)[4], uint32_t row) { load_matrices<true>(m, row); }
 
+inline uint32_t transpose_matrix(uint32_t m) {
+    const unsigned lane = threadIdx.x % 32;
+    const auto &of = cpu::show(m);
+    const auto value = [&](unsigned row, unsigned column) {
+        return of[row * 4 + column / 2][0] >> (column % 2 * 16) & 0xffff;
+    };
+    return value(lane % 4 * 2, lane / 4) | value(lane % 4 * 2 + 1, lane / 4) << 16;
+}
+
 template <typename T> float half_of(uint32_t word, int half) {
     const uint16_t bits = static_cast<uint16_t>(word >> (16 * half));
     T value;

@@ -69,5 +69,21 @@ inline void warps_arrive(int number, int threads) {
 
 inline uint32_t cluster_rank() { return cpu::current->rank; }
 inline void cluster_barrier() { cpu::cluster_meets.arrive_and_wait(); }
+inline void cluster_barrier_arrive() {} /* both halves in one: no thread may go on before that */
+inline void cluster_barrier_wait() { cluster_barrier(); }
 inline uint32_t cluster_address(uint32_t address, uint32_t rank) { return address | rank << 24; }
 inline void cluster_arrive(uint32_t barrier) { cpu::mbarrier(barrier, barrier >> 24).arrive(); }
+template <int kBytes> void send_bytes(uint32_t there, const float (&v)[kBytes / 4], uint32_t barrier) {
+    if (there % kBytes != 0) abort();
+    memcpy(cpu::shared_of(there, there >> 24), v, kBytes);
+    cpu::Mbarrier &at = cpu::mbarrier(barrier, barrier >> 24);
+    at.learn();
+    at.bytes -= kBytes;
+    at.step();
+}
+inline void send_to_cluster(uint32_t there, const float (&v)[4], uint32_t barrier) {
+    send_bytes<16>(there, v, barrier);
+}
+inline void send_to_cluster(uint32_t there, float a, float b, uint32_t barrier) {
+    send_bytes<8>(there, {a, b}, barrier);
+}
