@@ -141,8 +141,8 @@ mv_status mv_read_one_weight(const mv_linear_views *v, mv_layer *layer, mv_error
 
 mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *v, mv_error *error) {
     for (int i = 0; i < v->most; i++) {
-        MV_TRY(mv_check_apart(out, mv_weight_at(v, i), false, error));
-        MV_TRY(mv_check_apart(out, mv_bias_at(v, i), false, error));
+        if (mv_present(&v->weight[i])) MV_TRY(mv_check_apart(out, mv_weight_at(v, i), false, error));
+        if (mv_present(&v->bias[i])) MV_TRY(mv_check_apart(out, mv_bias_at(v, i), false, error));
     }
     return MV_OK;
 }
