@@ -89,6 +89,8 @@ static void ask_once(void) {
 bool mv_cpu_supports(const char *isa) {
     pthread_once(&asked, ask_once);
     for (int i = 0; i < ISA_COUNT; i++)
+        if (isa == instruction_sets[i].isa) return instruction_sets[i].usable; /* linkers keep one of equal literals */
+    for (int i = 0; i < ISA_COUNT; i++)
         if (strcmp(isa, instruction_sets[i].isa) == 0) return instruction_sets[i].usable;
     return false;
 }

@@ -9,7 +9,15 @@
 
 #define ELEMENT MV_NAME(element, DTYPE)
 
-/* adds: norm_add, whose residual joins what the norm gives. */
+/* n <= LANES columns from i on. adds: norm_add, whose residual joins what the norm gives. */
+MV_INLINE void MV_NAME(norm_columns, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE) row, float scale,
+                                            const ELEMENT *joins, ELEMENT *out, int64_t i, int n, bool adds) {
+    const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
+    vf y = MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
+    if (adds) y = v_add(y, MV_NAME(v_load, DTYPE)(joins + i, n));
+    MV_NAME(v_store, DTYPE)(out + i, y, n);
+}
+
 MV_INLINE void MV_NAME(norm_token, DTYPE)(const mv_task *task, int64_t token, bool adds) {
     const int64_t hidden = task->hidden;
     const mv_rows added = task->norm.added;
@@ -18,13 +26,9 @@ MV_INLINE void MV_NAME(norm_token, DTYPE)(const mv_task *task, int64_t token, bo
     MV_NAME(row, DTYPE) row = MV_NAME(row_of, DTYPE)(task, token);
     const float scale = MV_NAME(row_scale, DTYPE)(task, row);
     row = MV_NAME(row_after_scale, DTYPE)(row);
-    for (int64_t i = 0; i < hidden; i += LANES) {
-        const int n = (int)least(LANES, hidden - i);
-        const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
-        vf y = MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
-        if (adds) y = v_add(y, MV_NAME(v_load, DTYPE)(joins + i, n));
-        MV_NAME(v_store, DTYPE)(out + i, y, n);
-    }
+    int64_t i = 0;
+    for (; i + LANES <= hidden; i += LANES) MV_NAME(norm_columns, DTYPE)(task, row, scale, joins, out, i, LANES, adds);
+    if (i < hidden) MV_NAME(norm_columns, DTYPE)(task, row, scale, joins, out, i, (int)(hidden - i), adds);
 }
 
 static void MV_NAME(norm_rows, DTYPE)(void *context, int64_t begin, int64_t end) {

@@ -25,10 +25,16 @@
 
 MV_INLINE vf MV_NAME(v_mac, DTYPE)(vf a, vf b, vf c) { return v_fma(a, b, c); }
 
-MV_INLINE vf MV_NAME(norm_units, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE) row, float scale, int64_t i) {
-    const int n = (int)least(LANES, task->hidden - i);
+MV_INLINE vf MV_NAME(norm_part, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE) row, float scale, int64_t i, int n) {
     const vf s = MV_NAME(row_load, DTYPE)(row, i, n), weight = MV_NAME(row_weight, DTYPE)(task, i, n);
     return MV_NAME(row_norm, DTYPE)(task, s, scale, weight);
+}
+
+/* Whole vectors need no masks. */
+MV_INLINE vf MV_NAME(norm_units, DTYPE)(const mv_task *task, MV_NAME(row, DTYPE) row, float scale, int64_t i) {
+    const int64_t left = task->hidden - i;
+    if (left >= LANES) return MV_NAME(norm_part, DTYPE)(task, row, scale, i, LANES);
+    return MV_NAME(norm_part, DTYPE)(task, row, scale, i, (int)left);
 }
 
 MV_INLINE bool MV_NAME(weight_is_unit, DTYPE)(const mv_task *task) { return task->linear.weight_dtype == MV_F32; }

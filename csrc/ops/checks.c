@@ -33,33 +33,27 @@ int64_t mv_stride(const mv_view *view, int dim) {
     return (int64_t)stride;
 }
 
-/* The bytes that a view reaches: *low of them in front of its data, *high behind the first. False where it is not
- * addressable, if it has elements. */
-static bool reach_of(const mv_view *view, int64_t *low, int64_t *high) {
-    static const int64_t most = (int64_t)1 << 60;
-    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
-    int64_t count = 1, before = 0, behind = width - 1;
-    for (int d = view->ndim - 1; d >= 0; d--) {
-        const int64_t size = view->shape[d], stride = view->strides ? view->strides[d] : count;
-        int64_t span;
-        if (size <= 1) continue;
-        if (__builtin_mul_overflow(count, size, &count) || count > most) return false;
-        if (__builtin_mul_overflow((size - 1) * width, stride, &span)) return false;
-        if (span > most || span < -most) return false;
-        before -= span < 0 ? span : 0;
-        behind += span > 0 ? span : 0;
-        if (before > most || behind > most) return false;
-    }
-    *low = before;
-    *high = behind;
-    const uintptr_t data = (uintptr_t)view->data;
-    return (uintptr_t)before <= data && (uintptr_t)behind <= UINTPTR_MAX - data;
-}
+static int64_t least(uintptr_t a, int64_t b) { return a < (uintptr_t)b ? (int64_t)a : b; }
 
 /* With it checked, sums and products of a few of a view's numbers do not overflow. */
 bool mv_is_addressable(const mv_view *view) {
-    int64_t low, high;
-    return reach_of(view, &low, &high) || mv_is_empty(view);
+    static const int64_t most = (int64_t)1 << 60;
+    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
+    const uintptr_t data = (uintptr_t)view->data;
+    int64_t below = least(data, most), above = least(UINTPTR_MAX - data, most) - (width - 1); /* bytes left to reach */
+    int64_t count = 1, span;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        const int64_t size = view->shape[d], stride = view->strides ? view->strides[d] : count;
+        if (size <= 1) continue;
+        if (__builtin_mul_overflow(count, size, &count) || count > most ||
+            __builtin_mul_overflow((size - 1) * width, stride, &span) || span > above || span < -below)
+            return mv_is_empty(view);
+        if (span > 0)
+            above -= span;
+        else
+            below += span;
+    }
+    return above >= 0 || mv_is_empty(view);
 }
 
 mv_text mv_shape_text(const mv_view *view) {
@@ -146,7 +140,7 @@ mv_status mv_check_like_x(mv_named t, const mv_view *x, mv_error *error) {
 }
 
 /* Sorted by stride, each dimension must step past everything inside it. */
-static bool elements_are_distinct(const mv_view *view) {
+static bool sorted_elements_are_distinct(const mv_view *view) {
     int64_t stride[MV_MAX_DIMS], size[MV_MAX_DIMS];
     int count = 0;
     for (int d = 0; d < view->ndim; d++) {
@@ -169,6 +163,18 @@ static bool elements_are_distinct(const mv_view *view) {
     return true;
 }
 
+/* They nearly always are sorted, the last dimension innermost. */
+static bool elements_are_distinct(const mv_view *view) {
+    int64_t reach = 0;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        if (view->shape[d] <= 1) continue;
+        const int64_t step = mv_stride(view, d);
+        if (step <= reach) return sorted_elements_are_distinct(view);
+        reach += (view->shape[d] - 1) * step;
+    }
+    return true;
+}
+
 mv_status mv_check_writable(mv_named t, mv_error *error) {
     MV_REQUIRE(!t.view->read_only, MV_BAD_VALUE, "%s: %s is read-only; pass a writable array", t.op, t.name);
     MV_REQUIRE(mv_is_empty(t.view) || elements_are_distinct(t.view), MV_BAD_VALUE,
@@ -177,26 +183,40 @@ mv_status mv_check_writable(mv_named t, mv_error *error) {
     return MV_OK;
 }
 
-mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
-    int64_t shape[MV_MAX_DIMS];
+/* [*x.shape[:-1], columns] */
+static mv_view rows_like(const mv_view *x, int64_t columns, int64_t shape[MV_MAX_DIMS]) {
     memcpy(shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
     shape[x->ndim - 1] = columns;
-    const mv_view view = {.shape = shape, .ndim = x->ndim, .dtype = x->dtype};
+    return (mv_view){.shape = shape, .ndim = x->ndim, .dtype = x->dtype};
+}
+
+mv_status mv_check_fresh_output(mv_named out, const mv_view *x, int64_t columns, mv_error *error) {
+    int64_t shape[MV_MAX_DIMS];
+    const mv_view view = rows_like(x, columns, shape);
     return check_extent((mv_named){out.op, out.name, &view}, error);
+}
+
+static mv_status refuse_rows(mv_named t, const mv_view *x, int64_t columns, mv_error *error) {
+    int64_t shape[MV_MAX_DIMS];
+    const mv_view expected = rows_like(x, columns, shape);
+    return mv_fail(error, MV_BAD_VALUE, "%s: %s has shape %s, expected %s", t.op, t.name, mv_shape_text(t.view).text,
+                   mv_shape_text(&expected).text);
+}
+
+static bool same_sizes(const mv_view *a, const mv_view *b, int dims) {
+    for (int d = 0; d < dims; d++)
+        if (a->shape[d] != b->shape[d]) return false;
+    return true;
 }
 
 mv_status mv_check_rows(mv_named t, const mv_view *x, int64_t columns, mv_error *error) {
     const mv_view *view = t.view;
+    const int last = x->ndim - 1;
     MV_REQUIRE(view->dtype == x->dtype, MV_BAD_TYPE, "%s: %s is %s, expected %s (the dtype of x)", t.op, t.name,
                mv_dtype_name(view->dtype), mv_dtype_name(x->dtype));
     MV_TRY(check_device(t, x, error));
-    int64_t expected_shape[MV_MAX_DIMS];
-    memcpy(expected_shape, x->shape, (size_t)x->ndim * sizeof x->shape[0]);
-    expected_shape[x->ndim - 1] = columns;
-    const mv_view expected = {.shape = expected_shape, .ndim = x->ndim};
-    MV_REQUIRE(view->ndim == x->ndim && memcmp(view->shape, expected_shape, (size_t)x->ndim * sizeof x->shape[0]) == 0,
-               MV_BAD_VALUE, "%s: %s has shape %s, expected %s", t.op, t.name, mv_shape_text(view).text,
-               mv_shape_text(&expected).text);
+    if (view->ndim != x->ndim || view->shape[last] != columns || !same_sizes(view, x, last))
+        return refuse_rows(t, x, columns, error);
     MV_TRY(check_extent(t, error));
     return mv_check_last_contiguous(t, error);
 }
@@ -292,20 +312,39 @@ static void add_dims(overlap_search *search, const mv_view *view, bool is_a) {
     }
 }
 
-bool mv_overlap(const mv_view *a, const mv_view *b) {
-    if (mv_is_empty(a) || mv_is_empty(b)) return false;
-    int64_t low_a, low_b, reach_a, reach_b;
-    if (!reach_of(a, &low_a, &reach_a) || !reach_of(b, &low_b, &reach_b)) return true;
-    const uintptr_t first_a = (uintptr_t)a->data - (uintptr_t)low_a, first_b = (uintptr_t)b->data - (uintptr_t)low_b;
-    reach_a += low_a;
-    reach_b += low_b;
-    if (first_a + (uintptr_t)reach_a < first_b || first_b + (uintptr_t)reach_b < first_a) return false;
+static bool elements_meet(const mv_view *a, const mv_view *b, int64_t delta, int64_t reach_a, int64_t reach_b) {
     overlap_search search;
     search.dims = 0;
     search.budget = 4096;
     add_dims(&search, a, true);
     add_dims(&search, b, false);
-    return meets(&search, 0, (int64_t)(first_b - first_a), reach_a, reach_b);
+    return meets(&search, 0, delta, reach_a, reach_b);
+}
+
+/* The first and the last byte of a tensor. False: it has no elements. */
+static bool find_ends(const mv_view *view, uintptr_t *first, uintptr_t *last) {
+    int64_t count = 1, low = 0, high = 0;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        const int64_t size = view->shape[d], stride = view->strides ? view->strides[d] : count;
+        if (size == 0) return false;
+        if (size <= 1) continue;
+        if (stride > 0)
+            high += (size - 1) * stride;
+        else
+            low += (size - 1) * stride;
+        count *= size;
+    }
+    const int64_t width = (int64_t)mv_dtype_bytes(view->dtype);
+    *first = (uintptr_t)view->data + (uintptr_t)(low * width);
+    *last = (uintptr_t)view->data + (uintptr_t)(high * width + width - 1);
+    return true;
+}
+
+bool mv_overlap(const mv_view *a, const mv_view *b) {
+    uintptr_t first_a, last_a, first_b, last_b;
+    if (!find_ends(a, &first_a, &last_a) || !find_ends(b, &first_b, &last_b)) return false;
+    if (last_a < first_b || last_b < first_a) return false;
+    return elements_meet(a, b, (int64_t)(first_b - first_a), (int64_t)(last_a - first_a), (int64_t)(last_b - first_b));
 }
 
 bool mv_same_elements(const mv_view *a, const mv_view *b) {

@@ -60,7 +60,8 @@ mv_status mv_check_last_contiguous(mv_named tensor, mv_error *error);
 /* Not read-only, and without elements that overlap each other. */
 mv_status mv_check_writable(mv_named tensor, mv_error *error);
 
-/* Do two tensors share a byte? Exact for every layout that nests; a layout too tangled to decide counts as sharing. */
+/* Do two tensors, both addressable, share a byte? Exact for every layout that nests; a layout too tangled to decide
+ * counts as sharing. */
 bool mv_overlap(const mv_view *a, const mv_view *b);
 /* Are they the same elements at the same places: pointer, shape and strides? */
 bool mv_same_elements(const mv_view *a, const mv_view *b);

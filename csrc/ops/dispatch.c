@@ -124,9 +124,10 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
     }
     *choice = (mv_choice){.row = NULL, .decision.us = HUGE_VAL};
     mv_decision decision;
-    for (int i = 0; i < list->count; i++) {
-        const mv_row *row = &list->rows[i];
-        if (row->dtype != task->dtype || row->backend != task->device.kind || !can_serve(row, task)) continue;
+    const mv_dtype dtype = task->dtype;
+    const mv_device_kind backend = task->device.kind;
+    for (const mv_row *row = list->rows, *end = row + list->count; row < end; row++) {
+        if (row->dtype != dtype || row->backend != backend || !can_serve(row, task)) continue;
         if (row->decide(priced, choice->decision.us, &decision)) continue;
         const double us = decision.us;
         if (priced != task && row->decide(task, MV_ANY_PRICE, &decision)) continue;

@@ -15,13 +15,14 @@ mv_named mv_bias_at(const mv_linear_views *v, int i) {
 }
 
 /* What a matrix's shape alone says: AUTO where it is square and fits both ways. */
-static mv_status layout_by_shape(const mv_linear_views *v, mv_named w, int64_t hidden, mv_weight_layout *layout,
+static mv_status layout_by_shape(const mv_linear_views *v, int i, int64_t hidden, mv_weight_layout *layout,
                                  mv_error *error) {
-    const bool out_in = w.view->shape[1] == hidden, in_out = w.view->shape[0] == hidden;
+    const mv_view *w = &v->weight[i];
+    const bool out_in = w->shape[1] == hidden, in_out = w->shape[0] == hidden;
     MV_REQUIRE(out_in || in_out, MV_BAD_VALUE,
                "%s: %s has shape %s, expected [%s, %lld] (as nn.Linear keeps it) or its transpose (x.shape[-1] is "
                "%lld)",
-               w.op, w.name, mv_shape_text(w.view).text, v->outputs, (long long)hidden, (long long)hidden);
+               v->op, mv_weight_at(v, i).name, mv_shape_text(w).text, v->outputs, (long long)hidden, (long long)hidden);
     *layout = out_in && in_out ? MV_LAYOUT_AUTO : out_in ? MV_LAYOUT_OUT_IN : MV_LAYOUT_IN_OUT;
     return MV_OK;
 }
@@ -32,13 +33,12 @@ static mv_status common_layout(const mv_linear_views *v, int members, int64_t hi
                                mv_error *error) {
     *common = v->layout;
     for (int i = 0; i < members; i++) {
-        const mv_named w = mv_weight_at(v, i);
         mv_weight_layout layout = MV_LAYOUT_AUTO;
-        MV_TRY(layout_by_shape(v, w, hidden, &layout, error));
+        MV_TRY(layout_by_shape(v, i, hidden, &layout, error));
         if (layout == MV_LAYOUT_AUTO) continue;
         MV_REQUIRE(*common == MV_LAYOUT_AUTO || *common == layout, MV_BAD_VALUE,
-                   "%s: %s has shape %s, which does not fit the layout that %s (x.shape[-1] is %lld)", w.op, w.name,
-                   mv_shape_text(w.view).text,
+                   "%s: %s has shape %s, which does not fit the layout that %s (x.shape[-1] is %lld)", v->op,
+                   mv_weight_at(v, i).name, mv_shape_text(&v->weight[i]).text,
                    v->layout == MV_LAYOUT_AUTO ? "the other weights have" : "weight_layout names", (long long)hidden);
         *common = layout;
     }
@@ -141,8 +141,8 @@ mv_status mv_read_one_weight(const mv_linear_views *v, mv_layer *layer, mv_error
 
 mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *v, mv_error *error) {
     for (int i = 0; i < v->most; i++) {
-        MV_TRY(mv_check_apart(out, mv_weight_at(v, i), false, error));
-        MV_TRY(mv_check_apart(out, mv_bias_at(v, i), false, error));
+        if (mv_present(&v->weight[i])) MV_TRY(mv_check_apart(out, mv_weight_at(v, i), false, error));
+        if (mv_present(&v->bias[i])) MV_TRY(mv_check_apart(out, mv_bias_at(v, i), false, error));
     }
     return MV_OK;
 }

@@ -11,7 +11,6 @@ mv_status mv_check_norm_inputs(const mv_norm_linear *a, mv_error *error) {
 
 static mv_status check_apart_from_inputs(mv_named out, const mv_norm_linear *a, const mv_linear_views *views,
                                          mv_error *error) {
-    if (!mv_present(out.view)) return MV_OK;
     MV_TRY(mv_check_apart(out, (mv_named){a->op, "x", a->x}, false, error));
     MV_TRY(mv_check_apart(out, (mv_named){a->op, "residual", a->residual}, false, error));
     MV_TRY(mv_check_apart(out, (mv_named){a->op, "norm_weight", a->norm_weight}, false, error));
@@ -25,7 +24,8 @@ static mv_status check_outputs(const mv_norm_linear *a, const mv_linear_views *v
     MV_REQUIRE(!mv_present(a->residual_out) || mv_present(a->residual), MV_BAD_VALUE,
                "%s: residual_out was given without a residual", a->op);
     if (mv_present(a->residual_out)) MV_TRY(mv_check_output(residual_out, a->x, a->x->shape[a->x->ndim - 1], error));
-    MV_TRY(check_apart_from_inputs(out, a, views, error));
+    if (mv_present(a->out)) MV_TRY(check_apart_from_inputs(out, a, views, error));
+    if (!mv_present(a->residual_out)) return MV_OK;
     MV_TRY(check_apart_from_inputs(residual_out, a, views, error));
     return mv_check_apart(out, residual_out, false, error);
 }

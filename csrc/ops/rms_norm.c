@@ -31,6 +31,13 @@ static bool in_place(const mv_rms_norm_args *a) {
            mv_same_elements(&a->residual_out, &a->residual);
 }
 
+static mv_status check_apart_from_inputs(mv_named out, mv_named x, mv_named residual, mv_named weight,
+                                         mv_error *error) {
+    MV_TRY(mv_check_apart(out, x, true, error));
+    MV_TRY(mv_check_apart(out, residual, true, error));
+    return mv_check_apart(out, weight, false, error);
+}
+
 static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *error) {
     const mv_named x = {op, "x", &a->x}, residual = {op, "residual", &a->residual}, weight = {op, "weight", &a->weight};
     const bool same = in_place(a);
@@ -43,12 +50,9 @@ static mv_status check(const char *op, const mv_rms_norm_args *a, mv_error *erro
     if (mv_present(&a->weight)) MV_TRY(mv_check_vector(weight, &a->x, hidden, "= x.shape[-1]", error));
     if (mv_present(&a->out)) MV_TRY(mv_check_output(out, &a->x, hidden, error));
     if (mv_present(&a->residual_out)) MV_TRY(mv_check_output(residual_out, &a->x, hidden, error));
-    MV_TRY(mv_check_apart(out, x, true, error));
-    MV_TRY(mv_check_apart(out, residual, true, error));
-    MV_TRY(mv_check_apart(out, weight, false, error));
-    MV_TRY(mv_check_apart(residual_out, x, true, error));
-    MV_TRY(mv_check_apart(residual_out, residual, true, error));
-    MV_TRY(mv_check_apart(residual_out, weight, false, error));
+    if (mv_present(&a->out)) MV_TRY(check_apart_from_inputs(out, x, residual, weight, error));
+    if (!mv_present(&a->residual_out)) return MV_OK;
+    MV_TRY(check_apart_from_inputs(residual_out, x, residual, weight, error));
     return mv_check_apart(out, residual_out, false, error);
 }
 

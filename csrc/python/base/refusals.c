@@ -5,8 +5,7 @@
 #include <stdarg.h>
 #include <string.h>
 
-bool check_status(mv_status status, const mv_error *error) {
-    if (status == MV_OK) return true;
+bool refuse_status(mv_status status, const mv_error *error) {
     PyObject *const types[] = {[MV_BAD_TYPE] = PyExc_TypeError,
                                [MV_BAD_VALUE] = PyExc_ValueError,
                                [MV_DEVICE_ERROR] = PyExc_RuntimeError,

@@ -4,8 +4,12 @@
 
 #include "call.h"
 
-/* Turns a status other than MV_OK into an exception; gives back status == MV_OK. */
-bool check_status(mv_status status, const mv_error *error);
+/* A status other than MV_OK as an exception; always false. */
+bool refuse_status(mv_status status, const mv_error *error);
+/* The same of any status; gives back status == MV_OK. */
+static inline bool check_status(mv_status status, const mv_error *error) {
+    return status == MV_OK || refuse_status(status, error);
+}
 /* "<op>: <name of t> <text>" as an exception of `type`; always false. */
 bool refuse(const call *c, const tensor *t, PyObject *type, const char *format, ...);
 /* The same, with the exception now set as its cause, whose text it ends with. */

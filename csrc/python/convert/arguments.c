@@ -133,8 +133,9 @@ bool parse(call *c, const signature *s, void *args, PyObject *const *given, Py_s
     c->given_names = names;
     if (!match(c, s, given, count, names, values)) return false;
     for (int i = 0; i < s->count; i++) {
+        if (!values[i]) continue;
         const parameter *p = &s->parameters[i];
-        if (values[i] && !p->kind->convert(c, p, values[i], (char *)args + p->offset)) return false;
+        if (!p->kind->convert(c, p, values[i], (char *)args + p->offset)) return false;
     }
     end_step(c, STEP_READ);
     return true;

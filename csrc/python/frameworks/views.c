@@ -5,9 +5,15 @@
 
 const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
 
-static int64_t itemsize_of(mv_dtype dtype) {
-    static const int64_t bytes[] = {[MV_F32] = 4, [MV_F16] = 2, [MV_BF16] = 2, [MV_I32] = 4, [MV_I64] = 8};
-    return bytes[dtype];
+static int itemsize_log2(mv_dtype dtype) {
+    static const unsigned char powers[] = {[MV_F32] = 2, [MV_F16] = 1, [MV_BF16] = 1, [MV_I32] = 2, [MV_I64] = 3};
+    return powers[dtype];
+}
+
+static bool has_elements(const tensor *t) {
+    for (int d = 0; d < t->view.ndim; d++)
+        if (t->shape[d] == 0) return false;
+    return true;
 }
 
 bool check_view(call *c, tensor *t) {
@@ -22,8 +28,8 @@ bool check_view(call *c, tensor *t) {
     }
     if (!t->view.data)
         return refuse(c, t, PyExc_BufferError, "has no data: its exporter gave a null pointer for its elements");
-    const int itemsize = (int)itemsize_of(t->view.dtype);
-    if ((uintptr_t)t->view.data % (uintptr_t)itemsize != 0)
+    const int itemsize = 1 << itemsize_log2(t->view.dtype);
+    if (((uintptr_t)t->view.data & (uintptr_t)(itemsize - 1)) != 0)
         return refuse(c, t, PyExc_ValueError,
                       "starts at an address that is no multiple of its %d-byte elements; pass "
                       "a copy",
@@ -31,17 +37,17 @@ bool check_view(call *c, tensor *t) {
     return true;
 }
 
+/* Shifts: a division takes as long as ten other instructions. */
 bool strides_from_bytes(call *c, tensor *t) {
-    const int64_t itemsize = itemsize_of(t->view.dtype);
-    bool empty = false;
-    for (int d = 0; d < t->view.ndim; d++) empty = empty || t->shape[d] == 0;
+    const int log2 = itemsize_log2(t->view.dtype);
+    const int64_t rest = ((int64_t)1 << log2) - 1;
     for (int d = 0; d < t->view.ndim; d++) {
-        if (t->shape[d] > 1 && !empty && t->strides[d] % itemsize != 0)
+        if ((t->strides[d] & rest) != 0 && t->shape[d] > 1 && has_elements(t))
             return refuse(c, t, PyExc_ValueError,
                           "has a stride of %lld bytes in dimension %d, expected a multiple of "
                           "its %d-byte elements; pass a contiguous copy",
-                          (long long)t->strides[d], d, (int)itemsize);
-        t->strides[d] /= itemsize;
+                          (long long)t->strides[d], d, 1 << log2);
+        t->strides[d] >>= log2;
     }
     return true;
 }
