@@ -264,6 +264,16 @@ def test_a_sequence_alone(device, dtype, framework):
         assert_same_bits(out, whole[b : b + 1], f"sequence {b}")
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("dim, layout, taken", [(128, CONTIGUOUS, True), (40, PADDED, True), (33, CONTIGUOUS, False),
+                                                (300, CONTIGUOUS, False), (128, UNALIGNED, False)])  # fmt: skip
+def test_tensor_cores_take_what_they_can(device, dtype, dim, layout, taken, framework):
+    if device == "cpu":
+        pytest.skip("the kernels of GPUs are meant")
+    check(framework, Case((300, 12), heads=8, kv_heads=2, dim=dim, layout=layout), dtype)
+    assert ("_mma_" in minivllm.last_kernel().name) == taken
+
+
 # ---- norm and rotary embedding --------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,8 @@ constexpr Case kCases[] = {
     {{500, kNone}, 3, 1, 128, kPaged, 16, 0, 0, 0, 0, 128, false, false, true},
     {{300, 17, kNone}, 9, 1, 96, kStatic, 2000, 0, 20, 3, 0, 96, true, false, false, MV_ROUNDING_FP32},
     {{260, 2, kNone}, 20, 1, 256, kStatic, 1000, 0, 0, 0, 0, 128, true, true},
-    {{10, 99, 5, 4}, 2, 1, 64, kStatic, 60, 0, 0, 5}, /* out of the cache, and before the start */
+    {{10, 1000, 5, 4}, 4, 1, 128, kStatic, 1000, 0, 0, 5}, /* out of the cache, and before the start */
+    {{10, 99, 5, 4}, 2, 1, 64, kStatic, 60, 0, 0, 5},      /* the same, in fewer pieces */
 };
 
 /* Tensor cores take whole packets of 16 bytes, up to 256 columns of them; another row takes everything. */
