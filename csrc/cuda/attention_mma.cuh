@@ -34,6 +34,7 @@
 #include "attention_merge.cuh"
 #include "head.cuh"
 #include "mma.cuh"
+#include "prices.cuh"
 #include "tma.cuh"
 
 namespace {
@@ -701,10 +702,12 @@ bool is_near(const mv_task *task, const mv_cache &cache) {
 
 template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, double below, mv_decision *decision) {
     const mv_attention &a = task->attention;
-    const double heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
-    const double us = (kHopper ? 2 : 3) + heads * bytes_of_head(task) / 4e6; /* less than other rows, this one first */
+    const double bytes = static_cast<double>(task->tokens / a.heads * a.kv_heads) * bytes_of_head(task);
+    const double us = kHopper ? prices::attention_clusters_us(task, bytes) : prices::attention_mma_us(task, bytes);
     if (!mv_at_price(decision, us, below)) return mv_too_dear;
     if (task->hidden % 8 != 0 || task->hidden > 256) return "it takes heads of 8, 16, 24, .. 256 columns";
+    if (Dtype<T>::value == MV_F16 && task->rounding == MV_ROUNDING_FP32 && (a.q_norm.weight || a.rotary.columns))
+        return "queries that are not rounded may be too large for float16";
     if (!cache_aligned(a.keys, 8) || !cache_aligned(a.values, 8)) return "rows of the caches are not 16-byte aligned";
     if (!is_near(task, a.keys) || !is_near(task, a.values)) return "rows of the caches are 64 GB apart, or backwards";
     Cut cut = cut_of_heads(task, kMostHeadsOfBlock);

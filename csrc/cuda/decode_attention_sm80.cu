@@ -20,6 +20,7 @@
  * been written is read back by nobody. Only this block writes to the cache. */
 #include "attention_block.cuh"
 #include "attention_merge.cuh"
+#include "prices.cuh"
 
 namespace {
 
@@ -191,14 +192,13 @@ int64_t choose_pieces(const mv_task *task, int64_t keys, int64_t blocks, int64_t
     return best;
 }
 
-/* What a call with full caches takes, in microseconds: a start, and the time in which memory delivers the keys and
- * values. */
 double price(const mv_task *task) {
     const mv_attention &a = task->attention;
     const double keys = static_cast<double>(least(a.rows, a.window)),
                  heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
-    return 4 + 2 * keys * heads * static_cast<double>(task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) /
-                   2.5e6;
+    const double bytes_of_key =
+        static_cast<double>(2 * task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype));
+    return prices::attention_cores_us(task, keys * heads * bytes_of_key);
 }
 
 template <typename T> const char *decide(const mv_task *task, double below, mv_decision *decision) {

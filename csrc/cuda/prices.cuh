@@ -15,11 +15,11 @@ static inline double weight_bytes(const mv_task *t) {
            static_cast<double>(mv_dtype_bytes(t->linear.weight_dtype));
 }
 
-/* Reading the weights: 93 % of what the memory's clock and width say, as both GPUs reach. */
-static inline double read_us(const mv_task *t) {
-    const double gbs = t->memory_gbs > 0 ? t->memory_gbs : 3352;
-    return weight_bytes(t) / (0.93e3 * gbs);
-}
+/* Bytes per microsecond that memory delivers: 93 % of what its clock and width say, as both GPUs reach. */
+static inline double memory_rate(const mv_task *t) { return 0.93e3 * (t->memory_gbs > 0 ? t->memory_gbs : 3352); }
+
+/* Reading the weights. */
+static inline double read_us(const mv_task *t) { return weight_bytes(t) / memory_rate(t); }
 
 /* Of tiles that are so many tokens high. */
 static inline double tile_flops(const mv_task *t, double tokens) {
@@ -65,6 +65,23 @@ static inline double norm_ffma_us(const mv_task *t) {
     const int64_t tiles = (t->tokens + 63) / 64 * ((t->linear.outputs + 63) / 64);
     const double turns = static_cast<double>((tiles + t->sm_count - 1) / t->sm_count);
     return 5 + static_cast<double>(t->hidden) * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
+}
+
+/* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query heads
+ * share a key, and for each sequence; the tensor cores start later, and in clusters somewhat later still. */
+static inline double attention_us(const mv_task *t, double start, double rate, double bytes) {
+    const double most = 0.95 * memory_rate(t);
+    return start + bytes / (rate < most ? rate : most);
+}
+static inline double attention_cores_us(const mv_task *t, double bytes) {
+    const mv_attention &a = t->attention;
+    const int64_t of_key = a.heads / a.kv_heads;
+    const double rate = of_key <= 2 ? 4.2e6 : of_key <= 4 ? 2.8e6 : of_key <= 8 ? 1.5e6 : 0.8e6;
+    return attention_us(t, 5.5 + 0.2 * static_cast<double>(t->tokens / a.heads), rate, bytes);
+}
+static inline double attention_mma_us(const mv_task *t, double bytes) { return attention_us(t, 7, 3.6e6, bytes); }
+static inline double attention_clusters_us(const mv_task *t, double bytes) {
+    return attention_us(t, 7.5, 3.8e6, bytes);
 }
 
 } // namespace prices
