@@ -16,6 +16,7 @@ from minivllm.testing import numeric, reference
 from minivllm.testing.reference import namespace, quantum, round_to
 
 LARGEST_F32 = LARGEST["f32"]
+LEAST_NORMAL = 2.0**-126  # of float32 and of bfloat16
 SUBNORMAL_F32 = 2.0**-149  # what each step may be off by, however small its result
 SAFE_SUM = 1e38  # of absolute values: no order of adding overflows
 SAFE_SQUARES = 1e-30  # a mean of squares that keeps its accuracy in float32
@@ -104,6 +105,7 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
         gain=abs(finite_gain), **lost, tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
     bound = bound + _unlucky(_finite(out), finite_y, finite_weight, abs(finite_gain))
+    bound = bound + _flushed(finite_y, finite_weight, dtype)
     return Expected(out, bound, unsure if unsure.any() else None)
 
 
@@ -134,7 +136,7 @@ def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     finite_x, finite_weight, finite_sums, finite_out = map(_finite, (x, weight, sums, out))
     bound = numeric.tolerance(finite_sums, finite_x, dtype, weight=finite_weight, length=x.shape[-1],
                               tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
-    bound = bound + _unlucky(finite_sums, finite_x, finite_weight)
+    bound = bound + _unlucky(finite_sums, finite_x, finite_weight) + _flushed(finite_x, finite_weight, dtype)
     unsure = abs(finite_x) @ abs(finite_weight).T > SAFE_SUM
     if residual is not None:
         largest = LARGEST[dtype]  # where rounding in between may give infinity, or not
@@ -156,6 +158,16 @@ def _unlucky(sums, y, weight, gain=0.0):
     terms = namespace(sums).sqrt(y**2 @ (weight**2).T)
     steps = (gain + 1) * abs(weight) + 1
     return steady + y.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
+
+
+def _flushed(y, weight, dtype: str):
+    """What the bfloat16 products of some processors lose (docs/numerics.md): subnormal factors and sums are zero."""
+    if dtype != "bf16":
+        return 0.0
+    xp = namespace(y)
+    y, weight = abs(y), abs(weight)
+    small_y, small_weight = (xp.where(x < LEAST_NORMAL, x, 0.0) for x in (y, weight))
+    return small_y @ weight.T + y @ small_weight.T + LEAST_NORMAL * (y.shape[-1] + 1)
 
 
 def act_and_mul(inputs: dict, options: dict, dtype: str, wild: bool, kind: str | None = None) -> Expected:
