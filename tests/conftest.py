@@ -164,6 +164,6 @@ def calls(monkeypatch):
 
             return call
 
-    for module in (minivllm.transformers.layer, minivllm.transformers.few):
+    for module in (minivllm.transformers.layer, minivllm.transformers.few, minivllm.transformers.head):
         monkeypatch.setattr(module, "ops", Spy())
     return counts

@@ -33,7 +33,8 @@ from .code import (  # noqa: E402
     is_replaced,
     is_watched,
 )
-from .layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
+from .head import Head, causal_forward  # noqa: E402
+from .layer import DTYPES, FusedLayer, can_norm, layer_forward, model_forward, norm_forward  # noqa: E402
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -127,6 +128,7 @@ def apply(
             continue
         applied = Applied(family, rounding, report.fallbacks)
         _apply_to_decoder(decoder, prefix, applied, packed, fused_tokens, report)
+    _apply_to_heads(model)
     if not report.fused and not report.left_alone:
         known = ", ".join(family.model.__name__ for family in FAMILIES.values())
         report.left_alone[""] = f"{type(model).__name__} holds none of {known}"
@@ -142,16 +144,16 @@ def undo(model: torch.nn.Module) -> None:
     RuntimeError where somebody has meanwhile replaced a forward that `apply` put there: undo that first.
     """
     ours: list[Any] = []
+    forwards = (model_forward, layer_forward, norm_forward, *map(causal_forward, FAMILIES.values()))
     for name, module in model.named_modules():
-        for forward in (model_forward, layer_forward, norm_forward):
-            if is_fused(module, forward):
-                ours.append(module)
-                break
-        else:
-            if "_minivllm" in module.__dict__ and "forward" in module.__dict__:
-                if is_replaced(module):
-                    raise RuntimeError(f"undo: the forward of {name} was replaced after apply; take that back first")
-                ours.append(module)  # out of a pickle, with the forward of its class
+        if any(is_fused(module, forward) for forward in forwards):
+            ours.append(module)
+        elif "_minivllm" in module.__dict__ and "forward" in module.__dict__:
+            if is_replaced(module):
+                raise RuntimeError(
+                    f"undo: the forward of {name or 'the model'} was replaced after apply; take that back first"
+                )
+            ours.append(module)  # out of a pickle, with the forward of its class
     for module in ours:
         del module.forward
         fused = module.__dict__.pop("_minivllm", None)
@@ -181,6 +183,17 @@ def _apply_to_decoder(
         _put(decoder.norm, norm_forward, applied)
         report.fused.append(f"{prefix}norm")
     _put(decoder, model_forward, applied)
+
+
+def _apply_to_heads(model: torch.nn.Module) -> None:
+    """Every language model inside `model` that has its own code, and a decoder with a fused norm."""
+    for module in model.modules():
+        causal: Any = module
+        family = next((family for family in FAMILIES.values() if type(causal) is family.causal), None)
+        if family is None or family.why_replaced({"": causal}, {"": family.causal}):
+            continue
+        if is_fused(causal.model, model_forward) and is_fused(causal.model.norm, norm_forward):
+            _put(causal, causal_forward(family), Head(causal, causal.model._minivllm, can_norm))
 
 
 def _put(module: Any, forward: Any, minivllm: object) -> None:

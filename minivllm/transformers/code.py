@@ -52,6 +52,7 @@ class Family:
         self.name = name
         self.module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
         self.model: type[torch.nn.Module] = getattr(self.module, f"{name}Model")
+        self.causal: type[torch.nn.Module] = getattr(self.module, f"{name}ForCausalLM")
         self.layer: type[torch.nn.Module] = getattr(self.module, f"{name}DecoderLayer")
         self.attention: type[torch.nn.Module] = getattr(self.module, f"{name}Attention")
         self.norm: type[torch.nn.Module] = getattr(self.module, f"{name}RMSNorm")

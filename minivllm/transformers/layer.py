@@ -10,6 +10,7 @@ These functions stand in for `forward` of a model, of its layers and of its fina
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
 For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending.
+head.py has the final norm with the language model's head.
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
@@ -39,6 +40,7 @@ from .code import (
     is_watched,
 )
 from .few import Few, attend, decoded_rows, finish
+from .head import END, End, Instead
 from .step import Step, rotate, rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -351,34 +353,46 @@ def traced_layer(
 
 @named_forward
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of a model: that of its class, with a Step for its layers if all of them are fused. Another one, which somebody
-    has put into the class, may look at what goes from layer to layer, so that is made whole for it."""
+    """Of a model: that of its class, with a Step for its layers if all of them are fused, and without its norm where
+    an End will see to that. Another one, which somebody has put into the class, may look at what goes from layer to
+    layer, so that is made whole for it."""
     applied: Applied = self._minivllm
+    end: End | None = kwargs.pop(END, None)
     if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
         kwargs["output_attentions"] = True  # for the layers, which do not see the configuration
     layers = list(self.layers._modules.values())[: self.config.num_hidden_layers]
     fused = type(self).forward is applied.model_forward and all(is_fused(layer, layer_forward) for layer in layers)
+    stand_in = self
     if layers and fused:
-        watched = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        watched = watched or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
+        recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        watched = recorded or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
         kwargs[STEP] = Step(None if watched else layers[-1])
-    return type(self).forward(self, *args, **kwargs)
+        if end is not None and not recorded and "output_attentions" not in kwargs:
+            stand_in = Instead(self, norm=end.norm)
+    return type(self).forward(stand_in, *args, **kwargs)
+
+
+def can_norm(norm: Any, x: Tensor) -> bool:
+    """Whether the ops may stand in for a final norm that has `norm_forward`, or had it when `apply` put it there."""
+    return (
+        is_fused(norm, norm_forward)
+        and not norm.training
+        and not torch.is_grad_enabled()
+        and x.dtype == norm.weight.dtype
+        and x.dtype in DTYPES
+        and not is_intercepted()
+        and not (
+            why_not_now(norm._minivllm.number) if torch.compiler.is_compiling() else norm._minivllm.why_not_now({})
+        )
+    )
 
 
 @named_forward
 def norm_forward(self: Any, hidden_states: Tensor) -> Any:
     """Of the final norm."""
-    x, traced = hidden_states, torch.compiler.is_compiling()
-    applied: Applied = self._minivllm
-    if (
-        self.training
-        or torch.is_grad_enabled()
-        or x.dtype != self.weight.dtype
-        or x.dtype not in DTYPES
-        or (why_not_now(applied.number) if traced else applied.why_not_now({}))
-        or is_intercepted()
-    ):
+    x, rounding = hidden_states, self._minivllm.rounding
+    if not can_norm(self, x):
         return type(self).forward(self, x)
-    if traced:
-        return traced_norm(self, x, applied.rounding)
-    return ops.rms_norm(x, self.weight, self.variance_epsilon, rounding=applied.rounding)
+    if torch.compiler.is_compiling():
+        return traced_norm(self, x, rounding)
+    return ops.rms_norm(x, self.weight, self.variance_epsilon, rounding=rounding)
