@@ -329,7 +329,8 @@ def test_dtypes_biases_and_other_models():
     assert left_alone["model.layers.0"] == "some of q_proj, k_proj and v_proj have a bias and some have none"
     assert left_alone["model.layers.1"].startswith("its weights differ in dtype or device: torch.float16 on cpu")
     other = torch.nn.Linear(3, 3)
-    why = "Linear holds none of LlamaModel, Qwen2Model, Qwen3Model"
+    known = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "SmolLM3", "Phi3", "Gemma2", "Gemma3Text")
+    why = f"Linear holds none of {', '.join(f'{name}Model' for name in known)}"
     with pytest.warns(minivllm.transformers.NotFusedWarning, match=f"nothing was fused: the model: {why}") as warned:
         assert minivllm.transformers.apply(other).left_alone == {"": why}
     assert len(warned) == 1 and warned[0].filename == __file__

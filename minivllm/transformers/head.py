@@ -90,14 +90,14 @@ class End:
         return x if self.is_open else self.head.norm(x)
 
     def lm_head(self, x: Tensor) -> Any:
-        norm, lm_head = self.head.norm, self.head.lm_head
+        norm, lm_head, applied = self.head.norm, self.head.lm_head, self.head.applied
         if not self.is_open:
             return lm_head(x)
         if x.shape[:-1].numel() > HEAD_TOKENS:
             return lm_head(norm(x))
         return ops.rms_norm_linear(
-            x, norm.weight, lm_head.weight, norm.variance_epsilon, bias=lm_head.bias, weight_layout="out_in",
-            rounding=self.head.applied.rounding, static_weights=True)  # fmt: skip
+            x, norm.weight, lm_head.weight, bias=lm_head.bias, weight_layout="out_in", static_weights=True,
+            **applied.family.norm_options(norm, applied.rounding))  # fmt: skip
 
 
 @functools.cache
