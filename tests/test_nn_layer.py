@@ -28,7 +28,8 @@ def make(kind="qwen3", **options):
 def inputs(tokens=7, batch=2):
     """x, cos and sin."""
     angles = torch.arange(tokens)[:, None] * 100.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM).repeat(2)
-    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(1)), angles.cos(), angles.sin()
+    torch.manual_seed(1)
+    return torch.randn(batch, tokens, HIDDEN), angles.cos(), angles.sin()
 
 
 def caches(rows, batch=2):
@@ -51,7 +52,7 @@ def formula(layer, x, cos, sin, window=None):
     q, k, v = packed.split([HEADS, KV_HEADS, KV_HEADS], -2)
     if attention.q_norm is not None:
         q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
-    ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
     mask = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
     q, k, v = (part.transpose(1, 2) for part in (rotated(q), rotated(k), v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -69,17 +70,17 @@ def close(a, b):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_layer(kind, window):
+def test_a_layer(kind, window, device):
     """Whole, as a prompt with steps behind it, and token by token."""
-    layer, (x, cos, sin) = make(kind, window=window), inputs()
+    layer, (x, cos, sin) = make(kind, window=window).to(device), (each.to(device) for each in inputs())
     expected = formula(layer, x, cos, sin, window)
     assert close(layer(x, cos, sin), expected)
     for prompt in (0, 4):
-        cache, got = caches(9), []
+        cache, got = [each.to(device) for each in caches(9)], []
         if prompt:
             got.append(layer(x[:, :prompt], cos[:prompt], sin[:prompt], *cache))
         for t in range(prompt, 7):
-            positions = torch.tensor([t, t])
+            positions = torch.tensor([t, t], device=device)
             got.append(layer(x[:, t : t + 1], cos[t : t + 1], sin[t : t + 1], *cache, positions))
         assert close(torch.cat(got, 1), expected)
         assert not cache[0][:, :, 7:].any() and not cache[1][:, :, 7:].any()

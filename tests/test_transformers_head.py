@@ -50,8 +50,9 @@ def test_logits_of_the_last_tokens(model, calls, monkeypatch):
         assert close(model(ids, logits_to_keep=1, labels=None).logits, expected[:, -1:]) and heads(calls) == 1
 
 
-def test_a_step_of_a_decoder_is_one_call_of_it(model, calls):
-    plain, ids = copy.deepcopy(model), prompt(2)
+def test_a_step_of_a_decoder_is_one_call_of_it(model, calls, device):
+    model, ids = model.to(device), prompt(2).to(device)
+    plain = copy.deepcopy(model)
     minivllm.transformers.apply(model)
     decoder = Decoder(model, 2, 32, graph=False)
     assert close(decoder.prefill(ids[:, :-1]), plain(ids[:, :-1]).logits[:, -1])
