@@ -8,9 +8,10 @@ import minivllm
 
 # Numbers, whole models, other processes and other people's compilers: minutes each under the sanitizers, through code
 # that other tests take them to.
-SLOW_UNDER_SANITIZERS = ("accuracy", "benchmarks", "docs", "import", "nn", "numeric", "paged", "tensor_parallel",
-                         "torch_compile", "torch_grad", "transformers", "transformers_code", "transformers_few",
-                         "transformers_kept", "transformers_rounding")  # fmt: skip
+SLOW_UNDER_SANITIZERS = ("accuracy", "benchmarks", "docs", "import", "nn", "nn_layer", "numeric", "paged",
+                         "tensor_parallel", "torch_compile", "torch_grad", "transformers", "transformers_code",
+                         "transformers_families", "transformers_few", "transformers_head", "transformers_kept",
+                         "transformers_rounding")  # fmt: skip
 collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []
 
 
@@ -165,6 +166,6 @@ def calls(monkeypatch):
 
             return call
 
-    for module in (minivllm.transformers.layer, minivllm.transformers.few):
+    for module in (minivllm.transformers.layer, minivllm.transformers.few, minivllm.transformers.head):
         monkeypatch.setattr(module, "ops", Spy())
     return counts

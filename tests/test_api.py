@@ -243,6 +243,9 @@ TYPED_WITH_TORCH = """
         reveal_type(layer(x))  # tuple[Tensor, Tensor, Tensor]
         reveal_type(layer(x, x))  # tuple[Tensor, Tensor, Tensor, Tensor]
         layer = layer.from_modules(minivllm.nn.RMSNorm(64), torch.nn.Linear(64, 128), num_heads=4, num_kv_heads=2)
+        decoder_layer = minivllm.nn.DecoderLayer(64, 128, 4, 2, qk_norm=True, packed=True, window=8)
+        reveal_type(decoder_layer(x, None, None, key_cache=x, value_cache=x, positions=x))  # Tensor
+        reveal_type(minivllm.nn.GatedMLP(64, 128, activation="gelu")(x, minivllm.nn.RMSNorm(64)))  # Tensor
         report = minivllm.transformers.apply(model, packed=True, fused_tokens=None, rounding="hf")
         reveal_type(report)  # Report
         reveal_type(report.fused)  # list[str]

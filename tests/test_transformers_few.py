@@ -116,7 +116,7 @@ def test_a_step_of_a_decoder(name, attention, calls, device):
         logits.append(decoder.step(ids[:, -1]).clone())
         assert calls == {
             "rms_norm_qkv": LAYERS, "decode_attention": LAYERS, "linear_add": 2 * LAYERS, "rms_norm_gate_up": LAYERS,
-            "rms_norm": 1}  # fmt: skip
+            "rms_norm_linear": 1}  # fmt: skip
     expected = plain(ids).logits[:, -STEPS - 1 :]
     assert close(torch.stack(logits, 1), expected)
 

@@ -1,4 +1,5 @@
-"""One line turns a loaded Llama, Qwen2 or Qwen3 of transformers >= 5 into one on the fused ops.
+"""One line turns a loaded Llama, Qwen, Mistral, Phi-3, Granite, SmolLM3 or Gemma of transformers >= 5 into one on the
+fused ops.
 
     import minivllm.transformers
     report = minivllm.transformers.apply(model)
@@ -26,6 +27,7 @@ from .. import _C  # noqa: E402
 from ..nn import NotFusedWarning  # noqa: E402
 from .code import (  # noqa: E402
     FAMILIES,
+    LEFT_ALONE,
     Applied,
     Family,
     Rounding,
@@ -33,7 +35,8 @@ from .code import (  # noqa: E402
     is_replaced,
     is_watched,
 )
-from .layer import DTYPES, FusedLayer, layer_forward, model_forward, norm_forward  # noqa: E402
+from .head import Head, causal_forward  # noqa: E402
+from .layer import DTYPES, FusedLayer, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -43,7 +46,6 @@ __all__ = ["Decoder", "Generation", "NotFusedWarning", "Report", "apply", "gener
 
 LAZY = {"Decoder": "decoder", "Generation": "generation", "generate": "generation", "last_generation": "generation"}
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BACKENDS = ("cpu", "cuda")
 ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
@@ -90,7 +92,8 @@ def apply(
     fused_tokens: int | Literal["auto"] | None = "auto",
     rounding: Rounding = "fp32",
 ) -> Report:
-    """Puts the fused ops into every Llama, Qwen2 and Qwen3 decoder inside `model`, and returns a Report.
+    """Puts the fused ops into every decoder inside `model` that is a Llama, Qwen2, Qwen3, Mistral, Phi-3, Granite,
+    SmolLM3, Gemma 2 or Gemma 3, and returns a Report.
 
     model: a torch module, such as what AutoModelForCausalLM.from_pretrained returned. Its weights stay where they are
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
@@ -120,6 +123,8 @@ def apply(
     for name, decoder in model.named_modules():
         family = next((family for family in FAMILIES.values() if type(decoder) is family.model), None)
         if family is None:
+            if type(decoder).__name__ in LEFT_ALONE:
+                report.left_alone[name] = LEFT_ALONE[type(decoder).__name__]
             continue
         prefix = f"{name}." if name else ""
         if why := family.why_replaced({"": decoder}, {"": family.model}) or family.why_not_functions():
@@ -127,6 +132,7 @@ def apply(
             continue
         applied = Applied(family, rounding, report.fallbacks)
         _apply_to_decoder(decoder, prefix, applied, packed, fused_tokens, report)
+    _apply_to_heads(model)
     if not report.fused and not report.left_alone:
         known = ", ".join(family.model.__name__ for family in FAMILIES.values())
         report.left_alone[""] = f"{type(model).__name__} holds none of {known}"
@@ -142,16 +148,16 @@ def undo(model: torch.nn.Module) -> None:
     RuntimeError where somebody has meanwhile replaced a forward that `apply` put there: undo that first.
     """
     ours: list[Any] = []
+    forwards = (model_forward, layer_forward, norm_forward, *map(causal_forward, FAMILIES.values()))
     for name, module in model.named_modules():
-        for forward in (model_forward, layer_forward, norm_forward):
-            if is_fused(module, forward):
-                ours.append(module)
-                break
-        else:
-            if "_minivllm" in module.__dict__ and "forward" in module.__dict__:
-                if is_replaced(module):
-                    raise RuntimeError(f"undo: the forward of {name} was replaced after apply; take that back first")
-                ours.append(module)  # out of a pickle, with the forward of its class
+        if any(is_fused(module, forward) for forward in forwards):
+            ours.append(module)
+        elif "_minivllm" in module.__dict__ and "forward" in module.__dict__:
+            if is_replaced(module):
+                raise RuntimeError(
+                    f"undo: the forward of {name or 'the model'} was replaced after apply; take that back first"
+                )
+            ours.append(module)  # out of a pickle, with the forward of its class
     for module in ours:
         del module.forward
         fused = module.__dict__.pop("_minivllm", None)
@@ -183,6 +189,17 @@ def _apply_to_decoder(
     _put(decoder, model_forward, applied)
 
 
+def _apply_to_heads(model: torch.nn.Module) -> None:
+    """Every language model inside `model` that has its own code, and a decoder with a fused norm."""
+    for module in model.modules():
+        causal: Any = module
+        family = next((family for family in FAMILIES.values() if type(causal) is family.causal), None)
+        if family is None or family.why_replaced({"": causal}, {"": family.causal}):
+            continue
+        if is_fused(causal.model, model_forward) and is_fused(causal.model.norm, norm_forward):
+            _put(causal, causal_forward(family), Head(causal, causal.model._minivllm, can_norm))
+
+
 def _put(module: Any, forward: Any, minivllm: object) -> None:
     module._minivllm = minivllm
     module.forward = types.MethodType(forward, module)
@@ -192,9 +209,9 @@ def _apply_to_layer(
     name: str, layer: Any, applied: Applied, packed: bool, fused_tokens: int | Literal["auto"] | None
 ) -> int:
     """The bytes of the matrix that its weights were packed into, or 0."""
-    linears = [getattr(layer.self_attn, projection) for projection in PROJECTIONS]
+    linears = [getattr(layer.self_attn, projection) for projection in applied.family.traits.projections]
     matrix = None
-    if packed:
+    if packed and len(linears) > 1:
         matrix = torch.cat([linear.weight.detach() for linear in linears])
         parts = matrix.split_with_sizes([linear.out_features for linear in linears])
         for linear, part in zip(linears, parts):
@@ -225,9 +242,10 @@ def _capability(gpu: int) -> int:
 def _why_not_layer(family: Family, layer: torch.nn.Module) -> str | None:
     """Why a decoder layer is left alone, or None."""
     attention: Any = getattr(layer, "self_attn", None)
+    traits = family.traits
     expected: dict[str, type[torch.nn.Module]] = {"": family.layer, "self_attn": family.attention}
-    expected |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), family.norm)
-    expected |= dict.fromkeys((f"self_attn.{name}" for name in PROJECTIONS), torch.nn.Linear)
+    expected |= dict.fromkeys(traits.norms, family.norm) | dict.fromkeys(traits.dropouts, torch.nn.Dropout)
+    expected |= dict.fromkeys((f"self_attn.{name}" for name in traits.projections), torch.nn.Linear)
     if hasattr(attention, "q_norm"):
         expected |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), family.norm)
     try:
@@ -248,15 +266,14 @@ def _why_not_layer(family: Family, layer: torch.nn.Module) -> str | None:
     }
     if why := _why_not_parameters(parameters):
         return why
-    wq, wk, wv = (modules[f"self_attn.{name}"] for name in PROJECTIONS)
-    if len({linear.bias is None for linear in (wq, wk, wv)}) > 1:
+    linears: tuple[Any, ...] = tuple(modules[f"self_attn.{name}"] for name in traits.projections)
+    if len({linear.bias is None for linear in linears}) > 1:
         return "some of q_proj, k_proj and v_proj have a bias and some have none"
-    if (
-        wq.out_features % attention.head_dim
-        or wk.out_features % attention.head_dim
-        or wk.out_features != wv.out_features
-    ):
-        return f"q_proj, k_proj and v_proj have {wq.out_features}, {wk.out_features} and {wv.out_features} outputs"
+    heads, kv_heads = heads_of(attention, linears)
+    counts = (heads + 2 * kv_heads,) if len(linears) == 1 else (heads, kv_heads, kv_heads)
+    outputs = [linear.out_features for linear in linears]
+    if outputs != [count * attention.head_dim for count in counts]:
+        return f"{', '.join(traits.projections)} have {', '.join(map(str, outputs))} outputs"
     return None
 
 

@@ -9,7 +9,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +45,86 @@ class Numbered:
         self.enter()
 
 
+class Traits(NamedTuple):
+    """What an architecture has that Llama has not, by the names that transformers gives to it.
+
+    model: the class of the decoder, where it is not called as the family is. norms: of a layer, two, or four where the
+    second and the last stand behind attention and MLP, whose results they norm before the residual joins. eps,
+    weight_offset: of every norm. multiplier: of what joins the residual. window, soft_cap: where they are, on the
+    attention or on its configuration. may_lack_rope: some layers turn nothing. dropouts: between the parts of a layer.
+    by_layer: the forward of the decoder takes a mask for each kind of layer.
+    """
+
+    model: str = ""
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    activation: str = "act_fn"
+    eps: str = "variance_epsilon"
+    weight_offset: float = 0.0
+    multiplier: str = ""
+    window: Literal["", "attention", "config"] = ""
+    soft_cap: str = ""
+    may_lack_rope: bool = False
+    dropouts: tuple[str, ...] = ()
+    by_layer: bool = False
+
+
+_GEMMA = Traits(
+    norms=(*Traits().norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"), eps="eps", weight_offset=1.0,
+    window="attention", by_layer=True)  # fmt: skip
+TRAITS = {
+    "Llama": Traits(),
+    "Qwen2": Traits(window="attention", by_layer=True),
+    "Qwen3": Traits(window="attention", by_layer=True),
+    "Mistral": Traits(window="config"),
+    "Granite": Traits(multiplier="residual_multiplier"),
+    "SmolLM3": Traits(window="attention", may_lack_rope=True, by_layer=True),
+    "Phi3": Traits(
+        projections=("qkv_proj",), gate_up=("gate_up_proj",), activation="activation_fn", window="config",
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout")),
+    "Gemma2": _GEMMA._replace(soft_cap="attn_logit_softcapping"),
+    "Gemma3": _GEMMA._replace(model="Gemma3TextModel"),
+}  # fmt: skip
+LEFT_ALONE = {"Olmo2Model": "OLMo 2 norms all heads of q and of k at once, which no op here does"}
+
+
 class Family:
     """The classes of one architecture, by its name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, traits: Traits) -> None:
+        self.name, self.traits = name, traits
         self.module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
-        self.model: type[torch.nn.Module] = getattr(self.module, f"{name}Model")
+        self.model: Any = getattr(self.module, traits.model or f"{name}Model")
+        self.model_type: str = self.model.config_class.model_type
+        self.causal: type[torch.nn.Module] = getattr(self.module, f"{name}ForCausalLM")
         self.layer: type[torch.nn.Module] = getattr(self.module, f"{name}DecoderLayer")
         self.attention: type[torch.nn.Module] = getattr(self.module, f"{name}Attention")
         self.norm: type[torch.nn.Module] = getattr(self.module, f"{name}RMSNorm")
         self.mlp: type[torch.nn.Module] = getattr(self.module, f"{name}MLP")
         self.mlp_forward = self.mlp.forward
+
+    def norm_options(self, norm: Any, rounding: Rounding) -> dict[str, Any]:
+        """How the ops have a norm of this family. One with an offset rounds once in transformers, too."""
+        offset = self.traits.weight_offset
+        return {
+            "eps": getattr(norm, self.traits.eps),
+            "weight_offset": offset,
+            "rounding": "fp32" if offset else rounding,
+        }
+
+    def window(self, attention: Any) -> int | None:
+        """How many keys a token sees, itself included; None: all in front of it."""
+        where = self.traits.window
+        holder = attention.config if where == "config" else attention
+        return getattr(holder, "sliding_window", None) if where else None
+
+    def soft_cap(self, attention: Any) -> float | None:
+        return getattr(attention, self.traits.soft_cap) if self.traits.soft_cap else None
+
+    def multiplier(self, layer: Any) -> float:
+        """Of what attention and MLP add to the residual."""
+        return float(getattr(layer, self.traits.multiplier)) if self.traits.multiplier else 1.0
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
         """There is one of each name, also for copies and pickles."""
@@ -98,7 +166,7 @@ class Family:
         return None
 
 
-FAMILIES = {name: Family(name) for name in ("Llama", "Qwen2", "Qwen3")}
+FAMILIES = {name: Family(name, traits) for name, traits in TRAITS.items()}
 
 
 def family_of(name: str) -> Family:

@@ -25,7 +25,7 @@ WARM_UPS = 2  # forwards before a capture, in which libraries allocate what they
 class Decoder:
     """Decodes up to `batch_size` sequences of at most `max_length` tokens each with a causal language model.
 
-    model: a Llama, Qwen2, Qwen3 or Mistral for causal language modelling of transformers, in eval mode on one device;
+    model: one of the families of `apply`, for causal language modelling of transformers, in eval mode on one device;
     minivllm.transformers.apply may have been called on it. Its weights are used in place. graph: "auto" captures the
     step into a CUDA graph where the model is on a GPU, once for all lengths; True asks for that, False never does.
 

@@ -6,6 +6,8 @@
                                                              the two, then silu_and_mul
     total = linear_add(h, down_proj, total)                  in place
 
+where norms stand behind attention and MLP as well, with linear and norm_add in place of linear_add.
+
 The modules that this skips are looked at in every call, as layer.py does with its own. Where one of them is not what it
 is taken for, or has a hook, the layer calls all of them as transformers does.
 """
@@ -13,22 +15,26 @@ is taken for, or has a hook, the layer calls all of them as transformers does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _C as ops
 from .cache import Rows
-from .code import Family, is_replaced
+from .code import Family, Rounding, is_replaced
 
 PAIR_TOKENS = 8  # in one call up to so many: with more of them two products, each on wgmma, are faster on a Hopper GPU
-LINEARS = ("gate_proj", "up_proj", "down_proj")
-ACTIVATIONS: dict[type, object] = {kind: kind.forward for kind in (SiLUActivation, torch.nn.SiLU)}
+# By class: its forward, and what the ops call it.
+ACTIVATIONS: dict[type, tuple[object, str]] = {
+    SiLUActivation: (SiLUActivation.forward, "silu"),
+    torch.nn.SiLU: (torch.nn.SiLU.forward, "silu"),
+    GELUTanh: (GELUTanh.forward, "gelu_tanh"),
+}
 SILU, ATTENTION = F.silu, F.scaled_dot_product_attention
 
 
@@ -37,9 +43,11 @@ class Few:
     and reads what torch's modules would look up."""
 
     def __init__(self, layer: Any, family: Family) -> None:
-        self.family, self.mlp, self.o_proj = family, layer.mlp, layer.self_attn.o_proj
-        self.activation: Any = getattr(self.mlp, "act_fn", None)
-        self.linears: tuple[Any, ...] = tuple(getattr(self.mlp, name, None) for name in LINEARS)
+        self.family, self.layer, self.mlp, self.o_proj = family, layer, layer.mlp, layer.self_attn.o_proj
+        self.norms = tuple(getattr(layer, name) for name in family.traits.norms[1:])
+        self.activation: Any = getattr(self.mlp, family.traits.activation, None)
+        linears = (*family.traits.gate_up, "down_proj")
+        self.linears: tuple[Any, ...] = tuple(getattr(self.mlp, name, None) for name in linears)
         self.parts = tuple(self.mlp._modules.values())
         self.modules = (self.mlp, *self.parts, self.o_proj)
         self.hooks = [hooks for module in self.modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
@@ -50,7 +58,7 @@ class Few:
         kind: Any = type(self.activation)
         if type(mlp) is not family.mlp or family.mlp.forward is not family.mlp_forward or F.silu is not SILU:
             return False
-        if ACTIVATIONS.get(kind) is None or ACTIVATIONS[kind] is not kind.forward or any(self.hooks):
+        if kind not in ACTIVATIONS or ACTIVATIONS[kind][0] is not kind.forward or any(self.hooks):
             return False
         if tuple(mlp._modules.values()) != self.parts:
             return False
@@ -65,7 +73,7 @@ class Few:
                     return False
             if "weight" not in linear._parameters:
                 return False
-        gate, up, _ = self.linears
+        gate, up = self.linears[0], self.linears[-2]  # the same one where the two are packed
         return gate.weight.stride() == up.weight.stride() and (gate.bias is None) == (up.bias is None)
 
 
@@ -85,44 +93,64 @@ def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Row
 
 def attend(
     attention: Any,
+    family: Family,
     head_norms: Sequence[Any],
     rows: Rows,
     qkv: tuple[Tensor, Tensor, Tensor],
-    embeddings: tuple[Tensor, Tensor],
+    embeddings: tuple[Tensor, Tensor] | tuple[None, None],
+    rounding: Any,
     **options: Any,
 ) -> Tensor:
     """[batch, 1, heads * head_dim]: the attention of a Decoder's step, from q, k and v as they come out of the
-    projection, [batch, 1, heads, head_dim]."""
+    projection, [batch, 1, heads, head_dim]. The one of transformers for SDPA knows no soft cap."""
     q, k, v = qkv
     positions: Any = rows.cursor.positions
+    options["rounding"] = rounding
     if head_norms:
         q_norm, k_norm = head_norms
-        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.variance_epsilon}
+        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight}
+        options |= family.norm_options(q_norm, rounding)
+    if attention.config._attn_implementation == "eager":
+        options["soft_cap"] = family.soft_cap(attention)
     out: Tensor = ops.decode_attention(
         q, k, v, rows.keys, rows.values, positions, cos=embeddings[0], sin=embeddings[1],
-        scale=attention.scaling, window=getattr(attention, "sliding_window", None), **options)  # fmt: skip
+        scale=attention.scaling, window=family.window(attention), **options)  # fmt: skip
     return out.view(len(q), 1, -1)
 
 
-def finish(few: Few, norm: Any, out: Tensor, total: Tensor, rounding: Any, **options: Any) -> Tensor:
+def finish(few: Few, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> Tensor:
     """The layer's hidden states: o_proj, the norm behind it and the MLP, with both residuals. total stays as it is."""
-    options |= {"weight_layout": "out_in", "rounding": rounding}
-    o_proj, (gate, up, down) = few.o_proj, few.linears
-    total = ops.linear_add(out, o_proj.weight, total, bias=o_proj.bias, **options)
-    h = gated(norm, gate, up, total, **options)
-    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **options)
+    options["weight_layout"] = "out_in"
+    family, norms, down = few.family, few.norms, few.linears[-1]
+    if len(norms) == 1:
+        scaled = options | {"rounding": rounding, "scale": family.multiplier(few.layer)}
+        total = ops.linear_add(out, few.o_proj.weight, total, bias=few.o_proj.bias, **scaled)
+        h = gated(few, norms[0], total, rounding, **options)
+        return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **scaled)
+    after, before, last = norms
+    out = ops.linear(out, few.o_proj.weight, bias=few.o_proj.bias, rounding=rounding, **options)
+    total = ops.norm_add(out, after.weight, total, **family.norm_options(after, rounding))
+    h = gated(few, before, total, rounding, **options)
+    out = ops.linear(h, down.weight, bias=down.bias, rounding=rounding, **options)
+    return ops.norm_add(out, last.weight, total, out=total, **family.norm_options(last, rounding))
 
 
-def gated(norm: Any, gate: Any, up: Any, total: Tensor, **options: Any) -> Tensor:
-    """What down_proj takes: the norm, gate and up, and silu of the gate times up."""
-    eps = norm.variance_epsilon
+def gated(few: Few, norm: Any, total: Tensor, rounding: Rounding, **options: Any) -> Tensor:
+    """What down_proj takes: the norm, gate and up, and the activation of the gate times up."""
+    linears, (_, activation) = few.linears[:-1], ACTIVATIONS[type(few.activation)]
+    options |= few.family.norm_options(norm, rounding)
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     if total.shape[:-1].numel() <= PAIR_TOKENS:
-        biases = None if gate.bias is None else (gate.bias, up.bias)
-        h: Tensor = ops.rms_norm_gate_up(total, norm.weight, (gate.weight, up.weight), eps, bias=biases, **options)
+        several: Any = tuple(weights) if len(weights) > 1 else weights[0]
+        bias: Any = None if biases[0] is None else tuple(biases) if len(biases) > 1 else biases[0]
+        h: Tensor = ops.rms_norm_gate_up(
+            total, norm.weight, several, bias=bias, activation=cast(Any, activation), **options
+        )
         return h
-    columns = gate.out_features
-    gate_up = total.new_empty(*total.shape[:-1], columns + up.out_features)
-    for linear, half in ((gate, gate_up[..., :columns]), (up, gate_up[..., columns:])):
-        ops.rms_norm_linear(total, norm.weight, linear.weight, eps, bias=linear.bias, out=half, **options)
-    product: Tensor = ops.silu_and_mul(gate_up, rounding=options["rounding"])
-    return product
+    sizes = [linear.out_features for linear in linears]
+    gate_up = total.new_empty(*total.shape[:-1], sum(sizes))
+    for weight, bias, part in zip(weights, biases, gate_up.split_with_sizes(sizes, -1)):
+        ops.rms_norm_linear(total, norm.weight, weight, bias=bias, out=part, **options)
+    if activation == "silu":
+        return ops.silu_and_mul(gate_up, rounding=rounding)
+    return ops.gelu_and_mul(gate_up, approximate="tanh", rounding=rounding)

@@ -1,4 +1,4 @@
-"""Decoder layers of transformers (Llama, Qwen2, Qwen3) on the fused ops; minivllm.transformers puts them in place.
+"""Decoder layers of transformers on the fused ops; minivllm.transformers puts them in place.
 
 These functions stand in for `forward` of a model, of its layers and of its final norm. What a layer computes:
 
@@ -9,7 +9,11 @@ These functions stand in for `forward` of a model, of its layers and of its fina
     y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
+Where norms stand behind attention and MLP as well (Gemma), norm_add joins their results to the residual, and nothing is
+pending. What else the families differ in is in code.py.
+
 For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending.
+head.py has the final norm with the language model's head.
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
@@ -31,6 +35,7 @@ from .. import _C as ops
 from .code import (
     ALIVE,
     Applied,
+    Family,
     Numbered,
     Rounding,
     is_fused,
@@ -39,11 +44,11 @@ from .code import (
     is_watched,
 )
 from .few import Few, attend, decoded_rows, finish
+from .head import END, End, Instead
 from .step import Step, rotate, rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
-NORMS = ("input_layernorm", "post_attention_layernorm")
 LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
 FEW_TOKENS = 64  # with more, products of torch and a norm are as fast as the ops that have the residual in them
 STATIC_WEIGHTS = True  # `apply` vouches for it: no unfinished work in front of a call writes the weights of the model
@@ -57,13 +62,13 @@ def named_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def traced_norm(norm: Any, x: Tensor, rounding: Rounding) -> Tensor:
+def traced_norm(family: Family, norm: Any, x: Tensor, rounding: Rounding) -> Tensor:
     """A norm under torch.compile: in operations of torch, which the compiler fuses with their surroundings."""
     if rounding == "hf":
         return cast(Tensor, type(norm).forward(norm, x))
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    return cast(Tensor, (y * norm.weight.float()).to(x.dtype))
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + getattr(norm, family.traits.eps))
+    return cast(Tensor, (y * (family.traits.weight_offset + norm.weight.float())).to(x.dtype))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -77,6 +82,14 @@ def why_not_now(number: int) -> str:
 def note(number: int, why: str) -> None:
     """`note` of the FusedLayer with this number, for a call that is traced."""
     cast(FusedLayer, ALIVE[number]).note(why)
+
+
+def heads_of(attention: Any, projections: tuple[Any, ...]) -> tuple[int, int]:
+    """How many heads q has, and k and v each: as many as the projections give, or packed ones by the configuration."""
+    if len(projections) == 1:
+        return attention.config.num_attention_heads, attention.config.num_key_value_heads
+    q_proj, k_proj, _ = (linear.out_features // attention.head_dim for linear in projections)
+    return q_proj, k_proj
 
 
 class FusedLayer(Numbered):
@@ -96,19 +109,20 @@ class FusedLayer(Numbered):
         traced_tokens: int | None,
         applied: Applied,
     ) -> None:
-        attention = layer.self_attn
+        attention, traits = layer.self_attn, applied.family.traits
         self.name, self.packed, self.applied, self.rounding = name, packed, applied, applied.rounding
         self.fused_tokens, self.traced_tokens = fused_tokens, traced_tokens
         self.layer, self.attention, self.o_proj, self.mlp = layer, attention, attention.o_proj, layer.mlp
-        self.input_norm, self.post_norm = (getattr(layer, norm) for norm in NORMS)
-        self.projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.norms = tuple(getattr(layer, norm) for norm in traits.norms)
+        self.projections = tuple(getattr(attention, name) for name in traits.projections)
         self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
-        self.skipped = (self.input_norm, self.post_norm, attention, *self.projections, *self.head_norms)
+        self.dropouts = tuple(getattr(layer, name) for name in traits.dropouts)
+        self.skipped = (*self.norms, attention, *self.projections, *self.head_norms, *self.dropouts)
         self.parts, self.types = self._parts(), tuple(map(type, self.skipped))
         self.hooks = [hooks for module in self.skipped for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        self.few = Few(layer, applied.family)
+        self.family, self.few = applied.family, Few(layer, applied.family)
         self.head_dim = attention.head_dim
-        self.heads, self.kv_heads, _ = (linear.out_features // self.head_dim for linear in self.projections)
+        self.heads, self.kv_heads = heads_of(attention, self.projections)
         self.enter()
 
     def _parts(self) -> tuple[Any, ...]:
@@ -139,7 +153,7 @@ class FusedLayer(Numbered):
 
     def why_not_now(self, kwargs: dict[str, Any]) -> str | None:
         """The same of the modules and of the code around them, as they are now."""
-        if self.layer.training or self.attention.training:
+        if self.layer.training or self.attention.training or any(each.training for each in self.dropouts):
             return "it is in training mode: call model.eval()"
         if why := self.applied.why_not_now(kwargs):
             return why
@@ -178,28 +192,35 @@ class FusedLayer(Numbered):
         few = x.shape[0] * x.shape[1] <= FEW_TOKENS and self.is_fused_for(x)
         return few and self.few.is_usable(x.dtype)
 
+    def norm_options(self, norm: Any) -> dict[str, Any]:
+        return self.family.norm_options(norm, self.rounding)
+
     def norm_qkv(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, total): q, k, v as [batch, tokens, heads, head_dim], views of one packed buffer."""
-        wq, wk, wv = self.projections
-        bias = None if wq.bias is None else (wq.bias, wk.bias, wv.bias)
+        weight: Any = tuple(linear.weight for linear in self.projections)
+        bias: Any = tuple(linear.bias for linear in self.projections)
+        if len(weight) == 1:
+            weight, bias = weight[0], bias[0]
+        elif bias[0] is None:
+            bias = None
         parts: Any = ops.rms_norm_qkv(
-            x, self.input_norm.weight, (wq.weight, wk.weight, wv.weight), self.heads, self.kv_heads,
-            self.input_norm.variance_epsilon, bias=bias, residual=cast(Any, residual), head_dim=self.head_dim,
-            weight_layout="out_in", rounding=self.rounding, static_weights=STATIC_WEIGHTS)  # fmt: skip
+            x, self.norms[0].weight, weight, self.heads, self.kv_heads, bias=bias, residual=cast(Any, residual),
+            head_dim=self.head_dim, weight_layout="out_in", static_weights=STATIC_WEIGHTS,
+            **self.norm_options(self.norms[0]))  # fmt: skip
         return (*parts, x) if residual is None else parts
 
     def norm_then_qkv(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same by the norm and torch's linear: where the weights are packed one, else three with a buffer each."""
-        norm = self.input_norm
+        norm = self.norms[0]
         if residual is None:
-            y, total = ops.rms_norm(x, norm.weight, norm.variance_epsilon, rounding=self.rounding), x
+            y, total = ops.rms_norm(x, norm.weight, **self.norm_options(norm)), x
         else:
             y, total = self.add_norm(norm, x, residual, residual_out=residual)
-        lead = x.shape[:-1]
-        if self.packed is not None and self.is_packed():
+        lead, counts = x.shape[:-1], (self.heads, self.kv_heads, self.kv_heads)
+        if len(self.projections) == 1 or (self.packed is not None and self.is_packed()):
             biases = [linear.bias for linear in self.projections]
-            packed = F.linear(y, self.packed, None if biases[0] is None else torch.cat(biases))
-            counts = (self.heads, self.kv_heads, self.kv_heads)
+            matrix = self.packed if len(self.projections) > 1 else self.projections[0].weight
+            packed = F.linear(y, cast(Tensor, matrix), None if biases[0] is None else torch.cat(biases))
             q, k, v = packed.view(*lead, -1, self.head_dim).split_with_sizes(counts, -2)
         else:
             q, k, v = (F.linear(y, w.weight, w.bias).view(*lead, -1, self.head_dim) for w in self.projections)
@@ -207,7 +228,21 @@ class FusedLayer(Numbered):
 
     def add_norm(self, norm: Any, x: Tensor, residual: Tensor, **out: Any) -> tuple[Tensor, Tensor]:
         """(the norm of x + residual, that sum)"""
-        return ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, rounding=self.rounding, **out)
+        return ops.add_rms_norm(x, residual, norm.weight, **self.norm_options(norm), **out)
+
+    def norm_add(self, norm: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the norm of x"""
+        total: Tensor = ops.norm_add(x, norm.weight, residual, **self.norm_options(norm))
+        return total
+
+    def turns(self) -> bool:
+        """Whether q and k get a rotary embedding."""
+        return not self.family.traits.may_lack_rope or bool(self.attention.use_rope)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What joins the residual, of what attention or MLP gave."""
+        multiplier = self.family.multiplier(self.layer)
+        return x if multiplier == 1.0 else x * multiplier
 
     def is_packed(self) -> bool:
         """Whether the Parameters still are views of the packed matrix; moving the model takes them out of it."""
@@ -221,10 +256,13 @@ class FusedLayer(Numbered):
             address += linear.weight.numel() * itemsize
         return True
 
-    def norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_one_buffer: bool) -> None:
-        """q_norm, k_norm and the rotary embedding, in place; in one buffer k follows q, and both are rotated as one."""
+    def norm_heads(self, q: Tensor, k: Tensor) -> None:
+        """q_norm and k_norm, in place."""
         for norm, x in zip(self.head_norms, (q, k)):
-            ops.rms_norm(x, norm.weight, norm.variance_epsilon, out=x, rounding=self.rounding)
+            ops.rms_norm(x, norm.weight, out=x, **self.norm_options(norm))
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_one_buffer: bool) -> None:
+        """The rotary embedding, in place; in one buffer k follows q, and both are rotated as one."""
         if in_one_buffer:
             batch, tokens, _, head_dim = q.shape
             rotate(q.as_strided((batch, tokens, self.heads + self.kv_heads, head_dim), q.stride()), cos, sin)
@@ -261,8 +299,9 @@ class FusedLayer(Numbered):
                 mask = step.bias_of(mask, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling)
         else:
-            more = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
-            q = q.transpose(1, 2)
+            traits, q = self.family.traits, q.transpose(1, 2)
+            more: dict[str, Any] = {"sliding_window": self.family.window(attention)} if traits.window else {}
+            more |= {"softcap": self.family.soft_cap(attention)} if traits.soft_cap else {}
             out, _ = interface(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling, **more, **kwargs)
         return out.reshape(batch, tokens, heads * head_dim)
 
@@ -308,25 +347,34 @@ def eager_layer(
     it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
     in_one_call, is_few = fused.is_fused_for(x), fused.is_few(x)
     q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
-    rows = decoded_rows(fused.attention, fused.applied.family, cache, x.shape[1]) if is_few else None
+    rows = decoded_rows(fused.attention, fused.family, cache, x.shape[1]) if is_few else None
     if rows is not None:
         out = attend(
-            fused.attention, fused.head_norms, rows, (q, k, v), embeddings, rounding=fused.rounding,
-            static_weights=STATIC_WEIGHTS)  # fmt: skip
+            fused.attention, fused.family, fused.head_norms, rows, (q, k, v),
+            embeddings if fused.turns() else (None, None), fused.rounding, static_weights=STATIC_WEIGHTS)  # fmt: skip
     else:
-        cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
-        fused.norm_and_rotate(q, k, cos, sin, in_one_call or fused.packed is not None)
+        fused.norm_heads(q, k)
+        if fused.turns():
+            cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
+            in_one_buffer = in_one_call or fused.packed is not None or len(fused.projections) == 1
+            fused.rotate(q, k, cos, sin, in_one_buffer)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
     if is_few:
-        return finish(fused.few, fused.post_norm, out, total, fused.rounding, static_weights=STATIC_WEIGHTS), None
+        return finish(fused.few, out, total, fused.rounding, static_weights=STATIC_WEIGHTS), None
     o_proj = fused.o_proj
     out = o_proj(out)
+    if len(fused.norms) > 2:
+        _, after, before, last = fused.norms
+        total = fused.norm_add(after, out, total)
+        y = ops.rms_norm(total, before.weight, **fused.norm_options(before))
+        return fused.norm_add(last, fused.mlp(y), total), None
     is_plain = type(o_proj) is torch.nn.Linear and not o_proj._forward_hooks and not is_replaced(o_proj)
+    out = fused.scaled(out)
     if total is x or not is_plain:  # not ours alone
-        y, total = fused.add_norm(fused.post_norm, out, total)
+        y, total = fused.add_norm(fused.norms[1], out, total)
     else:
-        y, total = fused.add_norm(fused.post_norm, out, total, out=out, residual_out=total)
-    return fused.mlp(y), total
+        y, total = fused.add_norm(fused.norms[1], out, total, out=out, residual_out=total)
+    return fused.scaled(fused.mlp(y)), total
 
 
 def traced_layer(
@@ -341,44 +389,63 @@ def traced_layer(
 ) -> tuple[Tensor, Tensor]:
     """The same under torch.compile, which fuses the norms of heads, the rotary embedding and the second norm with their
     surroundings by itself: only the norm with the projection is ours."""
+    family, rounding = fused.family, fused.rounding
     q, k, v, total = fused.norm_qkv(x, pending)
     if fused.head_norms:
-        q, k = [traced_norm(norm, x, fused.rounding) for norm, x in zip(fused.head_norms, (q, k))]
-    q, k = fused.applied.family.module.apply_rotary_pos_emb(q, k, *embeddings, unsqueeze_dim=2)
-    total = total + fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
-    return fused.mlp(traced_norm(fused.post_norm, total, fused.rounding)), total
+        q, k = [traced_norm(family, norm, x, rounding) for norm, x in zip(fused.head_norms, (q, k))]
+    if fused.turns():
+        q, k = family.module.apply_rotary_pos_emb(q, k, *embeddings, unsqueeze_dim=2)
+    out = fused.o_proj(fused.attend(q, k, v, step, mask, cache, kwargs))
+    if len(fused.norms) > 2:
+        _, after, before, last = fused.norms
+        total = total + traced_norm(family, after, out, rounding)
+        return traced_norm(family, last, fused.mlp(traced_norm(family, before, total, rounding)), rounding), total
+    total = total + fused.scaled(out)
+    return fused.scaled(fused.mlp(traced_norm(family, fused.norms[1], total, rounding))), total
 
 
 @named_forward
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of a model: that of its class, with a Step for its layers if all of them are fused. Another one, which somebody
-    has put into the class, may look at what goes from layer to layer, so that is made whole for it."""
+    """Of a model: that of its class, with a Step for its layers if all of them are fused, and without its norm where
+    an End will see to that. Another one, which somebody has put into the class, may look at what goes from layer to
+    layer, so that is made whole for it."""
     applied: Applied = self._minivllm
+    end: End | None = kwargs.pop(END, None)
     if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
         kwargs["output_attentions"] = True  # for the layers, which do not see the configuration
     layers = list(self.layers._modules.values())[: self.config.num_hidden_layers]
     fused = type(self).forward is applied.model_forward and all(is_fused(layer, layer_forward) for layer in layers)
+    stand_in = self
     if layers and fused:
-        watched = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        watched = watched or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
+        recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        watched = recorded or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
         kwargs[STEP] = Step(None if watched else layers[-1])
-    return type(self).forward(self, *args, **kwargs)
+        if end is not None and not recorded and "output_attentions" not in kwargs:
+            stand_in = Instead(self, norm=end.norm)
+    return type(self).forward(stand_in, *args, **kwargs)
+
+
+def can_norm(norm: Any, x: Tensor) -> bool:
+    """Whether the ops may stand in for a final norm that has `norm_forward`, or had it when `apply` put it there."""
+    return (
+        is_fused(norm, norm_forward)
+        and not norm.training
+        and not torch.is_grad_enabled()
+        and x.dtype == norm.weight.dtype
+        and x.dtype in DTYPES
+        and not is_intercepted()
+        and not (
+            why_not_now(norm._minivllm.number) if torch.compiler.is_compiling() else norm._minivllm.why_not_now({})
+        )
+    )
 
 
 @named_forward
 def norm_forward(self: Any, hidden_states: Tensor) -> Any:
     """Of the final norm."""
-    x, traced = hidden_states, torch.compiler.is_compiling()
-    applied: Applied = self._minivllm
-    if (
-        self.training
-        or torch.is_grad_enabled()
-        or x.dtype != self.weight.dtype
-        or x.dtype not in DTYPES
-        or (why_not_now(applied.number) if traced else applied.why_not_now({}))
-        or is_intercepted()
-    ):
+    x, family, rounding = hidden_states, self._minivllm.family, self._minivllm.rounding
+    if not can_norm(self, x):
         return type(self).forward(self, x)
-    if traced:
-        return traced_norm(self, x, applied.rounding)
-    return ops.rms_norm(x, self.weight, self.variance_epsilon, rounding=applied.rounding)
+    if torch.compiler.is_compiling():
+        return traced_norm(family, self, x, rounding)
+    return ops.rms_norm(x, self.weight, **family.norm_options(self, rounding))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # model_type of transformers: those that tests/test_decoder.py holds
-BY_LAYER = ("qwen2", "qwen3")  # their forward takes a mask for each kind of layer, that of the others one for all
+from .code import FAMILIES
+
+SERVED = {family.model_type: family for family in FAMILIES.values()}
 ATTENTIONS = ("sdpa", "eager")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose rows of earlier tokens change with the length
 
@@ -43,10 +44,11 @@ def check_model(model: Any) -> Shape:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Decoder: model is of type {type(model).__qualname__}, expected a model of transformers")
     name, config = type(model).__name__, model.config
-    if config.model_type not in FAMILIES or not name.endswith("ForCausalLM"):
+    family = SERVED.get(config.model_type)
+    if family is None or not name.endswith("ForCausalLM"):
         raise NotImplementedError(
             f"Decoder: {name} (model type {config.model_type}) is not served; served are the ForCausalLM models of "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(SERVED)}"
         )
     if not model._can_compile_fullgraph:
         raise NotImplementedError(f"Decoder: {name} does not support the static cache of transformers")
@@ -56,7 +58,11 @@ def check_model(model: Any) -> Shape:
         raise NotImplementedError(
             f"Decoder: attention {attention!r} is not served: load the model with attn_implementation='sdpa' or 'eager'"
         )
-    if (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")) in LENGTH_DEPENDENT:
+    ropes = getattr(config, "rope_parameters", None) or {}
+    by_kind = [rope for rope in ropes.values() if isinstance(rope, dict)]  # of each kind of layer, or one for all
+    if rope := next(
+        (each["rope_type"] for each in by_kind or [ropes] if each.get("rope_type") in LENGTH_DEPENDENT), ""
+    ):
         raise NotImplementedError(
             f"Decoder: RoPE of type {rope!r} is not served: its rows depend on the length of the text"
         )
@@ -65,8 +71,10 @@ def check_model(model: Any) -> Shape:
         raise NotImplementedError("Decoder: the model has to be on one device, the CPU or a CUDA GPU, as a whole")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise NotImplementedError("Decoder: accelerate moves parts of the model while it runs, which is not served")
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) if config.model_type in BY_LAYER else None
+    if getattr(config, "use_bidirectional_attention", False):
+        raise NotImplementedError(f"Decoder: {name} attends in both directions, which is not served")
+    window = getattr(config, "sliding_window", None) if family.traits.window else None
+    kinds = getattr(config, "layer_types", None) if family.traits.by_layer else None
     if kinds is None:
         kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
@@ -76,7 +84,7 @@ def check_model(model: Any) -> Shape:
     return Shape(
         weight=model.get_output_embeddings().weight, vocabulary=model.get_output_embeddings().weight.shape[0],
         heads=config.num_key_value_heads, head_dim=head_dim, sliding=sliding, window=window if any(sliding) else None,
-        by_layer=config.model_type in BY_LAYER, attention=attention)  # fmt: skip
+        by_layer=family.traits.by_layer, attention=attention)  # fmt: skip
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

@@ -16,16 +16,17 @@ class Step:
     def __init__(self, last: torch.nn.Module | None) -> None:
         self.pending: Tensor | None = None
         self.last = last
-        self.embeddings: tuple[Tensor, Tensor] | None = None
-        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.rotations: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
         self.mask: Tensor | None = None
         self.bias: Tensor | None = None
 
     def rotation_of(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """rotation(embeddings), computed once for all layers."""
-        if self.rotation is None or self.embeddings is not embeddings:
-            self.embeddings, self.rotation = embeddings, rotation(embeddings)
-        return self.rotation
+        """rotation(embeddings), computed once for all layers of a kind."""
+        for known, turned in self.rotations:
+            if known is embeddings:
+                return turned
+        self.rotations.append((embeddings, rotation(embeddings)))
+        return self.rotations[-1][1]
 
     def bias_of(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A mask of booleans as what is added to scores: torch would make that anew in every layer."""
@@ -46,6 +47,9 @@ def rotation(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """x cos + rotate_half(x) sin in place, with the very roundings of transformers: the sign that rotate_half gives to
-    the first half is in `sin`. x: [batch, tokens, heads, head_dim]."""
+    the first half is in `sin`. x: [batch, tokens, heads, head_dim], of which the first columns, as many as `sin` has,
+    are turned."""
+    if x.shape[-1] != sin.shape[-1]:
+        x = x[..., : sin.shape[-1]]
     turned = x.roll(x.shape[-1] // 2, -1)
     x.mul_(cos).add_(turned.mul_(sin))
