@@ -16,8 +16,8 @@ STEPS = 4
 
 
 def mlps(calls):
-    """MLPs on the ops: rms_norm_gate_up for up to 8 tokens, silu_and_mul behind two products for more."""
-    return calls.get("rms_norm_gate_up", 0) + calls.get("silu_and_mul", 0)
+    """MLPs on the ops."""
+    return calls.get("rms_norm_gate_up", 0)
 
 
 def hook_down(layer):

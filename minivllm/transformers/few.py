@@ -2,8 +2,7 @@
 
     out   = decode_attention(q, k, v, keys, values)          a Decoder's step: norms of heads, rotary embedding, cache
     total = linear_add(out, o_proj, total)
-    h     = rms_norm_gate_up(total, (gate_proj, up_proj))    of more than PAIR_TOKENS the norm and product for each of
-                                                             the two, then silu_and_mul
+    h     = rms_norm_gate_up(total, (gate_proj, up_proj))
     total = linear_add(h, down_proj, total)                  in place
 
 where norms stand behind attention and MLP as well, with linear and norm_add in place of linear_add.
@@ -28,7 +27,6 @@ from .. import _C as ops
 from .cache import Rows
 from .code import Family, Rounding, is_replaced
 
-PAIR_TOKENS = 8  # in one call up to so many: with more of them two products, each on wgmma, are faster on a Hopper GPU
 # By class: its forward, and what the ops call it.
 ACTIVATIONS: dict[type, tuple[object, str]] = {
     SiLUActivation: (SiLUActivation.forward, "silu"),
@@ -139,18 +137,8 @@ def gated(few: Few, norm: Any, total: Tensor, rounding: Rounding, **options: Any
     """What down_proj takes: the norm, gate and up, and the activation of the gate times up."""
     linears, (_, activation) = few.linears[:-1], ACTIVATIONS[type(few.activation)]
     options |= few.family.norm_options(norm, rounding)
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    if total.shape[:-1].numel() <= PAIR_TOKENS:
-        several: Any = tuple(weights) if len(weights) > 1 else weights[0]
-        bias: Any = None if biases[0] is None else tuple(biases) if len(biases) > 1 else biases[0]
-        h: Tensor = ops.rms_norm_gate_up(
-            total, norm.weight, several, bias=bias, activation=cast(Any, activation), **options
-        )
-        return h
-    sizes = [linear.out_features for linear in linears]
-    gate_up = total.new_empty(*total.shape[:-1], sum(sizes))
-    for weight, bias, part in zip(weights, biases, gate_up.split_with_sizes(sizes, -1)):
-        ops.rms_norm_linear(total, norm.weight, weight, bias=bias, out=part, **options)
-    if activation == "silu":
-        return ops.silu_and_mul(gate_up, rounding=rounding)
-    return ops.gelu_and_mul(gate_up, approximate="tanh", rounding=rounding)
+    weights, biases = tuple(linear.weight for linear in linears), tuple(linear.bias for linear in linears)
+    weight: Any = weights if len(weights) > 1 else weights[0]
+    bias: Any = None if biases[0] is None else biases if len(biases) > 1 else biases[0]
+    h: Tensor = ops.rms_norm_gate_up(total, norm.weight, weight, bias=bias, activation=cast(Any, activation), **options)
+    return h
