@@ -67,8 +67,8 @@ static inline double norm_ffma_us(const mv_task *t) {
     return 5 + static_cast<double>(t->hidden) * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
 }
 
-/* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query heads
- * share a key, and for each sequence; the tensor cores start later, and in clusters somewhat later still. */
+/* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query
+ * heads share a key, and for each sequence; the tensor cores start later, and in clusters somewhat later still. */
 static inline double attention_us(const mv_task *t, double start, double rate, double bytes) {
     const double most = 0.95 * memory_rate(t);
     return start + bytes / (rate < most ? rate : most);

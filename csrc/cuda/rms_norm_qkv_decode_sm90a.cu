@@ -5,13 +5,13 @@
  * its own in shared memory, and multiplies what has arrived by the tokens: 16-bit values on the tensor cores, the
  * weight being the wide operand, float32 on the CUDA cores. Copies run ahead into the next pass, so memory does not
  * wait while the warps add up the sums of one. A warp waits once for a slot, at a barrier that its copies report to:
- * what it does between two slots decides how much a block can take from memory. A block lets the next kernel of the stream start as soon as it is resident itself. With static_weights nothing
- * that the weights need depends on the kernel before, so the block asks for them at once. Without, the kernel before
- * may still write them: the block has L2 bring them, and all else comes after the wait. Where its share is small, a
- * block takes a little less than half of an SM's shared memory: that of the next call fills its slots while this one
- * still computes, and memory is never idle. (A third does not fit, so no SM gets two blocks of one call.) Where it is
- * larger, a block takes all of it: then it matters more how many weights can be on their way while the tokens are
- * normalised.
+ * what it does between two slots decides how much a block can take from memory. A block lets the next kernel of the
+ * stream start as soon as it is resident itself. With static_weights nothing that the weights need depends on the
+ * kernel before, so the block asks for them at once. Without, the kernel before may still write them: the block has L2
+ * bring them, and all else comes after the wait. Where its share is small, a block takes a little less than half of an
+ * SM's shared memory: that of the next call fills its slots while this one still computes, and memory is never idle. (A
+ * third does not fit, so no SM gets two blocks of one call.) Where it is larger, a block takes all of it: then it
+ * matters more how many weights can be on their way while the tokens are normalised.
  *
  * Memory answers in order, and tokens that are asked for after 200 KB of weights come late; so a block that is not done
  * with its weights anyway fills its last slots after it has asked for the tokens. They are normalised into shared
