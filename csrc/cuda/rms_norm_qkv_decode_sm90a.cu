@@ -115,8 +115,7 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     for (int i = threadIdx.x; i < rows; i += kThreads) {
         const T *const row = weight_row<T>(task, find_output(task, first_row + i));
         if (!task.static_weights && i < split.pass_rows)
-            prefetch_l2(row, min(hidden * static_cast<int>(sizeof(T)),
-                                 split.early * kWarps * kPieceBytes / min(rows, split.pass_rows)));
+            prefetch_l2(row, min(hidden, split.early * kStep<T>) * static_cast<int>(sizeof(T)));
         row_at[i] = row;
     }
     if (!kPlain && threadIdx.x < kTokens * kWarps) (&fixed->squares[0][0])[threadIdx.x] = 0;
