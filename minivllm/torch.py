@@ -609,13 +609,16 @@ def rms_norm_qkv(
         residual_out=residual_out
     )  # fmt: skip
     packed, *total = [result] if residual is None else result
-    heads = num_heads + 2 * num_kv_heads
-    if packed.shape[-1] != heads * (packed.shape[-1] // heads if head_dim is None else head_dim):
+    heads, outputs = num_heads + 2 * num_kv_heads, packed.shape[-1]
+    columns = outputs // heads if head_dim is None else head_dim
+    if outputs != heads * columns:
         raise ValueError(
-            f"rms_norm_qkv: qkv_weight has {packed.shape[-1]} outputs, expected {heads} (= num_heads + 2 * "
-            f"num_kv_heads) times head_dim{'' if head_dim is None else f', which is {head_dim}'}"
+            f"rms_norm_qkv: qkv_weight has {outputs} outputs, expected {heads} (= num_heads + 2 * num_kv_heads) times "
+            f"head_dim{'' if head_dim is None else f', which is {head_dim}'}"
         )
-    parts = packed.unflatten(-1, (heads, -1)).split_with_sizes([num_heads, num_kv_heads, num_kv_heads], -2)
+    parts = packed.view(*packed.shape[:-1], heads, columns).split_with_sizes(
+        [num_heads, num_kv_heads, num_kv_heads], -2
+    )
     return *parts, *total
 
 

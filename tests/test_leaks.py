@@ -114,9 +114,9 @@ def in_use():
     return sys.getallocatedblocks(), found.uordblks + found.hblkhd
 
 
-def assert_no_growth(one_round, calls_of_a_round: int, calls: int):
+def assert_no_growth(one_round, calls_of_a_round: int, calls: int, most_bytes: int = 8):
     """What leaks does so each time: of six stretches after a warm-up one must end with what it began with. Frameworks keep
-    a little now and then, but neither a block nor 16 bytes a round."""
+    a little now and then, but neither half a block nor most_bytes a round."""
     rounds = max(1, calls // (6 * calls_of_a_round))
     gc.collect()
     gc.freeze()  # so that collecting looks at new objects alone
@@ -134,7 +134,7 @@ def assert_no_growth(one_round, calls_of_a_round: int, calls: int):
     what = f"{6 * rounds * calls_of_a_round} calls: (blocks, bytes) more after each sixth {grown}; resident {resident} kB more"
     print(what)
     assert min(blocks for blocks, _ in grown) < max(8, rounds / 2), what
-    assert min(size for _, size in grown) < 8 * rounds, what
+    assert min(size for _, size in grown) < most_bytes * rounds, what
 
 
 def calls_of(op, framework, count=6, keep=lambda case: True):
@@ -183,7 +183,8 @@ def test_calls_of_every_op_on_jax_arrays_leave_no_memory(op, leak_calls):
     if reason := framework.why_not():
         pytest.skip(reason)
     found = calls_of(op, framework, 4, keep=lambda case: not case.refused and not case.outputs)
-    assert_no_growth(a_round(found, calls.call), 4, max(leak_calls // 10, 1200))
+    # JAX's own tables grow by up to 48 bytes a round. An object that each of our calls left behind would be 48 bytes a call.
+    assert_no_growth(a_round(found, calls.call), 4, max(leak_calls // 10, 1200), most_bytes=4 * 48 // 2)
 
 
 @leaks

@@ -34,7 +34,8 @@ static inline double decode_sm80_us(const mv_task *t) {
 
 /* token_bytes: of the tokens of a block, which it reads, and normalises where there is a norm, before it multiplies. */
 static inline double decode_sm90a_us(const mv_task *t, double token_bytes) {
-    return 0.9 + read_us(t) + weight_bytes(t) / 100e6 + token_bytes / (t->linear.plain_x ? 60e3 : 25e3);
+    return (t->tokens > 8 ? 1.3 : 0.9) + read_us(t) + weight_bytes(t) / 100e6 +
+           token_bytes / (t->linear.plain_x ? 60e3 : 25e3);
 }
 
 static inline double norm_mma_us(const mv_task *t) { return 6 + larger(1.3 * read_us(t), tile_flops(t, 32) / 4.3e8); }
@@ -68,20 +69,25 @@ static inline double norm_ffma_us(const mv_task *t) {
 }
 
 /* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query
- * heads share a key, and for each sequence; the tensor cores start later, and in clusters somewhat later still. */
-static inline double attention_us(const mv_task *t, double start, double rate, double bytes) {
-    const double most = 0.95 * memory_rate(t);
+ * heads share a key, and for each sequence; the tensor cores start later, in clusters somewhat later still, and what
+ * the blocks of one sequence and head of keys take together is limited. */
+static inline double attention_us(const mv_task *t, double start, double rate, double rate_of_head, double bytes) {
+    const mv_attention &a = t->attention;
+    const double heads = static_cast<double>(t->tokens / a.heads * a.kv_heads), all = 0.95 * memory_rate(t);
+    const double most = heads * rate_of_head < all ? heads * rate_of_head : all;
     return start + bytes / (rate < most ? rate : most);
 }
 static inline double attention_cores_us(const mv_task *t, double bytes) {
     const mv_attention &a = t->attention;
     const int64_t of_key = a.heads / a.kv_heads;
     const double rate = of_key <= 2 ? 4.2e6 : of_key <= 4 ? 2.8e6 : of_key <= 8 ? 1.5e6 : 0.8e6;
-    return attention_us(t, 5.5 + 0.2 * static_cast<double>(t->tokens / a.heads), rate, bytes);
+    return attention_us(t, 5.5 + 0.2 * static_cast<double>(t->tokens / a.heads), rate, rate, bytes);
 }
-static inline double attention_mma_us(const mv_task *t, double bytes) { return attention_us(t, 7, 3.6e6, bytes); }
+static inline double attention_mma_us(const mv_task *t, double bytes) {
+    return attention_us(t, 7, 3.6e6, 0.3e6, bytes);
+}
 static inline double attention_clusters_us(const mv_task *t, double bytes) {
-    return attention_us(t, 7.5, 3.8e6, bytes);
+    return attention_us(t, 7.5, 3.8e6, 0.22e6, bytes);
 }
 
 } // namespace prices
