@@ -151,8 +151,8 @@ def _unlucky(sums, y, weight, gain=0.0):
     """What a float32 sum may lose beyond the tolerance, which takes rounding errors as independent."""
     # Where all products are nearly equal they are not: the partial sums grow steadily, and as long as they have one
     # exponent every addition loses the same part of a unit. A kernel adds 64 float32 products to one sum before that
-    # joins a larger one: at most 64 / 4 units of the whole sum.
-    steady = 64 / 4 * numeric.UNIT_F32 * abs(sums)
+    # joins a larger one: a quarter of a unit of the whole sum at most for each of the 64, and for each that joins.
+    steady = (64 + y.shape[-1] / 64) / 4 * numeric.UNIT_F32 * abs(sums)
     # Where one term dominates, every later addition rounds a sum of its size: a walk that is now and then, in 10^9
     # elements, longer than the tolerance's ||e W||_1.
     terms = namespace(sums).sqrt(y**2 @ (weight**2).T)
