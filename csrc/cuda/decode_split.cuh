@@ -17,7 +17,8 @@ constexpr int kWholeBytes = 227 << 10;
 
 constexpr int kMaxSlots = 24; /* of a warp */
 
-/* Then, for each row of the block, its address and its bias; the ring; the norm weights; y; and the parts of sums. */
+/* What a block's shared memory begins with. Behind it: of each of the block's rows its address, then of each its bias;
+ * the ring; the norm weights; y; and where sums meet beside the ring, room for them. */
 template <int kTokens> struct alignas(16) Fixed {
     uint64_t full[kWarps][kMaxSlots]; /* a barrier for each slot */
     float squares[kTokens][kWarps];   /* parts of the tokens' sums of squares; zeros where a token has fewer */
@@ -77,9 +78,12 @@ int steps_of(const mv_task *task) {
     return static_cast<int>((task->hidden + step - 1) / step);
 }
 
+/* Tokens that the instance for so many is made for. */
+int made_for(const Groups &groups) { return groups.y_rows <= 8 ? 8 : kMaxTokens; }
+
 /* Where the ring begins. */
 int ring_of(const mv_task *task, const Groups &groups) {
-    const size_t fixed = groups.y_rows <= 8 ? sizeof(Fixed<8>) : sizeof(Fixed<16>);
+    const size_t fixed = made_for(groups) == 8 ? sizeof(Fixed<8>) : sizeof(Fixed<kMaxTokens>);
     return (static_cast<int>(fixed) + rows_of(task, groups) * kRowBytes + 127) / 128 * 128;
 }
 
@@ -98,7 +102,7 @@ Ring ring_for(const mv_task *task, const Groups &groups, int block_bytes) {
     for (;; tiles--) {
         Ring ring = {min(tiles * kPieceRows, rows), 0, 0};
         const bool meets_beside = ring.pass_rows < rows;
-        const int parts = meets_beside ? kWarps * (groups.y_rows <= 8 ? 8 : 16) * (ring.pass_rows + 4) * 4 : 0;
+        const int parts = meets_beside ? kWarps * made_for(groups) * (ring.pass_rows + 4) * 4 : 0;
         /* An even number of rows, which are swapped in pairs; 10 at least, so that a slot has room for sums. */
         ring.slot_bytes = max((ring.pass_rows + 1) / 2 * 2, 10) * 128;
         ring.slots = min((room - parts) / (kWarps * ring.slot_bytes), kMaxSlots);

@@ -164,9 +164,9 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     };
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
-    const auto await_copies = [&] { /* of norm weights and tokens */
-                                    cp_async_wait<0>();
-                                    __syncthreads();
+    const auto await_copies = [&] {
+        cp_async_wait<0>(); /* of norm weights and tokens; those of weights report to barriers */
+        __syncthreads();
     };
     const auto hold_tokens = [&](auto held) {
         held.load();
@@ -289,9 +289,9 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
 template <typename T, int kTokens, int kRowTiles, Form kForm>
-mv_status launch_rows(const mv_task *task, Split split, const Groups &groups, const Part &part, mv_error *error) {
-    const Grid grid = {static_cast<unsigned>(part.blocks) << groups.log_groups, kThreads,
-                       static_cast<size_t>(block_bytes_of(task, groups)), part.cluster};
+mv_status launch_rows(const mv_task *task, Split split, const Part &part, int block_bytes, mv_error *error) {
+    const Grid grid = {static_cast<unsigned>(part.blocks) << split.log_groups, kThreads,
+                       static_cast<size_t>(block_bytes), part.cluster};
     return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
 }
 
@@ -305,7 +305,8 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
     split.log_threads = tokens == 1 ? 8 : tokens == 2 ? 7 : tokens <= 4 ? 6 : tokens <= 8 ? 5 : 4;
     const int step = Packet<T>::size << split.log_threads;
     split.held = (static_cast<int>(task->hidden) + step - 1) / step;
-    const Ring ring = ring_for(task, groups, block_bytes_of(task, groups));
+    const int block_bytes = block_bytes_of(task, groups);
+    const Ring ring = ring_for(task, groups, block_bytes);
     split.slots = ring.slots;
     split.slot_bytes = ring.slot_bytes;
     split.pass_rows = ring.pass_rows;
@@ -327,11 +328,11 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
         split.rows_per_block = part.outputs / split.unit / part.blocks * split.unit;
         split.more = part.outputs / split.unit % part.blocks;
         switch ((ring.pass_rows + kPieceRows - 1) / kPieceRows) {
-        case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, groups, part, error); break;
-        case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, groups, part, error); break;
-        case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, groups, part, error); break;
-        case 4: status = launch_rows<T, kTokens, 4, kForm>(task, split, groups, part, error); break;
-        default: status = launch_rows<T, kTokens, kMaxRowTiles, kForm>(task, split, groups, part, error); break;
+        case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, part, block_bytes, error); break;
+        case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, part, block_bytes, error); break;
+        case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, part, block_bytes, error); break;
+        case 4: status = launch_rows<T, kTokens, 4, kForm>(task, split, part, block_bytes, error); break;
+        default: status = launch_rows<T, kTokens, kMaxRowTiles, kForm>(task, split, part, block_bytes, error); break;
         }
     }
     return status;
