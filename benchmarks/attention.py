@@ -24,8 +24,9 @@ MOST_CACHE_BYTES = 16 * 2**30  # of all copies; what needs more is left out
 CUDA_CACHE_BYTES = 100_000_000  # more than the L2 cache of any GPU tried; the copies are four times this
 PAGE = 16  # keys of a page, as FlashInfer is given the same memory
 WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends it
-# A chain of calls writes no weights, so it promises that they are static; this variant is the default, which does not.
-OPTIONS = {"": {}, " not static": {"static_weights": False}}
+# A chain of calls writes no weights and none of the older rows, so it promises that both are static; this variant is
+# the default, which does not.
+OPTIONS = {"": {}, " not static": {"static_weights": False, "static_rows": False}}
 
 METHOD = {
     "cuda": "us per op inside a replayed CUDA graph; median and quartiles over replays, variants in turns; a dependent "
@@ -79,7 +80,7 @@ class Chain:
         minivllm.decode_attention(
             self.outs[i % 2], *self.new, keys, values, self.positions, cos=self.cos, sin=self.sin,
             q_norm_weight=q_norm, k_norm_weight=k_norm, eps=peers.EPS, out=self.outs[1 - i % 2],
-            **{"static_weights": True, **options})  # fmt: skip
+            **{"static_weights": True, "static_rows": True, **options})  # fmt: skip
 
     def alone(self, attend: Callable) -> Callable[[int], None]:
         """A variant that makes its own outputs: attend(q, cache). Call 0 starts from one that outlives every graph."""

@@ -103,7 +103,7 @@ typedef struct {
     int64_t rows, block_rows, blocks; /* of a sequence at most, up to 2^30; of a block; in the cache */
     const int32_t *block_table;       /* NULL: block b is sequence b's. Outside of [0, blocks): there is no page */
     int64_t table_stride;
-    bool ring;
+    bool ring, static_rows;        /* static_rows: the older rows may be read before griddepcontrol.wait */
     mv_integers positions, starts; /* of each sequence: keys before the new token's; the first that counts */
     int64_t window;                /* keys that the token attends to at most, itself included */
     float scale, soft_cap;         /* soft_cap 0: none */

@@ -15,8 +15,11 @@ struct Cut {
     int32_t group;   /* query heads of a block */
     int32_t of_head; /* query heads of a key-value head */
     int32_t early;   /* blocks that may begin while the kernel in front still runs */
+    bool early_rows; /* those may load older rows then, not only ask L2 for them */
     int32_t cluster; /* blocks that merge the pieces of a sequence in one launch; 0: a second one does */
-    int32_t shift;   /* row / page == row * reciprocal >> 30 + shift, for rows below 2^30 */
+    int32_t log_cluster;
+    int32_t ring;  /* bytes of shared memory for each warp's keys and values, where they go through it */
+    int32_t shift; /* row / page == row * reciprocal >> 30 + shift, for rows below 2^30 */
     uint64_t reciprocal;
 };
 
@@ -35,6 +38,9 @@ template <When kWhen> __device__ __forceinline__ int64_t integer_at(mv_integers 
 /* Where a sequence's new token stands, and the first key that counts, as the GPU has them. */
 struct Place {
     int64_t last, start;
+    __device__ __forceinline__ bool operator==(const Place &other) const {
+        return last == other.last && start == other.start;
+    }
 };
 template <When kWhen = When::kAfterWait>
 __device__ __forceinline__ Place load_place(const mv_task &task, int64_t sequence) {
@@ -48,8 +54,9 @@ struct Keys {
     int piece; /* keys of a piece */
     int first; /* row of key 0, counted within the sequence */
 
+    __device__ __forceinline__ Keys() : count(0), piece(0), first(0) {}
     __device__ __forceinline__ Keys(const mv_task &task, Place place, int pieces, int least_of_piece = kLeastKeys)
-        : count(0), piece(0), first(0) {
+        : Keys() {
         const mv_attention &a = task.attention;
         const int64_t last = place.last, start = place.start;
         if (last < 0) return;

@@ -53,9 +53,9 @@ template <typename T> __global__ void __launch_bounds__(kMergeThreads)
     const int dim = static_cast<int>(task.hidden);
     const int64_t row = blockIdx.x, first = row * cut.pieces;
     const Partials partials(task, cut.pieces);
+    griddepcontrol_launch(); /* at once: what the next kernel does before its own wait runs beside the attention */
     T *const to = row_address<T>(task.out, task.inner, row); /* its divisions are done before the wait */
     griddepcontrol_wait();
-    griddepcontrol_launch();
     for (int column = threadIdx.x; column < dim; column += kMergeThreads) {
         Softmax<1> all;
         const float2 *of_row = partials.found + first;

@@ -14,9 +14,10 @@
  * What a short call takes is a chain: the launch; the wait for the kernel in front; the load of the position; that of
  * the block table, where there are pages; the first keys; two products and a softmax; the merge of the warps, that of
  * the blocks; the store. Blocks that begin before the kernel in front is done read the position then, too, which may
- * not be the one that counts, and have L2 ask memory for the keys and values that it points to. All else happens
- * meanwhile: the heads and the new value are asked for right behind the position, and norm and rotary embedding run
- * while the first tiles are on their way.
+ * not be the one that counts. Where the caller promises that older rows are static, they copy the first keys and values
+ * that it points to, and look after the wait whether those were the right ones; else they have L2 ask memory for them.
+ * All else happens meanwhile: the heads and the new value are asked for right behind the position, and norm and rotary
+ * embedding run while the first tiles are on their way.
  *
  * The new token is a row of the last tile: its key and value are copied there from shared memory, where the block that
  * has the last piece made them. It alone writes them to the cache.
@@ -27,8 +28,9 @@
  * instructions and waited for after the last key. Where so many blocks are too few for the GPU, and on other GPUs, a
  * second launch merges. In either case the order is fixed: the bits are the same every time.
  *
- * In a model a call finds none of its code in the caches of the SM, so what is long is there once or twice, and not
- * unrolled. */
+ * What counts for few keys is instructions: each warp runs some two thousand of them one after the other, and in a model
+ * a call finds none of them in the caches of the SM. So a call as most models make it has instances of its own, and what
+ * is long is there once or twice, and not unrolled. */
 #pragma once
 
 #include "attention_merge.cuh"
@@ -46,9 +48,12 @@ constexpr float kLog2OfE = 1.44269504088896341f;
 constexpr uint32_t kNoRow = 0xffffffffu;
 
 /* An instance: heads of up to kColumns columns, kTiles times 8 query heads of a block. kHopper: blocks may be a
- * cluster, and an SM has room for longer rings. */
-template <typename T_, int kColumns_, int kTiles_, bool kHopper_> struct Instance {
+ * cluster, and an SM has room for longer rings. kCommon: a call as most models make it (is_common), which takes half
+ * of the instructions. */
+template <typename T_, int kColumns_, int kTiles_, bool kHopper_, bool kCommon_> struct Instance {
     using T = T_;
+    static constexpr bool kCommon = kCommon_;
+    using OwnHead = typename HeadOf<T, kColumns_ / 32, kCommon>::Type;
     static constexpr int kColumns = kColumns_, kTiles = kTiles_, kHeads = kTiles * kTileHeads;
     static constexpr bool kHopper = kHopper_;
     static constexpr int kWarps = 4, kThreads = kWarps * 32;
@@ -57,12 +62,13 @@ template <typename T_, int kColumns_, int kTiles_, bool kHopper_> struct Instanc
     static constexpr int kRowBytes = kLanes * 16, kUnitBytes = kTileKeys * kRowBytes;
     /* Tiles of keys, and as many of values, of a warp's ring. */
     static constexpr int kAhead = (kHopper && kTiles == 1 ? 3 : 2) * (kColumns <= 64 ? 2 : 1);
-    static constexpr int kSlots = 2 * kAhead, kRingBytes = kSlots * kUnitBytes;
+    static constexpr int kSlots = 2 * kAhead;
     static constexpr int kBlocks = kColumns <= 128 ? 2 : 1; /* of an SM */
     static constexpr int kQueryStride = kColumns + 8;       /* values: rows begin in different banks */
     static constexpr int kOutStride = kColumns + 4;
     static constexpr bool kKeepsQueries = kTiles * kSteps <= 16; /* in registers: there are enough for that */
-    static_assert(kHeads * kOutStride * sizeof(float) <= kRingBytes, "a warp's sums take the place of its ring");
+    static constexpr int kSumBytes = kHeads * kOutStride * static_cast<int>(sizeof(float)); /* in place of the ring */
+    static_assert(kSumBytes <= kSlots * kUnitBytes, "the longest ring has room for them");
 };
 
 /* A block's shared memory behind the rings. */
@@ -77,7 +83,9 @@ template <typename S> struct Memory {
     float4 sent_out[S::kHopper ? S::kHeads * S::kColumns / 4 + kMostCluster : 1]; /* [block][share]: sum p_j v_j */
     alignas(8) uint64_t all_sent;                                                 /* counts the bytes */
 };
-template <typename S> constexpr size_t kSharedBytes = S::kWarps *S::kRingBytes + sizeof(Memory<S>);
+template <typename S> constexpr size_t shared_bytes(int ring) {
+    return static_cast<size_t>(S::kWarps * ring) + sizeof(Memory<S>);
+}
 
 /* ---- keys and values --------------------------------------------------------------------------------------------- */
 
@@ -90,15 +98,15 @@ template <typename S> __device__ __forceinline__ uint32_t chunk_at(int row, int 
 template <typename S> struct Ring {
     const mv_task &task;
     const Cut &cut;
-    const Keys &keys;
-    const int sequence, end, lane;              /* end: of the keys that are in the cache */
+    const int sequence, kv_head, lane;
+    Keys keys;
+    int end;                                    /* of the keys that are in the cache */
     const char *base[2];                        /* of keys and values, at the lane's chunk */
     uint32_t block_stride, row_stride, head_at; /* of keys or values, in chunks */
     float missing = 0;                          /* NaN once there was no page for a key */
 
-    __device__ __forceinline__ Ring(const mv_task &task, const Cut &cut, const Keys &keys, int sequence, int kv_head,
-                                    int end)
-        : task(task), cut(cut), keys(keys), sequence(sequence), end(end), lane(threadIdx.x % 32) {
+    __device__ __forceinline__ Ring(const mv_task &task, const Cut &cut, int sequence, int kv_head)
+        : task(task), cut(cut), sequence(sequence), kv_head(kv_head), lane(threadIdx.x % 32), end(0) {
         const mv_attention &a = task.attention;
         const mv_cache &own = lane < 16 ? a.keys : a.values;
         block_stride = static_cast<uint32_t>(own.block_stride / 8);
@@ -108,8 +116,22 @@ template <typename S> struct Ring {
         base[1] = static_cast<const char *>(a.values.data) + lane % S::kLanes * 16;
     }
 
+    /* Fills the ring with the warp's tiles of keys [key, until), and leaves in `rows` where the tile behind them is. */
+    __device__ __forceinline__ void fill(const Keys &of, int key, int until, uint32_t slots, uint32_t &rows) {
+        constexpr int kApart = S::kWarps * kTileKeys;
+        keys = of, end = min(until, keys.count - 1);
+        rows = row_of(key);
+#pragma unroll 1
+        for (int i = 0; i < S::kAhead; i++) {
+            const uint32_t coming = rows;
+            rows = row_of(key + (i + 1) * kApart);
+            bring(key + i * kApart, until, coming, slots + i * 2 * S::kUnitBytes);
+        }
+    }
+
     /* Where the lane's row of the tile that begins with `key` is, in chunks. */
     __device__ __forceinline__ uint32_t row_of(int key) {
+        if constexpr (S::kCommon) return kNoRow; /* nobody asks */
         key += lane % kTileKeys;
         if (key >= end) return kNoRow;
         const CacheRow row(task, cut, keys, sequence, key);
@@ -120,11 +142,31 @@ template <typename S> struct Ring {
         return static_cast<uint32_t>(row.block) * block_stride + static_cast<uint32_t>(row.row) * row_stride + head_at;
     }
 
-    /* Brings a tile of keys, then one of values: two groups of copies, which are empty where there is no such tile.
-     * What there is no row for becomes zeros. */
-    __device__ __forceinline__ void bring(bool is_one, uint32_t rows, uint32_t slot) const {
+    /* Brings a tile of keys, then one of values, those from `key` on: two groups of copies, which are empty where there
+     * is no such tile. What there is no row for becomes zeros. */
+    __device__ __forceinline__ void bring(int key, int until, uint32_t rows, uint32_t slot) const {
         constexpr int kRows = 32 / S::kLanes; /* at a time */
         const int chunk = lane % S::kLanes, first = lane / S::kLanes;
+        const bool is_one = key < until;
+        if constexpr (S::kCommon) { /* one row after the other */
+            static_assert(S::kChunks == S::kLanes, "whole rows");
+            const int row = key + first;
+#pragma unroll 1
+            for (int which = 0; which < 2; which++) {
+                const mv_cache &cache = which ? task.attention.values : task.attention.keys;
+                const char *from =
+                    (which ? base[1] : base[0]) + 2 * (sequence * cache.block_stride + kv_head * cache.head_stride +
+                                                       (keys.first + row) * cache.row_stride);
+                const int64_t apart = 2 * kRows * cache.row_stride;
+                if (is_one)
+#pragma unroll
+                    for (int i = 0; i < kTileKeys; i += kRows, from += apart)
+                        cp_async16(slot + chunk_at<S>(i + first, chunk), from, row + i < end);
+                cp_async_commit();
+                slot += S::kUnitBytes;
+            }
+            return;
+        }
         const bool wanted = chunk < static_cast<int>(task.hidden) / 8;
         const uint32_t first_row = __shfl_sync(0xffffffffu, rows, lane & 16);
         /* All there, and equally far apart: then an address is a sum. */
@@ -189,12 +231,31 @@ template <typename S> struct HeadQueue {
     using T = typename S::T;
     const mv_task &task;
     const int sequence, kv_head, first_head, group, warp;
-    Head<T, S::kColumns / 32> now;
+    typename S::OwnHead now;
 
     __device__ __forceinline__ HeadQueue(const mv_task &task, int sequence, int kv_head, int first_head, int group)
         : task(task), sequence(sequence), kv_head(kv_head), first_head(first_head), group(group),
-          warp(static_cast<int>(threadIdx.x / 32)) {
-        load(now, warp);
+          warp(static_cast<int>(threadIdx.x / 32)) {}
+    __device__ __forceinline__ void load_first() { load(now, warp); }
+    /* Before the wait: L2 has what is asked for behind it, and the SM knows its pages. A lane asks for a row. */
+    __device__ __forceinline__ void prefetch_first() const {
+        const mv_attention &a = task.attention;
+        const int lane = static_cast<int>(threadIdx.x % 32), bytes = 2 * static_cast<int>(task.hidden);
+        const auto of_rotary = [&](const void *rows, int64_t stride) {
+            const int size = a.rotary.dtype == MV_F32 ? 4 : 2;
+            prefetch_l2(static_cast<const char *>(rows) + sequence * stride * size,
+                        size * static_cast<int>(a.rotary.columns));
+        };
+        if (warp > group) return;
+        const void *const weight = norm_of(warp).weight;
+        if (lane == 0) prefetch_l2(row_of(warp), bytes);
+        if (lane == 1 && weight) prefetch_l2(weight, norm_of(warp).weight_dtype == MV_F32 ? 2 * bytes : bytes);
+        if (lane == 2 && a.rotary.columns) of_rotary(a.rotary.cos, a.rotary.cos_stride);
+        if (lane == 3 && a.rotary.columns) of_rotary(a.rotary.sin, a.rotary.sin_stride);
+        if (lane == 4) prefetch_l2(kv_row(a.v), bytes);
+    }
+    __device__ __forceinline__ const T *row_of(int h) const {
+        return h < group ? head_address<const T>(task, task.x, sequence, first_head + h) : kv_row(task.attention.k);
     }
     __device__ __forceinline__ const T *kv_row(const mv_rows &rows) const {
         return static_cast<const T *>(rows.data) + sequence * rows.outer_stride + kv_head * rows.inner_stride;
@@ -202,11 +263,9 @@ template <typename S> struct HeadQueue {
     __device__ __forceinline__ const mv_head_norm &norm_of(int h) const {
         return h < group ? task.attention.q_norm : task.attention.k_norm;
     }
-    __device__ __forceinline__ void load(Head<T, S::kColumns / 32> &head, int h) const {
-        const mv_attention &a = task.attention;
+    __device__ __forceinline__ void load(typename S::OwnHead &head, int h) const {
         if (h > group) return;
-        const T *x = h < group ? head_address<const T>(task, task.x, sequence, first_head + h) : kv_row(a.k);
-        head.load(x, static_cast<int>(task.hidden), norm_of(h), a.rotary, sequence);
+        head.load(row_of(h), static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, sequence);
     }
 
     /* Leaves the queries in shared memory, and for the piece that has the new token also its key. */
@@ -214,7 +273,7 @@ template <typename S> struct HeadQueue {
 #pragma unroll 1
         for (int h = warp; h <= group; h += S::kWarps) {
             if (h == group && !has_new) return;
-            Head<T, S::kColumns / 32> next;
+            typename S::OwnHead next;
             load(next, h + S::kWarps);
             now.finish(static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, task.rounding,
                        memory.head[warp], S::kColumns);
@@ -227,8 +286,9 @@ template <typename S> struct HeadQueue {
                     continue;
                 }
                 memory.query[0][h][column] = rounded;
-                memory.query[1][h][column] =
-                    from_float<T>(isinf(to_float(rounded)) ? 0 : now.value[i] - to_float(rounded));
+                if (!S::kCommon)
+                    memory.query[1][h][column] =
+                        from_float<T>(isinf(to_float(rounded)) ? 0 : now.value[i] - to_float(rounded));
             }
             now = next;
         }
@@ -296,7 +356,7 @@ template <typename S> struct WarpSoftmax {
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++)
                     mma_m16n8k16<T>(dot[odd][t], k[odd], q[t][at + odd][0], q[t][at + odd][1]);
-                if (!has_low) continue;
+                if (S::kCommon || !has_low) continue;
                 ldmatrix_x4(low, query_at[t] + kLowBehind + step * 32);
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++) mma_m16n8k16<T>(dot[odd][t], k[odd], low[2 * odd], low[2 * odd + 1]);
@@ -325,7 +385,7 @@ template <typename S> struct WarpSoftmax {
                 p[t][i] *= scale;
                 if (lane / 4 + i / 2 * 8 >= count) p[t][i] = -INFINITY;
             }
-        if (soft_cap != 0) cap_scores(count, soft_cap);
+        if (!S::kCommon && soft_cap != 0) cap_scores(count, soft_cap);
 #pragma unroll
         for (int t = 0; t < S::kTiles; t++)
 #pragma unroll
@@ -394,20 +454,28 @@ template <typename S> struct WarpSoftmax {
 
 /* ---- merging ----------------------------------------------------------------------------------------------------- */
 
-/* Merges `count` softmaxes: found(i) has m and the sum of the i-th, out(i) four columns of sum p_j v_j. */
-template <int kUnrolled, typename Found, typename Out>
+/* Merges `count` softmaxes, kAtOnce at a time: found(i) has m and the sum of the i-th, out(i) four columns of
+ * sum p_j v_j. */
+template <int kAtOnce, typename Found, typename Out>
 __device__ __forceinline__ Softmax<4> merge(int count, Found found, Out out) {
     Softmax<4> all;
-#pragma unroll kUnrolled
-    for (int i = 0; i < count; i++) all.most = fmaxf(all.most, found(i).x);
-#pragma unroll kUnrolled
-    for (int i = 0; i < count; i++) {
-        const float shrink = weight(found(i).x, all.most);
-        const float4 four = out(i);
-        all.sum += shrink * found(i).y;
-        all.out[0] += shrink * four.x, all.out[1] += shrink * four.y;
-        all.out[2] += shrink * four.z, all.out[3] += shrink * four.w;
-    }
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            if (first + i < count) all.most = fmaxf(all.most, found(first + i).x);
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            if (first + i >= count) continue;
+            const float2 of = found(first + i);
+            const float shrink = weight(of.x, all.most);
+            const float4 four = out(first + i);
+            all.sum += shrink * of.y;
+            all.out[0] += shrink * four.x, all.out[1] += shrink * four.y;
+            all.out[2] += shrink * four.z, all.out[3] += shrink * four.w;
+        }
     return all;
 }
 
@@ -415,8 +483,9 @@ __device__ __forceinline__ Softmax<4> merge(int count, Found found, Out out) {
 template <typename T> __device__ __forceinline__ void store_result(const mv_task &task, int sequence, int head,
                                                                    int column, const Softmax<4> &all) {
     T *const to = head_address<T>(task, task.out, sequence, head) + column;
+    const float inverse = 1 / all.sum; /* of a sum of at least 1, or of 0: then the result is NaN */
 #pragma unroll
-    for (int i = 0; i < 4; i++) to[i] = from_float<T>(all.out[i] / all.sum);
+    for (int i = 0; i < 4; i++) to[i] = from_float<T>(all.out[i] * inverse);
 }
 
 /* Who a block is. */
@@ -440,12 +509,17 @@ struct Who {
     bool writes_new;
 };
 
-/* Who merges what in a cluster: each block has a share of the heads' columns, four of which are a unit. */
+/* Who merges what in a cluster of 1 << log blocks: four columns of a head are a unit, and block i has every so manyth
+ * from the i-th on. */
 template <typename S> struct Shares {
-    int units, share;
+    int units, log;
     __device__ __forceinline__ Shares(const Cut &cut, int group)
-        : units(group * S::kColumns / 4), share((units + cut.cluster - 1) / cut.cluster) {}
-    __device__ __forceinline__ int of(int block) const { return max(0, min(share, units - block * share)); }
+        : units(group * S::kColumns / 4), log(cut.log_cluster) {}
+    __device__ __forceinline__ int most() const { return of(0); }
+    __device__ __forceinline__ int of(int block) const { return (units - block + (1 << log) - 1) >> log; }
+    __device__ __forceinline__ int block_of(int unit) const { return unit & ((1 << log) - 1); }
+    __device__ __forceinline__ int place_of(int unit) const { return unit >> log; }
+    __device__ __forceinline__ int unit_of(int block, int place) const { return (place << log) + block; }
 };
 
 /* Merges what the warps have found: the result, or what the other blocks get, or what the second launch does. */
@@ -460,16 +534,17 @@ template <typename S> __device__ __forceinline__ void merge_warps(const mv_task 
         const Softmax<4> all = merge<S::kWarps>(
             S::kWarps, [&](int warp) { return memory.found[warp][h]; },
             [&](int warp) {
-                return reinterpret_cast<const float4 *>(rings + warp * S::kRingBytes)[h * (S::kOutStride / 4) + unit];
+                return reinterpret_cast<const float4 *>(rings + warp * cut.ring)[h * (S::kOutStride / 4) + unit];
             });
         if constexpr (S::kHopper)
             if (cut.cluster) {
-                const int share = Shares<S>(cut, who.group).share;
+                const Shares<S> shares(cut, who.group);
+                const int to = shares.block_of(i);
                 const auto there = [&](const void *here, int block) {
                     return cluster_address(shared_address(here), static_cast<uint32_t>(block));
                 };
-                send_to_cluster(there(&memory.sent_out[who.piece * share + i % share], i / share), all.out,
-                                there(&memory.all_sent, i / share));
+                send_to_cluster(there(&memory.sent_out[who.piece * shares.most() + shares.place_of(i)], to), all.out,
+                                there(&memory.all_sent, to));
                 if (unit < cut.cluster) /* each block has to know m and the sum */
                     send_to_cluster(there(&memory.sent_found[who.piece][h], unit), all.most, all.sum,
                                     there(&memory.all_sent, unit));
@@ -494,11 +569,11 @@ template <typename S> __device__ __forceinline__ void merge_cluster(const mv_tas
     const Shares<S> shares(cut, who.group);
 #pragma unroll 1
     for (int i = threadIdx.x; i < shares.of(who.piece); i += S::kThreads) {
-        const int h = (who.piece * shares.share + i) / kUnits, column = (who.piece * shares.share + i) % kUnits * 4;
+        const int unit = shares.unit_of(who.piece, i), h = unit / kUnits, column = unit % kUnits * 4;
         if (column >= task.hidden) continue;
         const Softmax<4> all = merge<4>(
             pieces, [&](int piece) { return memory.sent_found[piece][h]; },
-            [&](int piece) { return memory.sent_out[piece * shares.share + i]; });
+            [&](int piece) { return memory.sent_out[piece * shares.most() + i]; });
         store_result<typename S::T>(task, who.sequence, who.first_head + h, column, all);
     }
 }
@@ -509,7 +584,7 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_mma_kernel(const __grid_constant__ mv_task task, const __grid_constant__ Cut cut) {
     using T = typename S::T;
     extern __shared__ __align__(16) char smem[];
-    Memory<S> &memory = *reinterpret_cast<Memory<S> *>(smem + S::kWarps * S::kRingBytes);
+    Memory<S> &memory = *reinterpret_cast<Memory<S> *>(smem + S::kWarps * cut.ring);
     const mv_attention &a = task.attention;
     const Who who(task, cut);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -522,21 +597,45 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             }
             cluster_barrier_arrive();
         }
-    if (static_cast<int>(blockIdx.x) < cut.early) prefetch_tiles<S>(task, cut, who.sequence, who.kv_head, who.piece);
-    griddepcontrol_wait();
     griddepcontrol_launch();
-    const Place place = load_place(task, who.sequence);
+    char *const slots = smem + warp * cut.ring;
+    const uint32_t slots_at = shared_address(slots);
+    Ring<S> ring(task, cut, who.sequence, who.kv_head);
     HeadQueue<S> heads(task, who.sequence, who.kv_head, who.first_head, who.group);
+    constexpr int kApart = S::kWarps * kTileKeys;
     constexpr int kValues = (S::kColumns + S::kThreads - 1) / S::kThreads; /* of the new value, of a thread */
     T new_value[kValues];
-    const T *const value_row = heads.kv_row(a.v);
+    Place place = {-1, 0}; /* whose keys are on their way */
+    Keys keys;
+    int first = 0, end = 0;
+    uint32_t rows = kNoRow; /* of the next tile to bring */
+    const bool early = static_cast<int>(blockIdx.x) < cut.early, early_rows = early && cut.early_rows;
+    if (early) heads.prefetch_first();
+    if (early && !early_rows) prefetch_tiles<S>(task, cut, who.sequence, who.kv_head, who.piece);
+        /* Once before the wait, where older rows are promised to be static: the keys are asked for that follow from what the
+     * position was. And once after the wait, when the position is known: if it is another one, so are the keys. */
+#pragma unroll 1
+    for (bool waited = !early_rows;; waited = true) {
+        if (waited) griddepcontrol_wait();
+        const Place now = waited ? load_place(task, who.sequence) : load_place<When::kToAim>(task, who.sequence);
+        if (waited) {
+            heads.load_first();
+            const T *const value_row = heads.kv_row(a.v);
 #pragma unroll
-    for (int i = 0; i < kValues; i++) {
-        const int column = static_cast<int>(threadIdx.x) + i * S::kThreads;
-        new_value[i] = column < task.hidden ? value_row[column] : from_float<T>(0);
+            for (int i = 0; i < kValues; i++) {
+                const int column = static_cast<int>(threadIdx.x) + i * S::kThreads;
+                new_value[i] = column < task.hidden ? value_row[column] : from_float<T>(0);
+            }
+        }
+        if (!(now == place)) {
+            place = now;
+            keys = Keys(task, place, cut.pieces, kLeastOfPiece);
+            first = who.piece * keys.piece, end = min(first + keys.piece, keys.count);
+            if (waited) cp_async_wait<0>(); /* for what comes of the wrong keys */
+            if (keys.count > 0 && first < end) ring.fill(keys, first + warp * kTileKeys, end, slots_at, rows);
+        }
+        if (waited) break;
     }
-    const Keys keys(task, place, cut.pieces, kLeastOfPiece);
-    const int first = who.piece * keys.piece, end = min(first + keys.piece, keys.count);
     if (keys.count <= 0 || (first >= end && !cut.cluster)) {
         if constexpr (S::kHopper)
             if (cut.cluster) cluster_barrier_wait();
@@ -546,20 +645,8 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
     if (first < end) {
         const bool has_new = end == keys.count;
-        constexpr int kApart = S::kWarps * kTileKeys;
         int key = first + warp * kTileKeys;
-        Ring<S> ring(task, cut, keys, who.sequence, who.kv_head, has_new ? end - 1 : end);
-        char *const slots = smem + warp * S::kRingBytes;
-        const uint32_t slots_at = shared_address(slots);
-        uint32_t rows = ring.row_of(key); /* of the next tile to bring */
-#pragma unroll 1
-        for (int i = 0; i < S::kAhead; i++) {
-            const uint32_t coming = rows;
-            rows = ring.row_of(key + (i + 1) * kApart);
-            ring.bring(key + i * kApart < end, coming, slots_at + i * 2 * S::kUnitBytes);
-        }
-
-        const bool whole = !has_new || has_all_pages(task, cut, keys, who.sequence);
+        const bool whole = S::kCommon || !has_new || has_all_pages(task, cut, keys, who.sequence);
         heads.finish(memory, has_new);
 #pragma unroll
         for (int i = 0; i < kValues; i++) {
@@ -594,7 +681,7 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             __syncwarp();
             const uint32_t coming = rows;
             rows = ring.row_of(later + kApart);
-            ring.bring(later < end, coming, keys_at);
+            ring.bring(later, end, coming, keys_at);
             slot = slot + 2 == S::kSlots ? 0 : slot + 2;
         }
         softmax.store(memory.found[warp], reinterpret_cast<float *>(slots), who.group, whole ? ring.missing : NAN);
@@ -619,11 +706,28 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */
 
+/* Keys of a sequence at most, and of a piece. */
+int64_t most_keys(const mv_task *task) { return least(task->attention.rows, task->attention.window); }
+int64_t most_of_piece(const mv_task *task, const Cut &cut) {
+    const int64_t even = parts(most_keys(task), cut.pieces);
+    return even > kLeastOfPiece ? even : kLeastOfPiece;
+}
+
+/* Bytes of a warp's ring: as many tiles as a warp may have, up to kAhead, so that a block leaves room for those of the
+ * kernels around it. */
+template <typename S> int32_t ring_bytes(const mv_task *task, const Cut &cut) {
+    constexpr int64_t tile_bytes = 2 * S::kUnitBytes, least_tiles = (S::kSumBytes + tile_bytes - 1) / tile_bytes;
+    const int64_t tiles = least(parts(most_of_piece(task, cut), S::kWarps * kTileKeys), S::kAhead);
+    return static_cast<int32_t>((tiles > least_tiles ? tiles : least_tiles) * tile_bytes);
+}
+
 template <typename S> mv_status launch_instance(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    const Cut cut = cut_of<Cut>(decision);
+    Cut cut = cut_of<Cut>(decision);
+    cut.ring = ring_bytes<S>(task, cut);
+    while (1 << cut.log_cluster < cut.cluster) cut.log_cluster++;
     const mv_attention &a = task->attention;
     const Grid grid = {static_cast<unsigned>(task->tokens / a.heads * a.kv_heads * cut.passes * cut.pieces),
-                       S::kThreads, kSharedBytes<S>, static_cast<unsigned>(cut.cluster)};
+                       S::kThreads, shared_bytes<S>(cut.ring), static_cast<unsigned>(cut.cluster)};
     const mv_status status = launch<attention_mma_kernel<S>>(task, grid, error, *task, cut);
     return status == MV_OK ? launch_merge<typename S::T>(task, cut, error) : status;
 }
@@ -634,22 +738,50 @@ struct Known {
     int blocks;
     size_t shared_bytes;
 };
-template <typename S> constexpr Known known = {launch_instance<S>, S::kBlocks, kSharedBytes<S>};
+template <typename S>
+constexpr Known known = {launch_instance<S>, S::kBlocks, shared_bytes<S>(S::kSlots *S::kUnitBytes)};
 
-template <typename T, int kColumns, bool kHopper> Known for_group(int group) {
-    return group <= kTileHeads ? known<Instance<T, kColumns, 1, kHopper>> : known<Instance<T, kColumns, 2, kHopper>>;
+template <typename T, int kColumns, bool kHopper, bool kCommon> Known for_group(int group) {
+    return group <= kTileHeads ? known<Instance<T, kColumns, 1, kHopper, kCommon>>
+                               : known<Instance<T, kColumns, 2, kHopper, kCommon>>;
 }
-template <typename T, bool kHopper> Known instance_for(int64_t dim, int group) {
-    return dim <= 64    ? for_group<T, 64, kHopper>(group)
-           : dim <= 96  ? for_group<T, 96, kHopper>(group)
-           : dim <= 128 ? for_group<T, 128, kHopper>(group)
-                        : for_group<T, 256, kHopper>(group);
+template <typename T, bool kHopper> Known instance_for(int64_t dim, int group, bool common) {
+    if (common)
+        return dim == 64    ? for_group<T, 64, kHopper, true>(group)
+               : dim == 128 ? for_group<T, 128, kHopper, true>(group)
+                            : for_group<T, 256, kHopper, true>(group);
+    return dim <= 64    ? for_group<T, 64, kHopper, false>(group)
+           : dim <= 96  ? for_group<T, 96, kHopper, false>(group)
+           : dim <= 128 ? for_group<T, 128, kHopper, false>(group)
+                        : for_group<T, 256, kHopper, false>(group);
+}
+
+/* Can a lane load its part of each row of heads at once, and is all else as the instances for common calls have it? */
+bool is_common(const mv_task *task) {
+    const mv_attention &a = task->attention;
+    const int64_t dim = task->hidden, of_lane = dim / 64;
+    if (dim != 64 && dim != 128 && dim != 256) return false;
+    const auto is_aligned = [](const void *data, int64_t to) {
+        return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(to) == 0;
+    };
+    const auto is_usual = [&](const mv_head_norm &norm) {
+        return !norm.weight || (norm.weight_dtype == task->dtype && is_aligned(norm.weight, 2 * of_lane));
+    };
+    const auto in_parts = [&](const void *data, int64_t outer, int64_t inner) {
+        return is_aligned(data, 2 * of_lane) && outer % of_lane == 0 && inner % of_lane == 0;
+    };
+    const auto rows_in_parts = [&](const mv_rows &rows) {
+        return in_parts(rows.data, rows.outer_stride, rows.inner_stride);
+    };
+    return !a.block_table && !a.ring && a.soft_cap == 0 && task->rounding != MV_ROUNDING_FP32 && is_usual(a.q_norm) &&
+           is_usual(a.k_norm) && a.rotary.columns == dim && a.rotary.dtype == task->dtype && !a.rotary.interleaved &&
+           in_parts(a.rotary.cos, a.rotary.cos_stride, 0) && in_parts(a.rotary.sin, a.rotary.sin_stride, 0) &&
+           rows_in_parts(task->x) && rows_in_parts(a.k);
 }
 
 /* What the keys and values of one head of one sequence are, in bytes, where the cache is full. */
 double bytes_of_head(const mv_task *task) {
-    const mv_attention &a = task->attention;
-    return 4.0 * static_cast<double>(least(a.rows, a.window)) * static_cast<double>(task->hidden);
+    return 4.0 * static_cast<double>(most_keys(task)) * static_cast<double>(task->hidden);
 }
 
 /* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. An SM gets its share of
@@ -664,18 +796,18 @@ double blocks_us(const mv_task *task, double blocks, double room, double bytes) 
 
 /* Chooses the pieces of a sequence, and who merges them. */
 void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
-    constexpr double cluster_us = 0.8, launch_us = 2.5;
+    constexpr double of_cluster_us = 0.35, of_each_us = 0.15, launch_us = 2; /* clusters wait for all their blocks */
     /* How a sequence is cut may depend on how many others there are only where its bits may. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / task->attention.heads;
     const double heads = static_cast<double>(sequences * task->attention.kv_heads * cut.passes);
     const double room = static_cast<double>(blocks_of_sm) * task->sm_count, bytes = bytes_of_head(task);
-    const int64_t most = parts(least(task->attention.rows, task->attention.window), kLeastOfPiece);
+    const int64_t most = parts(most_keys(task), kLeastOfPiece);
     /* Part of a GPU, or blocks that have an SM each, may not have room for more than the 8 that any GPU promises. */
     const int64_t most_of_cluster = blocks_of_sm > 1 && task->sm_count >= 100 ? kMostCluster : kMostCluster / 2;
     double best = INFINITY;
     const auto consider = [&](int64_t pieces, bool in_cluster) {
         const double count = static_cast<double>(pieces);
-        const double merge_us = pieces == 1 ? 0 : in_cluster ? cluster_us : launch_us;
+        const double merge_us = pieces == 1 ? 0 : in_cluster ? of_cluster_us + of_each_us * count : launch_us;
         const double us = blocks_us(task, heads * count, room, bytes / count) + merge_us;
         if (us >= best) return;
         best = us;
@@ -711,11 +843,12 @@ template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, 
     if (!cache_aligned(a.keys, 8) || !cache_aligned(a.values, 8)) return "rows of the caches are not 16-byte aligned";
     if (!is_near(task, a.keys) || !is_near(task, a.values)) return "rows of the caches are 64 GB apart, or backwards";
     Cut cut = cut_of_heads(task, kMostHeadsOfBlock);
-    const Known instance = instance_for<T, kHopper>(task->hidden, cut.group);
+    const Known instance = instance_for<T, kHopper>(task->hidden, cut.group, is_common(task));
     if (instance.shared_bytes > static_cast<size_t>(task->smem_bytes))
         return "the GPU has too little shared memory for heads this wide";
     choose_cut(task, kHopper, instance.blocks, cut);
     cut.early = task->programmatic_launch ? instance.blocks * task->sm_count : 0;
+    cut.early_rows = a.static_rows && !a.block_table;
     decision->launch = instance.launch;
     decision->workspace = workspace_bytes(task, cut);
     keep_cut(decision, cut);

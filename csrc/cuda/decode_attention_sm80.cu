@@ -79,8 +79,8 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
     const int first_head = kv_head * of_head + pass * cut.group;
     const int group = min(cut.group, of_head - pass * cut.group);
 
-    griddepcontrol_wait();
     griddepcontrol_launch();
+    griddepcontrol_wait();
     Heads<S> heads(task, sequence, kv_head, first_head, group);
     const Keys keys(task, load_place(task, sequence), cut.pieces);
     const int first = piece * keys.piece, end = min(first + keys.piece, keys.count);

@@ -69,8 +69,8 @@ static inline double norm_ffma_us(const mv_task *t) {
 }
 
 /* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query
- * heads share a key, and for each sequence; the tensor cores start later, in clusters somewhat later still, and what
- * the blocks of one sequence and head of keys take together is limited. */
+ * heads share a key, and for each sequence; the tensor cores start sooner, soonest in clusters, and what the blocks of
+ * one sequence and head of keys take together is limited. */
 static inline double attention_us(const mv_task *t, double start, double rate, double rate_of_head, double bytes) {
     const mv_attention &a = t->attention;
     const double heads = static_cast<double>(t->tokens / a.heads * a.kv_heads), all = 0.95 * memory_rate(t);
@@ -84,10 +84,10 @@ static inline double attention_cores_us(const mv_task *t, double bytes) {
     return attention_us(t, 5.5 + 0.2 * static_cast<double>(t->tokens / a.heads), rate, rate, bytes);
 }
 static inline double attention_mma_us(const mv_task *t, double bytes) {
-    return attention_us(t, 7, 3.6e6, 0.3e6, bytes);
+    return attention_us(t, 5.5, 4.2e6, 0.5e6, bytes);
 }
 static inline double attention_clusters_us(const mv_task *t, double bytes) {
-    return attention_us(t, 7.5, 3.8e6, 0.22e6, bytes);
+    return attention_us(t, 4, 4.5e6, 0.5e6, bytes);
 }
 
 } // namespace prices

@@ -273,6 +273,7 @@ static mv_attention attention_of(const shape *s) {
                           .block_table = a->block_table.data,
                           .table_stride = mv_present(&a->block_table) ? mv_stride(&a->block_table, 0) : 0,
                           .ring = a->ring,
+                          .static_rows = a->static_rows,
                           .positions = integers_of(&a->positions),
                           .starts = integers_of(&a->starts),
                           .window = a->window ? a->window : INT64_MAX,

@@ -1,9 +1,10 @@
 /* guard.h: memory that a kernel must not touch before griddepcontrol.wait. Until then the kernel in front may still be
  * writing it, so a load would return what was there before, and a store could be overwritten.
  *
- * There are two kinds: what other kernels write (x, outputs, the workspace), and parameters (weights, norm weights,
- * biases), which are open from the beginning where the call promises static weights. Each lies in pages of its own,
- * whose protection follows the thread that runs; who reaches into closed pages is named on stderr, and the run ends. */
+ * There are three kinds: what other kernels write (x, outputs, the workspace), parameters (weights, norm weights,
+ * biases), which are open from the beginning where the call promises static weights, and the caches of attention, which
+ * are where it promises static rows. Each lies in pages of its own, whose protection follows the thread that runs; who
+ * reaches into closed pages is named on stderr, and the run ends. */
 #pragma once
 
 #include <signal.h>
@@ -16,7 +17,7 @@
 
 namespace cpu::guard {
 
-enum Kind { kWritten, kParameters };
+enum Kind { kWritten, kParameters, kCaches, kKinds };
 
 struct Arena {
     static constexpr size_t kBytes = size_t{1} << 30, kPage = 4096;
@@ -41,25 +42,28 @@ struct Arena {
     }
 };
 
-inline Arena arenas[2];
+inline Arena arenas[kKinds];
+constexpr const char *kWhat[kKinds] = {"x, an output or the workspace", "weights that are not static",
+                                       "rows of a cache that are not static"};
 inline const char *kernel = "";
 inline bool is_open = true;
+inline bool aim_is_old = false; /* what is read before the wait to aim by is one less than afterwards */
 
 inline void report(int, siginfo_t *info, void *) {
-    for (const Arena &arena : arenas)
-        if (arena.has(info->si_addr)) {
-            fprintf(stderr, "%s touches %s before it waits for the kernel in front\n", kernel,
-                    &arena == &arenas[kWritten] ? "x, an output or the workspace" : "weights that are not static");
+    for (int kind = 0; kind < kKinds; kind++)
+        if (arenas[kind].has(info->si_addr)) {
+            fprintf(stderr, "%s touches %s before it waits for the kernel in front\n", kernel, kWhat[kind]);
             _exit(3);
         }
     signal(SIGSEGV, SIG_DFL); /* some other fault: it happens again, and ends the process */
 }
 
 /* What was taken before is free again. */
-inline void begin(const char *of_kernel, bool static_weights) {
+inline void begin(const char *of_kernel, bool static_weights, bool static_rows = false) {
     kernel = of_kernel;
     for (Arena &arena : arenas) arena.used = 0;
     arenas[kParameters].may_close = !static_weights;
+    arenas[kCaches].may_close = !static_rows;
     struct sigaction action = {};
     action.sa_sigaction = report;
     action.sa_flags = SA_SIGINFO;

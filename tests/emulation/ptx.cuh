@@ -9,7 +9,7 @@ template <typename T> T load_to_aim(const T *p) {
     cpu::guard::open(true);
     const T value = *p;
     cpu::guard::open(cpu::current->has_waited());
-    return value;
+    return static_cast<T>(value - cpu::guard::aim_is_old);
 }
 
 inline uint4 load_if(const void *p, bool wanted) {

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-using cpu::guard::kParameters, cpu::guard::kWritten;
+using cpu::guard::kCaches, cpu::guard::kParameters, cpu::guard::kWritten;
 
 template <typename T> struct Rows {
     int count, length, stride;
