@@ -26,6 +26,7 @@ struct Split {
     int pass_rows;                                /* rows that a block multiplies at a time */
     bool one_pass;                                /* no block has more */
     bool resident;                                /* all that a warp multiplies has a slot */
+    bool rehearses;                               /* the product is run once before the wait */
     float mean_scale;
     bool in_pairs; /* the norm weights multiply two 16-bit values at a time */
     int early;     /* slots that are filled before the tokens are asked for */

@@ -63,8 +63,9 @@ struct Asked {
 };
 
 /* Starts to copy a step of a warp, if there is one: 128 bytes of each row of the pass. They report to the barrier. */
-template <typename T, int kRowTiles> __device__ __forceinline__ void
-copy_step(const void *const *row_at, Asked asked, int rows, int pass_rows, uint32_t slot, uint32_t barrier) {
+template <typename T, int kRowTiles> __device__ __forceinline__ void copy_step(const void *const *row_at, Asked asked,
+                                                                               int rows, int pass_rows, uint32_t slot,
+                                                                               uint32_t barrier, uint64_t policy) {
     constexpr int kAtOnce = 8; /* of a lane */
     const int lane = threadIdx.x % 32, count = min(rows - asked.row, pass_rows);
     if (count <= 0) return;
@@ -80,7 +81,7 @@ copy_step(const void *const *row_at, Asked asked, int rows, int pass_rows, uint3
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce && first + i < kRowTiles * 4; i++)
-            if (from[i]) cp_async16(slot + (first + i) * 4 * 128, from[i] + offset, true);
+            if (from[i]) cp_async16_once(slot + (first + i) * 4 * 128, from[i] + offset, policy);
     }
     cp_async_arrive(barrier);
 }
@@ -129,9 +130,10 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     if (!kPlain) copy_norm_weight(task, shared_address(norm_weight));
     const int first_column = warp * kPieceColumns<T>;
     Asked asked = {first_column, first_column < hidden ? 0 : rows};
+    const uint64_t policy = l2_evict_first(); /* each weight is read once */
     const auto fill_slot = [&](int slot) {
         copy_step<T, kRowTiles>(row_at, asked, rows, split.pass_rows, shared_address(ring) + slot * split.slot_bytes,
-                                full + slot * 8);
+                                full + slot * 8, policy);
         asked.next<T>(hidden, split.pass_rows);
     };
     const auto fill = [&](int first, int end) {
@@ -145,8 +147,6 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         cp_async_wait<0>(); /* for the norm weights */
         __syncthreads();
     }
-    griddepcontrol_wait();
-
     /* A thread's outputs are those of one row, of some tokens. */
     constexpr int kRowSlots = kRowTiles == 1 ? 16 : kRowTiles == 2 ? 32 : kRowTiles <= 4 ? 64 : 128;
     constexpr int kAtOnce = kThreads / kRowSlots, kOwn = (kTokens + kAtOnce - 1) / kAtOnce;
@@ -182,28 +182,30 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         else
             held.normalise(fixed->squares, norm_weight, false);
     };
-    if constexpr (kPlain) {
-        copy_tokens<T>(task, split, share);
-        load_addends(0);
-        fill(split.early, split.slots);
-        await_copies();
-    } else if constexpr (kLate) {
-        hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
-    } else {
-        if (kTokens <= kMaxHeldTokens && split.held <= kFewHeld) {
-            hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
-        } else if (kTokens == kMaxHeldTokens && split.held <= kMostHeld) {
-            hold_tokens(Held<T, kLate, kMostHeld>{task, split, share});
-        } else {
+    const auto take_tokens = [&] {
+        if constexpr (kPlain) {
             copy_tokens<T>(task, split, share);
+            load_addends(0);
             fill(split.early, split.slots);
-            cp_async_wait<0>();
-            read_tokens<T, kLanes>(task, split, share, fixed->squares);
             await_copies();
-            normalise_tokens<T>(task, split, share, fixed->squares, norm_weight);
+        } else if constexpr (kLate) {
+            hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
+        } else {
+            if (kTokens <= kMaxHeldTokens && split.held <= kFewHeld) {
+                hold_tokens(Held<T, kLate, kFewHeld>{task, split, share});
+            } else if (kTokens == kMaxHeldTokens && split.held <= kMostHeld) {
+                hold_tokens(Held<T, kLate, kMostHeld>{task, split, share});
+            } else {
+                copy_tokens<T>(task, split, share);
+                fill(split.early, split.slots);
+                cp_async_wait<0>();
+                read_tokens<T, kLanes>(task, split, share, fixed->squares);
+                await_copies();
+                normalise_tokens<T>(task, split, share, fixed->squares, norm_weight);
+            }
+            __syncthreads();
         }
-        __syncthreads();
-    }
+    };
 
     /* The warps' parts of each sum meet in shared memory, token by token: where the slots were if there is one pass.
      * 4 words more than a multiple of 16 keep the lanes' writes out of each other's banks. */
@@ -211,78 +213,95 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
     const int parts_stride = split.one_pass ? split.slots * split.slot_bytes : kTokens * kPitch * 4;
     char *const parts = shared + (split.one_pass ? split.ring : split.parts);
 
-    int slot = 0;
-    uint32_t parity = 0;
+    /* Up to here nothing depends on the kernel before, and the weights are on their way. Where there is time until that
+     * kernel is done, the product is rehearsed, of whatever is where the tokens will be: in a model the kernels in
+     * between have driven these instructions out of the caches of the SM, and now they come back meanwhile. */
+    bool counts = !split.rehearses;
 #pragma unroll 1
-    for (int base = 0; base < rows; base += split.pass_rows) {
-        typename Product::Sums sums[kRowTiles];
-        if (kPlain && base > 0) load_addends(base);
-        const auto multiply_step = [&](int k, int slot) {
-            const typename Product::Columns y = product.columns(k);
-#pragma unroll
-            for (int m = 0; m < kRowTiles; m++) {
-                const bool whole = kRowTiles > 1 && m < kRowTiles - 1;
-                Product::multiply(Product::read(ring + slot * split.slot_bytes + m * kPieceBytes,
-                                                whole ? kPieceRows : split.pass_rows - m * kPieceRows),
-                                  y, sums[m]);
-            }
-        };
-        if (split.resident) {
-            for (int k = first_column; k < hidden; k += kStep<T>) mbarrier_wait(full + slot++ * 8, 0);
-            slot = 0;
-            for (int k = first_column; k < hidden; k += kStep<T>) multiply_step(k, slot++);
-        } else {
-#pragma unroll 1
-            for (int k = first_column; k < hidden; k += kStep<T>) {
-                mbarrier_wait(full + slot * 8, parity);
-                multiply_step(k, slot);
-                __syncwarp(); /* all lanes have read the slot: it is free */
-                fill_slot(slot);
-                if (++slot == split.slots) slot = 0, parity ^= 1;
-            }
+    for (;; counts = true) {
+        if (counts) {
+            griddepcontrol_wait();
+            take_tokens();
         }
-
-        if (base > 0) __syncthreads(); /* the parts of the pass before have been read */
-#pragma unroll
-        for (int m = 0; m < kRowTiles; m++)
-            Product::template store<kLate>(reinterpret_cast<float *>(parts + warp * parts_stride) + m * kPieceRows,
-                                           kPitch, sums[m]);
-        __syncthreads();
-        const auto total_of = [&](int token, int row) {
-            float total = 0;
-#pragma unroll
-            for (int w = 0; w < kWarps; w++)
-                total += *reinterpret_cast<const float *>(parts + w * parts_stride + (token * kPitch + row) * 4);
-            return total;
-        };
-        const int of_block = base + row; /* the row among the block's */
-        if (row >= split.pass_rows || of_block >= rows) continue;
-        const int first_token = threadIdx.x / kRowSlots;
-        const auto place_of = [&](int token) {
-            return token_row<T>(task.out, share.first + token) + first_row + of_block;
-        };
-        if constexpr (kPlain) {
-#pragma unroll
-            for (int i = 0; i < kOwn; i++) {
-                const int token = first_token + i * kAtOnce;
-                if (token < share.tokens)
-                    *place_of(token) = finish_output<T>(task, total_of(token, row), bias[of_block], addend[i]);
-            }
-        } else {
-            if (task.linear.gated && row % 2 != 0) continue; /* the thread of the gate has up, too */
+        const char *const weights = counts ? ring : shared + split.y;
+        const int slot_bytes = counts ? split.slot_bytes : 0, piece_bytes = counts ? kPieceBytes : 0;
+        int slot = 0;
+        uint32_t parity = 0;
 #pragma unroll 1
-            for (int token = first_token; token < share.tokens; token += kAtOnce) {
-                const float factor = kLate ? token_factor<T>(task, split, fixed->squares[token]) : 1.0f;
-                const float sum = total_of(token, row) * factor;
-                if (!task.linear.gated) {
-                    *place_of(token) = finish_output<T>(sum, bias[of_block]);
-                    continue;
+        for (int base = 0; base < rows; base += split.pass_rows) {
+            typename Product::Sums sums[kRowTiles];
+            if (kPlain && base > 0) load_addends(base);
+            const auto multiply_step = [&](int k, int slot) {
+                const typename Product::Columns y = product.columns(k);
+#pragma unroll
+                for (int m = 0; m < kRowTiles; m++) {
+                    const bool whole = kRowTiles > 1 && m < kRowTiles - 1;
+                    Product::multiply(Product::read(weights + slot * slot_bytes + m * piece_bytes,
+                                                    whole ? kPieceRows : split.pass_rows - m * kPieceRows),
+                                      y, sums[m]);
                 }
-                const float gate = sum + bias[of_block], up = total_of(token, row + 1) * factor + bias[of_block + 1];
-                token_row<T>(task.out, share.first + token)[(first_row + of_block) / 2] =
-                    finish_gated<T>(task, gate, up);
+            };
+            if (split.resident) {
+                for (int k = first_column; counts && k < hidden; k += kStep<T>) mbarrier_wait(full + slot++ * 8, 0);
+                slot = 0;
+                for (int k = first_column; k < hidden; k += kStep<T>) multiply_step(k, slot++);
+            } else {
+#pragma unroll 1
+                for (int k = first_column; k < hidden; k += kStep<T>) {
+                    mbarrier_wait(full + slot * 8, parity);
+                    multiply_step(k, slot);
+                    __syncwarp(); /* all lanes have read the slot: it is free */
+                    fill_slot(slot);
+                    if (++slot == split.slots) slot = 0, parity ^= 1;
+                }
+            }
+
+            if (!counts) break;
+            if (base > 0) __syncthreads(); /* the parts of the pass before have been read */
+#pragma unroll
+            for (int m = 0; m < kRowTiles; m++)
+                Product::template store<kLate>(reinterpret_cast<float *>(parts + warp * parts_stride) + m * kPieceRows,
+                                               kPitch, sums[m]);
+            __syncthreads();
+            const auto total_of = [&](int token, int row) {
+                float total = 0;
+#pragma unroll
+                for (int w = 0; w < kWarps; w++)
+                    total += *reinterpret_cast<const float *>(parts + w * parts_stride + (token * kPitch + row) * 4);
+                return total;
+            };
+            const int of_block = base + row; /* the row among the block's */
+            if (row >= split.pass_rows || of_block >= rows) continue;
+            const int first_token = threadIdx.x / kRowSlots;
+            const auto place_of = [&](int token) {
+                return token_row<T>(task.out, share.first + token) + first_row + of_block;
+            };
+            if constexpr (kPlain) {
+#pragma unroll
+                for (int i = 0; i < kOwn; i++) {
+                    const int token = first_token + i * kAtOnce;
+                    if (token < share.tokens)
+                        *place_of(token) = finish_output<T>(task, total_of(token, row), bias[of_block], addend[i]);
+                }
+            } else {
+                if (task.linear.gated && row % 2 != 0) continue; /* the thread of the gate has up, too */
+#pragma unroll 1
+                for (int token = first_token; token < share.tokens; token += kAtOnce) {
+                    const float factor = kLate ? token_factor<T>(task, split, fixed->squares[token]) : 1.0f;
+                    const float sum = total_of(token, row) * factor;
+                    if (!task.linear.gated) {
+                        *place_of(token) = finish_output<T>(sum, bias[of_block]);
+                        continue;
+                    }
+                    const float gate = sum + bias[of_block],
+                                up = total_of(token, row + 1) * factor + bias[of_block + 1];
+                    token_row<T>(task.out, share.first + token)[(first_row + of_block) / 2] =
+                        finish_gated<T>(task, gate, up);
+                }
             }
         }
+        if (counts) break;
+        __syncthreads(); /* nobody looks at the tokens any more: they may come */
     }
 }
 
@@ -313,6 +332,8 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
     split.one_pass = ring.pass_rows >= rows_of(task, groups);
     split.resident = holds_all(task, ring, groups);
     split.early = early_slots(task, groups, ring);
+    split.rehearses = split.resident && task->static_weights && task->programmatic_launch &&
+                      y_bytes(task, groups.y_rows) >= kPieceBytes;
     split.ring = ring_of(task, groups);
     split.norm_weight = split.ring + split.slots * kWarps * split.slot_bytes;
     split.y = split.norm_weight + norm_weight_bytes(task);

@@ -17,6 +17,8 @@ inline void cp_async16(uint32_t to, const void *from, bool valid) {
         memset(cpu::shared() + to, 0, 16);
 }
 inline void cp_async_commit() {}
+inline uint64_t l2_evict_first() { return 0; }
+inline void cp_async16_once(uint32_t to, const void *from, uint64_t) { cp_async16(to, from, true); }
 inline void cp_async16_of_128(uint32_t to, const void *from, bool valid) { cp_async16(to, from, valid); }
 template <int kPending> void cp_async_wait() {}
 inline void cp_async_wait_all_but(int) {}
