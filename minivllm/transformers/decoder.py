@@ -275,7 +275,7 @@ class Decoder:
 
     def _choose(self) -> None:
         """The next tokens, whether they end their sequences, and their place in the history: all on the device."""
-        best = self._logits.float().argmax(-1)
+        best = self._logits.argmax(-1)
         best = torch.where(self._finished, self._pad, best)
         self._finished |= (best[:, None] == self._eos).any(-1)
         self._tokens.copy_(best)

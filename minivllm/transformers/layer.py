@@ -52,6 +52,7 @@ STEP = "minivllm_step"  # the keyword argument in which a Step goes from the mod
 LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
 FEW_TOKENS = 64  # with more, products of torch and a norm are as fast as the ops that have the residual in them
 STATIC_WEIGHTS = True  # `apply` vouches for it: no unfinished work in front of a call writes the weights of the model
+STATIC_ROWS = True  # so does a Decoder: its steps begin with torch's kernels, which wait for all of the step before
 GRADIENTS = "gradient mode is on: call it under torch.no_grad() or torch.inference_mode()"
 INTERCEPTED = "a TorchFunctionMode is active"
 
@@ -351,7 +352,8 @@ def eager_layer(
     if rows is not None:
         out = attend(
             fused.attention, fused.family, fused.head_norms, rows, (q, k, v),
-            embeddings if fused.turns() else (None, None), fused.rounding, static_weights=STATIC_WEIGHTS)  # fmt: skip
+            embeddings if fused.turns() else (None, None), fused.rounding, static_weights=STATIC_WEIGHTS,
+            static_rows=STATIC_ROWS)  # fmt: skip
     else:
         fused.norm_heads(q, k)
         if fused.turns():
