@@ -788,7 +788,7 @@ double bytes_of_head(const mv_task *task) {
  * what memory delivers, a block alone not more than its ring has room for in a latency; a block in a later turn begins
  * while others still run. The figures are an H200's. */
 double blocks_us(const mv_task *task, double blocks, double room, double bytes) {
-    constexpr double sm_bytes_per_us = 34.6e3, most_of_block = 60e3, begin_us = 2, turn_us = 0.5;
+    constexpr double sm_bytes_per_us = 34.6e3, most_of_block = 30e3, begin_us = 2, turn_us = 0.5;
     const double all = sm_bytes_per_us * task->sm_count, turns = floor(blocks / room), rest = blocks - turns * room;
     const double rest_us = rest > 0 ? turn_us + bytes / fmin(most_of_block, all / rest) : 0;
     return begin_us + turns * (turn_us + bytes / fmin(most_of_block, all / room)) + rest_us;
