@@ -28,9 +28,9 @@
  * instructions and waited for after the last key. Where so many blocks are too few for the GPU, and on other GPUs, a
  * second launch merges. In either case the order is fixed: the bits are the same every time.
  *
- * What counts for few keys is instructions: each warp runs some two thousand of them one after the other, and in a model
- * a call finds none of them in the caches of the SM. So a call as most models make it has instances of its own, and what
- * is long is there once or twice, and not unrolled. */
+ * What counts for few keys is instructions: each warp runs some two thousand of them one after the other, and in a
+ * model a call finds none of them in the caches of the SM. So a call as most models make it has instances of its own,
+ * and what is long is there once or twice, and not unrolled. */
 #pragma once
 
 #include "attention_merge.cuh"
@@ -612,10 +612,10 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const bool early = static_cast<int>(blockIdx.x) < cut.early, early_rows = early && cut.early_rows;
     if (early) heads.prefetch_first();
     if (early && !early_rows) prefetch_tiles<S>(task, cut, who.sequence, who.kv_head, who.piece);
-        /* Once before the wait, where older rows are promised to be static: the keys are asked for that follow from what the
-     * position was. And once after the wait, when the position is known: if it is another one, so are the keys. */
 #pragma unroll 1
     for (bool waited = !early_rows;; waited = true) {
+        /* Once before the wait, where older rows are promised to be static: the keys are asked for that follow from
+         * what the position was. And once after it: if the position is another one now, so are the keys. */
         if (waited) griddepcontrol_wait();
         const Place now = waited ? load_place(task, who.sequence) : load_place<When::kToAim>(task, who.sequence);
         if (waited) {
