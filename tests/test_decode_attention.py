@@ -316,13 +316,14 @@ def rotary_rows(positions, columns, theta, interleaved, dtype):
 @pytest.mark.parametrize(
     "dim, columns, interleaved, normed, wide",
     [(128, 128, False, True, False), (64, 64, True, False, False), (96, 32, False, True, True),
-     (80, 0, False, True, False), (33, 30, True, True, True), (256, 256, False, False, False)],
+     (80, 0, False, True, False), (33, 30, True, True, True), (256, 256, False, False, False),
+     (64, 64, False, True, False)],
 )  # fmt: skip
 def test_norm_and_rotary_embedding(kernel, framework, rounding, dim, columns, interleaved, normed, wide):
     if "_mma_" in kernel.name and (dim % 8 or (kernel.dtype == "float16" and rounding == "fp32")):
         pytest.skip("tensor cores take heads of whole packets of 16 bytes, and queries rounded to float16")
     dtype = short_dtype(kernel.dtype)
-    case = Case((1, 127, 1000), heads=4, kv_heads=2, dim=dim)
+    case = Case((1, 127, 1000), heads=24 if dim == 64 else 4, kv_heads=2, dim=dim)
     inputs, rows = Inputs(case, dtype), "f32" if wide else dtype
     options = {"rounding": rounding, "interleaved": interleaved, "kernel": kernel.name}
     cos = sin = weight = None
@@ -632,19 +633,27 @@ def test_jax():
 
 
 @pytest.mark.gpu
-def test_a_graph_serves_every_length(cuda_torch):
-    """Captured once, replayed with other positions: as eager calls on copies."""
-    torch, rows = cuda_torch, (2, 2, 3000, 128)
-    shapes = {"q": (2, 8, 128), "k": (2, 2, 128), "v": (2, 2, 128), "key_cache": rows, "value_cache": rows}
+@pytest.mark.parametrize("static_rows", [False, True])
+@pytest.mark.parametrize("heads, dim, columns", [(8, 128, 0), (4, 128, 128), (24, 64, 64)])
+def test_a_graph_serves_every_length(cuda_torch, heads, dim, columns, static_rows):
+    """Captured once, replayed with other positions, which a copy in front of the call brings: as eager calls on copies,
+    whatever may be loaded before the position is known."""
+    torch, rows = cuda_torch, (2, 2, 3000, dim)
+    shapes = {"q": (2, heads, dim), "k": (2, 2, dim), "v": (2, 2, dim), "key_cache": rows, "value_cache": rows}
+    shapes |= (
+        {"cos": (2, columns), "sin": (2, columns), "q_norm_weight": (dim,), "k_norm_weight": (dim,)} if columns else {}
+    )
     given = {name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items()}
     given["positions"] = torch.zeros(2, dtype=torch.int64, device="cuda")
+    wanted = torch.zeros_like(given["positions"])
     minivllm.decode_attention(**given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = minivllm.decode_attention(**given)
-    for positions in ((0, 1), (63, 64), (2999, 5), (-1, 700), (1, 3000)):
-        given["positions"].copy_(torch.tensor(positions))
-        copies = {name: tensor.clone() for name, tensor in given.items()}
+        given["positions"].copy_(wanted)
+        out = minivllm.decode_attention(**given, static_rows=static_rows)
+    for positions in ((0, 1), (63, 64), (2999, 5), (-1, 700), (1, 3000), (1400, 1700)):
+        wanted.copy_(torch.tensor(positions))
+        copies = {name: tensor.clone() for name, tensor in given.items()} | {"positions": wanted.clone()}
         graph.replay()
         assert_same_bits(out, to_float64(minivllm.decode_attention(**copies)), str(positions))
         assert_same_bits(given["key_cache"], to_float64(copies["key_cache"]), str(positions))

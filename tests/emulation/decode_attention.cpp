@@ -40,6 +40,8 @@ constexpr Case kCases[] = {
     {{33, kNone}, 40, 1, 64},
     {{65, 2, kNone}, 2, 2, 256, kStatic, 0, 0, 0, 0, 0, 256, true, false, false, MV_ROUNDING_FP32},
     {{20, 2, kNone}, 2, 2, 128, kStatic, 0, 0, 0, 0, 0, 128, true, false, false, MV_ROUNDING_HF_ONCE},
+    {{90, 2, kNone}, 2, 2, 256, kStatic, 0, 0, 0, 0, 0, 256, true},
+    {{260, 2, kNone}, 20, 1, 64, kStatic, 1000, 70, 0, 3, 8, 64},
     {{40, 41, kNone}, 3, 1, 72, kStatic, 0, 0, 0, 0, 1, 24, true},
     {{40, 7, kNone}, 3, 1, 33, kStatic, 0, 0, 0, 0, 0, 32},
     {{20, kNone}, 2, 1, 600},
