@@ -767,8 +767,9 @@ bool is_common(const mv_task *task) {
     const auto is_usual = [&](const mv_head_norm &norm) {
         return !norm.weight || (norm.weight_dtype == task->dtype && is_aligned(norm.weight, 2 * of_lane));
     };
+    const bool is_alone = task->tokens == a.heads; /* then no row is a sequence further */
     const auto in_parts = [&](const void *data, int64_t outer, int64_t inner) {
-        return is_aligned(data, 2 * of_lane) && outer % of_lane == 0 && inner % of_lane == 0;
+        return is_aligned(data, 2 * of_lane) && (is_alone || outer % of_lane == 0) && inner % of_lane == 0;
     };
     const auto rows_in_parts = [&](const mv_rows &rows) {
         return in_parts(rows.data, rows.outer_stride, rows.inner_stride);
