@@ -10,16 +10,16 @@ constexpr int kLeastKeys = 64; /* of a piece: fewer are not worth a block */
 
 /* How a call is cut into blocks. */
 struct Cut {
-    int32_t pieces;  /* of a sequence's keys, at most */
-    int32_t passes;  /* blocks that share a key-value head, because it has too many query heads for one */
-    int32_t group;   /* query heads of a block */
-    int32_t of_head; /* query heads of a key-value head */
-    int32_t early;   /* blocks that may begin while the kernel in front still runs */
-    bool early_rows; /* those may load older rows then, not only ask L2 for them */
-    int32_t cluster; /* blocks that merge the pieces of a sequence in one launch; 0: a second one does */
-    int32_t log_cluster;
-    int32_t ring;  /* bytes of shared memory for each warp's keys and values, where they go through it */
-    int32_t shift; /* row / page == row * reciprocal >> 30 + shift, for rows below 2^30 */
+    int32_t pieces;      /* of a sequence's keys, at most */
+    int32_t passes;      /* blocks that share a key-value head, because it has too many query heads for one */
+    int32_t group;       /* query heads of a block */
+    int32_t of_head;     /* query heads of a key-value head */
+    int32_t early;       /* blocks that may begin while the kernel in front still runs */
+    bool early_rows;     /* those may load older rows then, not only ask L2 for them */
+    int32_t cluster;     /* blocks that merge the pieces of a sequence in one launch; 0: a second one does */
+    int32_t log_cluster; /* of a cluster's size, which is a power of two */
+    int32_t ring;        /* bytes of shared memory for each warp's keys and values, where they go through it */
+    int32_t shift;       /* row / page == row * reciprocal >> 30 + shift, for rows below 2^30 */
     uint64_t reciprocal;
 };
 
