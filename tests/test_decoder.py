@@ -94,6 +94,20 @@ def test_tokens_are_those_of_transformers(kind, device):
     assert torch.equal(got, expected)
 
 
+def test_a_changed_rotary_embedding(either, device):
+    """A step looks rows up that were computed before. They follow a change of the frequencies at the next prompt."""
+    model = copy.deepcopy(either).to(device)
+    decoder, ids = Decoder(model, 1, 32), prompt(1).to(device)
+    for factor in (1, 0.5):
+        model.model.rotary_emb.inv_freq *= factor
+        decoder.prefill(ids)
+        tokens = torch.tensor([[7, 11]], device=device)
+        logits = [decoder.step(token).clone() for token in tokens.unbind(1)]
+        with torch.no_grad():
+            whole = model(torch.cat([ids, tokens], 1)).logits[0, -2:]
+        assert close(torch.cat(logits), whole)
+
+
 def test_tokens_of_a_fused_model(either):
     """Two float32 sums in another order: the tokens are the same as long as no two logits are as near as that."""
     ids, mask = padded()

@@ -13,16 +13,20 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .rotary import RotaryRows
+
 
 class Cursor:
     """Where the layers write in the present call, set by the Decoder.
 
     prompt: (sequences, columns, rows) of the tokens of a prompt, int64 [tokens] each; None where no column is padding.
     positions: int64 [batch], the row of each sequence's new token, on the device; None during a prompt. rows: how many
-    rows of the cache a new token looks at, under the mask of the call.
+    rows of the cache a new token looks at, under the mask of the call. rotary: stands in for the model's. is_masked:
+    whether a layer has asked for the rows, and so for the mask, since it was set to False.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotary: RotaryRows) -> None:
+        self.rotary, self.is_masked = rotary, False
         self.prompt: tuple[Tensor, Tensor, Tensor] | None = None
         self.positions: Tensor | None = None
         self.rows = 0
@@ -41,6 +45,7 @@ class Rows(CacheLayerMixin):  # type: ignore[misc]
         """Writes the new rows; returns those to attend to: of a prompt its own, of a token all up to cursor.rows."""
         pairs, cursor = ((self.keys, key_states), (self.values, value_states)), self.cursor
         if cursor.positions is not None:
+            cursor.is_masked = True
             for cache, new in pairs:
                 cache[self.sequences, :, cursor.positions] = new[:, :, 0]
             return self.keys[:, :, : cursor.rows], self.values[:, :, : cursor.rows]
@@ -66,12 +71,20 @@ class Rows(CacheLayerMixin):  # type: ignore[misc]
         """Nothing: the Decoder brings the tensors."""
 
 
+class DecoderCache(Cache):  # type: ignore[misc]
+    """The layers of a Decoder's model, and the cursor of all of them."""
+
+    def __init__(self, layers: list[Rows], cursor: Cursor) -> None:
+        super().__init__(layers=layers)
+        self.cursor = cursor
+
+
 def new_cache(
     batch: int, capacity: int, heads: int, head_dim: int, sliding: list[bool], like: Tensor, cursor: Cursor
-) -> Any:
-    """A Cache of transformers with a layer per entry of `sliding`, zeros in the dtype and on the device of `like`."""
+) -> DecoderCache:
+    """A layer per entry of `sliding`, zeros in the dtype and on the device of `like`."""
 
     def zeros() -> Tensor:
         return torch.zeros(batch, heads, capacity, head_dim, dtype=like.dtype, device=like.device)
 
-    return Cache(layers=[Rows(zeros(), zeros(), cursor, is_sliding) for is_sliding in sliding])
+    return DecoderCache([Rows(zeros(), zeros(), cursor, is_sliding) for is_sliding in sliding], cursor)

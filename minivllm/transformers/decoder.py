@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .cache import Cursor, new_cache
+from .rotary import RotaryRows
 from .served import check_model, fingerprint
 
-EOS_TOKENS = 64  # how many a model may have: the captured step compares with so many
 LOOK_EVERY = 16  # tokens between two looks of the host at what a GPU has chosen
 WARM_UPS = 2  # forwards before a capture, in which libraries allocate what they keep
 
@@ -51,8 +51,9 @@ class Decoder:
             raise RuntimeError(f"Decoder: graph=True needs the model on a CUDA device, it is on {self.device}")
         self.uses_graph = self.device.type == "cuda" if graph == "auto" else graph
         self.captures, self.replays = 0, 0
-        self._shape, self._cursor = shape, Cursor()
+        self._shape, self._cursor = shape, Cursor(RotaryRows(max_length))
         self._graph: Any = None
+        self._graph_logits: Any = None  # where its replays leave them
         self._captured_from: Any = None
         self._batch, self._length = 0, 0  # sequences in use, rows of the longest; no sequence before a prefill
         self._owner: object = None  # whose tokens come next: set anew by each prefill, generate and step
@@ -65,20 +66,25 @@ class Decoder:
             self._cache = new_cache(
                 batch_size, max_length, shape.heads, shape.head_dim, shape.sliding, weight, self._cursor
             )
-            self._logits = torch.zeros(batch_size, shape.vocabulary, dtype=weight.dtype, device=self.device)
-            self._tokens, self._positions, self._pad, self._count = (integers(n) for n in (batch_size,) * 2 + (1, 1))
+            self._prompt_logits = torch.zeros(batch_size, shape.vocabulary, dtype=weight.dtype, device=self.device)
+            self._step_logits = self._prompt_logits  # of the last step, wherever it has left them
+            self._tokens, self._pad, self._counters = integers(batch_size), integers(1), integers(batch_size + 1)
+            # The row of each sequence's next token, and how many tokens have been chosen: both grow with each step.
+            self._positions, self._count = self._counters[:-1], self._counters[-1:]
             self._finished = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
-            self._eos, self._history = integers(EOS_TOKENS) - 1, integers(batch_size, max_length + 1)
+            self._ends = torch.zeros(shape.vocabulary, dtype=torch.bool, device=self.device)  # by token
+            self._history = integers(batch_size, max_length + 1)
             self._keys = torch.arange(max_length, device=self.device)
 
     @property
     def memory(self) -> dict[str, int]:
         """Bytes that the decoder holds beside the model's weights, by what they are for."""
         layers = self._cache.layers
-        mine = (self._tokens, self._positions, self._pad, self._count, self._finished, self._eos, self._history)
+        mine = (self._tokens, self._pad, self._counters, self._finished, self._ends, self._history)
         return {
             "keys and values": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
-            "logits": self._logits.nbytes,
+            "logits": self._prompt_logits.nbytes,
+            "rotary embedding": self._cursor.rotary.nbytes,
             "tokens and flags": sum(x.nbytes for x in (*mine, self._keys, *(layer.sequences for layer in layers))),
         }
 
@@ -105,6 +111,7 @@ class Decoder:
         """
         model = self._checked_model("prefill")
         ids, starts, lengths = self._checked_prompt(input_ids, attention_mask)
+        self._cursor.rotary.refresh()
         if self.uses_graph:
             self._capture(model)
         batch, longest = len(ids), max(lengths)
@@ -125,15 +132,14 @@ class Decoder:
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=rows.clamp_min(0), past_key_values=self._cache,
             use_cache=True, logits_to_keep=1, return_dict=True)  # fmt: skip
-        self._positions.zero_()
+        self._counters.zero_()
         self._positions[:batch] = numbers[1]
         self._tokens.zero_()
-        self._count.zero_()
-        self._eos.fill_(-1)
+        self._ends.fill_(False)
         self._finished.fill_(False)
         self._batch, self._length, self._owner = batch, longest, object()
-        self._logits[:batch] = out.logits[:, -1]
-        return self._logits[:batch]
+        self._prompt_logits[:batch] = out.logits[:, -1]
+        return self._prompt_logits[:batch]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -154,7 +160,7 @@ class Decoder:
         self._owner = object()
         self._tokens[: self._batch] = tokens.view(-1)
         self._advance(model)
-        return self._logits[: self._batch]
+        return self._step_logits[: self._batch]
 
     def generate(
         self,
@@ -184,10 +190,10 @@ class Decoder:
         ends = [] if ends is None else [int(end) for end in ([ends] if isinstance(ends, int) else ends)]
         pad = config.pad_token_id if pad_token_id is None else pad_token_id
         pad = (ends[0] if ends else 0) if pad is None else int(pad)
-        if len(ends) > EOS_TOKENS or not all(0 <= token < self._shape.vocabulary for token in (*ends, pad)):
+        if not all(0 <= token < self._shape.vocabulary for token in (*ends, pad)):
             raise ValueError(
-                f"generate: eos_token_id is {ends} and pad_token_id is {pad}, expected at most {EOS_TOKENS} tokens "
-                f"below {self._shape.vocabulary}"
+                f"generate: eos_token_id is {ends} and pad_token_id is {pad}, expected tokens below "
+                f"{self._shape.vocabulary}"
             )
         lengths = self._checked_prompt(input_ids, attention_mask)[2]
         if (rows := max(lengths) + max_new_tokens - 1) > self.max_length:
@@ -197,10 +203,10 @@ class Decoder:
             )
         self.prefill(input_ids, attention_mask)
         with torch.no_grad():
-            self._eos[: len(ends)] = torch.tensor(ends, dtype=torch.int64)
+            self._ends[torch.tensor(ends, dtype=torch.int64, device=self.device)] = True
             self._pad.fill_(pad)
             self._finished[self._batch :] = True
-            self._choose()
+            self._choose(self._prompt_logits)
         every = (LOOK_EVERY if gpu else 1) if look_every is None else look_every
         return self._stream(self._owner, max_new_tokens, every, 1 if gpu else 0, torch.tensor(ends, dtype=torch.int64))
 
@@ -247,40 +253,42 @@ class Decoder:
         """One step of all sequences, from self._tokens: the replay on a GPU, and nothing else there."""
         if self._graph is not None:
             self._graph.replay()
+            self._step_logits = self._graph_logits
         else:
             self._step(model, self._length + 1)
         self.replays += 1
         self._length += 1
 
-    def _step(self, model: Any, rows: int) -> None:
-        self._logits.copy_(self._forward(model, rows))
-        self._positions += 1
-        self._choose()
+    def _step(self, model: Any, rows: int, masks: Any = None) -> None:
+        self._step_logits = self._forward(model, rows, self._masks(rows) if masks is None else masks)
+        self._counters += 1
+        self._choose(self._step_logits)
 
-    def _forward(self, model: Any, rows: int) -> Tensor:
-        """The logits [batch, vocabulary] after self._tokens, which stand at self._positions: of `rows` rows of the
-        cache each sequence attends to those up to its own, or to the last of them where a layer has a window."""
-        self._cursor.positions, self._cursor.rows = self._positions, rows
+    def _masks(self, rows: int) -> Any:
+        """Of `rows` rows of the cache each sequence attends to those up to its own, or to the last of them where a
+        layer has a window."""
         here = self._positions[:, None]
         seen = self._keys[:rows] <= here
         masks = {"full_attention": seen}
         if self._shape.window is not None:
             masks["sliding_attention"] = seen & (self._keys[:rows] > here - self._shape.window)
-        masks = {kind: self._shape.as_mask(seen[:, None, None]) for kind, seen in masks.items()}
+        return self._shape.pick({kind: self._shape.as_mask(seen[:, None, None]) for kind, seen in masks.items()})
+
+    def _forward(self, model: Any, rows: int, masks: Any) -> Tensor:
+        """The logits [batch, vocabulary] after self._tokens, which stand at self._positions."""
+        self._cursor.positions, self._cursor.rows = self._positions, rows
         out = model(
-            input_ids=self._tokens[:, None], attention_mask=self._shape.pick(masks), position_ids=here,
+            input_ids=self._tokens[:, None], attention_mask=masks, position_ids=self._positions[:, None],
             past_key_values=self._cache, use_cache=True, return_dict=True)  # fmt: skip
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _choose(self) -> None:
-        """The next tokens, whether they end their sequences, and their place in the history: all on the device."""
-        best = self._logits.argmax(-1)
-        best = torch.where(self._finished, self._pad, best)
-        self._finished |= (best[:, None] == self._eos).any(-1)
-        self._tokens.copy_(best)
-        self._history.index_copy_(1, self._count, best[:, None])
-        self._count += 1
+    def _choose(self, logits: Tensor) -> None:
+        """The next tokens, whether they end their sequences, and their place in the history: all on the device. The
+        counters already stand behind them."""
+        torch.where(self._finished, self._pad, logits.argmax(-1), out=self._tokens)
+        self._finished |= self._ends[self._tokens]
+        self._history.index_copy_(1, self._count, self._tokens[:, None])
 
     def _capture(self, model: Any) -> None:
         """The graph of a step, unless there is one of this very model: of its code and its weights where they are."""
@@ -288,21 +296,25 @@ class Decoder:
         if self._graph is not None and self._captured_from == now:
             return
         self._graph = None
-        for x in (self._positions, self._count, self._tokens):
+        for x in (self._counters, self._tokens):
             x.zero_()
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
+            self._cursor.is_masked = False
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     self._step(model, self.max_length)
-                    self._positions.zero_()
-                    self._count.zero_()
+                    self._counters.zero_()
             torch.cuda.current_stream().wait_stream(side)
+            # Masks that no layer looks at are not computed in every step.
+            masks = None if self._cursor.is_masked else self._masks(self.max_length)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._step(model, self.max_length)
-        self._graph, self._captured_from = graph, now
+                self._step(model, self.max_length, masks)
+            if masks is not None and self._cursor.is_masked:
+                raise RuntimeError("prefill: a layer attends under a mask in a capture, and did not before it")
+        self._graph, self._graph_logits, self._captured_from = graph, self._step_logits, now
         self.captures += 1
 
     def _checked_model(self, call: str) -> Any:

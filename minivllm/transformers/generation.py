@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .decoder import EOS_TOKENS, Decoder
+from .decoder import Decoder
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 CACHES = (None, "dynamic", "static")  # the decoder's cache takes the place of any of these
@@ -119,10 +119,8 @@ class _Loop:
     def needs_no_host(self) -> bool:
         """Whether the device can do all of it: what it knows is the largest logit, ends of sequences and a number."""
         known = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self.criteria)
-        return (
-            known and not self.config.do_sample and not self.processors and self.scores is None and self.logits is None
-            and len(self.ends) <= EOS_TOKENS
-        )  # fmt: skip
+        recorded = self.scores is not None or self.logits is not None
+        return known and not self.config.do_sample and not self.processors and not recorded
 
     def on_device(self, new_tokens: int) -> Tensor:
         pad = self.config._pad_token_tensor

@@ -43,6 +43,7 @@ from .code import (
     is_replaced,
     is_watched,
 )
+from .cache import DecoderCache
 from .few import Few, attend, decoded_rows, finish
 from .head import END, End, Instead
 from .step import Step, rotate, rotation
@@ -409,7 +410,7 @@ def traced_layer(
 @named_forward
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of a model: that of its class, with a Step for its layers if all of them are fused, and without its norm where
-    an End will see to that. Another one, which somebody has put into the class, may look at what goes from layer to
+    an End will see to that, and in a Decoder's step with known rows of the rotary embedding. Another one, which somebody has put into the class, may look at what goes from layer to
     layer, so that is made whole for it."""
     applied: Applied = self._minivllm
     end: End | None = kwargs.pop(END, None)
@@ -417,14 +418,16 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["output_attentions"] = True  # for the layers, which do not see the configuration
     layers = list(self.layers._modules.values())[: self.config.num_hidden_layers]
     fused = type(self).forward is applied.model_forward and all(is_fused(layer, layer_forward) for layer in layers)
-    stand_in = self
+    parts: dict[str, Any] = {}
     if layers and fused:
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         watched = recorded or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
         kwargs[STEP] = Step(None if watched else layers[-1])
         if end is not None and not recorded and "output_attentions" not in kwargs:
-            stand_in = Instead(self, norm=end.norm)
-    return type(self).forward(stand_in, *args, **kwargs)
+            parts["norm"] = end.norm
+        if isinstance(cache := kwargs.get("past_key_values"), DecoderCache) and cache.cursor.positions is not None:
+            parts["rotary_emb"] = cache.cursor.rotary.instead_of(self.rotary_emb, applied.family.module.__name__)
+    return type(self).forward(Instead(self, **parts) if parts else self, *args, **kwargs)
 
 
 def can_norm(norm: Any, x: Tensor) -> bool:
