@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_merge.cuh"
+#include "prices.cuh"
 
 namespace {
 
@@ -46,19 +47,25 @@ double bytes_of_head(const mv_task *task) {
     return 4.0 * static_cast<double>(most_keys(task)) * static_cast<double>(task->hidden);
 }
 
-/* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. An SM gets its share of
- * what memory delivers, a block alone not more than its ring has room for in a latency; a block in a later turn begins
- * while others still run. The figures are an H200's. */
+/* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. A block alone reads what
+ * its ring has room for in a latency of memory, as an H200 showed it; all together read what memory delivers; and where
+ * the two are near each other, less than either. */
 double blocks_us(const mv_task *task, double blocks, double room, double bytes) {
-    constexpr double sm_bytes_per_us = 34.6e3, most_of_block = 30e3, begin_us = 2, turn_us = 0.5;
-    const double all = sm_bytes_per_us * task->sm_count, turns = floor(blocks / room), rest = blocks - turns * room;
-    const double rest_us = rest > 0 ? turn_us + bytes / fmin(most_of_block, all / rest) : 0;
-    return begin_us + turns * (turn_us + bytes / fmin(most_of_block, all / room)) + rest_us;
+    constexpr double rate_of_block = 47e3, turn_us = 0.5;
+    const auto turn = [&](double running) {
+        const double alone = bytes / rate_of_block, shared = bytes * running / prices::memory_rate(task);
+        return running > 0 ? turn_us + sqrt(sqrt(alone * alone * alone * alone + shared * shared * shared * shared))
+                           : 0;
+    };
+    const double turns = floor(blocks / room);
+    return turns * turn(room) + turn(blocks - turns * room);
 }
 
-/* Chooses the pieces of a sequence, and who merges them. */
+/* Chooses the pieces of a sequence, and who merges them: a cluster, whose blocks wait for each other and are not spread
+ * evenly over the SMs, or a second launch, which loads kMergePieces pieces at a time. All figures are fitted to the
+ * times of forced cuts on an H200, 1 to 32 sequences of 512 to 32,768 keys. */
 void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
-    constexpr double of_cluster_us = 0.35, of_each_us = 0.15, launch_us = 2; /* clusters wait for all their blocks */
+    constexpr double of_cluster_us = 0.2, of_each_us = 0.25, evenness = 0.96, launch_us = 4.5, of_more_us = 1.5;
     /* How a sequence is cut may depend on how many others there are only where its bits may. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / task->attention.heads;
     const double heads = static_cast<double>(sequences * task->attention.kv_heads * cut.passes);
@@ -68,19 +75,26 @@ void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
     const int64_t most_of_cluster = blocks_of_sm > 1 && task->sm_count >= 100 ? kMostCluster : kMostCluster / 2;
     double best = INFINITY;
     const auto consider = [&](int64_t pieces, bool in_cluster) {
-        const double count = static_cast<double>(pieces);
-        const double merge_us = pieces == 1 ? 0 : in_cluster ? of_cluster_us + of_each_us * count : launch_us;
-        const double us = blocks_us(task, heads * count, room, bytes / count) + merge_us;
+        const double count = static_cast<double>(pieces), blocks = heads * count;
+        double us = blocks_us(task, blocks, room, bytes / count);
+        if (in_cluster)
+            us = us / (pieces > 2 ? evenness : 1) + of_cluster_us + of_each_us * count;
+        else if (pieces > 1)
+            us += launch_us + of_more_us * static_cast<double>((pieces - 1) / kMergePieces);
         if (us >= best) return;
         best = us;
         cut.pieces = static_cast<int32_t>(pieces);
-        cut.cluster = in_cluster && pieces > 1 ? cut.pieces : 0;
+        cut.cluster = in_cluster ? cut.pieces : 0;
     };
     consider(1, false);
-    for (int64_t pieces = 2; hopper && pieces <= most_of_cluster && pieces < 2 * most; pieces *= 2)
-        consider(pieces, true);
+    for (int64_t pieces = 2; pieces <= kMostCluster && pieces < 2 * most; pieces *= 2) {
+        /* Two clusters of many blocks hardly ever fit onto the same SMs. */
+        const bool fits = pieces == 2 || heads * static_cast<double>(pieces) <= task->sm_count;
+        if (hopper && pieces <= most_of_cluster && fits) consider(pieces, true);
+        consider(least(pieces, most), false);
+    }
     for (int turn = 1; turn <= 4; turn++) /* as many pieces as there is room for */
-        if (const int64_t pieces = least(static_cast<int64_t>(turn * room / heads), most); pieces > 1)
+        if (const int64_t pieces = least(static_cast<int64_t>(turn * room / heads), most); pieces > kMostCluster)
             consider(pieces, false);
 }
 
