@@ -36,8 +36,8 @@ bool is_common(const mv_task *task) {
     const auto rows_in_parts = [&](const mv_rows &rows) {
         return in_parts(rows.data, rows.outer_stride, rows.inner_stride);
     };
-    return !a.block_table && !a.ring && a.soft_cap == 0 && task->rounding != MV_ROUNDING_FP32 && is_usual(a.q_norm) &&
-           is_usual(a.k_norm) && a.rotary.columns == dim && a.rotary.dtype == task->dtype && !a.rotary.interleaved &&
+    return !a.block_table && !a.ring && a.soft_cap == 0 && is_usual(a.q_norm) && is_usual(a.k_norm) &&
+           a.rotary.columns == dim && a.rotary.dtype == task->dtype && !a.rotary.interleaved &&
            in_parts(a.rotary.cos, a.rotary.cos_stride, 0) && in_parts(a.rotary.sin, a.rotary.sin_stride, 0) &&
            rows_in_parts(task->x) && rows_in_parts(a.k);
 }

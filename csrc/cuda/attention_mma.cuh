@@ -49,11 +49,14 @@ template <typename S> struct HeadQueue {
     using T = typename S::T;
     const mv_task &task;
     const int sequence, kv_head, first_head, group, warp;
-    typename S::OwnHead now;
+    const bool has_low; /* queries are kept as two values: rounded, and what that leaves of them */
+    typename S::OwnHead now = {};
 
     __device__ __forceinline__ HeadQueue(const mv_task &task, int sequence, int kv_head, int first_head, int group)
         : task(task), sequence(sequence), kv_head(kv_head), first_head(first_head), group(group),
-          warp(static_cast<int>(threadIdx.x / 32)) {}
+          warp(static_cast<int>(threadIdx.x / 32)),
+          has_low(task.rounding == MV_ROUNDING_FP32 &&
+                  (task.attention.q_norm.weight || task.attention.rotary.columns)) {}
     __device__ __forceinline__ void load_first() { load(now, warp); }
     /* Before the wait: L2 has what is asked for behind it, and the SM knows its pages. A lane asks for a row. */
     __device__ __forceinline__ void prefetch_first() const {
@@ -86,13 +89,14 @@ template <typename S> struct HeadQueue {
         head.load(row_of(h), static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, sequence);
     }
 
-    /* Leaves the queries in shared memory, and for the piece that has the new token also its key. */
-    __device__ __forceinline__ void finish(Memory<S> &memory, bool has_new) {
+    /* Leaves the queries in shared memory, and for the piece that has the new token also its key. A rehearsal stops
+     * after the warp's first head, of which nothing is loaded yet: what it leaves is overwritten. */
+    __device__ __forceinline__ void finish(Memory<S> &memory, bool has_new, bool rehearsal) {
 #pragma unroll 1
         for (int h = warp; h <= group; h += S::kWarps) {
             if (h == group && !has_new) return;
-            typename S::OwnHead next;
-            load(next, h + S::kWarps);
+            typename S::OwnHead next = now;
+            if (!rehearsal) load(next, h + S::kWarps);
             now.finish(static_cast<int>(task.hidden), norm_of(h), task.attention.rotary, task.rounding,
                        memory.head[warp], S::kColumns);
 #pragma unroll
@@ -104,10 +108,11 @@ template <typename S> struct HeadQueue {
                     continue;
                 }
                 memory.query[0][h][column] = rounded;
-                if (!S::kCommon)
+                if (has_low)
                     memory.query[1][h][column] =
                         from_float<T>(isinf(to_float(rounded)) ? 0 : now.value[i] - to_float(rounded));
             }
+            if (rehearsal) return;
             now = next;
         }
     }
@@ -276,7 +281,8 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
     for (bool waited = !early_rows;; waited = true) {
         /* Once before the wait, where older rows are promised to be static: the keys are asked for that follow from
-         * what the position was. And once after it: if the position is another one now, so are the keys. */
+         * what the position was, and the heads' instructions come to the SM. And once after it: if the position is
+         * another one now, so are the keys. */
         if (waited) griddepcontrol_wait();
         const Place now = waited ? load_place(task, who.sequence) : load_place<When::kToAim>(task, who.sequence);
         if (waited) {
@@ -295,6 +301,8 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
             if (waited) cp_async_wait<0>(); /* for what comes of the wrong keys */
             if (keys.count > 0 && first < end) ring.fill(keys, first + warp * kTileKeys, end, slots_at, rows);
         }
+        if (waited && (keys.count <= 0 || first >= end)) break;
+        heads.finish(memory, !waited || end == keys.count, !waited);
         if (waited) break;
     }
     if (keys.count <= 0 || (first >= end && !cut.cluster)) {
@@ -308,7 +316,6 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         const bool has_new = end == keys.count;
         int key = first + warp * kTileKeys;
         const bool whole = S::kCommon || !has_new || has_all_pages(task, cut, keys, who.sequence);
-        heads.finish(memory, has_new);
 #pragma unroll
         for (int i = 0; i < kValues; i++) {
             const int column = static_cast<int>(threadIdx.x) + i * S::kThreads;
@@ -321,8 +328,7 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
                 reinterpret_cast<const uint4 *>(warp ? memory.new_value : memory.new_key)[lane];
         }
 
-        const bool has_low = task.rounding == MV_ROUNDING_FP32 && (a.q_norm.weight || a.rotary.columns);
-        WarpSoftmax<S> softmax(memory, who.group, has_low);
+        WarpSoftmax<S> softmax(memory, who.group, heads.has_low);
         const float scale = a.scale * kLog2OfE, soft_cap = a.soft_cap * kLog2OfE;
         int slot = 0; /* of the tile's keys; the values are in the one behind it */
 #pragma unroll 1

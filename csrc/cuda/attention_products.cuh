@@ -64,7 +64,7 @@ template <typename S> struct WarpSoftmax {
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++)
                     mma_m16n8k16<T>(dot[odd][t], k[odd], q[t][at + odd][0], q[t][at + odd][1]);
-                if (S::kCommon || !has_low) continue;
+                if (!has_low) continue;
                 ldmatrix_x4(low, query_at[t] + kLowBehind + step * 32);
 #pragma unroll
                 for (int odd = 0; odd < 2; odd++) mma_m16n8k16<T>(dot[odd][t], k[odd], low[2 * odd], low[2 * odd + 1]);

@@ -84,8 +84,7 @@ template <typename T, int kPer> struct Head {
 
 /* The head of most models, in fewer instructions: of 16 bits and 64, 128 or 256 columns, all of which the rotary
  * embedding turns, in halves, by cos and sin of the same dtype; so is the weight of the norm. What another lane would
- * have is in this one: lane l has kPer / 2 columns of each half. There is always an embedding, and rounding is not
- * "fp32". */
+ * have is in this one: lane l has kPer / 2 columns of each half. There is always an embedding. */
 template <typename T, int kPer> struct PairedHead {
     static constexpr int kHalf = kPer / 2; /* columns of a lane, of each half: a load */
     float value[kPer], weight[kPer], cosine[kPer], sine[kPer];
@@ -113,6 +112,8 @@ template <typename T, int kPer> struct PairedHead {
     }
     __device__ __forceinline__ void finish(int, const mv_head_norm &norm, const mv_rotary &, mv_rounding rounding,
                                            float *, int) {
+        const bool rounds = mv_rounds_each_step(rounding);
+        const auto rounded = [&](float x) { return rounds ? round_to<T>(x) : x; };
         if (norm.weight) {
             float squares = 0;
 #pragma unroll
@@ -121,17 +122,17 @@ template <typename T, int kPer> struct PairedHead {
             const bool twice = mv_norm_rounds_twice(rounding);
 #pragma unroll
             for (int i = 0; i < kPer; i++)
-                value[i] = round_to<T>(apply_norm<T>(value[i], r, norm.weight_offset + weight[i], twice));
+                value[i] = rounded(apply_norm<T>(value[i], r, norm.weight_offset + weight[i], twice));
         }
+        const auto turned = [&](float own, float cosine, float other, float sine) {
+            return rounded(rounded(__fmul_rn(own, cosine)) + rounded(__fmul_rn(other, sine)));
+        };
 #pragma unroll
         for (int i = 0; i < kHalf; i++) {
             const float first = value[i], second = value[i + kHalf];
             value[i] = turned(first, cosine[i], -second, sine[i]);
             value[i + kHalf] = turned(second, cosine[i + kHalf], first, sine[i + kHalf]);
         }
-    }
-    static __device__ __forceinline__ float turned(float own, float cosine, float other, float sine) {
-        return round_to<T>(round_to<T>(__fmul_rn(own, cosine)) + round_to<T>(__fmul_rn(other, sine)));
     }
 };
 
