@@ -32,6 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _C as ops
+from .cache import DecoderCache
 from .code import (
     ALIVE,
     Applied,
@@ -43,7 +44,6 @@ from .code import (
     is_replaced,
     is_watched,
 )
-from .cache import DecoderCache
 from .few import Few, attend, decoded_rows, finish
 from .head import END, End, Instead
 from .step import Step, rotate, rotation
@@ -409,9 +409,9 @@ def traced_layer(
 
 @named_forward
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of a model: that of its class, with a Step for its layers if all of them are fused, and without its norm where
-    an End will see to that, and in a Decoder's step with known rows of the rotary embedding. Another one, which somebody has put into the class, may look at what goes from layer to
-    layer, so that is made whole for it."""
+    """Of a model: that of its class, with a Step for its layers if all of them are fused, without its norm where an End
+    will see to that, and in a Decoder's step with rows of the rotary embedding that are known already. Another one,
+    which somebody has put into the class, may look at what goes from layer to layer, so that is made whole for it."""
     applied: Applied = self._minivllm
     end: End | None = kwargs.pop(END, None)
     if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
