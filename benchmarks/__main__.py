@@ -13,7 +13,7 @@ LINEAR = ("linear", "linear_add", "rms_norm_linear", "rms_norm_gate_up")
 ACTIVATIONS = ("silu_and_mul", "gelu_and_mul")
 OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "decode_attention", *ACTIVATIONS, "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
-WHOLE = ("model", "step")  # of models of transformers
+WHOLE = ("model", "model_accuracy", "step")  # of models of transformers
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -129,11 +129,12 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, act_and_mul, attention, host, linear, model, norms, qkv, step
+    from benchmarks import accuracy, act_and_mul, attention, host, linear, model, model_accuracy, norms, qkv, step
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model, "step": step}
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv}
+    modules |= {"model": model, "model_accuracy": model_accuracy, "step": step}
     modules |= {"decode_attention": attention}
     modules |= dict.fromkeys(LINEAR, linear) | dict.fromkeys(ACTIVATIONS, act_and_mul)
     module = modules.get(op, norms)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from benchmarks.columns import (
     ATTENTION_COLUMNS,
+    BITS_COLUMNS,
+    CACHE_COLUMNS,
     DTYPE_NAMES,
     LINEAR_COLUMNS,
     MODEL_ACCURACY_COLUMNS,
@@ -106,6 +108,21 @@ def model_page(results: Results) -> str:
         text = cases_table(MODEL_ACCURACY_COLUMNS, cases)
         parts += [model_speed(results, device), section("Logits, against float32:", cases, text)]
     return "\n\n".join(part.strip() for part in parts if part)
+
+
+def model_accuracy(results: Results) -> str:
+    """Logits and rollouts, then keys and values, then bits, of every model on the GPU or else on the CPU."""
+    cases = results.of("cuda", "model_accuracy", accuracy=True) or results.of("cpu", "model_accuracy", accuracy=True)
+    parts = (
+        ("Logits, against float32:", MODEL_ACCURACY_COLUMNS, "agreement"),
+        ("Keys and values, against float32, from the best layer to the worst:", CACHE_COLUMNS, "keys_error"),
+        ("The same bits:", BITS_COLUMNS, "equal"),
+    )
+    texts = []
+    for title, columns, column in parts:
+        own = [case for case in cases if column in case.rows[OURS]]
+        texts += [f"{title}\n\n{cases_table(columns, own)}"] if own else []
+    return "\n\n".join([*texts, sources(cases)]).strip()
 
 
 # The README's rows: device, op, and which of its cases.
@@ -251,6 +268,7 @@ NAMES = {
     "table: numerics": numerics,
     "table: host": host,
     "table: model": model_page,
+    "table: model_accuracy": model_accuracy,
     "table: linear": linears,
     "table: decode_attention": attention,
     "table: step": steps,

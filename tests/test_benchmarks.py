@@ -57,3 +57,26 @@ def test_shapes_of_decode_attention_are_head_counts(shape):
 
     assert shape in shape_error("decode_attention", ["16x8", shape])
     assert shape_error("decode_attention", ["16x8", "7x1"]) is None
+
+
+def test_model_accuracy(tmp_path):
+    pytest.importorskip("transformers", reason="whole models are those of transformers, which is not installed")
+    from benchmarks.results import Results
+    from benchmarks.tables import model_accuracy
+
+    rows = rows_of(tmp_path / "accuracy.json", "model_accuracy", "--shapes", "tiny-qwen3", "--layers", "2")
+    of = {(row["kind"], row["variant"]): row for row in rows}
+    ours, plain = (of["8 prompts of 3 to 120, 8 steps", variant] for variant in ("minivllm", "transformers"))
+    assert ours["choices"] == 8 * (1 + 8) and plain["difference"] == 0
+    assert 0 < ours["mean_error"] < plain["mean_error"] and ours["difference"] < ours["difference_bound"] < 0
+    cache = of["keys and values", "minivllm"]
+    assert all(len(cache[column]) == 2 and min(cache[column]) > 0 for column in ("keys_error", "values_error"))
+    exact = (
+        "logits of the same batch once more",
+        "logits before apply and after undo",
+        "tokens of the rollouts once more",
+    )
+    assert all(of[kind, "minivllm"]["equal"] == 1 for kind in exact)
+    assert of["logits of each alone and in a batch of 4", "minivllm"]["apart"] < plain["mean_error"]
+    text = model_accuracy(Results(tmp_path))
+    assert text.count("| tiny-qwen3, 2 layers | bf16 |") == 5 + 1 + 1 + 4
