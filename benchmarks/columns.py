@@ -51,8 +51,11 @@ def bold(text: str) -> str:
 
 
 def peak(case: Case, variant: str) -> str:
-    grown = case.rows.get(variant, {}).get("peak_bytes")
-    return "" if grown is None else f"{grown / 2**20:.1f} MiB"
+    return mebibytes(case.rows.get(variant, {}).get("peak_bytes"))
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f} MiB"
 
 
 def gigabytes_per_second(case: Case) -> str:
@@ -172,23 +175,65 @@ BITS_COLUMNS: dict[str, Column] = {
 }
 
 
-STATIC, DECODER, COMPILE = "static", "decoder", "compile"  # how a step was run, behind whose it is
-PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, DECODER, COMPILE))
+# How a step was run, behind whose it is.
+STATIC, EAGER, DECODER, COMPILE = "static", "eager", "decoder", "compile"
+CACHE_FLOOR = "floor with cache"
+PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, EAGER, DECODER, COMPILE))
 
 
 STEP_COLUMNS: dict[str, Column] = {
     "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
     "batch": lambda case: str(case.tokens),
+    "context": lambda case: f"{case.context:,}",
     "GPU": gpu,
     "Decoder": lambda case: bold(number(case.us(f"{OURS} {DECODER}"))),
     "tokens/s": lambda case: tokens_per_second(case, f"{OURS} {DECODER}"),
     "static cache, graph": lambda case: number(case.us(f"{OURS} {STATIC}")),
+    "eager": lambda case: number(case.us(f"{OURS} {EAGER}")),
     "torch.compile": lambda case: number(case.us(f"{OURS} {COMPILE}")),
+    "transformers: Decoder": lambda case: number(case.us(f"transformers {DECODER}")),
     "transformers: static cache, graph": lambda case: number(case.us(f"transformers {STATIC}")),
+    "transformers: eager": lambda case: number(case.us(f"transformers {EAGER}")),
     "transformers: torch.compile": lambda case: number(case.us(f"transformers {COMPILE}")),
     "only reading the weights": lambda case: number(floor_us(case)),
     "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), floor_us(case)),
+    "reading weights and cache": lambda case: number(
+        case.us(*(n for n in case.rows if n.startswith(f"{CACHE_FLOOR} x")))
+    ),
+    "host": lambda case: number(case.rows.get(f"{OURS} {DECODER}", {}).get("host_us")),
+    "Decoder's memory": lambda case: mebibytes(case.rows.get(f"{OURS} {DECODER}", {}).get("memory_bytes")),
 }
+
+
+FIRST_TOKEN_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: str(case.any("batch")),
+    "prompt": lambda case: f"{case.context:,}",
+    "GPU": gpu,
+    "Decoder": lambda case: bold(milliseconds(case, f"{OURS} {DECODER}")),
+    "with `apply`, eager": lambda case: milliseconds(case, f"{OURS} {EAGER}"),
+    "transformers: eager": lambda case: milliseconds(case, f"transformers {EAGER}"),
+    "transformers: torch.compile": lambda case: milliseconds(case, f"transformers {COMPILE}"),
+}
+GENERATE_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: str(case.any("batch")),
+    "prompt": lambda case: f"{case.context:,}",
+    "GPU": gpu,
+    "transformers": lambda case: tokens_per_second(case, "transformers"),
+    "with `apply`": lambda case: tokens_per_second(case, OURS),
+    "speed-up": lambda case: ratio(case.us("transformers"), ours_us(case)),
+    "and `custom_generate`": lambda case: bold(tokens_per_second(case, f"{OURS} {DECODER}")),
+    "its speed-up": lambda case: ratio(case.us("transformers"), case.us(f"{OURS} {DECODER}")),
+}
+
+
+def milliseconds(case: Case, variant: str) -> str:
+    us = case.us(variant)
+    return "" if us is None else number(us / 1e3)
 
 
 def work(case: Case) -> str:

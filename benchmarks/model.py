@@ -10,6 +10,7 @@ model_accuracy.py has the errors of such models.
 
 import argparse
 import copy
+from collections.abc import Callable
 
 from benchmarks.report import Report
 from benchmarks.results import OURS
@@ -45,6 +46,41 @@ def twins(name: str, dtype: str, device: str, layers: int | None) -> dict:
         if report.left_alone:
             raise RuntimeError(repr(report))
     return models
+
+
+def label(name: str, args: argparse.Namespace) -> str:
+    return f"{name}, {args.layers} layers" if args.layers else name
+
+
+def each_model(args: argparse.Namespace, names: tuple[str, ...], one: Callable[[dict, str, str], None]) -> None:
+    """one(twins, name, dtype) for every dtype and model; the memory of a model is free before the next one comes."""
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        for dtype in args.dtype:
+            for name in args.shapes or (names[:1] if args.quick else names):
+                one(twins(name, dtype, args.device, args.layers), name, dtype)
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def each_case(
+    args: argparse.Namespace, names: tuple[str, ...], batches: tuple[int, ...], contexts: tuple[int, ...],
+    one: Callable[[dict, dict, int, int], None]
+) -> None:  # fmt: skip
+    """one(twins, columns of the model, batch, context) for each of them; the arguments come before the defaults."""
+    import torch
+
+    def of_model(models: dict, name: str, dtype: str) -> None:
+        config = models[PLAIN].config
+        case = {"shape": label(name, args), "hidden": config.hidden_size, "outputs": config.vocab_size, "dtype": dtype}
+        for context in args.contexts or contexts:
+            for batch in args.tokens or batches:
+                one(models, case, batch, context)
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+
+    each_model(args, names, of_model)
 
 
 class Sequences:
@@ -152,10 +188,6 @@ def works(args: argparse.Namespace):
                 yield work, batch, mode
 
 
-def label(name: str, args: argparse.Namespace) -> str:
-    return f"{name}, {args.layers} layers" if args.layers else name
-
-
 def time_model(name: str, dtype: str, models: dict, args: argparse.Namespace, report: Report) -> None:
     import torch
 
@@ -193,12 +225,4 @@ def run(args: argparse.Namespace, report: Report) -> None:
     import torch
 
     torch.manual_seed(20)
-    names = args.shapes or (NAMES[:1] if args.quick else NAMES)
-    with torch.inference_mode(False), torch.no_grad():
-        for dtype in args.dtype:
-            for name in names:
-                models = twins(name, dtype, args.device, args.layers)
-                time_model(name, dtype, models, args, report)
-                del models
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
+    each_model(args, NAMES, lambda models, name, dtype: time_model(name, dtype, models, args, report))

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.model import HF, NAMES, OURS, PLAIN, label, twins
+from benchmarks.model import HF, NAMES, OURS, PLAIN, each_model, label
 from benchmarks.report import Report
 from minivllm.testing.models import OUTLIER
 
@@ -286,18 +286,18 @@ def run(args: argparse.Namespace, report: Report) -> None:
     from minivllm.transformers import Decoder
 
     torch.set_float32_matmul_precision("highest")
-    with torch.inference_mode(False), torch.no_grad():
-        for dtype in args.dtype:
-            for name in args.shapes or NAMES[:1]:
-                plan = SMALL if args.quick or name.startswith("tiny") else LONG
-                models = twins(name, dtype, args.device, args.layers)
-                temper(models[PLAIN])
-                exact = copy.deepcopy(models[PLAIN]).float()
-                case = {"op": "model_accuracy", "shape": label(name, args), "dtype": dtype}
-                case |= {"hidden": exact.config.hidden_size, "outputs": exact.config.vocab_size}
-                room = plan.longest + plan.steps
-                decoders = {variant: Decoder(models[variant], plan.batch, room) for variant in (PLAIN, OURS, HF)}
-                teacher_forced(exact, decoders, plan, case, report)
-                same_bits(models, decoders, plan, case, report)
-                del decoders
-                rollouts(exact, models, plan, case, report)
+
+    def one(models: dict, name: str, dtype: str) -> None:
+        plan = SMALL if args.quick or name.startswith("tiny") else LONG
+        temper(models[PLAIN])
+        exact = copy.deepcopy(models[PLAIN]).float()
+        case = {"op": "model_accuracy", "shape": label(name, args), "dtype": dtype}
+        case |= {"hidden": exact.config.hidden_size, "outputs": exact.config.vocab_size}
+        room = plan.longest + plan.steps
+        decoders = {variant: Decoder(models[variant], plan.batch, room) for variant in (PLAIN, OURS, HF)}
+        teacher_forced(exact, decoders, plan, case, report)
+        same_bits(models, decoders, plan, case, report)
+        decoders.clear()
+        rollouts(exact, models, plan, case, report)
+
+    each_model(args, NAMES[:1], one)
