@@ -177,7 +177,7 @@ BITS_COLUMNS: dict[str, Column] = {
 
 # How a step was run, behind whose it is.
 STATIC, EAGER, DECODER, COMPILE = "static", "eager", "decoder", "compile"
-CACHE_FLOOR = "floor with cache"
+CACHE_FLOOR, LLAMA = "floor with cache", "llama.cpp"
 PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, EAGER, DECODER, COMPILE))
 
 
@@ -196,6 +196,7 @@ STEP_COLUMNS: dict[str, Column] = {
     "transformers: static cache, graph": lambda case: number(case.us(f"transformers {STATIC}")),
     "transformers: eager": lambda case: number(case.us(f"transformers {EAGER}")),
     "transformers: torch.compile": lambda case: number(case.us(f"transformers {COMPILE}")),
+    "llama.cpp": lambda case: number(case.us(LLAMA)),
     "only reading the weights": lambda case: number(floor_us(case)),
     "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), floor_us(case)),
     "reading weights and cache": lambda case: number(

@@ -5,16 +5,18 @@ floor: one kernel for each weight that a step reads, which only reads it, in the
 the fastest of several numbers of blocks. `floor with cache` also reads as many bytes as the context has keys and
 values. `transformers` and `minivllm`: the model without and with minivllm.transformers.apply, in a Decoder, on a static
 cache as a CUDA graph (static), on the CPU eagerly on transformers' own growing cache (eager), and under torch.compile
-(--compile, on a GPU with reduce-overhead). All models share their weights' memory.
+(--compile, on a GPU with reduce-overhead). All of them share their weights' memory. On the CPU llama.cpp is the peer of
+one sequence where llama-cpp-python is installed (llama_peer.py).
 
 The keys and values of the context are random numbers, since what a step takes does not depend on them.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.columns import CACHE_FLOOR, COMPILE, DECODER, EAGER, STATIC
+from benchmarks.columns import CACHE_FLOOR, COMPILE, DECODER, EAGER, LLAMA, STATIC
 from benchmarks.model import OURS, PLAIN, Sequences, compiled, each_case, graphed
 from benchmarks.report import Report
 from minivllm.testing.timing import Failed, failure, time_cpu
@@ -22,11 +24,12 @@ from minivllm.testing.timing import Failed, failure, time_cpu
 NAMES = ("qwen3-0.6b", "qwen3-8b")
 BATCHES, CONTEXTS = (1, 16), (512,)
 ROOM = 512  # rows of the cache behind the context
-STEPS = 16  # queued in one sample
+STEPS = {"cuda": 16, "cpu": 4}  # in one sample; a GPU's are queued
 SHARE = 0.8  # of the free memory of a GPU, for all caches of a case
 METHOD = {
-    "step": f"us a step: {STEPS} steps are queued, from the first call to the end on the device; variants in turns",
-    "host_us": f"us a step of the host alone, which queues {STEPS} steps while the device is behind",
+    "step": f"us a step: {STEPS['cuda']} steps are queued (on the CPU {STEPS['cpu']} called), from the first call to "
+    "the end on the device; variants in turns",
+    "host_us": f"us a step of the host alone, which queues {STEPS['cuda']} steps while the device is behind",
     "memory_bytes": "what the Decoder holds beside the weights",
 }
 
@@ -148,6 +151,14 @@ def decoder_step(model, batch: int, context: int) -> Ready:
     return Ready(lambda: decoder._advance(model), rewind, decoder)
 
 
+def llama_step(model, context: int) -> Ready:
+    import torch
+
+    from benchmarks import llama_peer
+
+    return Ready(*llama_peer.step(model, torch.randint(0, model.config.vocab_size, (context,)).tolist(), ROOM))
+
+
 MAKERS = {STATIC: static_step, EAGER: eager_step, DECODER: decoder_step, COMPILE: compiled_step}
 
 
@@ -177,6 +188,15 @@ def variants_of(models: dict, batch: int, context: int, args: argparse.Namespace
             ready[variant] = MAKERS[way](models[name], batch, context)
         except Exception as error:
             failed[variant] = failure(error)
+    if args.device == "cpu" and batch == 1:
+        missing = [package for package in ("llama_cpp", "gguf") if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"llama.cpp is no peer in this run: {' and '.join(missing)} cannot be imported.")
+        else:
+            try:
+                ready[LLAMA] = llama_step(models[PLAIN], context)
+            except Exception as error:
+                failed[LLAMA] = failure(error)
     return ready, failed
 
 
@@ -189,10 +209,11 @@ def case_of(model, case: dict, batch: int, context: int) -> dict:
 
 
 def time_case(models: dict, batch: int, context: int, args: argparse.Namespace) -> tuple[dict, dict]:
-    """(results, more columns) of all variants by name. Every sample of STEPS steps begins with the same context."""
+    """(results, more columns) of all variants by name. Every sample begins with the same context."""
     import torch
 
     on_gpu, plain, ours = args.device == "cuda", models[PLAIN], f"{OURS} {DECODER}"
+    steps = STEPS[args.device]
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     ready, failed = variants_of(models, batch, context, args)
     calls = {variant: each.step for variant, each in ready.items()}
@@ -209,7 +230,7 @@ def time_case(models: dict, batch: int, context: int, args: argparse.Namespace) 
 
         def step(i: int) -> None:
             call()
-            if i % STEPS == 0:
+            if i % steps == 0:
                 wait()
 
         return step
@@ -218,14 +239,14 @@ def time_case(models: dict, batch: int, context: int, args: argparse.Namespace) 
     settle = 0.0 if on_gpu else 0.1
     results = time_cpu(
         {variant: timed(call) for variant, call in calls.items()},
-        seconds=seconds, rounds=4, batch=STEPS, between=rewind_all, settle=settle)  # fmt: skip
+        seconds=seconds, rounds=4, batch=steps, between=rewind_all, settle=settle)  # fmt: skip
     columns = {
         variant: {"memory_bytes": sum(each.decoder.memory.values())} for variant, each in ready.items() if each.decoder
     }
     if on_gpu:
         queued = {variant: lambda i, step=ready[variant].step: step() for variant in columns}
         for variant, timing in time_cpu(
-            queued, seconds=seconds / 4, rounds=1, batch=STEPS, between=rewind_all, settle=settle
+            queued, seconds=seconds / 4, rounds=1, batch=steps, between=rewind_all, settle=settle
         ).items():
             columns[variant] |= {} if isinstance(timing, Failed) else {"host_us": round(timing.us, 4)}
     return results | failed, columns
