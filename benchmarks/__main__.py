@@ -13,7 +13,7 @@ LINEAR = ("linear", "linear_add", "rms_norm_linear", "rms_norm_gate_up")
 ACTIVATIONS = ("silu_and_mul", "gelu_and_mul")
 OPS = ("rms_norm", "add_rms_norm", "rms_norm_qkv", *LINEAR, "decode_attention", *ACTIVATIONS, "host", "accuracy")
 ALL_DTYPES = ("bf16", "f16", "f32")
-WHOLE = ("model", "step")  # of models of transformers
+WHOLE = ("model", "model_accuracy", "step", "first_token", "generate")  # of models of transformers
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=[],
         metavar="M",
-        help="token counts; of decode_attention, model and step: batches",
+        help="token counts; of decode_attention and whole models: batches",
     )
     commands.add_argument("--dtype", nargs="+", choices=ALL_DTYPES, help="default: those of the op's targets")
     commands.add_argument(
@@ -50,8 +50,20 @@ def parser() -> argparse.ArgumentParser:
         help=f"torch.compile too, in these modes or in all: {', '.join(COMPILE_MODES.values())} (slow: name the "
         "shapes; for chains of a norm, the --tokens)",
     )
+    commands.add_argument("--layers", type=int, metavar="N", help="of whole models: only so many layers")
     commands.add_argument(
-        "--layers", type=int, metavar="N", help="of model and step: only so many layers, and no accuracy"
+        "--contexts",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="of step: tokens in the cache; of first_token and generate: in the prompt",
+    )
+    commands.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="of step: what all caches of a case may take together; default: 0.8 of the free memory of a GPU",
     )
     commands.add_argument(
         "--modes", nargs="+", choices=("eager", "graph", "compile"), help="of model; default: eager graph"
@@ -129,11 +141,26 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
-    from benchmarks import accuracy, act_and_mul, attention, host, linear, model, norms, qkv, step
+    from benchmarks import (
+        accuracy,
+        act_and_mul,
+        attention,
+        first_token,
+        generate,
+        host,
+        linear,
+        model,
+        model_accuracy,
+        norms,
+        qkv,
+        step,
+    )
     from benchmarks.report import Report
     from minivllm.testing.timing import busy_cuda
 
-    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv, "model": model, "step": step}
+    modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv}
+    modules |= {"model": model, "model_accuracy": model_accuracy, "step": step}
+    modules |= {"first_token": first_token, "generate": generate}
     modules |= {"decode_attention": attention}
     modules |= dict.fromkeys(LINEAR, linear) | dict.fromkeys(ACTIVATIONS, act_and_mul)
     module = modules.get(op, norms)

@@ -51,8 +51,11 @@ def bold(text: str) -> str:
 
 
 def peak(case: Case, variant: str) -> str:
-    grown = case.rows.get(variant, {}).get("peak_bytes")
-    return "" if grown is None else f"{grown / 2**20:.1f} MiB"
+    return mebibytes(case.rows.get(variant, {}).get("peak_bytes"))
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f} MiB"
 
 
 def gigabytes_per_second(case: Case) -> str:
@@ -108,7 +111,7 @@ NORM_COLUMNS: dict[str, Column] = {
 ATTENTION_COLUMNS: dict[str, Column] = {
     "heads / of k, v": lambda case: case.shape.replace("x", " / "),
     "batch": lambda case: str(case.tokens),
-    "keys": lambda case: f"{case.any('context'):,}",
+    "keys": lambda case: f"{case.context:,}",
     "dtype": lambda case: case.dtype,
     "GPU": gpu,
     "minivllm": lambda case: bold(number(ours_us(case))),
@@ -143,31 +146,95 @@ MODEL_ACCURACY_COLUMNS: dict[str, Column] = {
     "error of transformers": lambda case: mean_error(case, "transformers"),
     "error of minivllm": lambda case: mean_error(case, OURS),
     "difference": lambda case: difference(case, OURS),
+    "95 % bound of it": lambda case: difference_bound(case, OURS),
     'error with `rounding="hf"`': lambda case: mean_error(case, f"{OURS} hf"),
     "its difference": lambda case: difference(case, f"{OURS} hf"),
     "chooses as float32": lambda case: agreement(case, "transformers"),
     "minivllm does": lambda case: agreement(case, OURS),
     'with `rounding="hf"`': lambda case: agreement(case, f"{OURS} hf"),
 }
+CACHE_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "keys, transformers": lambda case: errors_of_layers(case, "transformers", "keys"),
+    "keys, minivllm": lambda case: errors_of_layers(case, OURS, "keys"),
+    "minivllm's is at most": lambda case: largest_ratio(case, "keys"),
+    "values, transformers": lambda case: errors_of_layers(case, "transformers", "values"),
+    "values, minivllm": lambda case: errors_of_layers(case, OURS, "values"),
+    "at most": lambda case: largest_ratio(case, "values"),
+}
+BITS_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "compared": lambda case: case.kind or "",
+    "how many": lambda case: f"{case.rows[OURS]['compared']:,}",
+    "equal bits, transformers": lambda case: equal_bits(case, "transformers"),
+    "minivllm": lambda case: equal_bits(case, OURS),
+    "apart, transformers": lambda case: apart(case, "transformers"),
+    "apart, minivllm": lambda case: apart(case, OURS),
+}
 
 
-STATIC, DECODER, COMPILE = "static", "decoder", "compile"  # how a step was run, behind whose it is
-PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, DECODER, COMPILE))
+# How a step was run, behind whose it is.
+STATIC, EAGER, DECODER, COMPILE = "static", "eager", "decoder", "compile"
+CACHE_FLOOR, LLAMA = "floor with cache", "llama.cpp"
+PEER_STEPS = tuple(f"transformers {way}" for way in (STATIC, EAGER, DECODER, COMPILE))
 
 
 STEP_COLUMNS: dict[str, Column] = {
     "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
     "batch": lambda case: str(case.tokens),
+    "context": lambda case: f"{case.context:,}",
     "GPU": gpu,
     "Decoder": lambda case: bold(number(case.us(f"{OURS} {DECODER}"))),
     "tokens/s": lambda case: tokens_per_second(case, f"{OURS} {DECODER}"),
     "static cache, graph": lambda case: number(case.us(f"{OURS} {STATIC}")),
+    "eager": lambda case: number(case.us(f"{OURS} {EAGER}")),
     "torch.compile": lambda case: number(case.us(f"{OURS} {COMPILE}")),
+    "transformers: Decoder": lambda case: number(case.us(f"transformers {DECODER}")),
     "transformers: static cache, graph": lambda case: number(case.us(f"transformers {STATIC}")),
+    "transformers: eager": lambda case: number(case.us(f"transformers {EAGER}")),
     "transformers: torch.compile": lambda case: number(case.us(f"transformers {COMPILE}")),
+    "llama.cpp": lambda case: number(case.us(LLAMA)),
     "only reading the weights": lambda case: number(floor_us(case)),
     "Decoder / that": lambda case: ratio(case.us(f"{OURS} {DECODER}"), floor_us(case)),
+    "reading weights and cache": lambda case: number(
+        case.us(*(n for n in case.rows if n.startswith(f"{CACHE_FLOOR} x")))
+    ),
+    "host": lambda case: number(case.rows.get(f"{OURS} {DECODER}", {}).get("host_us")),
+    "Decoder's memory": lambda case: mebibytes(case.rows.get(f"{OURS} {DECODER}", {}).get("memory_bytes")),
 }
+
+
+FIRST_TOKEN_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: str(case.any("batch")),
+    "prompt": lambda case: f"{case.context:,}",
+    "GPU": gpu,
+    "Decoder": lambda case: bold(milliseconds(case, f"{OURS} {DECODER}")),
+    "with `apply`, eager": lambda case: milliseconds(case, f"{OURS} {EAGER}"),
+    "transformers: eager": lambda case: milliseconds(case, f"transformers {EAGER}"),
+    "transformers: torch.compile": lambda case: milliseconds(case, f"transformers {COMPILE}"),
+}
+GENERATE_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "dtype": lambda case: case.dtype,
+    "batch": lambda case: str(case.any("batch")),
+    "prompt": lambda case: f"{case.context:,}",
+    "GPU": gpu,
+    "transformers": lambda case: tokens_per_second(case, "transformers"),
+    "with `apply`": lambda case: tokens_per_second(case, OURS),
+    "speed-up": lambda case: ratio(case.us("transformers"), ours_us(case)),
+    "and `custom_generate`": lambda case: bold(tokens_per_second(case, f"{OURS} {DECODER}")),
+    "its speed-up": lambda case: ratio(case.us("transformers"), case.us(f"{OURS} {DECODER}")),
+}
+
+
+def milliseconds(case: Case, variant: str) -> str:
+    us = case.us(variant)
+    return "" if us is None else number(us / 1e3)
 
 
 def work(case: Case) -> str:
@@ -202,10 +269,38 @@ def mean_error(case: Case, variant: str) -> str:
 def difference(case: Case, variant: str) -> str:
     """Of a variant's error from that of transformers, with its standard error, as a share."""
     row, other = case.rows.get(variant, {}), case.rows.get("transformers", {})
-    if not row.get("difference_error") or "mean_error" not in other:
+    if not row.get("difference_error"):
         return ""
     share, spread = (100 * row[column] / other["mean_error"] for column in ("difference", "difference_error"))
     return f"{share:+.2f} ± {spread:.2f} %"
+
+
+def difference_bound(case: Case, variant: str) -> str:
+    """Below which the difference is with 95 % confidence, as a share too."""
+    row, other = case.rows.get(variant, {}), case.rows.get("transformers", {})
+    return f"{100 * row['difference_bound'] / other['mean_error']:+.2f} %" if "difference_bound" in row else ""
+
+
+def errors_of_layers(case: Case, variant: str, name: str) -> str:
+    """Of the caches' keys or values: the smallest and the largest over the layers."""
+    errors = case.rows[variant][f"{name}_error"]
+    return f"{min(errors):.2e} to {max(errors):.2e}"
+
+
+def largest_ratio(case: Case, name: str) -> str:
+    """Of minivllm's error of keys or values over that of transformers, the largest over the layers."""
+    ours, theirs = (case.rows[variant][f"{name}_error"] for variant in (OURS, "transformers"))
+    return f"{max(mine / other for mine, other in zip(ours, theirs, strict=True)):.3f}x"
+
+
+def equal_bits(case: Case, variant: str) -> str:
+    """All, or which share; never rounded up to all."""
+    equal = case.rows.get(variant, {}).get("equal")
+    return "" if equal is None else "all" if equal == 1 else f"{100 * equal:.1f} %"
+
+
+def apart(case: Case, variant: str) -> str:
+    return f"{case.rows[variant]['apart']:.1e}" if case.rows.get(variant, {}).get("apart") else ""
 
 
 def agreement(case: Case, variant: str) -> str:

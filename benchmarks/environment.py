@@ -7,7 +7,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "triton", "numpy", "ml_dtypes", "cupy-cuda13x", "jax")
+PACKAGES = ("torch", "transformers", "triton", "numpy", "ml_dtypes", "cupy-cuda13x", "jax", "llama-cpp-python")
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 VARIABLES = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
 

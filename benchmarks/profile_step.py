@@ -1,6 +1,6 @@
 """Where a decode step of a whole model goes: the kernels of one replay of a Decoder's graph, in order.
 
-    python -m benchmarks.profile_step qwen3-0.6b [--batch 1]
+    python -m benchmarks.profile_step qwen3-0.6b [--batch 1] [--context 512]
 
 Kernels that are launched programmatically begin long before the one in front of them ends, and then wait: `took` is
 from the beginning to the end of a kernel, `adds` from the latest end before it to its own, so the latter add up to the
@@ -11,7 +11,7 @@ import argparse
 from collections import defaultdict
 
 from benchmarks.model import OURS, twins
-from benchmarks.step import CONTEXT, decoder_step
+from benchmarks.step import CONTEXTS, decoder_step
 
 STEPS = 6  # under the profiler; the last is shown
 
@@ -41,10 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a name of minivllm.testing.models")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=CONTEXTS[0], help="tokens in the cache")
     args = parser.parse_args()
     with torch.inference_mode(False), torch.no_grad():
         model = twins(args.model, "bf16", "cuda", None)[OURS]
-        step, rewind = decoder_step(model, torch.randint(0, 1000, (args.batch, CONTEXT), device="cuda"))
+        step, rewind, _ = decoder_step(model, args.batch, args.context)
         rewind()
         for _ in range(STEPS):
             step()

@@ -59,7 +59,8 @@ class Report:
 
     def print_case(self, case: dict, results: dict, extra: dict) -> None:
         title = " ".join(str(case[key]) for key in ("op", "shape", "dtype") if key in case)
-        print(f"\n{title}, {case['tokens']} tokens [{self.elapsed():.0f} s]")
+        context = f", context {case['context']:,}" if "context" in case else ""
+        print(f"\n{title}, {case['tokens']} tokens{context} [{self.elapsed():.0f} s]")
         for name, result in results.items():
             kernel = extra.get(name, {}).get("kernel") or ""
             if isinstance(result, Failed):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OURS = "minivllm"  # the variant that is minivllm's own choice; others of it begin with this name
-CASE = ("op", "shape", "tokens", "dtype", "mode", "kind")
+CASE = ("op", "shape", "tokens", "dtype", "mode", "kind", "context")
 
 
 class Case(NamedTuple):
@@ -17,6 +17,7 @@ class Case(NamedTuple):
     dtype: str
     mode: str | None
     kind: str | None
+    context: int | None  # tokens in the cache, or of the prompt
     rows: dict[str, dict]
     run: dict
 

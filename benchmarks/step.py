@@ -2,24 +2,44 @@
 beside it the time of reading the weights.
 
 floor: one kernel for each weight that a step reads, which only reads it, in the order of the layers, in a CUDA graph;
-the fastest of several numbers of blocks. It does not read the cache, whose bytes a row names. `transformers` and
-`minivllm`: the model without and with minivllm.transformers.apply, on a static cache as a CUDA graph (static), in a
-Decoder, and under torch.compile with reduce-overhead (--compile). All models share their weights' memory.
+the fastest of several numbers of blocks. `floor with cache` also reads as many bytes as the context has keys and
+values. `transformers` and `minivllm`: the model without and with minivllm.transformers.apply, in a Decoder, on a static
+cache as a CUDA graph (static), on the CPU eagerly on transformers' own growing cache (eager), and under torch.compile
+(--compile, on a GPU with reduce-overhead). All of them share their weights' memory. On the CPU llama.cpp is the peer of
+one sequence where llama-cpp-python is installed (llama_peer.py).
+
+The keys and values of the context are random numbers, since what a step takes does not depend on them.
 """
 
 import argparse
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from benchmarks.model import OURS, PLAIN, Sequences, compiled, graphed, twins
+from benchmarks.columns import CACHE_FLOOR, COMPILE, DECODER, EAGER, LLAMA, STATIC
+from benchmarks.model import OURS, PLAIN, Sequences, compiled, each_case, graphed
 from benchmarks.report import Report
-from minivllm.testing.timing import failure, time_cpu
+from minivllm.testing.timing import Failed, failure, time_cpu
 
 NAMES = ("qwen3-0.6b", "qwen3-8b")
-BATCHES = (1, 16)
-CONTEXT, ROOM = 512, 512  # tokens in the cache, and rows behind them
-STEPS = 16  # queued in one sample
+BATCHES, CONTEXTS = (1, 16), (512,)
+ROOM = 512  # rows of the cache behind the context
+STEPS = {"cuda": 16, "cpu": 4}  # in one sample; a GPU's are queued
+SHARE = 0.8  # of the free memory of a GPU, for all caches of a case
 METHOD = {
-    "step": f"us a step: {STEPS} steps are queued, from the first call to the end on the device; variants in turns"
+    "step": f"us a step: {STEPS['cuda']} steps are queued (on the CPU {STEPS['cpu']} called), from the first call to "
+    "the end on the device; variants in turns",
+    "host_us": f"us a step of the host alone, which queues {STEPS['cuda']} steps while the device is behind",
+    "memory_bytes": "what the Decoder holds beside the weights",
 }
+
+
+class Ready(NamedTuple):
+    """A way to run steps: one step, what takes it back to the context, and its decoder where it has one."""
+
+    step: Callable[[], Any]
+    rewind: Callable[[], None]
+    decoder: Any = None
 
 
 def weights_read(model) -> list:
@@ -28,109 +48,181 @@ def weights_read(model) -> list:
     return [*layers, model.get_output_embeddings().weight]
 
 
-def floors(model) -> dict:
-    """Replays of graphs that read the weights, by the number of blocks for each SM."""
+def cache_bytes(model, tokens: int) -> int:
+    """Of the keys and values of so many tokens."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tokens * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+
+
+def floors(model, cache, share: float) -> dict:
+    """Replays of graphs that read the weights, without and with this share of a cache, by the blocks for each SM."""
     import torch
 
     from benchmarks import device_peers
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    weights = weights_read(model)
+    rows = [x.view(-1)[: int(x.numel() * share)] for layer in cache.layers for x in (layer.keys, layer.values)]
     found = {}
-    for each in (1, 2, 4):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for weight in weights_read(model):
-                device_peers.read(weight, sms * each, programmatic=True)
-        found[f"floor x{each}"] = graph.replay
+    for name, tensors in {"floor": weights, CACHE_FLOOR: weights + rows}.items():
+        for each in (1, 2, 4):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for tensor in tensors:
+                    device_peers.read(tensor, sms * each, programmatic=True)
+            found[f"{name} x{each}"] = graph.replay
     return found
 
 
-def static_step(model, prompt, way: str):
-    """(a step, what rewinds it)"""
-    sequences = Sequences(model, len(prompt), CONTEXT + ROOM)
-    sequences.fill(prompt, logits_to_keep=1)
-    sequences.rewind(CONTEXT)
-    if way == "compile":
-        step = compiled(sequences, sequences.tokens, "cuda")
-        for _ in range(3):
-            step()
-            sequences.rewind(CONTEXT)
-    else:
-        step, _ = graphed(sequences, sequences.step, CONTEXT)
-    return step, lambda: sequences.rewind(CONTEXT)
+def first_tokens(model, batch: int):
+    import torch
+
+    return torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
 
 
-def decoder_step(model, prompt):
-    """The same of a Decoder, as `generate` queues it."""
-    from minivllm.transformers import Decoder
+def fill(cache) -> None:
+    """Random numbers into keys and values that are there."""
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
 
-    decoder = Decoder(model, len(prompt), CONTEXT + ROOM)
-    decoder.prefill(prompt)
+
+def static_step(model, batch: int, context: int, way: str = STATIC) -> Ready:
+    sequences = Sequences(model, batch, context + ROOM)
+    sequences.fill(first_tokens(model, batch))
+    fill(sequences.cache)
+    sequences.rewind(context)
 
     def rewind() -> None:
-        decoder._positions.fill_(CONTEXT)
+        sequences.rewind(context)
+
+    if way == STATIC:
+        return Ready(graphed(sequences, sequences.step, context), rewind)
+    step = compiled(sequences, sequences.tokens, model.device.type)
+    for _ in range(3):
+        step()
+        rewind()
+    return Ready(step, rewind)
+
+
+def compiled_step(model, batch: int, context: int) -> Ready:
+    import torch
+
+    torch.compiler.reset()
+    return static_step(model, batch, context, COMPILE)
+
+
+def eager_step(model, batch: int, context: int) -> Ready:
+    """On the cache that grows by a copy in each step, as model.generate has it."""
+    import transformers
+
+    cache, tokens = transformers.DynamicCache(config=model.config), first_tokens(model, batch)
+    model(tokens, past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.expand(-1, -1, context, -1).clone() for x in (layer.keys, layer.values))
+    fill(cache)
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def step() -> None:
+        tokens.copy_(model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+
+    def rewind() -> None:
+        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+            layer.keys, layer.values = keys, values
+
+    return Ready(step, rewind)
+
+
+def decoder_step(model, batch: int, context: int) -> Ready:
+    """As `generate` queues it."""
+    from minivllm.transformers import Decoder
+
+    decoder = Decoder(model, batch, context + ROOM)
+    decoder.prefill(first_tokens(model, batch))
+    fill(decoder._cache)
+
+    def rewind() -> None:
+        decoder._positions.fill_(context)
         decoder._count.zero_()
-        decoder._length = CONTEXT
+        decoder._length = context
 
-    return lambda: decoder._advance(model), rewind
+    rewind()
+    return Ready(lambda: decoder._advance(model), rewind, decoder)
 
 
-def variants_of(models: dict, prompt, args: argparse.Namespace) -> tuple[dict, list, dict]:
-    """(calls, what rewinds them, failures)"""
+def llama_step(model, context: int) -> Ready:
     import torch
 
-    ready, rewinds, failed = {}, [], {}
-    ways = ["static", "decoder"] + ["compile"] * (args.compile is not None) if args.device == "cuda" else ["decoder"]
-    for way in ways:
-        for name in (PLAIN, OURS):
-            if way == "compile":
-                torch.compiler.reset()
+    from benchmarks import llama_peer
+
+    return Ready(*llama_peer.step(model, torch.randint(0, model.config.vocab_size, (context,)).tolist(), ROOM))
+
+
+MAKERS = {STATIC: static_step, EAGER: eager_step, DECODER: decoder_step, COMPILE: compiled_step}
+
+
+def wanted(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(model, way): what is left out first where memory is short comes last."""
+    usual = STATIC if args.device == "cuda" else EAGER
+    pairs = [(OURS, DECODER), (PLAIN, usual), (PLAIN, DECODER), (OURS, usual)]
+    return pairs + [(PLAIN, COMPILE), (OURS, COMPILE)] * (args.compile is not None)
+
+
+def variants_of(models: dict, batch: int, context: int, args: argparse.Namespace) -> tuple[dict[str, Ready], dict]:
+    """(what runs, failures), by variant. Each has a cache of its own."""
+    import torch
+
+    each = cache_bytes(models[PLAIN], batch * (context + ROOM))
+    room = None if args.memory is None else args.memory * 2**30
+    if room is None and args.device == "cuda":
+        room = SHARE * torch.cuda.mem_get_info()[0]
+    ready, failed = {}, {}
+    for number, (name, way) in enumerate(wanted(args), 1):
+        variant = f"{name} {way}"
+        if room is not None and number * each > room:
+            sizes = f"{number} caches of {each / 2**30:.1f} GiB in {room / 2**30:.0f} GiB"
+            failed[variant] = Failed(f"left out for lack of memory: {sizes}")
+            continue
+        try:
+            ready[variant] = MAKERS[way](models[name], batch, context)
+        except Exception as error:
+            failed[variant] = failure(error)
+    if args.device == "cpu" and batch == 1:
+        missing = [package for package in ("llama_cpp", "gguf") if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"llama.cpp is no peer in this run: {' and '.join(missing)} cannot be imported.")
+        else:
             try:
-                make = decoder_step if way == "decoder" else lambda model, ids, way=way: static_step(model, ids, way)
-                call, rewind = make(models[name], prompt)
-                ready[f"{name} {way}"] = call
-                rewinds.append(rewind)
+                ready[LLAMA] = llama_step(models[PLAIN], context)
             except Exception as error:
-                failed[f"{name} {way}"] = failure(error)
-    return ready, rewinds, failed
+                failed[LLAMA] = failure(error)
+    return ready, failed
 
 
-def case_of(model, name: str, batch: int, dtype: str) -> dict:
+def case_of(model, case: dict, batch: int, context: int) -> dict:
     """What a step of `batch` sequences reads: the weights, and what the cache holds of the context."""
-    config, size = model.config, model.dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = batch * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * CONTEXT
-    weights = sum(weight.numel() for weight in weights_read(model))
-    return {
-        "op": "step",
-        "shape": name,
-        "tokens": batch,
-        "hidden": config.hidden_size,
-        "outputs": config.vocab_size,
-        "dtype": dtype,
-        "mode": "step",
-        "copies": 1,
-        "bytes": (weights + cached) * size,
-        "flops": 2 * batch * weights,
-        "context": CONTEXT,
-        "cache_bytes": cached * size,
-    }
+    weights, cached = sum(weight.numel() for weight in weights_read(model)), cache_bytes(model, batch * context)
+    read = weights * model.dtype.itemsize + cached
+    more = {"mode": "step", "copies": 1, "bytes": read, "flops": 2 * batch * weights}
+    return {"op": "step"} | case | {"tokens": batch} | more | {"context": context, "cache_bytes": cached}
 
 
-def time_case(models: dict, batch: int, args: argparse.Namespace) -> dict:
-    """Results of all variants by name. Every sample of STEPS steps begins with the same context."""
+def time_case(models: dict, batch: int, context: int, args: argparse.Namespace) -> tuple[dict, dict]:
+    """(results, more columns) of all variants by name. Every sample begins with the same context."""
     import torch
 
-    on_gpu, plain = args.device == "cuda", models[PLAIN]
+    on_gpu, plain, ours = args.device == "cuda", models[PLAIN], f"{OURS} {DECODER}"
+    steps = STEPS[args.device]
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    prompt = torch.randint(0, plain.config.vocab_size, (batch, CONTEXT), device=plain.device)
-    ready, rewinds, failed = variants_of(models, prompt, args)
-    if on_gpu:
-        ready |= floors(plain)
+    ready, failed = variants_of(models, batch, context, args)
+    calls = {variant: each.step for variant, each in ready.items()}
+    if on_gpu and ours in ready:
+        calls |= floors(plain, ready[ours].decoder._cache, context / (context + ROOM))
 
     def rewind_all() -> None:
-        for rewind in rewinds:
-            rewind()
+        for each in ready.values():
+            each.rewind()
         wait()
 
     def timed(call):
@@ -138,38 +230,33 @@ def time_case(models: dict, batch: int, args: argparse.Namespace) -> dict:
 
         def step(i: int) -> None:
             call()
-            if i % STEPS == 0:
+            if i % steps == 0:
                 wait()
 
         return step
 
+    seconds = 0.5 if args.quick else 1.0
+    settle = 0.0 if on_gpu else 0.1
     results = time_cpu(
-        {variant: timed(call) for variant, call in ready.items()},
-        seconds=0.5 if args.quick else 1.0,
-        rounds=4,
-        batch=STEPS,
-        between=rewind_all,
-        settle=0.0 if on_gpu else 0.1,
-    )
-    return results | failed
-
-
-def time_model(name: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
-    """One model with every batch. Its memory is free afterwards."""
-    import torch
-
-    models = twins(name, dtype, args.device, args.layers)
-    for batch in args.tokens or BATCHES:
-        report.add(case_of(models[PLAIN], name, batch, dtype), time_case(models, batch, args))
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+        {variant: timed(call) for variant, call in calls.items()},
+        seconds=seconds, rounds=4, batch=steps, between=rewind_all, settle=settle)  # fmt: skip
+    columns = {
+        variant: {"memory_bytes": sum(each.decoder.memory.values())} for variant, each in ready.items() if each.decoder
+    }
+    if on_gpu:
+        queued = {variant: lambda i, step=ready[variant].step: step() for variant in columns}
+        for variant, timing in time_cpu(
+            queued, seconds=seconds / 4, rounds=1, batch=steps, between=rewind_all, settle=settle
+        ).items():
+            columns[variant] |= {} if isinstance(timing, Failed) else {"host_us": round(timing.us, 4)}
+    return results | failed, columns
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    """Every dtype x model."""
-    import torch
+    """Every dtype x model x context x batch."""
 
-    with torch.inference_mode(False), torch.no_grad():
-        for dtype in args.dtype:
-            for name in args.shapes or (NAMES[:1] if args.quick else NAMES):
-                time_model(name, dtype, args, report)
+    def one(models: dict, case: dict, batch: int, context: int) -> None:
+        results, columns = time_case(models, batch, context, args)
+        report.add(case_of(models[PLAIN], case, batch, context), results, columns)
+
+    each_case(args, NAMES, BATCHES, CONTEXTS, one)

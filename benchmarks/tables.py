@@ -9,7 +9,11 @@ from pathlib import Path
 
 from benchmarks.columns import (
     ATTENTION_COLUMNS,
+    BITS_COLUMNS,
+    CACHE_COLUMNS,
     DTYPE_NAMES,
+    FIRST_TOKEN_COLUMNS,
+    GENERATE_COLUMNS,
     LINEAR_COLUMNS,
     MODEL_ACCURACY_COLUMNS,
     MODEL_COLUMNS,
@@ -91,12 +95,28 @@ def attention(results: Results) -> str:
     return section("`decode_attention` on the GPU, microseconds:", cases, cases_table(ATTENTION_COLUMNS, cases)).strip()
 
 
-def steps(results: Results) -> str:
-    cases = sorted(results.of("cuda", "step"), key=lambda case: (case.any("bytes"), case.tokens))
-    title = (
-        f"A decode step with {cases[0].any('context')} tokens in the cache, bfloat16, microseconds:" if cases else ""
-    )
-    return section(title, cases, cases_table(STEP_COLUMNS, cases))
+def by_size(case: Case) -> tuple:
+    """The order of the rows of whole models: model, dtype, context, batch."""
+    return case.any("flops") / case.tokens, list(DTYPE_NAMES).index(case.dtype), case.context, case.tokens
+
+
+def steps(results: Results, device: str) -> str:
+    cases = sorted(results.of(device, "step"), key=by_size)
+    title = f"A decode step on the {'GPU' if device == 'cuda' else 'CPU'}, microseconds:"
+    return section(title, cases, cases_table(STEP_COLUMNS, cases)).strip()
+
+
+def step_page(results: Results) -> str:
+    """Steps, then the time to the first token, then model.generate."""
+    parts = [steps(results, device) for device in ("cuda", "cpu")]
+    for op, title, columns in (
+        ("first_token", "From a prompt to its first token, milliseconds:", FIRST_TOKEN_COLUMNS),
+        ("generate", "`model.generate`, new tokens a second, the time for the prompt in it:", GENERATE_COLUMNS),
+    ):
+        for device in ("cuda", "cpu"):
+            cases = sorted(results.of(device, op), key=by_size)
+            parts.append(section(title, cases, cases_table(columns, cases)).strip())
+    return "\n\n".join(part for part in parts if part)
 
 
 def model_page(results: Results) -> str:
@@ -108,6 +128,21 @@ def model_page(results: Results) -> str:
     return "\n\n".join(part.strip() for part in parts if part)
 
 
+def model_accuracy(results: Results) -> str:
+    """Logits and rollouts, then keys and values, then bits, of every model on the GPU or else on the CPU."""
+    cases = results.of("cuda", "model_accuracy", accuracy=True) or results.of("cpu", "model_accuracy", accuracy=True)
+    parts = (
+        ("Logits, against float32:", MODEL_ACCURACY_COLUMNS, "agreement"),
+        ("Keys and values, against float32, from the best layer to the worst:", CACHE_COLUMNS, "keys_error"),
+        ("The same bits:", BITS_COLUMNS, "equal"),
+    )
+    texts = []
+    for title, columns, column in parts:
+        own = [case for case in cases if column in case.rows[OURS]]
+        texts += [f"{title}\n\n{cases_table(columns, own)}"] if own else []
+    return "\n\n".join([*texts, sources(cases)]).strip()
+
+
 # The README's rows: device, op, and which of its cases.
 SUMMARY = (
     ("cuda", "rms_norm_qkv", {"shape": "qwen3-0.6b", "tokens": 1}),
@@ -115,7 +150,7 @@ SUMMARY = (
     ("cuda", "rms_norm_qkv", {"shape": "llama-70b", "tokens": 1}),
     ("cuda", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 512}),
     ("cpu", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 1}),
-    ("cuda", "step", {"shape": "qwen3-0.6b", "tokens": 1}),
+    ("cuda", "step", {"shape": "qwen3-0.6b", "tokens": 1, "context": 512}),
 )
 
 
@@ -146,7 +181,7 @@ def figures(results: Results) -> str:
         picture("img", "tokens.png"),
         picture("img", "rms_norm.png"),
         norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"),
-        steps(results),
+        steps(results, "cuda"),
         model_speed(results, "cuda"),
     ]
     on_cpu = [
@@ -251,9 +286,10 @@ NAMES = {
     "table: numerics": numerics,
     "table: host": host,
     "table: model": model_page,
+    "table: model_accuracy": model_accuracy,
     "table: linear": linears,
     "table: decode_attention": attention,
-    "table: step": steps,
+    "table: step": step_page,
 }
 
 

@@ -51,9 +51,65 @@ def test_the_table_of_decode_attention(tmp_path):
     assert "| 4 / 2 | 1 | 512 | f32 | H200 | **" in text and "| 4 / 2 | 1 | 4,096 |" in text
 
 
+def needs_transformers():
+    pytest.importorskip("transformers", reason="whole models are those of transformers, which is not installed")
+
+
+TINY = ("--shapes", "tiny-qwen3", "--layers", "2", "--contexts", "40", "--tokens", "2")
+
+
+def test_step(tmp_path):
+    needs_transformers()
+    rows = rows_of(tmp_path / "step.json", "step", *TINY, "--dtype", "f32", "--memory", "0.0015")
+    by_variant = {row["variant"]: row for row in rows}
+    each = 2 * (40 + 512) * 2 * 2 * 2 * 32 * 4  # keys and values of two heads of two layers
+    assert all(row["context"] == 40 and row["cache_bytes"] == each // (40 + 512) * 40 for row in rows)
+    assert each < by_variant["minivllm decoder"]["memory_bytes"] < 1.1 * each
+    assert "left out" in by_variant["transformers eager"]["error"]  # the second cache
+
+
+@pytest.mark.parametrize("op,variants", [
+    ("step", ["minivllm decoder", "transformers eager", "transformers decoder", "minivllm eager"]),
+    ("first_token", ["minivllm decoder", "transformers eager", "minivllm eager"]),
+    ("generate", ["transformers", "minivllm", "minivllm decoder"]),
+])  # fmt: skip
+def test_whole_models(tmp_path, op, variants):
+    needs_transformers()
+    from benchmarks.results import Results
+    from benchmarks.tables import step_page
+
+    rows = rows_of(tmp_path / "rows.json", op, *TINY)
+    assert [row["variant"] for row in rows] == variants
+    assert all(row["us"] > 0 and row["context"] == 40 for row in rows)
+    assert "| tiny-qwen3, 2 layers | bf16 | 2 | 40 | " in step_page(Results(tmp_path))
+
+
 @pytest.mark.parametrize("shape", ["16", "16x", "0x8", "16x5", "qwen3-0.6b"])
 def test_shapes_of_decode_attention_are_head_counts(shape):
     from benchmarks.__main__ import shape_error
 
     assert shape in shape_error("decode_attention", ["16x8", shape])
     assert shape_error("decode_attention", ["16x8", "7x1"]) is None
+
+
+def test_model_accuracy(tmp_path):
+    needs_transformers()
+    from benchmarks.results import Results
+    from benchmarks.tables import model_accuracy
+
+    rows = rows_of(tmp_path / "accuracy.json", "model_accuracy", "--shapes", "tiny-qwen3", "--layers", "2")
+    of = {(row["kind"], row["variant"]): row for row in rows}
+    ours, plain = (of["8 prompts of 3 to 120, 8 steps", variant] for variant in ("minivllm", "transformers"))
+    assert ours["choices"] == 8 * (1 + 8) and plain["difference"] == 0
+    assert 0 < ours["mean_error"] < plain["mean_error"] and ours["difference"] < ours["difference_bound"] < 0
+    cache = of["keys and values", "minivllm"]
+    assert all(len(cache[column]) == 2 and min(cache[column]) > 0 for column in ("keys_error", "values_error"))
+    exact = (
+        "logits of the same batch once more",
+        "logits before apply and after undo",
+        "tokens of the rollouts once more",
+    )
+    assert all(of[kind, "minivllm"]["equal"] == 1 for kind in exact)
+    assert of["logits of each alone and in a batch of 4", "minivllm"]["apart"] < plain["mean_error"]
+    text = model_accuracy(Results(tmp_path))
+    assert text.count("| tiny-qwen3, 2 layers | bf16 |") == 5 + 1 + 1 + 4
