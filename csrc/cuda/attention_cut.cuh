@@ -47,9 +47,9 @@ double bytes_of_head(const mv_task *task) {
     return 4.0 * static_cast<double>(most_keys(task)) * static_cast<double>(task->hidden);
 }
 
-/* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. A block alone reads what
- * its ring has room for in a latency of memory, as an H200 showed it; all together read what memory delivers; and where
- * the two are near each other, less than either. */
+/* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. A block alone reads
+ * what its ring has room for in a latency of memory, as an H200 showed it; all together read what memory delivers; and
+ * where the two are near each other, less than either. */
 double blocks_us(const mv_task *task, double blocks, double room, double bytes) {
     constexpr double rate_of_block = 47e3, turn_us = 0.5;
     const auto turn = [&](double running) {
