@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 torch = pytest.importorskip("torch", reason="transformers models need torch")
 
 from sharded_models import CASES, NEW, STEPS, results_of, whole_model  # noqa: E402
-from transformer_models import LAYERS, close, prompt, recording, rms  # noqa: E402
+from transformer_models import LAYERS, close, prompt, recording, rms, save_checkpoint  # noqa: E402
 
 import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import causal_lm  # noqa: E402
@@ -215,3 +215,15 @@ def test_gradients_are_refused(alone):
     model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="a sharded model passes no gradients on"):
         model(ids)
+
+
+def test_the_example(tmp_path):
+    pytest.importorskip("tokenizers")
+    model = causal_lm("tiny-qwen3")
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    tokenizer = save_checkpoint(model, tmp_path)
+    ids = tokenizer("w3 w4 w5", return_tensors="pt", return_token_type_ids=False)
+    expected = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    arguments = (str(tmp_path), "w3 w4 w5", "--max-new-tokens", "6", "--device", "cpu")
+    printed = on_ranks("-m", "examples.generate_sharded", *arguments)
+    assert printed.count(tokenizer.decode(expected[0, 3:])) == 1
