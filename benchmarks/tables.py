@@ -16,6 +16,7 @@ from benchmarks.columns import (
     NORM_COLUMNS,
     OVERVIEW_COLUMNS,
     QKV_COLUMNS,
+    SHARDED_COLUMNS,
     STEP_COLUMNS,
     SUMMARY_COLUMNS,
     Column,
@@ -91,12 +92,16 @@ def attention(results: Results) -> str:
     return section("`decode_attention` on the GPU, microseconds:", cases, cases_table(ATTENTION_COLUMNS, cases)).strip()
 
 
-def steps(results: Results) -> str:
-    cases = sorted(results.of("cuda", "step"), key=lambda case: (case.any("bytes"), case.tokens))
+def steps(results: Results, op: str = "step", columns: dict[str, Column] = STEP_COLUMNS) -> str:
+    cases = sorted(results.of("cuda", op), key=lambda case: (case.any("bytes"), case.tokens))
     title = (
         f"A decode step with {cases[0].any('context')} tokens in the cache, bfloat16, microseconds:" if cases else ""
     )
-    return section(title, cases, cases_table(STEP_COLUMNS, cases))
+    return section(title, cases, cases_table(columns, cases))
+
+
+def sharded_steps(results: Results) -> str:
+    return steps(results, "sharded_step", SHARDED_COLUMNS)
 
 
 def model_page(results: Results) -> str:
@@ -254,6 +259,7 @@ NAMES = {
     "table: linear": linears,
     "table: decode_attention": attention,
     "table: step": steps,
+    "table: sharded_step": sharded_steps,
 }
 
 
