@@ -44,10 +44,11 @@ class SummedLinear(torch.nn.Linear):
 
 
 class Cut(NamedTuple):
-    """What a rank takes of the layers of a model. config: that of the whole model."""
+    """What a rank of a group takes of the layers of a model. config: that of the whole model."""
 
     family: Family
     config: Any
+    group: Any
     rank: int
     ranks: int
 
@@ -70,27 +71,27 @@ class Cut(NamedTuple):
     def columns(self, weight: Tensor) -> Tensor:
         return weight.chunk(self.ranks, 1)[self.rank]
 
-    def attention(self, attention: Any, group: Any) -> None:
+    def attention(self, attention: Any) -> None:
         part, names = self.qkv(attention), self.family.traits.projections
         weights, biases = (x if isinstance(x, tuple) else (x,) * len(names) for x in (part.qkv_weight, part.bias))
         for name, weight, bias in zip(names, weights, biases):
             put(getattr(attention, name), weight, bias)
-        self.sum_of(attention.o_proj, group)
+        self.sum_of(attention.o_proj)
         attention.num_key_value_groups = part.num_heads // part.num_kv_heads
         if hasattr(attention, "num_key_value_heads"):
             attention.num_key_value_heads = part.num_kv_heads
 
-    def mlp(self, mlp: Any, group: Any) -> None:
+    def mlp(self, mlp: Any) -> None:
         names = self.family.traits.gate_up  # two, or one of both
         for linear in (getattr(mlp, name) for name in names):
             weight, bias = (x if x is None else self.rows(x, 2 // len(names)) for x in (linear.weight, linear.bias))
             put(linear, weight, bias)
-        self.sum_of(mlp.down_proj, group)
+        self.sum_of(mlp.down_proj)
 
-    def sum_of(self, linear: Any, group: Any) -> None:
+    def sum_of(self, linear: Any) -> None:
         """Makes it a SummedLinear: the module stays the same, with its hooks."""
         put(linear, self.columns(linear.weight), linear.bias if self.rank == 0 else None)
-        linear.__class__, linear.group = SummedLinear, group
+        linear.__class__, linear.group = SummedLinear, self.group
 
 
 def put(linear: Any, weight: Any, bias: Any) -> None:
@@ -125,7 +126,7 @@ def shard(model: Any, group: Any = None) -> None:
     decoder: Any = model.model if type(model) is family.causal else model
     _check_linears(family, decoder)
     whole = decoder.config
-    cut = Cut(family, whole, rank, ranks)
+    cut = Cut(family, whole, group, rank, ranks)
     if whole.intermediate_size % ranks:
         raise ValueError(
             f"shard: intermediate_size is {whole.intermediate_size}, expected a multiple of the {ranks} ranks of the "
@@ -136,8 +137,8 @@ def shard(model: Any, group: Any = None) -> None:
     except ValueError as error:
         raise ValueError(f"shard: {ranks} ranks cannot share the heads of the model: {error}") from None
     for layer in decoder.layers:
-        cut.attention(layer.self_attn, group)
-        cut.mlp(layer.mlp, group)
+        cut.attention(layer.self_attn)
+        cut.mlp(layer.mlp)
     config = copy.deepcopy(whole)
     config.head_dim = decoder.layers[0].self_attn.head_dim  # some derive it from the number of heads
     config.num_attention_heads, config.num_key_value_heads = part.num_heads, part.num_kv_heads
