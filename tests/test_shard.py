@@ -133,6 +133,17 @@ def test_a_step_is_seven_calls_a_layer(alone, calls, monkeypatch):
         assert close(model(ids).logits, whole(ids).logits) and not calls
 
 
+@pytest.mark.usefixtures("no_gradients")
+def test_in_one_graph_of_torch_compile(alone):
+    whole, ids = causal_lm("tiny-qwen3"), prompt()
+    model = copy.deepcopy(whole)
+    shard(model)
+    minivllm.transformers.apply(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert close(compiled(ids).logits, whole(ids).logits)
+
+
 def test_a_decoder_notices(alone):
     """Of a model that was sharded meanwhile, and of another process group."""
     model, ids = causal_lm("tiny-qwen3"), prompt()
