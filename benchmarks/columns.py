@@ -206,6 +206,17 @@ STEP_COLUMNS: dict[str, Column] = {
     "Decoder's memory": lambda case: mebibytes(case.rows.get(f"{OURS} {DECODER}", {}).get("memory_bytes")),
 }
 
+SHARDED_COLUMNS: dict[str, Column] = {
+    "model": lambda case: case.shape,
+    "batch": lambda case: str(case.tokens),
+    "GPUs": lambda case: f"{case.any('ranks')} x {gpu(case)}",
+    "sharded": lambda case: bold(number(case.us(f"{OURS} sharded"))),
+    "tokens/s": lambda case: tokens_per_second(case, f"{OURS} sharded"),
+    "on one GPU": lambda case: number(case.us(f"{OURS} alone")),
+    "speed-up": lambda case: ratio(case.us(f"{OURS} alone"), case.us(f"{OURS} sharded")),
+    "the all-reduces alone": lambda case: number(case.us("sums alone")),
+}
+
 
 FIRST_TOKEN_COLUMNS: dict[str, Column] = {
     "model": lambda case: case.shape,

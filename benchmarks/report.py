@@ -20,18 +20,21 @@ from minivllm.testing.timing import Failed, Timing, now, stopwatch
 SCHEMA = 1
 
 
-def reproducing(arguments: list[str], op: str) -> str:
+def reproducing(arguments: list[str], op: str, program: str) -> str:
     """The command that measures one op again: the arguments without where the results went."""
     kept, skip = [], False
     for argument in arguments:
         if not skip and argument not in ("--json", "--json-dir", "--commit"):
             kept.append(op if argument == "all" and not kept else argument)
         skip = argument in ("--json", "--json-dir", "--commit")
-    return " ".join(["python -m benchmarks", *kept])
+    return " ".join([program, *kept])
 
 
 class Report:
-    def __init__(self, op: str, device: str, command: list[str], path: str | None, method: dict, commit: str | None):
+    def __init__(
+        self, op: str, device: str, command: list[str], path: str | None, method: dict, commit: str | None,
+        program: str = "python -m benchmarks"
+    ):  # fmt: skip
         self.path = Path(path) if path else None
         self.elapsed = stopwatch()
         self.data = {
@@ -39,7 +42,7 @@ class Report:
             "op": op,
             "date": now(),
             "seconds": 0.0,
-            "command": reproducing(command, op),
+            "command": reproducing(command, op, program),
             "environment": environment(device, commit),
             "method": method,
             "rows": [],

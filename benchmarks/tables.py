@@ -20,6 +20,7 @@ from benchmarks.columns import (
     NORM_COLUMNS,
     OVERVIEW_COLUMNS,
     QKV_COLUMNS,
+    SHARDED_COLUMNS,
     STEP_COLUMNS,
     SUMMARY_COLUMNS,
     Column,
@@ -117,6 +118,12 @@ def step_page(results: Results) -> str:
             cases = sorted(results.of(device, op), key=by_size)
             parts.append(section(title, cases, cases_table(columns, cases)).strip())
     return "\n\n".join(part for part in parts if part)
+
+
+def sharded_steps(results: Results) -> str:
+    cases = sorted(results.of("cuda", "sharded_step"), key=lambda case: (case.any("bytes"), case.tokens))
+    title = f"A decode step with {cases[0].context} tokens in the cache, bfloat16, microseconds:" if cases else ""
+    return section(title, cases, cases_table(SHARDED_COLUMNS, cases))
 
 
 def model_page(results: Results) -> str:
@@ -290,6 +297,7 @@ NAMES = {
     "table: linear": linears,
     "table: decode_attention": attention,
     "table: step": step_page,
+    "table: sharded_step": sharded_steps,
 }
 
 

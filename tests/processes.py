@@ -32,3 +32,10 @@ def succeeds(script, **options):
     done = run(script, **options)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def on_ranks(*arguments, ranks=2):
+    """Runs a script or a module on so many processes of torchrun, with the repository importable."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    paths = (PACKAGE, ROOT, ROOT / "tests")
+    return succeeds(None, arguments=(*torchrun, *arguments), paths=paths, timeout=300, OMP_NUM_THREADS=1)

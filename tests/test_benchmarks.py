@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from processes import PACKAGE, ROOT, run
+from processes import PACKAGE, ROOT, on_ranks, run
 
 pytest.importorskip("torch", reason="the benchmarks need torch, which is not installed")
 
@@ -114,3 +114,35 @@ def test_model_accuracy(tmp_path):
     assert of["logits of each alone and in a batch of 4", "minivllm"]["apart"] < plain["mean_error"]
     text = model_accuracy(Results(tmp_path))
     assert text.count("| tiny-qwen3, 2 layers | bf16 |") == 5 + 1 + 1 + 4
+
+
+def test_the_table_of_sharded_steps(tmp_path):
+    """A row of each model and batch, with the command of torchrun below."""
+    from benchmarks.results import Results
+    from benchmarks.tables import sharded_steps
+
+    case = {"op": "sharded_step", "shape": "qwen3-8b", "tokens": 1, "dtype": "bf16", "mode": "step", "ranks": 2}
+    case |= {"bytes": 1, "context": 512}
+    times = {"minivllm alone": 4500.0, "minivllm sharded": 3000.0, "sums alone": 700.0}
+    environment = {"device": "cuda", "gpu": "NVIDIA H200", "cuda": "13.0", "packages": {}, "git": {"sha": "0123456789"}}
+    written = {"date": "2026-01-01T00:00:00Z", "command": "torchrun", "environment": environment}
+    written["rows"] = [case | {"variant": variant, "us": us} for variant, us in times.items()]
+    (tmp_path / "sharded.json").write_text(json.dumps(written))
+    text = sharded_steps(Results(tmp_path))
+    assert "| qwen3-8b | 1 | 2 x H200 | **3000** | 333 | 4500 | 1.50x | 700 |" in text and "commit 0123456" in text
+
+
+@pytest.mark.gpu
+def test_sharded_steps(tmp_path, cuda_torch):
+    if cuda_torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    path = tmp_path / "sharded.json"
+    on_ranks("-m", "benchmarks.sharded_step", "--models", "tiny-qwen3", "--tokens", "1", "2", "--json", str(path))
+    written = json.loads(path.read_text())
+    assert (
+        written["command"] == "torchrun --nproc-per-node 2 -m benchmarks.sharded_step --models tiny-qwen3 --tokens 1 2"
+    )
+    assert [(row["tokens"], row["variant"]) for row in written["rows"]] == [
+        (batch, variant) for batch in (1, 2) for variant in ("minivllm alone", "minivllm sharded", "sums alone")
+    ]
+    assert all(row["us"] > 0 and row["ranks"] == 2 and row["shape"] == "tiny-qwen3" for row in written["rows"])

@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 from conftest import short_dtype
-from processes import PACKAGE, ROOT, succeeds
+from processes import on_ranks
 
 from minivllm.testing import numeric, reference
 from minivllm.testing.reference import quantum, to_float64
 
 RANKS = 2
 DTYPES = ("float32", "bfloat16", "float16")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
-PATHS = (PACKAGE, ROOT, ROOT / "tests")
 
 WORKER = """
 import sys
@@ -68,13 +66,7 @@ def check_stages(ranks, dtype):
 def run_ranks(torch, device, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    succeeds(
-        None,
-        arguments=(*TORCHRUN, str(worker), device, str(tmp_path), *DTYPES),
-        paths=PATHS,
-        timeout=300,
-        OMP_NUM_THREADS=1,
-    )
+    on_ranks(str(worker), device, str(tmp_path), *DTYPES, ranks=RANKS)
     saved = [torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(RANKS)]
     for name in DTYPES:
         ranks = [each[name] for each in saved]
@@ -97,6 +89,5 @@ def test_two_gpus(cuda_torch, tmp_path):
 
 
 def test_the_example_itself(torch):
-    arguments = ("-m", "examples.tensor_parallel", "--device", "cpu", "--dtype", "float32")
-    printed = succeeds(None, arguments=(*TORCHRUN, *arguments), paths=PATHS, OMP_NUM_THREADS=1)
+    printed = on_ranks("-m", "examples.tensor_parallel", "--device", "cpu", "--dtype", "float32")
     assert "2 ranks over gloo, float32: RMS error" in printed

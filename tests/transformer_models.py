@@ -1,9 +1,54 @@
-"""What the tests of minivllm.transformers share: prompts, and how their results are compared."""
+"""What the tests of minivllm.transformers share: models, prompts, and how their results are compared."""
 
 import torch
+import transformers
+
+from minivllm.transformers import Decoder
 
 TINY = ("tiny-qwen2", "tiny-qwen3", "tiny-llama")
 LAYERS = 3
+# Families beyond those, as small.
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "pad_token_id": 0}  # fmt: skip
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 6}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
+SMOLLM = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "use_sliding_window": True}
+FAMILIES = {
+    "mistral": ("Mistral", {"sliding_window": 6, "head_dim": 32}),
+    "phi3": ("Phi3", {"resid_pdrop": 0.5, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "phi3 with windows": ("Phi3", {"sliding_window": 6}),
+    "granite": ("Granite", {
+        "residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+        "attention_bias": True, "mlp_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], **SMOLLM}),
+    "gemma2": ("Gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **GEMMA}),
+    "gemma3": ("Gemma3", GEMMA),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def model_of(kind, dtype=torch.float32, attention="eager"):
+    name, changes = FAMILIES[kind]
+    config = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(**SMALL | changes)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("norm.weight"):
+            parameter.normal_(0.0 if name.startswith("Gemma") else 1.0, 0.3)
+        if parameter_name.endswith("bias"):
+            parameter.normal_(0.0, 0.1)
+    return model.to(dtype)
+
+
+def decoded(model, ids, steps):
+    """The logits of a prompt's last token and of the tokens behind it, by a Decoder."""
+    decoder = Decoder(model, len(ids), 32, graph=False)
+    logits = [decoder.prefill(ids[:, :-steps]).clone()]
+    logits += [decoder.step(token).clone() for token in ids[:, -steps:].unbind(1)]
+    return torch.stack(logits, 1)
 
 
 def prompt(batch=2, tokens=19, seed=1):
@@ -35,3 +80,16 @@ def recording(model, ids, **options):
     for handle in handles:
         handle.remove()
     return seen, logits
+
+
+def save_checkpoint(model, folder):
+    """Writes the model and a tokenizer of the words w0, w1, ...; gives back the tokenizer."""
+    import tokenizers
+
+    words = {word: number for number, word in enumerate(["<pad>", "<end>", *(f"w{n}" for n in range(510))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    fast.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return fast

@@ -37,12 +37,15 @@ from .code import (  # noqa: E402
 )
 from .head import Head, causal_forward  # noqa: E402
 from .layer import DTYPES, FusedLayer, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
+from .sharding import shard  # noqa: E402
 
 if TYPE_CHECKING:
     from .decoder import Decoder
     from .generation import Generation, generate, last_generation
 
-__all__ = ["Decoder", "Generation", "NotFusedWarning", "Report", "apply", "generate", "last_generation", "undo"]
+__all__ = [
+    "Decoder", "Generation", "NotFusedWarning", "Report", "apply", "generate", "last_generation", "shard", "undo",
+]  # fmt: skip
 
 LAZY = {"Decoder": "decoder", "Generation": "generation", "generate": "generation", "last_generation": "generation"}
 

@@ -325,6 +325,8 @@ class Decoder:
             raise RuntimeError(f"{call}: the model is in training mode: call model.eval()")
         if not self._is_in_place(model):
             raise RuntimeError(f"{call}: the model was moved away from {self.device}: make a new Decoder")
+        if model.config.num_key_value_heads != self._shape.heads:
+            raise RuntimeError(f"{call}: the model was sharded after its Decoder was made: make a new Decoder")
         return model
 
     def _checked_prompt(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int], list[int]]:

@@ -5,7 +5,11 @@
     h     = rms_norm_gate_up(total, (gate_proj, up_proj))
     total = linear_add(h, down_proj, total)                  in place
 
-where norms stand behind attention and MLP as well, with linear and norm_add in place of linear_add.
+where norms stand behind attention and MLP as well, with linear and norm_add in place of linear_add. Of a model that
+shard has cut, the products are parts of sums over ranks; the next norm joins the residual then:
+
+    h, total = rms_norm_gate_up(all_reduce(linear(out, o_proj)), (gate_proj, up_proj), residual=total)
+    hidden   = all_reduce(linear(h, down_proj))              and total stays pending for the next layer
 
 The modules that this skips are looked at in every call, as layer.py does with its own. Where one of them is not what it
 is taken for, or has a hook, the layer calls all of them as transformers does.
@@ -26,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import _C as ops
 from .cache import Rows
 from .code import Family, Rounding, is_replaced
+from .sharding import SummedLinear
 
 # By class: its forward, and what the ops call it.
 ACTIVATIONS: dict[type, tuple[object, str]] = {
@@ -33,6 +38,7 @@ ACTIVATIONS: dict[type, tuple[object, str]] = {
     torch.nn.SiLU: (torch.nn.SiLU.forward, "silu"),
     GELUTanh: (GELUTanh.forward, "gelu_tanh"),
 }
+LINEARS = (torch.nn.Linear, SummedLinear)  # what o_proj and down_proj may be
 SILU, ATTENTION = F.silu, F.scaled_dot_product_attention
 
 
@@ -63,8 +69,9 @@ class Few:
         for module in self.modules:
             if "forward" in module.__dict__ and is_replaced(module):
                 return False
+        ends = (self.o_proj, self.linears[-1])
         for linear in (self.o_proj, *self.linears):
-            if type(linear) is not torch.nn.Linear:
+            if type(linear) is not torch.nn.Linear and not (type(linear) is SummedLinear and linear in ends):
                 return False
             for parameter in linear._parameters.values():
                 if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.dtype != dtype):
@@ -73,6 +80,11 @@ class Few:
                 return False
         gate, up = self.linears[0], self.linears[-2]  # the same one where the two are packed
         return gate.weight.stride() == up.weight.stride() and (gate.bias is None) == (up.bias is None)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What joins the residual, of what attention or MLP gave."""
+        multiplier = self.family.multiplier(self.layer)
+        return x if multiplier == 1.0 else x * multiplier
 
 
 def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Rows | None:
@@ -116,29 +128,39 @@ def attend(
     return out.view(len(q), 1, -1)
 
 
-def finish(few: Few, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> Tensor:
-    """The layer's hidden states: o_proj, the norm behind it and the MLP, with both residuals. total stays as it is."""
+def finish(few: Few, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """o_proj, the norm behind it and the MLP: (the layer's hidden states, None), or where these are a sum over ranks
+    (the MLP's output, the residual that belongs to it). total stays as it is."""
     options["weight_layout"] = "out_in"
     family, norms, down = few.family, few.norms, few.linears[-1]
-    if len(norms) == 1:
-        scaled = options | {"rounding": rounding, "scale": family.multiplier(few.layer)}
-        total = ops.linear_add(out, few.o_proj.weight, total, bias=few.o_proj.bias, **scaled)
-        h = gated(few, norms[0], total, rounding, **options)
-        return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **scaled)
-    after, before, last = norms
-    out = ops.linear(out, few.o_proj.weight, bias=few.o_proj.bias, rounding=rounding, **options)
-    total = ops.norm_add(out, after.weight, total, **family.norm_options(after, rounding))
-    h = gated(few, before, total, rounding, **options)
-    out = ops.linear(h, down.weight, bias=down.bias, rounding=rounding, **options)
-    return ops.norm_add(out, last.weight, total, out=total, **family.norm_options(last, rounding))
+    if len(norms) > 1:
+        after, before, last = norms
+        out = project(few.o_proj, out, rounding, **options)
+        total = ops.norm_add(out, after.weight, total, **family.norm_options(after, rounding))
+        out = project(down, gated(few, before, total, rounding, **options), rounding, **options)
+        return ops.norm_add(out, last.weight, total, out=total, **family.norm_options(last, rounding)), None
+    if SummedLinear in (type(few.o_proj), type(down)):
+        out = few.scaled(project(few.o_proj, out, rounding, **options))
+        h, total = gated(few, norms[0], out, rounding, residual=total, **options)
+        return few.scaled(project(down, h, rounding, **options)), total
+    scaled = options | {"rounding": rounding, "scale": family.multiplier(few.layer)}
+    total = ops.linear_add(out, few.o_proj.weight, total, bias=few.o_proj.bias, **scaled)
+    h = gated(few, norms[0], total, rounding, **options)
+    return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **scaled), None
 
 
-def gated(few: Few, norm: Any, total: Tensor, rounding: Rounding, **options: Any) -> Tensor:
-    """What down_proj takes: the norm, gate and up, and the activation of the gate times up."""
+def project(linear: Any, x: Tensor, rounding: Rounding, **options: Any) -> Tensor:
+    """What o_proj or down_proj makes of x, of all ranks where it is one of several."""
+    y: Tensor = ops.linear(x, linear.weight, bias=linear.bias, rounding=rounding, **options)
+    return linear.sum_over_ranks(y) if type(linear) is SummedLinear else y
+
+
+def gated(few: Few, norm: Any, x: Tensor, rounding: Rounding, **options: Any) -> Any:
+    """What down_proj takes: the norm, gate and up, and the activation of the gate times up. With a residual, which x
+    joins before the norm, the sum too."""
     linears, (_, activation) = few.linears[:-1], ACTIVATIONS[type(few.activation)]
     options |= few.family.norm_options(norm, rounding)
     weights, biases = tuple(linear.weight for linear in linears), tuple(linear.bias for linear in linears)
     weight: Any = weights if len(weights) > 1 else weights[0]
     bias: Any = None if biases[0] is None else biases if len(biases) > 1 else biases[0]
-    h: Tensor = ops.rms_norm_gate_up(total, norm.weight, weight, bias=bias, activation=cast(Any, activation), **options)
-    return h
+    return ops.rms_norm_gate_up(x, norm.weight, weight, bias=bias, activation=cast(Any, activation), **options)

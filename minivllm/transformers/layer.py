@@ -12,7 +12,8 @@ These functions stand in for `forward` of a model, of its layers and of its fina
 Where norms stand behind attention and MLP as well (Gemma), norm_add joins their results to the residual, and nothing is
 pending. What else the families differ in is in code.py.
 
-For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending.
+For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending,
+but for a model that is sharded. What one rank of it has, and where the ranks add, is in sharding.py.
 head.py has the final norm with the language model's head.
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
@@ -44,7 +45,7 @@ from .code import (
     is_replaced,
     is_watched,
 )
-from .few import Few, attend, decoded_rows, finish
+from .few import LINEARS, Few, attend, decoded_rows, finish
 from .head import END, End, Instead
 from .step import Step, rotate, rotation
 
@@ -241,11 +242,6 @@ class FusedLayer(Numbered):
         """Whether q and k get a rotary embedding."""
         return not self.family.traits.may_lack_rope or bool(self.attention.use_rope)
 
-    def scaled(self, x: Tensor) -> Tensor:
-        """What joins the residual, of what attention or MLP gave."""
-        multiplier = self.family.multiplier(self.layer)
-        return x if multiplier == 1.0 else x * multiplier
-
     def is_packed(self) -> bool:
         """Whether the Parameters still are views of the packed matrix; moving the model takes them out of it."""
         if self.packed is None:
@@ -363,7 +359,7 @@ def eager_layer(
             fused.rotate(q, k, cos, sin, in_one_buffer)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
     if is_few:
-        return finish(fused.few, out, total, fused.rounding, static_weights=STATIC_WEIGHTS), None
+        return finish(fused.few, out, total, fused.rounding, static_weights=STATIC_WEIGHTS)
     o_proj = fused.o_proj
     out = o_proj(out)
     if len(fused.norms) > 2:
@@ -371,13 +367,13 @@ def eager_layer(
         total = fused.norm_add(after, out, total)
         y = ops.rms_norm(total, before.weight, **fused.norm_options(before))
         return fused.norm_add(last, fused.mlp(y), total), None
-    is_plain = type(o_proj) is torch.nn.Linear and not o_proj._forward_hooks and not is_replaced(o_proj)
-    out = fused.scaled(out)
+    is_plain = type(o_proj) in LINEARS and not o_proj._forward_hooks and not is_replaced(o_proj)
+    out = fused.few.scaled(out)
     if total is x or not is_plain:  # not ours alone
         y, total = fused.add_norm(fused.norms[1], out, total)
     else:
         y, total = fused.add_norm(fused.norms[1], out, total, out=out, residual_out=total)
-    return fused.scaled(fused.mlp(y)), total
+    return fused.few.scaled(fused.mlp(y)), total
 
 
 def traced_layer(
@@ -403,8 +399,8 @@ def traced_layer(
         _, after, before, last = fused.norms
         total = total + traced_norm(family, after, out, rounding)
         return traced_norm(family, last, fused.mlp(traced_norm(family, before, total, rounding)), rounding), total
-    total = total + fused.scaled(out)
-    return fused.scaled(fused.mlp(traced_norm(family, fused.norms[1], total, rounding))), total
+    total = total + fused.few.scaled(out)
+    return fused.few.scaled(fused.mlp(traced_norm(family, fused.norms[1], total, rounding))), total
 
 
 @named_forward

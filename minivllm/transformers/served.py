@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .code import FAMILIES
+from .sharding import SummedLinear
 
 SERVED = {family.model_type: family for family in FAMILIES.values()}
 ATTENTIONS = ("sdpa", "eager")
@@ -88,7 +89,8 @@ def check_model(model: Any) -> Shape:
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
-    """What a captured step depends on: where the weights are, the code that stands in for modules', and hooks."""
+    """What a captured step depends on: where the weights are, the code that stands in for modules', hooks, and the
+    process groups that sum over ranks."""
     places = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
     code: list[Any] = [model.config._attn_implementation]
     for module in model.modules():
@@ -96,4 +98,6 @@ def fingerprint(model: Any) -> tuple[Any, ...]:
         hooks = (*module._forward_pre_hooks, *module._forward_hooks)
         if forward is not None or hooks:
             code.append((id(getattr(forward, "__func__", forward)), getattr(fused, "number", None), hooks))
+        if isinstance(module, SummedLinear):
+            code.append(module.process_group())
     return (*places, *code, len(list(model.modules())))
