@@ -421,7 +421,8 @@ class Attention(_Projections):
     another (minivllm.decode_attention); o_proj and the residual the third. A prompt's attention is torch's.
 
     It holds q_proj, k_proj and v_proj, or with packed=True a qkv_proj, and o_proj; with qk_norm a q_norm and a k_norm
-    of [head_dim]. bias: of q, k and v. scale: of the scores, 1 / sqrt(head_dim) unless given.
+    of [head_dim]. bias: of q, k and v. scale: of the scores, 1 / sqrt(head_dim) unless given. static_weights,
+    static_rows: what the caller vouches for, see minivllm.decode_attention.
 
     Where a module is more than it seems, it is called, and a NotFusedWarning says so, once. With caches it carries no
     gradients: RuntimeError. TypeError, ValueError: what the ops refuse, one cache without the other, and positions
@@ -444,6 +445,7 @@ class Attention(_Projections):
         rounding: _Rounding = "hf",
         weight_offset: float = 0.0,
         static_weights: bool = False,
+        static_rows: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -454,7 +456,8 @@ class Attention(_Projections):
         self.o_proj = LinearAdd(
             num_heads * head_dim, hidden, rounding=rounding, static_weights=static_weights, device=device, dtype=dtype
         )
-        self.scale, self.window, self.rounding, self.static_weights = scale, window, rounding, static_weights
+        self.scale, self.window, self.rounding = scale, window, rounding
+        self.static_weights, self.static_rows = static_weights, static_rows
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm:
@@ -504,7 +507,7 @@ class Attention(_Projections):
         if positions is not None and key_cache is not None and value_cache is not None:
             out = decode_attention(
                 q, k, v, key_cache, value_cache, positions, cos=cos, sin=sin, scale=self.scale, window=self.window,
-                static_weights=self.static_weights, **norms)  # fmt: skip
+                static_weights=self.static_weights, static_rows=self.static_rows, **norms)  # fmt: skip
         else:
             if key_cache is not None:
                 batch, tokens, rows = *x.shape[:2], key_cache.shape[2]
@@ -560,6 +563,7 @@ class DecoderLayer(torch.nn.Module):
         window: int | None = None,
         rounding: _Rounding = "hf",
         static_weights: bool = False,
+        static_rows: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -569,7 +573,7 @@ class DecoderLayer(torch.nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps, rounding=rounding, **place)
         self.self_attn = Attention(
             hidden, num_heads, num_kv_heads, head_dim, eps, bias=bias, qk_norm=qk_norm, scale=scale, window=window,
-            **linears)  # fmt: skip
+            static_rows=static_rows, **linears)  # fmt: skip
         self.post_attention_layernorm = RMSNorm(hidden, eps, rounding=rounding, **place)
         self.mlp = GatedMLP(hidden, intermediate, activation=activation, **linears)
 

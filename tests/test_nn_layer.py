@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="minivllm.nn holds modules of torch"
 
 import torch.nn.functional as F  # noqa: E402
 
+from minivllm import decode_attention, nn  # noqa: E402
 from minivllm.nn import Attention, DecoderLayer, GatedMLP, LinearAdd, NotFusedWarning, RMSNorm  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, EPS = 48, 80, 4, 2, 16, 1e-5
@@ -65,6 +66,25 @@ def formula(layer, x, cos, sin, window=None):
 
 def close(a, b):
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_caller_vouches_for(monkeypatch):
+    """Both promises reach the attention, and change nothing where they are kept."""
+    given = []
+
+    def recorded(*args, **options):
+        given.append({name: options[name] for name in ("static_weights", "static_rows")})
+        return decode_attention(*args, **options)
+
+    monkeypatch.setattr(nn, "decode_attention", recorded)
+    x, cos, sin = inputs(1)
+    positions, results = torch.zeros(2, dtype=torch.int64), []
+    for static in (False, True):
+        layer = make(static_weights=static, static_rows=static)
+        with torch.no_grad():
+            results.append(layer(x, cos, sin, *caches(3), positions))
+    assert given == [dict.fromkeys(("static_weights", "static_rows"), static) for static in (False, True)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("window", [None, 3])
