@@ -9,45 +9,12 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch", reason="transformers models need torch")
 
-from transformer_models import close, prompt, rms  # noqa: E402
+from transformer_models import FAMILIES, SMALL, close, model_of, prompt, rms  # noqa: E402
 
 import minivllm.transformers  # noqa: E402
 from minivllm.transformers import Decoder, NotFusedWarning, layer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-
-TINY = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "pad_token_id": 0}  # fmt: skip
-GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 6}
-GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
-SMOLLM = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "use_sliding_window": True}
-FAMILIES = {
-    "mistral": ("Mistral", {"sliding_window": 6, "head_dim": 32}),
-    "phi3": ("Phi3", {"resid_pdrop": 0.5, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-    "phi3 with windows": ("Phi3", {"sliding_window": 6}),
-    "granite": ("Granite", {
-        "residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
-        "attention_bias": True, "mlp_bias": True}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], **SMOLLM}),
-    "gemma2": ("Gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **GEMMA}),
-    "gemma3": ("Gemma3", GEMMA),
-}  # fmt: skip
-
-
-def model_of(kind, dtype=torch.float32, attention="eager"):
-    name, changes = FAMILIES[kind]
-    config = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(**TINY | changes)
-    config._attn_implementation = attention
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("norm.weight"):
-            parameter.normal_(0.0 if name.startswith("Gemma") else 1.0, 0.3)
-        if parameter_name.endswith("bias"):
-            parameter.normal_(0.0, 0.1)
-    return model.to(dtype)
 
 
 def decoded(model, ids, steps):
@@ -154,7 +121,7 @@ def test_dropouts_between_the_parts_of_a_layer():
 
 
 def test_what_is_left_alone_is_named_once():
-    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**TINY)).eval()
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL)).eval()
     expected = model(prompt()).logits
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
