@@ -9,7 +9,8 @@ import minivllm
 # Numbers, whole models, other processes and other people's compilers: minutes each under the sanitizers, through code
 # that other tests take them to.
 SLOW_UNDER_SANITIZERS = ("accuracy", "benchmarks", "docs", "import", "nn", "nn_layer", "numeric", "paged", "shard",
-                         "tensor_parallel", "torch_compile", "torch_grad", "transformers", "transformers_code",
+                         "tensor_parallel", "torch_compile", "torch_grad", "transformers", "transformers_caches",
+                         "transformers_code",
                          "transformers_families", "transformers_few", "transformers_head", "transformers_kept",
                          "transformers_rounding")  # fmt: skip
 collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []

@@ -67,7 +67,8 @@ class Report:
 
     fused: the names of the layers and norms that run on the fused ops. left_alone: of those that do not, why, by name.
     fallbacks: filled while the model runs: of fused layers that ran the code of their class in some call, the newest
-    reason, by name. packed_bytes: the size of the matrices that packed=True made, in place of the weights' own memory.
+    reason, by name. attentions: likewise, of fused layers that left the attention of a decode step to transformers.
+    packed_bytes: the size of the matrices that packed=True made, in place of the weights' own memory.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -75,6 +76,7 @@ class Report:
         self.fused: list[str] = []
         self.left_alone: dict[str, str] = {}
         self.fallbacks: dict[str, str] = {}
+        self.attentions: dict[str, str] = {}
         self.packed_bytes = 0
 
     def undo(self) -> None:
@@ -83,7 +85,11 @@ class Report:
 
     def __repr__(self) -> str:
         lines = [f"minivllm: {len(self.fused)} modules fused, {len(self.left_alone)} left alone"]
-        for title, reasons in (("left alone", self.left_alone), ("ran the code of its class", self.fallbacks)):
+        for title, reasons in (
+            ("left alone", self.left_alone),
+            ("ran the code of its class", self.fallbacks),
+            ("left its attention to transformers", self.attentions),
+        ):
             lines += [f"  {name or 'the model'}: {title}: {why}" for name, why in reasons.items()]
         return "\n".join(lines)
 
@@ -133,7 +139,7 @@ def apply(
         if why := family.why_replaced({"": decoder}, {"": family.model}) or family.why_not_functions():
             report.left_alone[name] = why
             continue
-        applied = Applied(family, rounding, report.fallbacks)
+        applied = Applied(family, rounding, report.fallbacks, report.attentions)
         _apply_to_decoder(decoder, prefix, applied, packed, fused_tokens, report)
     _apply_to_heads(model)
     if not report.fused and not report.left_alone:

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..nn import NotFusedWarning
 
 Rounding = Literal["hf", "fp32"]
 RECORDERS = "transformers.utils.output_capturing"  # its hooks stay on the modules, and act where outputs are asked for
+MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 ROTARY = ("apply_rotary_pos_emb", "rotate_half")
 NUMBERS = itertools.count()
 ALIVE: weakref.WeakValueDictionary[int, Numbered] = weakref.WeakValueDictionary()
@@ -122,6 +124,17 @@ class Family:
     def soft_cap(self, attention: Any) -> float | None:
         return getattr(attention, self.traits.soft_cap) if self.traits.soft_cap else None
 
+    def makes_causal_masks(self, config: Any) -> bool:
+        """Whether a model of this family that is given no mask makes causal ones, by the functions of transformers."""
+        functions, name = ALL_MASK_ATTENTION_FUNCTIONS, config._attn_implementation
+        return (
+            name in MASKS
+            and functions[name] is MASKS[name]
+            and getattr(self.module, "create_causal_mask", None) is create_causal_mask
+            and getattr(config, "is_causal", True)
+            and not getattr(config, "use_bidirectional_attention", False)
+        )
+
     def multiplier(self, layer: Any) -> float:
         """Of what attention and MLP add to the residual."""
         return float(getattr(layer, self.traits.multiplier)) if self.traits.multiplier else 1.0
@@ -175,11 +188,13 @@ def family_of(name: str) -> Family:
 
 class Applied(Numbered):
     """What the fused modules of one decoder have in common: their family with its functions as `apply` found them, the
-    rounding of every norm, and the report's fallbacks, by layer name. Lives on the decoder and on its final norm as
-    `_minivllm`."""
+    rounding of every norm, and the report's fallbacks and attentions, by layer name. Lives on the decoder and on its
+    final norm as `_minivllm`."""
 
-    def __init__(self, family: Family, rounding: Rounding, fallbacks: dict[str, str]) -> None:
-        self.family, self.rounding, self.fallbacks = family, rounding, fallbacks
+    def __init__(
+        self, family: Family, rounding: Rounding, fallbacks: dict[str, str], attentions: dict[str, str]
+    ) -> None:
+        self.family, self.rounding, self.fallbacks, self.attentions = family, rounding, fallbacks, attentions
         self.functions = family.functions()
         self.model_forward = family.model.forward
         self.has_warned = False
@@ -188,7 +203,7 @@ class Applied(Numbered):
     def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         """Of a copy of the model: the functions are the very same."""
         twin = memo[id(self)] = object.__new__(Applied)
-        twin.__setstate__(self.__dict__ | {"fallbacks": dict(self.fallbacks)})
+        twin.__setstate__(self.__dict__ | {"fallbacks": dict(self.fallbacks), "attentions": dict(self.attentions)})
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -214,7 +229,7 @@ def came_out_of_a_pickle(family: Family, rounding: Rounding) -> Applied:
         NotFusedWarning,
         stacklevel=2,
     )
-    return Applied(family, rounding, {})
+    return Applied(family, rounding, {}, {})
 
 
 def full_name(kind: type) -> str:

@@ -1,6 +1,6 @@
 """The rest of a decoder layer for few tokens, behind norm and q, k, v, on ops that join the residual to a product:
 
-    out   = decode_attention(q, k, v, keys, values)          a Decoder's step: norms of heads, rotary embedding, cache
+    out   = decode_attention(q, k, v, keys, values)          a decode step: norms of heads, rotary embedding, cache
     total = linear_add(out, o_proj, total)
     h     = rms_norm_gate_up(total, (gate_proj, up_proj))
     total = linear_add(h, down_proj, total)                  in place
@@ -28,8 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _C as ops
-from .cache import Rows
 from .code import Family, Rounding, is_replaced
+from .room import Room
 from .sharding import SummedLinear
 
 # By class: its forward, and what the ops call it.
@@ -87,45 +87,41 @@ class Few:
         return x if multiplier == 1.0 else x * multiplier
 
 
-def decoded_rows(attention: Any, family: Family, cache: Any, tokens: int) -> Rows | None:
-    """The Decoder's rows that this call appends a token to; None where it is no step of a Decoder, or where the
-    attention is not the one that decode_attention computes."""
-    layers = getattr(cache, "layers", ())
-    rows = layers[attention.layer_idx] if attention.layer_idx < len(layers) else None
-    if type(rows) is not Rows or rows.cursor.positions is None or tokens != 1:
-        return None
-    if attention.config._attn_implementation == "sdpa":
-        own = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and F.scaled_dot_product_attention is ATTENTION
-        return rows if own else None
+def is_known_attention(attention: Any, family: Family) -> bool:
+    """Whether the attention of transformers is the one that decode_attention computes."""
+    implementation = attention.config._attn_implementation
+    if implementation == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and F.scaled_dot_product_attention is ATTENTION
     eager = family.module.eager_attention_forward
-    return rows if getattr(eager, "__globals__", None) is vars(family.module) else None
+    return implementation == "eager" and getattr(eager, "__globals__", None) is vars(family.module)
 
 
 def attend(
     attention: Any,
     family: Family,
     head_norms: Sequence[Any],
-    rows: Rows,
+    room: Room,
     qkv: tuple[Tensor, Tensor, Tensor],
     embeddings: tuple[Tensor, Tensor] | tuple[None, None],
     rounding: Any,
     **options: Any,
 ) -> Tensor:
-    """[batch, 1, heads * head_dim]: the attention of a Decoder's step, from q, k and v as they come out of the
-    projection, [batch, 1, heads, head_dim]. The one of transformers for SDPA knows no soft cap."""
+    """[batch, 1, heads * head_dim]: the attention of a decode step, from q, k and v as they come out of the projection,
+    [batch, 1, heads, head_dim]. The one of transformers for SDPA knows no soft cap."""
     q, k, v = qkv
-    positions: Any = rows.cursor.positions
-    options["rounding"] = rounding
+    places: tuple[Any, ...] = room[:3]
+    # A Decoder vouches for its rows: its steps begin with torch's kernels, which wait for all of the step before.
+    options |= {"rounding": rounding, "static_rows": room.is_decoders}
     if head_norms:
         q_norm, k_norm = head_norms
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight}
         options |= family.norm_options(q_norm, rounding)
-    if attention.config._attn_implementation == "eager":
+    if family.traits.soft_cap and attention.config._attn_implementation == "eager":
         options["soft_cap"] = family.soft_cap(attention)
     out: Tensor = ops.decode_attention(
-        q, k, v, rows.keys, rows.values, positions, cos=embeddings[0], sin=embeddings[1],
-        scale=attention.scaling, window=family.window(attention), **options)  # fmt: skip
-    return out.view(len(q), 1, -1)
+        q, k, v, *places, starts=cast(Any, room.starts), cos=embeddings[0], sin=embeddings[1],
+        scale=attention.scaling, window=room.window, **options)  # fmt: skip
+    return out.view(q.shape[0], 1, -1)
 
 
 def finish(few: Few, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> tuple[Tensor, Tensor | None]:

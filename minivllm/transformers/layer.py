@@ -5,16 +5,16 @@ These functions stand in for `forward` of a model, of its layers and of its fina
     q, k, v, total = rms_norm_qkv(hidden, residual=pending)     norm, projection, and the sum the layer before left open
     q, k           = rms_norm(q), rms_norm(k)                   Qwen3, in place
     q, k           = rotary embedding of both in one go         torch, in place
-    attention, o_proj                                           as in transformers
+    attention, o_proj                                           as in transformers, which has the cache
     y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
 Where norms stand behind attention and MLP as well (Gemma), norm_add joins their results to the residual, and nothing is
 pending. What else the families differ in is in code.py.
 
-For few tokens few.py has what follows q, k and v, and in a Decoder's step the attention too; nothing is then pending,
-but for a model that is sharded. What one rank of it has, and where the ranks add, is in sharding.py.
-head.py has the final norm with the language model's head.
+For few tokens few.py has what follows q, k and v, and in a decode step the attention too, where room.py finds room for
+it in the cache; nothing is then pending, but for a model that is sharded. What one rank of it has, and where the ranks
+add, is in sharding.py. head.py has the final norm with the language model's head.
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
@@ -45,8 +45,9 @@ from .code import (
     is_replaced,
     is_watched,
 )
-from .few import LINEARS, Few, attend, decoded_rows, finish
+from .few import LINEARS, Few, attend, finish, is_known_attention
 from .head import END, End, Instead
+from .room import Room, Rooms, release
 from .step import Step, rotate, rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +55,6 @@ STEP = "minivllm_step"  # the keyword argument in which a Step goes from the mod
 LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
 FEW_TOKENS = 64  # with more, products of torch and a norm are as fast as the ops that have the residual in them
 STATIC_WEIGHTS = True  # `apply` vouches for it: no unfinished work in front of a call writes the weights of the model
-STATIC_ROWS = True  # so does a Decoder: its steps begin with torch's kernels, which wait for all of the step before
 GRADIENTS = "gradient mode is on: call it under torch.no_grad() or torch.inference_mode()"
 INTERCEPTED = "a TorchFunctionMode is active"
 
@@ -268,6 +268,19 @@ class FusedLayer(Numbered):
             rotate(q, cos, sin)
             rotate(k, cos, sin)
 
+    def room_for(self, k: Tensor, rooms: Rooms, mask: Tensor | None, cache: Any) -> Room | None:
+        """Where decode_attention puts the key and value of one more token, and attends; None where transformers has to,
+        for a reason that the report names."""
+        attention = self.attention
+        room: Room | str = "the attention of transformers was replaced, or is not sdpa or eager"
+        if is_known_attention(attention, self.family):
+            room = rooms.room_for(cache, attention.layer_idx, k, mask, self.family.window(attention))
+        if not isinstance(room, str):
+            return room
+        if room:
+            self.applied.attentions[self.name] = room
+        return None
+
     def attend(
         self,
         q: Tensor,
@@ -345,18 +358,22 @@ def eager_layer(
     it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
     in_one_call, is_few = fused.is_fused_for(x), fused.is_few(x)
     q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
-    rows = decoded_rows(fused.attention, fused.family, cache, x.shape[1]) if is_few else None
-    if rows is not None:
+    rooms, room = Rooms(is_causal=False) if step is None else step.rooms, None
+    if is_few and x.shape[1] == 1 and cache is not None:
+        room = fused.room_for(k, rooms, mask, cache)
+    if room is not None:
         out = attend(
-            fused.attention, fused.family, fused.head_norms, rows, (q, k, v),
-            embeddings if fused.turns() else (None, None), fused.rounding, static_weights=STATIC_WEIGHTS,
-            static_rows=STATIC_ROWS)  # fmt: skip
+            fused.attention, fused.family, fused.head_norms, room, (q, k, v),
+            embeddings if fused.turns() else (None, None), fused.rounding, static_weights=STATIC_WEIGHTS)  # fmt: skip
+        if step is None:
+            rooms.finish()
     else:
         fused.norm_heads(q, k)
         if fused.turns():
             cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
             in_one_buffer = in_one_call or fused.packed is not None or len(fused.projections) == 1
             fused.rotate(q, k, cos, sin, in_one_buffer)
+        release(cache, fused.attention.layer_idx)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
     if is_few:
         return finish(fused.few, out, total, fused.rounding, static_weights=STATIC_WEIGHTS)
@@ -415,15 +432,21 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     layers = list(self.layers._modules.values())[: self.config.num_hidden_layers]
     fused = type(self).forward is applied.model_forward and all(is_fused(layer, layer_forward) for layer in layers)
     parts: dict[str, Any] = {}
+    step, traced = None, torch.compiler.is_compiling()
     if layers and fused:
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         watched = recorded or any(layer._forward_pre_hooks or is_watched(layer._forward_hooks) for layer in layers)
-        kwargs[STEP] = Step(None if watched else layers[-1])
+        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        is_causal = given is None and not traced and applied.family.makes_causal_masks(self.config)
+        kwargs[STEP] = step = Step(None if watched else layers[-1], is_causal)
         if end is not None and not recorded and "output_attentions" not in kwargs:
             parts["norm"] = end.norm
         if isinstance(cache := kwargs.get("past_key_values"), DecoderCache) and cache.cursor.positions is not None:
             parts["rotary_emb"] = cache.cursor.rotary.instead_of(self.rotary_emb, applied.family.module.__name__)
-    return type(self).forward(Instead(self, **parts) if parts else self, *args, **kwargs)
+    result = type(self).forward(Instead(self, **parts) if parts else self, *args, **kwargs)
+    if step is not None:
+        step.rooms.finish()
+    return result
 
 
 def can_norm(norm: Any, x: Tensor) -> bool:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .room import Rooms
+
 
 class Step:
     """One forward of the model.
 
     pending: the residual that the next layer has to add to its input; None where that input is the sum itself.
     last: the layer after which no sum may be pending; None where layers are watched, so that none ever is.
+    rooms: of a decode step, where the layers put their keys and values. is_causal: as Rooms has it.
     """
 
-    def __init__(self, last: torch.nn.Module | None) -> None:
+    def __init__(self, last: torch.nn.Module | None, is_causal: bool) -> None:
         self.pending: Tensor | None = None
-        self.last = last
+        self.last, self.rooms = last, Rooms(is_causal)
         self.rotations: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
         self.mask: Tensor | None = None
         self.bias: Tensor | None = None
