@@ -89,8 +89,7 @@ def test_layers_keep_their_contract(calls, few, monkeypatch):
     rest = {"linear_add": 2 * LAYERS, "rms_norm_gate_up": LAYERS, "rms_norm_linear": 1}
     if not few:
         rest = {"add_rms_norm": LAYERS, "add_rms_norm in place": LAYERS - 1, "rms_norm_linear": 1}
-    norms = {"rms_norm": 2 * LAYERS, "rms_norm in place": 2 * LAYERS}
-    assert calls == {"rms_norm_qkv": LAYERS} | norms | rest
+    assert calls == {"rms_norm_qkv": LAYERS, "qk_norm_rope": LAYERS} | rest
 
 
 def test_pre_hooks_see_the_sum():

@@ -7,7 +7,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torch = pytest.importorskip("torch", reason="transformers models need torch")
 
-from transformer_models import prompt  # noqa: E402
+from transformer_models import FAMILIES, model_of, prompt  # noqa: E402
 
 import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import causal_lm  # noqa: E402
@@ -86,6 +86,22 @@ def test_every_norm_rounds_as_told(rounding, way, device):
     assert min(wrong(got, formulas(model, ids, other)).values()) > 0.1
     if rounding == "hf":
         assert max(wrong(got, plain).values()) < 0.002, wrong(got, plain)
+
+
+@pytest.mark.parametrize("kind", ["tiny-qwen3", "tiny-llama", "gemma3", "phi3"])
+def test_heads_round_as_in_transformers(kind, device):
+    """With "hf": their norms and the rotary embedding of a prompt."""
+    model = model_of(kind, torch.bfloat16) if kind in FAMILIES else causal_lm(kind, "bfloat16")
+    minivllm.transformers.apply(model.to(device), rounding="hf")
+    fused = model.model.layers[0]._minivllm
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 40, n, fused.head_dim, device=device).bfloat16() for n in (fused.heads, fused.kv_heads))
+    kinds = ("sliding_attention",) if kind == "gemma3" else ()
+    embeddings = model.model.rotary_emb(q, torch.arange(40, device=device)[None], *kinds)
+    normed = [norm(x) for norm, x in zip(fused.head_norms, (q, k))] or (q, k)
+    expected = fused.family.module.apply_rotary_pos_emb(*normed, *embeddings, unsqueeze_dim=2)
+    fused.norm_and_turn(q, k, embeddings)
+    assert all(float((got != true).float().mean()) < 0.002 for got, true in zip((q, k), expected))
 
 
 def test_unknown_roundings():

@@ -115,6 +115,14 @@ class Family:
             "rounding": "fp32" if offset else rounding,
         }
 
+    def head_options(self, head_norms: tuple[Any, ...], rounding: Rounding) -> dict[str, Any]:
+        """How the ops have the norms of q's and k's heads, if there are any, with the rotary embedding behind them."""
+        if not head_norms:
+            return {"rounding": rounding}
+        q_norm, k_norm = head_norms
+        options = self.norm_options(q_norm, rounding) | {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight}
+        return options | {"rounding": "hf_once" if rounding == "hf" and self.traits.weight_offset else rounding}
+
     def window(self, attention: Any) -> int | None:
         """How many keys a token sees, itself included; None: all in front of it."""
         where = self.traits.window

@@ -17,7 +17,6 @@ is taken for, or has a hook, the layer calls all of them as transformers does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -99,7 +98,7 @@ def is_known_attention(attention: Any, family: Family) -> bool:
 def attend(
     attention: Any,
     family: Family,
-    head_norms: Sequence[Any],
+    head_norms: tuple[Any, ...],
     room: Room,
     qkv: tuple[Tensor, Tensor, Tensor],
     embeddings: tuple[Tensor, Tensor] | tuple[None, None],
@@ -111,11 +110,7 @@ def attend(
     q, k, v = qkv
     places: tuple[Any, ...] = room[:3]
     # A Decoder vouches for its rows: its steps begin with torch's kernels, which wait for all of the step before.
-    options |= {"rounding": rounding, "static_rows": room.is_decoders}
-    if head_norms:
-        q_norm, k_norm = head_norms
-        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight}
-        options |= family.norm_options(q_norm, rounding)
+    options |= {"static_rows": room.is_decoders} | family.head_options(head_norms, rounding)
     if family.traits.soft_cap and attention.config._attn_implementation == "eager":
         options["soft_cap"] = family.soft_cap(attention)
     out: Tensor = ops.decode_attention(

@@ -3,8 +3,7 @@
 These functions stand in for `forward` of a model, of its layers and of its final norm. What a layer computes:
 
     q, k, v, total = rms_norm_qkv(hidden, residual=pending)     norm, projection, and the sum the layer before left open
-    q, k           = rms_norm(q), rms_norm(k)                   Qwen3, in place
-    q, k           = rotary embedding of both in one go         torch, in place
+    q, k           = qk_norm_rope(q, k)                         norms of heads and rotary embedding, in place
     attention, o_proj                                           as in transformers, which has the cache
     y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
@@ -48,7 +47,7 @@ from .code import (
 from .few import LINEARS, Few, attend, finish, is_known_attention
 from .head import END, End, Instead
 from .room import Room, Rooms, release
-from .step import Step, rotate, rotation
+from .step import Step
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
@@ -254,19 +253,13 @@ class FusedLayer(Numbered):
             address += linear.weight.numel() * itemsize
         return True
 
-    def norm_heads(self, q: Tensor, k: Tensor) -> None:
-        """q_norm and k_norm, in place."""
-        for norm, x in zip(self.head_norms, (q, k)):
-            ops.rms_norm(x, norm.weight, out=x, **self.norm_options(norm))
-
-    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_one_buffer: bool) -> None:
-        """The rotary embedding, in place; in one buffer k follows q, and both are rotated as one."""
-        if in_one_buffer:
-            batch, tokens, _, head_dim = q.shape
-            rotate(q.as_strided((batch, tokens, self.heads + self.kv_heads, head_dim), q.stride()), cos, sin)
-        else:
-            rotate(q, cos, sin)
-            rotate(k, cos, sin)
+    def norm_and_turn(self, q: Tensor, k: Tensor, embeddings: tuple[Tensor, Tensor]) -> None:
+        """The norms of heads and the rotary embedding, in place."""
+        turns = self.turns()
+        if turns or self.head_norms:
+            cos, sin = embeddings if turns else (None, None)
+            options = self.family.head_options(self.head_norms, self.rounding)
+            ops.qk_norm_rope(q, k, cos, sin, out_q=q, out_k=k, **options)
 
     def room_for(self, k: Tensor, rooms: Rooms, mask: Tensor | None, cache: Any) -> Room | None:
         """Where decode_attention puts the key and value of one more token, and attends; None where transformers has to,
@@ -356,8 +349,8 @@ def eager_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """(the MLP's output, the residual that belongs to it; None: it is in it). Writes to its own buffers wherever
     it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
-    in_one_call, is_few = fused.is_fused_for(x), fused.is_few(x)
-    q, k, v, total = fused.norm_qkv(x, pending) if in_one_call else fused.norm_then_qkv(x, pending)
+    is_few = fused.is_few(x)
+    q, k, v, total = fused.norm_qkv(x, pending) if fused.is_fused_for(x) else fused.norm_then_qkv(x, pending)
     rooms, room = Rooms(is_causal=False) if step is None else step.rooms, None
     if is_few and x.shape[1] == 1 and cache is not None:
         room = fused.room_for(k, rooms, mask, cache)
@@ -368,11 +361,7 @@ def eager_layer(
         if step is None:
             rooms.finish()
     else:
-        fused.norm_heads(q, k)
-        if fused.turns():
-            cos, sin = rotation(embeddings) if step is None else step.rotation_of(embeddings)
-            in_one_buffer = in_one_call or fused.packed is not None or len(fused.projections) == 1
-            fused.rotate(q, k, cos, sin, in_one_buffer)
+        fused.norm_and_turn(q, k, embeddings)
         release(cache, fused.attention.layer_idx)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
     if is_few:
