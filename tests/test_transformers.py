@@ -37,8 +37,8 @@ def test_a_checkpoint_is_no_further_from_float64_than_before(name, dtype, roundi
     assert report.fused == [f"model.layers.{i}" for i in range(LAYERS)] + ["model.norm"] and not report.left_alone
     after = [rms(model(ids).logits - exact(ids).logits) for ids in prompts]
     assert calls["rms_norm_qkv"] == LAYERS * (len(prompts) - 1)  # 70 tokens are too many
-    # the final norm of those alone, and their second sum and norm in the first layer
-    assert calls["rms_norm"] == len(prompts) * 2 * LAYERS * (name == "tiny-qwen3") + 2
+    assert calls["rms_norm"] == 2  # of those alone: the norm of the first layer, and the final one
+    assert calls["qk_norm_rope"] == LAYERS * len(prompts)
     assert not report.fallbacks
     # Sums in another order move single logits either way; the mean must not grow by more than that.
     assert sum(after) <= (1.1 if dtype != "float32" else 1.5) * sum(before), (before, after)
@@ -246,17 +246,6 @@ def test_the_layer_of_the_example(dtype, device, monkeypatch):
     assert after <= (1.25 if dtype == torch.float32 else 1.05) * before
 
 
-def test_the_benchmark_of_steps(tmp_path):
-    """On the CPU, where it has neither graphs nor a floor."""
-    path = tmp_path / "step.json"
-    options = ("--device", "cpu", "--shapes", "tiny-qwen3", "--tokens", "2", "--quick", "--json", str(path))
-    done = run(None, arguments=("-m", "benchmarks", "step", *options), paths=(PACKAGE, ROOT))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["transformers decoder", "minivllm decoder"]
-    assert all(row["us"] > 0 and row["tokens"] == 2 and 0 < row["cache_bytes"] < row["bytes"] for row in rows)
-
-
 def test_the_benchmark(tmp_path):
     """On the CPU, where it has no graphs."""
     path = tmp_path / "model.json"
@@ -280,11 +269,7 @@ def test_the_benchmark(tmp_path):
     assert [row for row in speed if row[2] != "minivllm and linear"] == [
         (*case, variant) for case in cases for variant in ("transformers", "minivllm")
     ]
-    errors = {(row["kind"], row["variant"]): row["mean_error"] for row in rows if "kind" in row}
-    assert len(errors) == 9 and not any("error" in row for row in rows)
-    for (kind, variant), error in errors.items():
-        assert 0 < error <= 1.05 * errors[kind, "transformers"], (kind, variant)
-        assert (error == errors[kind, "minivllm"]) == (variant == "minivllm"), (kind, variant)
+    assert not any("error" in row for row in rows)
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
