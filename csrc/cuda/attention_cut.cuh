@@ -88,7 +88,7 @@ void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
     };
     consider(1, false);
     for (int64_t pieces = 2; pieces <= kMostCluster && pieces < 2 * most; pieces *= 2) {
-        /* Two clusters of many blocks hardly ever fit onto the same SMs. */
+        /* Clusters of four blocks and more are slow unless there is an SM for each of their blocks. */
         const bool fits = pieces == 2 || heads * static_cast<double>(pieces) <= task->sm_count;
         if (hopper && pieces <= most_of_cluster && fits) consider(pieces, true);
         consider(least(pieces, most), false);

@@ -313,7 +313,10 @@ class Decoder:
             with torch.cuda.graph(graph):
                 self._step(model, self.max_length, masks)
             if masks is not None and self._cursor.is_masked:
-                raise RuntimeError("prefill: a layer attends under a mask in a capture, and did not before it")
+                raise RuntimeError(
+                    "prefill: a layer of the model asked for its attention mask while the step was captured, and did "
+                    "not in the steps before: pass graph=False to Decoder"
+                )
         self._graph, self._graph_logits, self._captured_from = graph, self._step_logits, now
         self.captures += 1
 

@@ -31,9 +31,8 @@ class RotaryRows:
 
     def instead_of(self, module: Any, home: str) -> Callable[..., tuple[Tensor, Tensor]]:
         """The look-up; the module itself where that is not the code of transformers' file `home`, or has a hook."""
-        if type(module).__module__ != home or is_replaced(module) or _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return module  # type: ignore[no-any-return]
-        if module._forward_hooks or module._forward_pre_hooks:
+        is_hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        if type(module).__module__ != home or is_replaced(module) or is_hooked:
             return module  # type: ignore[no-any-return]
         if self._module is not module:
             self._module, self._made_from, self._tables = module, self._state(module), {}
