@@ -2,7 +2,7 @@
 
 `setup.py build_c` links the same objects, less Python's, with tests/c/ into stand-alone programs under build/c.
 There CC may be a cross compiler: no file has flags of an architecture, since a kernel's source says what it may use
-(csrc/cpu/isa.h).
+(csrc/cpu/simd/isa.h).
 
 Environment: MINIVLLM_CUDA=auto|0|1, MINIVLLM_CUDA_ARCHS="80;90a", MINIVLLM_WERROR=1, MINIVLLM_LINEINFO=1 (for
 profilers: CUDA code remembers its lines, and the path they were compiled under), CC, CFLAGS, NVCC, CUDA_HOME,
@@ -30,8 +30,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'#define MV_VERSION "(.+)"', (ROOT / "csrc/mv.h").read_text())[1]
 BINDING_SOURCES = ["csrc/python/**/*.c"]
-C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/*.c"]
-CUDA_SOURCES = ["csrc/cuda/*.cu"]
+C_SOURCES = ["csrc/ops/*.c", "csrc/cpu/**/*.c"]
+CUDA_SOURCES = ["csrc/cuda/**/*.cu"]
 ALL_SOURCES = BINDING_SOURCES + C_SOURCES + CUDA_SOURCES
 
 # sm_80 and its PTX run on everything from Ampere up; sm_90a is Hopper's own. tools/wheels.py has the list of a wheel.

@@ -49,8 +49,8 @@ def tree(tmp_path_factory):
     shutil.copytree(ROOT / "csrc", build / "csrc")
     cuda = build / "csrc" / "cuda"
     for path in EMULATION.glob("*.cuh"):
-        shutil.copy(path, cuda)
-    for path in cuda.glob("*.cu*"):  # shared memory belongs to the emulated block
+        shutil.copy(path, cuda / "arch")
+    for path in cuda.rglob("*.cu*"):  # shared memory belongs to the emulated block
         text = re.sub(
             r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
             r"\1 *const \2 = reinterpret_cast<\1 *>(cpu::shared());",
@@ -82,32 +82,34 @@ def run_driver(tree, sources, *arguments, driver="driver"):
 @pytest.fixture(scope="module")
 def report(tree):
     build, _ = tree
-    return run_driver(tree, [path for path in (build / "csrc" / "cuda").glob("*.cu") if path.name != "device.cu"])
+    return run_driver(tree, [path for path in (build / "csrc" / "cuda").rglob("*.cu") if path.name != "device.cu"])
 
 
 @pytest.mark.gate
 def test_every_case_of_the_norms(tree):
     """A part of what follows, for who cannot wait for all of it."""
     build, _ = tree
-    done = run_driver(tree, (build / "csrc" / "cuda").glob("rms_norm_[!q]*.cu"), "norms")
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("norm/*.cu"), "norms")
     assert done.returncode == 0 and done.stdout.count("at most") == 6, done.stdout + done.stderr
 
 
 def test_every_case_of_the_activations(tree):
     build, _ = tree
-    done = run_driver(tree, (build / "csrc" / "cuda").glob("act_and_mul_*.cu"), driver="act_and_mul")
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("activation/*.cu"), driver="act_and_mul")
     assert done.returncode == 0 and done.stdout.count(" 0 wrong results") == 3, done.stdout + done.stderr
 
 
 def test_every_case_of_the_attention(tree):
     build, _ = tree
-    done = run_driver(tree, (build / "csrc" / "cuda").glob("decode_attention_*.cu"), driver="decode_attention")
+    done = run_driver(
+        tree, (build / "csrc" / "cuda").glob("attention/decode_attention_*.cu"), driver="decode_attention"
+    )
     assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 7, done.stdout + done.stderr
 
 
 def test_every_case_of_the_heads(tree):
     build, _ = tree
-    done = run_driver(tree, (build / "csrc" / "cuda").glob("qk_norm_rope_*.cu"), driver="qk_norm_rope")
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("attention/qk_norm_rope_*.cu"), driver="qk_norm_rope")
     assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 3, done.stdout + done.stderr
 
 

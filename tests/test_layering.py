@@ -21,6 +21,9 @@ MAY_INCLUDE = {
     "cpu": {"mv.h", "kernel.h"},
     "cuda": {"mv.h", "kernel.h"},
 }
+# Folders of csrc/cpu and csrc/cuda: of kernels, and of what kernels stand on, which includes nothing of theirs.
+KERNEL_FOLDERS = {"norm", "linear", "attention", "activation"}
+LOW_FOLDERS = {"cpu": {"simd", "pool"}, "cuda": {"arch"}}
 # The folders of csrc/python, from the lowest to the highest; what is in none of them stands on all.
 BINDING_FOLDERS = ["base", "frameworks", "convert", "ops", "xla", "python"]
 # Headers that are no .c file's own: layouts that other projects gave to their structs, and texts.
@@ -138,18 +141,31 @@ def test_no_files_of_the_binding_stand_on_each_other(tmp_path):
     assert not uses, f"these files stand on each other, or on some that do: {uses}"
 
 
-VOCABULARY = ("ptx.cuh", "mma.cuh", "mbarrier.cuh", "tma.cuh", "wgmma.cuh")
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_folders_of_kernels_stand_on_the_others(backend):
+    """And an include names a file by its path from csrc."""
+    low = LOW_FOLDERS[backend]
+    for path in SOURCES:
+        if folder_of(path) != backend:
+            continue
+        for name in [name for quote, name in includes(path) if quote == '"'] + BODY.findall(path.read_text()):
+            assert (CSRC / name).exists(), f"{path.name} includes {name}, which is no path from csrc"
+            inside = Path(name).parent.name
+            assert path.parent.name not in low or inside in {*low, backend, ""}, f"{path.name} includes {name}"
+
+
+VOCABULARY = {f"arch/{name}.cuh" for name in ("ptx", "mma", "mbarrier", "tma", "wgmma")}
 
 
 def test_inline_assembly_lives_in_the_device_vocabulary():
     for path in SOURCES:
-        if folder_of(path) == "cuda" and path.name not in VOCABULARY:
-            assert not re.search(r"\basm\b", path.read_text()), f"{path.name}: PTX belongs to {' '.join(VOCABULARY)}"
+        if folder_of(path) == "cuda" and str(path.relative_to(CSRC / "cuda")) not in VOCABULARY:
+            assert not re.search(r"\basm\b", path.read_text()), f"{path.name}: PTX belongs to {VOCABULARY}"
 
 
-# The ops are the files of csrc/ops that hold a list of kernels. Longest first: rms_norm_qkv_avx2.c is of rms_norm_qkv.
+# The ops are the files of csrc/ops that hold a list of kernels.
 OPS = [path.stem for path in (CSRC / "ops").glob("*.c") if re.search(r"define \w+_KERNELS\(", path.read_text())]
-OPS.sort(key=len, reverse=True)
+BODY = re.compile(r'define BODY "([^"]+)"')
 
 
 def rows():
@@ -164,7 +180,8 @@ def rows():
 
 
 def test_every_kernel_file_has_a_row_and_every_row_a_file():
-    """csrc/<backend>/<op>[_<variant>]_<isa>.{c,cu}: one file may serve several variants of its isa."""
+    """csrc/<backend>/<folder>/<op>[_<variant>]_<isa>.{c,cu}, without the op in `linear`, whose kernels are all in the
+    list of rms_norm_qkv: one file may serve several variants of its isa."""
     lists = rows()
     assert all(len(found) >= 3 for found in lists.values())
     isas = {isa for found in lists.values() for _, isa in found}
@@ -172,11 +189,14 @@ def test_every_kernel_file_has_a_row_and_every_row_a_file():
     for path in SOURCES:
         if folder_of(path) not in ("cpu", "cuda") or path.suffix not in (".c", ".cu"):
             continue
-        op = next((op for op in OPS if path.stem.startswith(op + "_")), None)
+        isa = path.stem.rpartition("_")[2]
+        linear = path.parent.name == "linear" and isa in isas
+        op = "rms_norm_qkv" if linear else next((op for op in OPS if path.stem.startswith(op + "_")), None)
         if op is None:
-            assert path.stem.rpartition("_")[2] not in isas, f"{path.name} is of no op that csrc/ops has a list for"
+            assert isa not in isas, f"{path.name} is of no op that csrc/ops has a list for"
             continue
-        rest = path.stem[len(op) + 1 :]
+        assert path.parent.name in KERNEL_FOLDERS, f"{path.relative_to(ROOT)} is in no folder of kernels"
+        rest = path.stem if linear else path.stem[len(op) + 1 :]
         mine = {
             (name, isa)
             for name, isa in lists[op]

@@ -6,7 +6,7 @@
 #ifndef MV_CPU_H
 #define MV_CPU_H
 
-#include "../kernel.h"
+#include "kernel.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -6,7 +6,7 @@
  * never changes.
  */
 #define _GNU_SOURCE
-#include "cpu.h"
+#include "cpu/cpu.h"
 
 #include <pthread.h>
 #include <stdio.h>

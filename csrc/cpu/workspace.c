@@ -1,8 +1,8 @@
 /* workspace.c: the scratch that the projection kernels ask for. What each thread needs of its own is
  * its mv_thread_scratch(), so that no size here depends on the number of threads. */
-#include "workspace.h"
+#include "cpu/workspace.h"
 
-#include "outputs.h"
+#include "cpu/linear/outputs.h"
 
 size_t mv_prefill_workspace(const mv_task *task) {
     const int64_t tokens = round_up(least(task->tokens, CHUNK_TOKENS), 16);

@@ -3,7 +3,7 @@
 #ifndef MV_CPU_WORKSPACE_H
 #define MV_CPU_WORKSPACE_H
 
-#include "../kernel.h"
+#include "kernel.h"
 
 /* The keys of a sequence: positions first to last. count: how many; 0: the sequence is skipped; -1: it cannot be
  * served. */

@@ -2,7 +2,7 @@
 #ifndef MV_CUDA_H
 #define MV_CUDA_H
 
-#include "../kernel.h"
+#include "kernel.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -3,8 +3,8 @@
 
 #include <cstdio>
 
-#include "cuda.h"
-#include "launch.cuh"
+#include "cuda/arch/launch.cuh"
+#include "cuda/cuda.h"
 
 #ifndef MV_CUDA_ARCHS
 #define MV_CUDA_ARCHS ""

@@ -4,7 +4,7 @@
  * speed of their memory and the rest of these. The tiles of a product have figures of their own, beside them. */
 #pragma once
 
-#include "../kernel.h"
+#include "kernel.h"
 
 namespace prices {
 

@@ -1,5 +1,5 @@
 /* cuda_on_cpu.h: a CUDA block, or a cluster of them, on the CPU. Included before everything else; the *.cuh of this
- * folder take the place of those of csrc/cuda.
+ * folder take the place of those of csrc/cuda/arch.
  *
  * Each thread of the block is a fiber, and runs until it has to wait for others. So a thread is ahead of all others by
  * as much as barriers allow, and shared memory begins as NaNs: what reads too early reads something wrong. Blocks run

@@ -1,7 +1,7 @@
 /* launch.cuh: a launch on the CPU. */
 #pragma once
 
-#include "../kernel.h"
+#include "kernel.h"
 
 struct Grid {
     unsigned blocks;

@@ -1,4 +1,4 @@
-/* mbarrier.cuh: the barriers of csrc/cuda/mbarrier.cuh in C++. */
+/* mbarrier.cuh: the barriers of csrc/cuda/arch/mbarrier.cuh in C++. */
 #pragma once
 
 namespace cpu {

@@ -1,4 +1,4 @@
-/* mma.cuh: the instructions of csrc/cuda/mma.cuh in C++. */
+/* mma.cuh: the instructions of csrc/cuda/arch/mma.cuh in C++. */
 #pragma once
 
 inline uint32_t shared_address(const void *p) {

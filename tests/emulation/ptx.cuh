@@ -1,4 +1,4 @@
-/* ptx.cuh: the instructions of csrc/cuda/ptx.cuh in C++. Launches are in order here. */
+/* ptx.cuh: the instructions of csrc/cuda/arch/ptx.cuh in C++. Launches are in order here. */
 #pragma once
 
 inline void griddepcontrol_wait() { cpu::wait_for_kernel_in_front(); }

@@ -5,8 +5,8 @@
  * tokens, how many tiles are whole, how many are split, and among how many CTAs. */
 #include "cuda_on_cpu.h"
 
-#include "cuda/tf32_tiles.cuh"
-#include "cuda/wgmma_tiles.cuh"
+#include "cuda/linear/tf32_tiles.cuh"
+#include "cuda/linear/wgmma_tiles.cuh"
 
 #include <cstring>
 

@@ -1,8 +1,8 @@
-/* tma.cuh: the tensor copies of csrc/cuda/tma.cuh in C++, and what blocks of a cluster say to each other. */
+/* tma.cuh: the tensor copies of csrc/cuda/arch/tma.cuh in C++, and what blocks of a cluster say to each other. */
 #pragma once
 
-#include "driver.cuh"
-#include "mbarrier.cuh"
+#include "cuda/arch/driver.cuh"
+#include "cuda/arch/mbarrier.cuh"
 
 namespace cpu {
 

@@ -1,8 +1,8 @@
-/* wgmma.cuh: the instructions of csrc/cuda/wgmma.cuh in C++. Products are done when they are asked for. */
+/* wgmma.cuh: the instructions of csrc/cuda/arch/wgmma.cuh in C++. Products are done when they are asked for. */
 #pragma once
 
-#include "mma.cuh"
-#include "tma.cuh"
+#include "cuda/arch/mma.cuh"
+#include "cuda/arch/tma.cuh"
 
 #include <vector>
 

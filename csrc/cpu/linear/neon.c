@@ -1,0 +1,3 @@
+/* neon.c: the linear ops with NEON. */
+#define BODY "cpu/linear/body.h"
+#include "cpu/simd/neon.h"

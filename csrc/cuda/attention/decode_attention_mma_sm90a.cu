@@ -1,0 +1,15 @@
+/* decode_attention_mma_sm90a.cu: the attention of decode_attention_mma.cuh on Hopper: a cluster merges pieces. */
+#include "cuda/attention/decode_attention_mma.cuh"
+#include "cuda/cuda.h"
+
+extern "C" const char *mv_attention_mma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
+    return decide_mma<true>(task, below, decision);
+}
+extern "C" mv_status mv_decode_attention_f16_mma_sm90a(const mv_task *task, const mv_decision *decision,
+                                                       mv_error *error) {
+    return run(task, decision, error);
+}
+extern "C" mv_status mv_decode_attention_bf16_mma_sm90a(const mv_task *task, const mv_decision *decision,
+                                                        mv_error *error) {
+    return run(task, decision, error);
+}
