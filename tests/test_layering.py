@@ -154,6 +154,29 @@ def test_folders_of_kernels_stand_on_the_others(backend):
             assert path.parent.name not in low or inside in {*low, backend, ""}, f"{path.name} includes {name}"
 
 
+CUDA_TYPE = re.compile(
+    r"^(?:template <[^{};]*>\s*)?(?:struct|class|enum class|enum|union)\s+(?:alignas\(\d+\)\s*)?(\w+)\s*[:{]", re.M
+)
+CUDA_FUNCTION = re.compile(
+    r'^(?:template <.*>\s*)?(?:(?:static|inline|constexpr|const|extern|"C"|__device__|__host__|__forceinline__)\s+)*'
+    r"[\w:]+(?:<[^()]*>)?[\s*&]+(\w+)\([^;{]*\)\s*(?:->[^{;]*)?\{",
+    re.M,
+)
+
+
+def test_a_name_in_the_cuda_kernels_means_one_thing():
+    """A type or function of a file's outermost level is defined in one file; specialisations of a template are beside
+    it, since `struct Name<...> {` is no new name. What is inside of a type has names of its own."""
+    homes = {}
+    for path in SOURCES:
+        if folder_of(path) == "cuda":
+            text = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+            for name in {*CUDA_TYPE.findall(text), *CUDA_FUNCTION.findall(text)} - {"__launch_bounds__"}:
+                homes.setdefault(name, []).append(str(path.relative_to(CSRC)))
+    assert len(homes) > 300
+    assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
 VOCABULARY = {f"arch/{name}.cuh" for name in ("ptx", "mma", "mbarrier", "tma", "wgmma")}
 
 

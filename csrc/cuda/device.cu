@@ -16,11 +16,11 @@ namespace {
 __global__ void probe_kernel() {}
 
 /* What was asked of the driver, once per device. Races only ask twice. */
-struct Known {
+struct KnownGpu {
     mv_gpu gpu;
     bool known;
 };
-Known known_gpus[kMaxDevices];
+KnownGpu known_gpus[kMaxDevices];
 
 mv_status driver_problem(mv_error *error, int32_t device, cudaError_t status) {
     cudaGetLastError();
@@ -88,7 +88,7 @@ mv_status ask_gpu(int32_t device, mv_gpu *gpu, mv_error *error) {
 } // namespace
 
 extern "C" mv_status mv_gpu_ready(int32_t device, mv_gpu *gpu, mv_error *error) {
-    Known *known = device >= 0 && device < kMaxDevices ? &known_gpus[device] : nullptr;
+    KnownGpu *known = device >= 0 && device < kMaxDevices ? &known_gpus[device] : nullptr;
     if (known && __atomic_load_n(&known->known, __ATOMIC_ACQUIRE)) {
         *gpu = known->gpu;
         return MV_OK;

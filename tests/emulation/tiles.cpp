@@ -28,12 +28,12 @@ int main() {
         task.linear.block[0].col_stride = strcmp(what, "in_out") == 0 ? outputs : 1;
         if (strncmp(what, "tf32", 4) == 0) {
             task.linear.allow_tf32 = strcmp(what, "tf32_allowed") == 0;
-            const tf32::TileChoice choice = tf32::choose_tile(&task);
+            const Tf32TileChoice choice = choose_tf32_tile(&task);
             printf("%d %lld %lld %lld\n", choice.tokens, static_cast<long long>(choice.whole_tiles),
                    static_cast<long long>(choice.split_tiles), static_cast<long long>(choice.sharers));
             continue;
         }
-        const TileChoice choice = late ? choose_late_tile(&task) : choose_tile(&task);
+        const WgmmaTileChoice choice = late ? choose_late_tile(&task) : choose_wgmma_tile(&task);
         printf("%d %d %u %d %lld\n", late ? 3 : static_cast<int>(choice.sharing), choice.outputs, choice.cluster,
                choice.meanwhile, static_cast<long long>(waves_of(&task, choice)));
     }

@@ -11,9 +11,9 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 
 /* The share of a warp: kHeads of the block's query heads from `head` on, and every slots-th stretch of the keys. */
-template <typename S> struct Share {
+template <typename S> struct HeadShare {
     int head, slot, slots;
-    __host__ __device__ __forceinline__ Share(int group, int warp) {
+    __host__ __device__ __forceinline__ HeadShare(int group, int warp) {
         const int warps = (group + S::kHeads - 1) / S::kHeads; /* that see the same keys */
         slots = kWarps / warps;
         slot = warp / warps; /* == slots: nothing is left for this warp */
@@ -22,15 +22,15 @@ template <typename S> struct Share {
 };
 
 /* A block's shared memory: its queries, the new key and value, and what each slot has found. */
-template <typename S> struct Shared {
+template <typename S> struct AttentionShared {
     float *queries; /* [group][kColumns], zeros from dim on */
     Packet<typename S::T> *new_key, *new_value;
     float2 *found; /* [slots][group]: m and sum p_j */
     float *out;    /* [slots][group][kColumns]: sum p_j v_j */
     size_t bytes;
 
-    __host__ __device__ __forceinline__ Shared(char *memory, int group) {
-        const int parts = Share<S>(group, 0).slots * group;
+    __host__ __device__ __forceinline__ AttentionShared(char *memory, int group) {
+        const int parts = HeadShare<S>(group, 0).slots * group;
         queries = reinterpret_cast<float *>(memory);
         out = queries + group * S::kColumns;
         new_key = reinterpret_cast<Packet<typename S::T> *>(out + parts * S::kColumns);
@@ -72,7 +72,7 @@ template <typename S> struct Heads {
 
     /* Leaves the queries in shared memory, and for the piece that has the new token also its key and value. All threads
      * must call it. */
-    __device__ __forceinline__ void finish_all(const Shared<S> &shared, bool has_new) {
+    __device__ __forceinline__ void finish_all(const AttentionShared<S> &shared, bool has_new) {
         float *const key = shared.out; /* not in use yet */
         const int count = has_new ? group + 1 : group;
 #pragma unroll 1
@@ -107,7 +107,7 @@ template <typename S> struct Stretches {
     const T *value_at[S::kUnroll];
 
     __device__ __forceinline__ Stretches(const mv_task &task, const Cut &cut, const Keys &keys, int sequence,
-                                         int kv_head, const Share<S> &share, int first, int end)
+                                         int kv_head, const HeadShare<S> &share, int first, int end)
         : task(task), cut(cut), keys(keys), sequence(sequence), kv_head(kv_head), apart(share.slots * S::kStretch),
           end(end), key(first + share.slot * S::kStretch) {
         ask_for_keys();

@@ -266,12 +266,12 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     griddepcontrol_launch();
     char *const slots = smem + warp * cut.ring;
     const uint32_t slots_at = shared_address(slots);
-    Ring<S> ring(task, cut, who.sequence, who.kv_head);
+    KeyRing<S> ring(task, cut, who.sequence, who.kv_head);
     HeadQueue<S> heads(task, who.sequence, who.kv_head, who.first_head, who.group);
     constexpr int kApart = S::kWarps * kTileKeys;
     constexpr int kValues = (S::kColumns + S::kThreads - 1) / S::kThreads; /* of the new value, of a thread */
     T new_value[kValues];
-    Place place = {-1, 0}; /* whose keys are on their way */
+    SequencePlace place = {-1, 0}; /* whose keys are on their way */
     Keys keys;
     int first = 0, end = 0;
     uint32_t rows = kNoRow; /* of the next tile to bring */
@@ -284,7 +284,8 @@ template <typename S> __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
          * what the position was, and the heads' instructions come to the SM. And once after it: if the position is
          * another one now, so are the keys. */
         if (waited) griddepcontrol_wait();
-        const Place now = waited ? load_place(task, who.sequence) : load_place<When::kToAim>(task, who.sequence);
+        const SequencePlace now =
+            waited ? load_place(task, who.sequence) : load_place<When::kToAim>(task, who.sequence);
         if (waited) {
             heads.load_first();
             const T *const value_row = heads.kv_row(a.v);
@@ -387,25 +388,25 @@ template <typename S> mv_status launch_instance(const mv_task *task, const mv_de
     while (1 << cut.log_cluster < cut.cluster) cut.log_cluster++;
     const mv_attention &a = task->attention;
     const Grid grid = {static_cast<unsigned>(task->tokens / a.heads * a.kv_heads * cut.passes * cut.pieces),
-                       S::kThreads, shared_bytes<S>(cut.ring), static_cast<unsigned>(cut.cluster)};
+                       S::kThreads, attention_shared_bytes<S>(cut.ring), static_cast<unsigned>(cut.cluster)};
     const mv_status status = launch<attention_mma_kernel<S>>(task, grid, error, *task, cut);
     return status == MV_OK ? launch_merge<typename S::T>(task, cut, error) : status;
 }
 
 /* An instance as the host knows it: what it launches, the blocks that an SM has room for, what each needs. */
-struct Known {
+struct KnownInstance {
     mv_kernel *launch;
     int blocks;
     size_t shared_bytes;
 };
 template <typename S>
-constexpr Known known = {launch_instance<S>, S::kBlocks, shared_bytes<S>(S::kSlots *S::kUnitBytes)};
+constexpr KnownInstance known = {launch_instance<S>, S::kBlocks, attention_shared_bytes<S>(S::kSlots *S::kUnitBytes)};
 
-template <typename T, int kColumns, bool kHopper, bool kCommon> Known for_group(int group) {
-    return group <= kTileHeads ? known<Instance<T, kColumns, 1, kHopper, kCommon>>
-                               : known<Instance<T, kColumns, 2, kHopper, kCommon>>;
+template <typename T, int kColumns, bool kHopper, bool kCommon> KnownInstance for_group(int group) {
+    return group <= kTileHeads ? known<MmaInstance<T, kColumns, 1, kHopper, kCommon>>
+                               : known<MmaInstance<T, kColumns, 2, kHopper, kCommon>>;
 }
-template <typename T, bool kHopper> Known instance_for(int64_t dim, int group, bool common) {
+template <typename T, bool kHopper> KnownInstance instance_for(int64_t dim, int group, bool common) {
     if (common)
         return dim == 64    ? for_group<T, 64, kHopper, true>(group)
                : dim == 128 ? for_group<T, 128, kHopper, true>(group)
@@ -427,7 +428,7 @@ template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, 
     if (!cache_aligned(a.keys, 8) || !cache_aligned(a.values, 8)) return "rows of the caches are not 16-byte aligned";
     if (!is_near(task, a.keys) || !is_near(task, a.values)) return "rows of the caches are 64 GB apart, or backwards";
     Cut cut = cut_of_heads(task, kMostHeadsOfBlock);
-    const Known instance = instance_for<T, kHopper>(task->hidden, cut.group, is_common(task));
+    const KnownInstance instance = instance_for<T, kHopper>(task->hidden, cut.group, is_common(task));
     if (instance.shared_bytes > static_cast<size_t>(task->smem_bytes))
         return "the GPU has too little shared memory for heads this wide";
     choose_cut(task, kHopper, instance.blocks, cut);

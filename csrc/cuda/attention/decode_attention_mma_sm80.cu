@@ -7,9 +7,9 @@ extern "C" const char *mv_attention_mma_sm80_decide(const mv_task *task, double 
 }
 extern "C" mv_status mv_decode_attention_f16_mma_sm80(const mv_task *task, const mv_decision *decision,
                                                       mv_error *error) {
-    return run(task, decision, error);
+    return run_attention(task, decision, error);
 }
 extern "C" mv_status mv_decode_attention_bf16_mma_sm80(const mv_task *task, const mv_decision *decision,
                                                        mv_error *error) {
-    return run(task, decision, error);
+    return run_attention(task, decision, error);
 }

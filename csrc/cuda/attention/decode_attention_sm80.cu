@@ -32,8 +32,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 /* Merges what the slots of a block have found. That is the result where a sequence has one piece; else it goes to the
  * workspace. */
 template <typename S> __device__ __forceinline__ void merge_slots(const mv_task &task, const Cut &cut,
-                                                                  const Shared<S> &shared, int slots, int sequence,
-                                                                  int first_head, int group, int piece) {
+                                                                  const AttentionShared<S> &shared, int slots,
+                                                                  int sequence, int first_head, int group, int piece) {
     const int dim = static_cast<int>(task.hidden);
     const Partials partials(task, cut.pieces);
 #pragma unroll 1
@@ -88,8 +88,8 @@ template <typename S> __global__ void __launch_bounds__(kThreads, S::kBlocks)
         write_empty<T>(task, cut, keys, sequence, first_head, group, piece);
         return;
     }
-    const Shared<S> shared(smem, cut.group);
-    const Share<S> share(cut.group, threadIdx.x / 32);
+    const AttentionShared<S> shared(smem, cut.group);
+    const HeadShare<S> share(cut.group, threadIdx.x / 32);
     const bool has_new = end == keys.count, works = share.slot < share.slots;
     Stretches<S> stretches(task, cut, keys, sequence, kv_head, share, first, works ? end - has_new : 0);
     const bool whole = !has_new || has_all_pages(task, cut, keys, sequence);
@@ -155,20 +155,20 @@ template <typename S> mv_status launch_shape(const mv_task *task, const mv_decis
     const mv_attention &a = task->attention;
     const int64_t sequences = task->tokens / a.heads;
     const Grid grid = {static_cast<unsigned>(sequences * a.kv_heads * cut.passes * cut.pieces), kThreads,
-                       Shared<S>(nullptr, cut.group).bytes};
+                       AttentionShared<S>(nullptr, cut.group).bytes};
     const mv_status status = launch<decode_attention_kernel<S>>(task, grid, error, *task, cut);
     return status == MV_OK ? launch_merge<typename S::T>(task, cut, error) : status;
 }
 
 /* An instance, and how many of its blocks an SM has room for. */
-struct Instance {
+struct ShapeInstance {
     mv_kernel *launch;
     int blocks;
 };
-template <typename S> constexpr Instance instance_of = {launch_shape<S>, S::kBlocks};
+template <typename S> constexpr ShapeInstance instance_of = {launch_shape<S>, S::kBlocks};
 
 /* The instance whose warps have as many query heads as a key-value head has, rounded up to a power of two. */
-template <typename T, int kLanes, int kPackets> Instance for_heads(int64_t heads) {
+template <typename T, int kLanes, int kPackets> ShapeInstance for_heads(int64_t heads) {
     if (heads <= 1) return instance_of<Shape<T, kLanes, kPackets, 1, true>>;
     if (heads <= 2) return instance_of<Shape<T, kLanes, kPackets, 2, true>>;
     return instance_of<Shape<T, kLanes, kPackets, 4, true>>;
@@ -211,11 +211,11 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
     Cut cut = cut_of_heads(task, fast ? kMostGroup : kWarps);
     const int64_t of_warp = cut.group > kMostHeads ? kMostHeads : cut.group;
     constexpr int most_packets = size == 4 ? 2 : 1; /* of a lane */
-    const Instance instance = !fast           ? instance_of<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
-                              : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
-                              : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
-                              : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
-                                              : for_heads<T, 32, most_packets>(of_warp);
+    const ShapeInstance instance = !fast           ? instance_of<Shape<T, 32, kMostColumns / 32 / size, 1, false>>
+                                   : packets <= 8  ? for_heads<T, 8, 1>(of_warp)
+                                   : packets <= 16 ? for_heads<T, 16, 1>(of_warp)
+                                   : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
+                                                   : for_heads<T, 32, most_packets>(of_warp);
     decision->launch = instance.launch;
     /* How a sequence is cut may depend on how many others there are only where its bits may. */
     const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
@@ -235,11 +235,11 @@ extern "C" const char *mv_attention_sm80_decide(const mv_task *task, double belo
 }
 
 extern "C" mv_status mv_decode_attention_f32_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    return run(task, decision, error);
+    return run_attention(task, decision, error);
 }
 extern "C" mv_status mv_decode_attention_f16_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    return run(task, decision, error);
+    return run_attention(task, decision, error);
 }
 extern "C" mv_status mv_decode_attention_bf16_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    return run(task, decision, error);
+    return run_attention(task, decision, error);
 }

@@ -36,14 +36,14 @@ template <When kWhen> __device__ __forceinline__ int64_t integer_at(mv_integers 
 }
 
 /* Where a sequence's new token stands, and the first key that counts, as the GPU has them. */
-struct Place {
+struct SequencePlace {
     int64_t last, start;
-    __device__ __forceinline__ bool operator==(const Place &other) const {
+    __device__ __forceinline__ bool operator==(const SequencePlace &other) const {
         return last == other.last && start == other.start;
     }
 };
 template <When kWhen = When::kAfterWait>
-__device__ __forceinline__ Place load_place(const mv_task &task, int64_t sequence) {
+__device__ __forceinline__ SequencePlace load_place(const mv_task &task, int64_t sequence) {
     const mv_attention &a = task.attention;
     return {integer_at<kWhen>(a.positions, sequence), a.starts.data ? integer_at<kWhen>(a.starts, sequence) : 0};
 }
@@ -55,7 +55,8 @@ struct Keys {
     int first; /* row of key 0, counted within the sequence */
 
     __device__ __forceinline__ Keys() : count(0), piece(0), first(0) {}
-    __device__ __forceinline__ Keys(const mv_task &task, Place place, int pieces, int least_of_piece = kLeastKeys)
+    __device__ __forceinline__ Keys(const mv_task &task, SequencePlace place, int pieces,
+                                    int least_of_piece = kLeastKeys)
         : Keys() {
         const mv_attention &a = task.attention;
         const int64_t last = place.last, start = place.start;

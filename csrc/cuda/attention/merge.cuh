@@ -117,7 +117,7 @@ bool cache_aligned(const mv_cache &cache, int64_t per_packet) {
            cache.head_stride % per_packet == 0;
 }
 
-mv_status run(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status run_attention(const mv_task *task, const mv_decision *decision, mv_error *error) {
     const Cut cut = cut_of<Cut>(decision);
     const double blocks = static_cast<double>(task->tokens) * cut.passes * cut.pieces;
     if (blocks > INT32_MAX)

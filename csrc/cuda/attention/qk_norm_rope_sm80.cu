@@ -11,10 +11,10 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 
 /* Where the cache has the row of a token: of a page, or of a sequence. exists: the slot is one of the cache. */
-struct Slot {
+struct CacheSlot {
     bool exists;
     int64_t block, row;
-    __device__ __forceinline__ Slot(const mv_task &task, int64_t token) : exists(false), block(0), row(0) {
+    __device__ __forceinline__ CacheSlot(const mv_task &task, int64_t token) : exists(false), block(0), row(0) {
         const mv_qk &qk = task.qk;
         if (!qk.slots.data) return;
         const int64_t slot = qk.wide_slots ? *row_address<const int64_t>(qk.slots, task.inner, token)
@@ -68,7 +68,7 @@ template <typename T, int kPer> __global__ void __launch_bounds__(kThreads, kPer
     of.finish(dim, norm, rotary, task.rounding, y, dim);
     for (int c = lane; c < dim; c += 32) out[c] = from_float<T>(y[c]);
 
-    const Slot slot(task, token);
+    const CacheSlot slot(task, token);
     if (is_q || !slot.exists) return;
     const T *v = row_address<const T>(qk.v, task.inner, token) + kv_head * qk.v_stride;
     T *key = slot.of<T>(qk.keys, kv_head), *value = slot.of<T>(qk.values, kv_head);
@@ -78,7 +78,7 @@ template <typename T, int kPer> __global__ void __launch_bounds__(kThreads, kPer
     }
 }
 
-template <typename T> mv_status run(const mv_task *task, mv_error *error) {
+template <typename T> mv_status run_heads(const mv_task *task, mv_error *error) {
     const int64_t heads = task->qk.heads + task->qk.kv_heads;
     if (task->tokens > static_cast<int64_t>(INT32_MAX) * kWarps / heads)
         return mv_fail(error, MV_BAD_VALUE, "qk_norm_rope: q has %lld tokens, more than a GPU's grid takes",
@@ -94,11 +94,11 @@ template <typename T> mv_status run(const mv_task *task, mv_error *error) {
 } // namespace
 
 extern "C" mv_status mv_qk_norm_rope_f32_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return run<float>(task, error);
+    return run_heads<float>(task, error);
 }
 extern "C" mv_status mv_qk_norm_rope_f16_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return run<__half>(task, error);
+    return run_heads<__half>(task, error);
 }
 extern "C" mv_status mv_qk_norm_rope_bf16_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return run<__nv_bfloat16>(task, error);
+    return run_heads<__nv_bfloat16>(task, error);
 }

@@ -14,7 +14,7 @@ constexpr float kLog2OfE = 1.44269504088896341f;
 /* An instance: heads of up to kColumns columns, kTiles times 8 query heads of a block. kHopper: blocks may be a
  * cluster, and an SM has room for longer rings. kCommon: a call as most models make it (is_common), which takes
  * fewer instructions. */
-template <typename T_, int kColumns_, int kTiles_, bool kHopper_, bool kCommon_> struct Instance {
+template <typename T_, int kColumns_, int kTiles_, bool kHopper_, bool kCommon_> struct MmaInstance {
     using T = T_;
     static constexpr bool kCommon = kCommon_;
     using OwnHead = typename HeadOf<T, kColumns_ / 32, kCommon>::Type;
@@ -47,7 +47,7 @@ template <typename S> struct Memory {
     float4 sent_out[S::kHopper ? S::kHeads * S::kColumns / 4 + kMostCluster : 1]; /* [block][share]: sum p_j v_j */
     alignas(8) uint64_t all_sent;                                                 /* counts the bytes */
 };
-template <typename S> constexpr size_t shared_bytes(int ring) {
+template <typename S> constexpr size_t attention_shared_bytes(int ring) {
     return static_cast<size_t>(S::kWarps * ring) + sizeof(Memory<S>);
 }
 
@@ -59,7 +59,7 @@ template <typename S> __device__ __forceinline__ uint32_t chunk_at(int row, int 
 }
 
 /* Brings tiles of a warp to its ring. Lanes 0 to 15 know where the keys of a tile are, the others where its values. */
-template <typename S> struct Ring {
+template <typename S> struct KeyRing {
     const mv_task &task;
     const Cut &cut;
     const int sequence, kv_head, lane;
@@ -69,7 +69,7 @@ template <typename S> struct Ring {
     uint32_t block_stride, row_stride, head_at; /* of keys or values, in chunks */
     float missing = 0;                          /* NaN once there was no page for a key */
 
-    __device__ __forceinline__ Ring(const mv_task &task, const Cut &cut, int sequence, int kv_head)
+    __device__ __forceinline__ KeyRing(const mv_task &task, const Cut &cut, int sequence, int kv_head)
         : task(task), cut(cut), sequence(sequence), kv_head(kv_head), lane(threadIdx.x % 32), end(0) {
         const mv_attention &a = task.attention;
         const mv_cache &own = lane < 16 ? a.keys : a.values;

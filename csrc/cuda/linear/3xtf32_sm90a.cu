@@ -27,8 +27,8 @@ constexpr int kConsumersBarrier = 1;
 constexpr int kOwnRegisters = 224, kOtherRegisters = 3 * 168 - 2 * kOwnRegisters;
 
 /* Leaves this CTA's part of a tile to who comes last. If that is this one, it has the sums of all parts. */
-template <typename T>
-__device__ __forceinline__ bool join_parts(const Product &p, const Work &work, Sums<T> &total, unsigned *before) {
+template <typename T> __device__ __forceinline__ bool join_parts(const Tf32Product &p, const Work &work,
+                                                                 Tf32Sums<T> &total, unsigned *before) {
     const unsigned steps = static_cast<unsigned>(p.steps), done = work.to - work.from;
     const unsigned tile = work.tile - p.whole_tiles, last = cta_of(p, (tile + 1) * steps - 1);
     /* A CTA may have a part of its first tile, and another of its last one. */
@@ -49,7 +49,7 @@ __device__ __forceinline__ bool join_parts(const Product &p, const Work &work, S
     for (int i = 0; i < T::sums; i++) total[i] = 0;
 #pragma unroll 1
     for (unsigned cta = cta_of(p, tile * steps); cta <= last; cta += kAtOnce) {
-        Sums<T> part[kAtOnce];
+        Tf32Sums<T> part[kAtOnce];
 #pragma unroll
         for (unsigned a = 0; a < kAtOnce; a++) {
             const float *const from = part_of(min(cta + a, last));
@@ -65,7 +65,7 @@ __device__ __forceinline__ bool join_parts(const Product &p, const Work &work, S
 }
 
 /* One output, term after term: for sums that are not finite. Infinity is more than two parts can say. */
-__device__ __noinline__ float plain_dot(const Product &p, int64_t token, const mv_block &block, int64_t row) {
+__device__ __noinline__ float plain_dot(const Tf32Product &p, int64_t token, const mv_block &block, int64_t row) {
     const float *w = static_cast<const float *>(block.weight) + row * block.row_stride;
     const float *high = static_cast<const float *>(p.task.x.data) + token * p.task.hidden;
     float sum = 0;
@@ -77,7 +77,7 @@ __device__ __noinline__ float plain_dot(const Product &p, int64_t token, const m
 /* Lane l of sums 4 j + {0, 1} of a block: output l / 4 of its warp's 16, tokens 8 j + 2 (l % 4) + {0, 1}; of
  * 4 j + {2, 3}: output l / 4 + 8. */
 template <typename T, bool kAdds> __device__ __forceinline__ void
-store_outputs(const Product &p, const Place &place, int first, const float (&total)[T::block_sums]) {
+store_tf32_outputs(const Tf32Product &p, const Tf32Place &place, int first, const float (&total)[T::block_sums]) {
     const int lane = threadIdx.x % 32;
     const mv_block &block = p.task.linear.block[place.block];
     const int64_t row = place.row + first, outputs = outputs_of(p.task, place.block);
@@ -130,9 +130,9 @@ store_outputs(const Product &p, const Place &place, int first, const float (&tot
 }
 
 template <typename T, bool kAdds> __global__ void __launch_bounds__(T::threads, 1)
-    rms_norm_qkv_3xtf32_kernel(const __grid_constant__ Product p) {
+    rms_norm_qkv_3xtf32_kernel(const __grid_constant__ Tf32Product p) {
     extern __shared__ __align__(1024) char smem[];
-    const Ring<T> ring(uniform(shared_address(smem)));
+    const Tf32Ring<T> ring(uniform(shared_address(smem)));
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
     if (threadIdx.x % 32 == 0) ring.init_barriers(warp);
     __syncthreads();
@@ -150,17 +150,17 @@ template <typename T, bool kAdds> __global__ void __launch_bounds__(T::threads, 
     Slot slot;
     Works works(p);
     for (Work work; works.next(work);) {
-        Sums<T> total = {};
+        Tf32Sums<T> total = {};
         if constexpr (T::once)
             multiply_once<T>(total, smem, ring, slot, work.to - work.from);
         else
-            multiply<T>(total, smem, ring, slot, work.to - work.from);
+            multiply_tf32<T>(total, smem, ring, slot, work.to - work.from);
         const bool whole = work.to - work.from == static_cast<unsigned>(p.steps);
         if (whole || join_parts<T>(p, work, total, before)) {
-            const Place place = find_place<T>(p, work.tile);
+            const Tf32Place place = find_tf32_place<T>(p, work.tile);
 #pragma unroll
             for (int b = 0; b < T::blocks; b++)
-                store_outputs<T, kAdds>(p, place, T::first_row(b), block_of<T>(total, b));
+                store_tf32_outputs<T, kAdds>(p, place, T::first_row(b), block_of<T>(total, b));
         }
         __syncwarp(); /* what follows is for whole warps */
     }
@@ -171,11 +171,11 @@ template <typename T, bool kAdds> __global__ void __launch_bounds__(T::threads, 
 
 /* What the plan keeps in the workspace, one after the other. */
 struct Workspace {
-    TileChoice choice;
+    Tf32TileChoice choice;
     int64_t padded_tokens; /* rows of y's planes: all that copies read */
     size_t plane_bytes, y_bytes, parts_bytes, counter_bytes;
 
-    Workspace(const mv_task *task, const TileChoice &choice) : choice(choice) {
+    Workspace(const mv_task *task, const Tf32TileChoice &choice) : choice(choice) {
         padded_tokens = ceil_div(task->tokens, choice.tokens) * choice.tokens;
         plane_bytes = static_cast<size_t>(padded_tokens * task->hidden) * 4;
         y_bytes = (task->linear.allow_tf32 ? 1 : 2) * plane_bytes;
@@ -191,13 +191,13 @@ struct Workspace {
     }
 };
 
-template <typename T> mv_status launch_tile(const mv_task *task, const Workspace &workspace, mv_error *error) {
-    const TileChoice &choice = workspace.choice;
-    Product p = {};
+template <typename T> mv_status launch_tf32_tile(const mv_task *task, const Workspace &workspace, mv_error *error) {
+    const Tf32TileChoice &choice = workspace.choice;
+    Tf32Product p = {};
     p.task = *task;
     p.low_row = static_cast<int>(workspace.padded_tokens);
     p.low_plane = T::once ? 0 : workspace.padded_tokens * task->hidden;
-    p.steps = static_cast<int>(ceil_div(task->hidden, kStep));
+    p.steps = static_cast<int>(ceil_div(task->hidden, kTf32Step));
     p.rows = static_cast<unsigned>(ceil_div(task->tokens, T::tokens));
     p.columns = static_cast<unsigned>(block_columns(task, T::outputs));
     p.group = max(1024 / T::tokens, 1);
@@ -209,14 +209,14 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
 
     const int64_t hidden = task->hidden;
     mv_status status = encode_map(
-        &p.y, {task->x.data, MV_F32, (T::once ? 1 : 2) * workspace.padded_tokens, hidden, hidden, T::tokens, kStep},
+        &p.y, {task->x.data, MV_F32, (T::once ? 1 : 2) * workspace.padded_tokens, hidden, hidden, T::tokens, kTf32Step},
         error);
     for (int i = 0; i < 3 && status == MV_OK; i++) {
         const mv_block &block = task->linear.block[i];
         const int64_t outputs = task->linear.packed ? task->linear.outputs : block.outputs;
         if (outputs > 0)
-            status = encode_map(&p.weight[i],
-                                {block.weight, MV_F32, outputs, hidden, block.row_stride, T::outputs, kStep}, error);
+            status = encode_map(
+                &p.weight[i], {block.weight, MV_F32, outputs, hidden, block.row_stride, T::outputs, kTf32Step}, error);
         if (task->linear.packed) break;
     }
     if (status != MV_OK) return status;
@@ -228,15 +228,16 @@ template <typename T> mv_status launch_tile(const mv_task *task, const Workspace
 }
 
 template <bool kOnce, int... kTokens>
-mv_status launch_one_of(const mv_task *task, const Workspace &workspace, mv_error *error) {
+mv_status launch_tf32_one_of(const mv_task *task, const Workspace &workspace, mv_error *error) {
     mv_status status = MV_OK;
-    ((workspace.choice.tokens == kTokens ? void(status = launch_tile<Tile<kTokens, kOnce>>(task, workspace, error))
-                                         : void()),
+    ((workspace.choice.tokens == kTokens
+          ? void(status = launch_tf32_tile<Tf32Tile<kTokens, kOnce>>(task, workspace, error))
+          : void()),
      ...);
     return status;
 }
 
-const char *why_not(const mv_task *task) {
+const char *tf32_why_not(const mv_task *task) {
     if (task->smem_bytes < kRingBytes + kBarrierBytes) return "there is too little shared memory";
     if (task->linear.weight_dtype != MV_F32) return "it takes float32 weights";
     if (task->linear.block[0].col_stride != 1)
@@ -264,10 +265,10 @@ extern "C" {
 mv_kernel mv_rms_norm_f32_sm80;
 
 const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
-    const TileChoice choice = choose_tile(task);
+    const Tf32TileChoice choice = choose_tf32_tile(task);
     if (!mv_at_price(decision, prices::norm_3xtf32_us(task, choice.us), below)) return mv_too_dear;
     if (task->linear.gated) return kNotGated;
-    if (const char *reason = why_not(task)) return reason;
+    if (const char *reason = tf32_why_not(task)) return reason;
     decision->workspace = Workspace(task, choice).bytes();
     keep_cut(decision, choice);
     return nullptr;
@@ -276,13 +277,14 @@ const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_de
 mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
     tasks.product.x = tasks.norm.out; /* also of a plain x, which it does not take in one part */
-    const Workspace workspace(task, cut_of<TileChoice>(decision));
+    const Workspace workspace(task, cut_of<Tf32TileChoice>(decision));
     tasks.norm.next.low_plane = static_cast<int64_t>(workspace.plane_bytes / 4);
     tasks.norm.next.counters = workspace.counters(task);
     tasks.norm.next.counter_count = static_cast<int64_t>(workspace.counter_bytes / 4);
     const mv_status status = make_y(&tasks.norm, decision, mv_rms_norm_f32_sm80, error);
     if (status != MV_OK) return status;
-    return task->linear.allow_tf32 ? launch_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
-                                   : launch_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);
+    return task->linear.allow_tf32
+               ? launch_tf32_one_of<true, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error)
+               : launch_tf32_one_of<false, 8, 16, 32, 64, 96, 128>(&tasks.product, workspace, error);
 }
 }

@@ -52,7 +52,7 @@ template <typename W> int padded(int64_t hidden) {
 constexpr int kPartials = kMaxTokens * kWarps;
 
 /* gated_rows: of a block of a gated layer, else 0. */
-template <typename W> size_t shared_bytes(int tokens, int64_t hidden, int gated_rows) {
+template <typename W> size_t decode_shared_bytes(int tokens, int64_t hidden, int gated_rows) {
     const size_t of_token = static_cast<size_t>(padded<W>(hidden)) + static_cast<size_t>(gated_rows);
     return (2 * kPartials + static_cast<size_t>(tokens) * of_token) * sizeof(float);
 }
@@ -63,7 +63,7 @@ struct Aligned {
 
 /* The same of tokens that are multiplied as they are. */
 template <typename T, int kTokens, int kSize> __device__ __forceinline__ void
-copy_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const Tokens<kSize> &tokens) {
+widen_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const Tokens<kSize> &tokens) {
     constexpr int size = Packet<T>::size;
     for (int k = threadIdx.x * size; k < tokens.stride; k += kThreads * size)
 #pragma unroll
@@ -82,9 +82,9 @@ copy_tokens(const mv_task &task, int64_t first_token, Aligned aligned, const Tok
  * multiplied by; gives the factors that are still to come after the sums. `near` are the norm weights of this thread's
  * first packet, loaded ahead of time. */
 template <typename T, int kTokens, int kSize>
-__device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t first_token, Aligned aligned,
-                                                 const NormWeights<T> &near, const Tokens<kSize> &tokens,
-                                                 float *partial, float (&factor)[kTokens]) {
+__device__ __forceinline__ void widen_normalised_tokens(const mv_task &task, int64_t first_token, Aligned aligned,
+                                                        const NormWeights<T> &near, const Tokens<kSize> &tokens,
+                                                        float *partial, float (&factor)[kTokens]) {
     constexpr int size = Packet<T>::size;
     constexpr int step = kThreads * size;
     const int first = threadIdx.x * size;
@@ -160,28 +160,28 @@ __device__ __forceinline__ void normalise_tokens(const mv_task &task, int64_t fi
 /* ---- the weights, on their way through registers ---------------------------------------------------------------- */
 
 /* Where a warp is: in row n, at column k, with so many steps to go. */
-struct Place {
+struct WeightPlace {
     int n, k, left;
 };
 
 /* The even split of the rows over the blocks, in units of one row, or of two in a gated layer: the first `more` blocks
  * have one more. */
-struct Split {
+struct RowSplit {
     int units_per_block, more, unit, steps_per_row; /* a row is steps_per_row * kColumns<W> wide, padding included */
 };
 
-int rows_of_block(const Split &split) { return (split.units_per_block + (split.more > 0)) * split.unit; }
+int rows_of_block(const RowSplit &split) { return (split.units_per_block + (split.more > 0)) * split.unit; }
 
 __device__ __forceinline__ int share_begin(int each, int more, int part) { return part * each + min(part, more); }
 
-template <typename W, bool kAligned> struct Stream {
+template <typename W, bool kAligned> struct WeightStream {
     static constexpr int size = Packet<W>::size;
     static constexpr int columns = kColumns<W>;
 
     const mv_task &task;
     const int hidden, first_row, rows, steps_per_row, steps; /* of this block */
 
-    __device__ __forceinline__ Stream(const mv_task &task, Split split)
+    __device__ __forceinline__ WeightStream(const mv_task &task, RowSplit split)
         : task(task), hidden(static_cast<int>(task.hidden)),
           first_row(split.unit * share_begin(split.units_per_block, split.more, blockIdx.x)),
           rows(split.unit * (split.units_per_block + (static_cast<int>(blockIdx.x) < split.more))),
@@ -190,7 +190,7 @@ template <typename W, bool kAligned> struct Stream {
     /* The steps of warp w are those from begin(w) to begin(w + 1). */
     __device__ __forceinline__ int begin(int warp) const { return share_begin(steps / kWarps, steps % kWarps, warp); }
 
-    __device__ __forceinline__ Place first() const {
+    __device__ __forceinline__ WeightPlace first() const {
         const int warp = threadIdx.x / 32, step = begin(warp), row = step / steps_per_row;
         return {first_row + row, (step - row * steps_per_row) * columns, begin(warp + 1) - step};
     }
@@ -201,29 +201,30 @@ template <typename W, bool kAligned> struct Stream {
         while (begin(warp + 1) < row_end) warp++;
         return warp;
     }
-    __device__ __forceinline__ bool ends_row(Place p) const { return p.k + columns >= hidden; }
-    __device__ __forceinline__ Place next(Place p) const {
+    __device__ __forceinline__ bool ends_row(WeightPlace p) const { return p.k + columns >= hidden; }
+    __device__ __forceinline__ WeightPlace next(WeightPlace p) const {
         if (ends_row(p)) return {p.n + 1, 0, p.left - 1};
         return {p.n, p.k + columns, p.left - 1};
     }
-    __device__ __forceinline__ int column(Place p, int u) const {
+    __device__ __forceinline__ int column(WeightPlace p, int u) const {
         return p.k + (u * 32 + static_cast<int>(threadIdx.x % 32)) * size;
     }
 
     /* The row that p is in; null past the warp's last step. */
-    __device__ __forceinline__ const W *row(Place p) const {
+    __device__ __forceinline__ const W *row(WeightPlace p) const {
         return p.left > 0 ? weight_row<W>(task, find_output(task, p.n)) : nullptr;
     }
     /* Has L2 bring what a step at p loads. */
-    __device__ __forceinline__ void prefetch(Place p) const {
+    __device__ __forceinline__ void prefetch(WeightPlace p) const {
         if (threadIdx.x % 32 == 0 && p.left > 0)
             prefetch_l2(row(p) + p.k, min(columns, hidden - p.k) * static_cast<int>(sizeof(W)));
     }
-    template <typename T> __device__ __forceinline__ float bias(Place p) const {
+    template <typename T> __device__ __forceinline__ float bias(WeightPlace p) const {
         return p.left > 0 ? load_bias<T>(task, find_output(task, p.n)) : 0.0f;
     }
     /* Of this lane's token, in the row that ends at p; 0 where there is none. */
-    template <typename T, int kTokens> __device__ __forceinline__ float addend(Place p, int64_t first_token) const {
+    template <typename T, int kTokens>
+    __device__ __forceinline__ float addend(WeightPlace p, int64_t first_token) const {
         const int lane = threadIdx.x % 32;
         const bool wanted = task.linear.addend.data && p.left > 0 && ends_row(p) && lane < kTokens;
         return wanted && first_token + lane < task.tokens ? load_addend<T>(task, first_token + lane, p.n) : 0.0f;
@@ -242,7 +243,7 @@ template <typename W> struct Step {
 };
 
 template <typename W, int kTokens> __device__ __forceinline__ void
-multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k, float (&sum)[kTokens]) {
+multiply_packet(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k, float (&sum)[kTokens]) {
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
 #pragma unroll
@@ -259,7 +260,7 @@ multiply(const Packet<W> &weights, const Tokens<Packet<W>::size> &tokens, int k,
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
 template <typename T, typename W, bool kAligned>
-__device__ __forceinline__ void ask_for(const Stream<W, kAligned> &stream, Place place, Step<W> &step) {
+__device__ __forceinline__ void ask_for(const WeightStream<W, kAligned> &stream, WeightPlace place, Step<W> &step) {
     const W *row = stream.row(place);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) step.packets[u] = stream.load(row, stream.column(place, u));
@@ -267,7 +268,7 @@ __device__ __forceinline__ void ask_for(const Stream<W, kAligned> &stream, Place
 }
 
 /* The row that a warp is adding up. */
-template <int kTokens> struct Row {
+template <int kTokens> struct RowSum {
     float sum[kTokens]; /* of this lane */
     bool whole;         /* the warp has it from its first column on */
 };
@@ -300,15 +301,15 @@ __device__ __forceinline__ void write_outputs(const mv_task &task, int64_t first
 /* Multiplies a step, each packet replaced as soon as it is used by one of the step `later`. At the end of a row that
  * the warp has had from its beginning the outputs are written; the end of another warp's row goes to `open`. */
 template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
-__device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
-                                        Step<W> &step, Place done, Place later, int64_t first_token,
-                                        const float (&factor)[kTokens], Row<kTokens> &row, float *open,
+__device__ __forceinline__ void advance(const WeightStream<W, kAligned> &stream, const Tokens<Packet<W>::size> &tokens,
+                                        Step<W> &step, WeightPlace done, WeightPlace later, int64_t first_token,
+                                        const float (&factor)[kTokens], RowSum<kTokens> &row, float *open,
                                         GatedSums gated) {
     const float bias = step.bias, addend = kPlain ? step.addend : 0.0f;
     const W *next_row = stream.row(later);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-        multiply<W, kTokens>(step.packets[u], tokens, stream.column(done, u), row.sum);
+        multiply_packet<W, kTokens>(step.packets[u], tokens, stream.column(done, u), row.sum);
         step.packets[u] = stream.load(next_row, stream.column(later, u));
     }
     step.bias = stream.template bias<T>(later);
@@ -331,8 +332,8 @@ __device__ __forceinline__ void advance(const Stream<W, kAligned> &stream, const
 
 /* The row that this warp has begun and others have ended: their parts come from `open`. */
 template <typename T, bool kPlain, typename W, bool kAligned, int kTokens>
-__device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int64_t first_token, int n,
-                                          const float (&factor)[kTokens], const Row<kTokens> &row, const float *open,
+__device__ __forceinline__ void close_row(const WeightStream<W, kAligned> &stream, int64_t first_token, int n,
+                                          const float (&factor)[kTokens], const RowSum<kTokens> &row, const float *open,
                                           GatedSums gated) {
     float total[kTokens];
 #pragma unroll
@@ -342,7 +343,8 @@ __device__ __forceinline__ void close_row(const Stream<W, kAligned> &stream, int
 #pragma unroll
         for (int t = 0; t < kTokens; t++) total[t] += open[t * kWarps + warp];
     const float bias = load_bias<T>(stream.task, find_output(stream.task, n));
-    const float addend = kPlain ? stream.template addend<T, kTokens>(Place{n, stream.hidden, 1}, first_token) : 0.0f;
+    const float addend =
+        kPlain ? stream.template addend<T, kTokens>(WeightPlace{n, stream.hidden, 1}, first_token) : 0.0f;
     write_outputs<T, kTokens, kPlain>(stream.task, first_token, n, total, factor, bias, addend, gated);
 }
 
@@ -360,16 +362,16 @@ write_gated(const mv_task &task, int64_t first_token, int first_row, int rows, G
 
 template <typename T, typename W, bool kAligned, int kTokens, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, Split split,
+    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, RowSplit split,
                                Aligned aligned) {
     extern __shared__ float shared[];
     float *const open = shared + kPartials;
     const Tokens<Packet<W>::size> tokens = {shared + 2 * kPartials, split.steps_per_row * kColumns<W>};
-    const Stream<W, kAligned> stream(task, split);
+    const WeightStream<W, kAligned> stream(task, split);
     const GatedSums gated = {tokens.y + kTokens * (tokens.stride - stream.first_row)};
 
-    Place now = stream.first(), next = stream.next(now), last = now;
-    Row<kTokens> row = {{}, now.k == 0};
+    WeightPlace now = stream.first(), next = stream.next(now), last = now;
+    RowSum<kTokens> row = {{}, now.k == 0};
     Step<W> even, odd;
     if (!task.static_weights) {
         stream.prefetch(now);
@@ -390,13 +392,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kPlain) {
         even.addend = stream.template addend<T, kTokens>(now, first_token);
         odd.addend = stream.template addend<T, kTokens>(next, first_token);
-        copy_tokens<T, kTokens>(task, first_token, aligned, tokens);
+        widen_tokens<T, kTokens>(task, first_token, aligned, tokens);
     } else {
-        normalise_tokens<T, kTokens>(task, first_token, aligned, near, tokens, shared, factor);
+        widen_normalised_tokens<T, kTokens>(task, first_token, aligned, near, tokens, shared, factor);
     }
 
     const auto multiply_step = [&](Step<W> &step) {
-        const Place later = stream.next(next);
+        const WeightPlace later = stream.next(next);
         advance<T, kPlain>(stream, tokens, step, now, later, first_token, factor, row, open, gated);
         last = now;
         now = next;
@@ -426,17 +428,17 @@ template <typename W> bool weights_aligned(const mv_task *task) {
     return aligned;
 }
 
-template <typename W> Split split_of(const mv_task *task) {
+template <typename W> RowSplit split_of(const mv_task *task) {
     const int unit = task->linear.gated ? 2 : 1, units = static_cast<int>(task->linear.outputs) / unit;
     return {units / task->sm_count, units % task->sm_count, unit, padded<W>(task->hidden) / kColumns<W>};
 }
 
 template <typename T, typename W, int kTokens, bool kPlain>
-mv_status launch_decode(const mv_task *task, int64_t first_token, mv_error *error) {
-    const Split split = split_of<W>(task);
+mv_status launch_decode_sm80(const mv_task *task, int64_t first_token, mv_error *error) {
+    const RowSplit split = split_of<W>(task);
     const Aligned aligned = {norm_rows_aligned<T>(task), is_aligned16(task->norm.weight)};
     const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads,
-                       shared_bytes<W>(kTokens, task->hidden, task->linear.gated ? rows_of_block(split) : 0)};
+                       decode_shared_bytes<W>(kTokens, task->hidden, task->linear.gated ? rows_of_block(split) : 0)};
     return weights_aligned<W>(task)
                ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens, kPlain>>(task, grid, error, *task, first_token,
                                                                                  split, aligned)
@@ -450,11 +452,11 @@ template <typename T, typename W, bool kPlain> mv_status decode_tokens(const mv_
     for (int64_t first = 0; first < task->tokens && status == MV_OK; first += kMaxTokens) {
         const int64_t count = task->tokens - first;
         if (count == 1)
-            status = launch_decode<T, W, 1, kPlain>(task, first, error);
+            status = launch_decode_sm80<T, W, 1, kPlain>(task, first, error);
         else if (count == 2)
-            status = launch_decode<T, W, 2, kPlain>(task, first, error);
+            status = launch_decode_sm80<T, W, 2, kPlain>(task, first, error);
         else
-            status = launch_decode<T, W, kMaxTokens, kPlain>(task, first, error);
+            status = launch_decode_sm80<T, W, kMaxTokens, kPlain>(task, first, error);
     }
     return status;
 }
@@ -463,7 +465,7 @@ template <typename T, typename W> mv_status decode_of(const mv_task *task, mv_er
     return task->linear.plain_x ? decode_tokens<T, W, true>(task, error) : decode_tokens<T, W, false>(task, error);
 }
 
-template <typename T> mv_status decode(const mv_task *task, mv_error *error) {
+template <typename T> mv_status decode_sm80(const mv_task *task, mv_error *error) {
     return task->linear.weight_dtype == MV_F32 ? decode_of<T, float>(task, error) : decode_of<T, T>(task, error);
 }
 
@@ -475,17 +477,17 @@ extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, 
     if (task->linear.outputs > 1 << 24) return "it counts in 32 bits: there are too many outputs";
     if (task->hidden > 1 << 16) return "its tokens do not fit in shared memory";
     const int gated_rows = task->linear.gated ? rows_of_block(split_of<__half>(task)) : 0;
-    if (shared_bytes<__half>(kMaxTokens, task->hidden, gated_rows) > static_cast<size_t>(task->smem_bytes))
+    if (decode_shared_bytes<__half>(kMaxTokens, task->hidden, gated_rows) > static_cast<size_t>(task->smem_bytes))
         return "its tokens do not fit in shared memory";
     return nullptr;
 }
 
 extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return decode<float>(task, error);
+    return decode_sm80<float>(task, error);
 }
 extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return decode<__half>(task, error);
+    return decode_sm80<__half>(task, error);
 }
 extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
-    return decode<__nv_bfloat16>(task, error);
+    return decode_sm80<__nv_bfloat16>(task, error);
 }

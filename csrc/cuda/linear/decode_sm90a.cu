@@ -90,16 +90,16 @@ template <typename T, int kRowTiles> __device__ __forceinline__ void copy_step(c
 
 /* What the weights multiply. kLate: "fp32", y is x times the norm weights in two parts, and the row factors join the
  * sums, so that nobody waits for them before the product. kPlain: x; only then there may be addends. */
-enum class Form { kNorm, kLate, kPlain };
+enum class DecodeForm { kNorm, kLate, kPlain };
 
 /* kRowTiles: tiles of 16 rows of the weight. */
-template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __launch_bounds__(kThreads, 2)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, const __grid_constant__ Split split) {
-    constexpr bool kLate = kForm == Form::kLate, kPlain = kForm == Form::kPlain;
-    using Product = ::Product<T, kTokens>;
-    using Fixed = ::Fixed<kTokens>;
+template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ void __launch_bounds__(kThreads, 2)
+    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, const __grid_constant__ DecodeSplit split) {
+    constexpr bool kLate = kForm == DecodeForm::kLate, kPlain = kForm == DecodeForm::kPlain;
+    using Product = ::PieceProduct<T, kTokens>;
+    using DecodeFixed = ::DecodeFixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
-    Fixed *const fixed = reinterpret_cast<Fixed *>(shared);
+    DecodeFixed *const fixed = reinterpret_cast<DecodeFixed *>(shared);
     const void **const row_at = reinterpret_cast<const void **>(fixed + 1);
     const int block = blockIdx.x >> split.log_groups, group = blockIdx.x & ((1 << split.log_groups) - 1);
     const int warp = threadIdx.x / 32;
@@ -126,7 +126,7 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
         griddepcontrol_wait();
     }
     __syncthreads();
-    const Share<T, kLate> share(task, split, group, shared);
+    const TokenShare<T, kLate> share(task, split, group, shared);
     if (!kPlain) copy_norm_weight(task, shared_address(norm_weight));
     const int first_column = warp * kPieceColumns<T>;
     Asked asked = {first_column, first_column < hidden ? 0 : rows};
@@ -307,25 +307,25 @@ template <typename T, int kTokens, int kRowTiles, Form kForm> __global__ void __
 
 /* ---- launchers ------------------------------------------------------------------------------------------------ */
 
-template <typename T, int kTokens, int kRowTiles, Form kForm>
-mv_status launch_rows(const mv_task *task, Split split, const Part &part, int block_bytes, mv_error *error) {
+template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> mv_status
+launch_decode_rows(const mv_task *task, DecodeSplit split, const DecodePart &part, int block_bytes, mv_error *error) {
     const Grid grid = {static_cast<unsigned>(part.blocks) << split.log_groups, kThreads,
                        static_cast<size_t>(block_bytes), part.cluster};
     return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
 }
 
-template <typename T, int kTokens, Form kForm>
+template <typename T, int kTokens, DecodeForm kForm>
 mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *error) {
     const int tokens = groups.tokens;
     const int64_t parts = parts_of(task, groups);
-    Split split = {};
+    DecodeSplit split = {};
     split.log_groups = groups.log_groups;
     split.group_tokens = tokens;
     split.log_threads = tokens == 1 ? 8 : tokens == 2 ? 7 : tokens <= 4 ? 6 : tokens <= 8 ? 5 : 4;
     const int step = Packet<T>::size << split.log_threads;
     split.held = (static_cast<int>(task->hidden) + step - 1) / step;
     const int block_bytes = block_bytes_of(task, groups);
-    const Ring ring = ring_for(task, groups, block_bytes);
+    const DecodeRing ring = ring_for(task, groups, block_bytes);
     split.slots = ring.slots;
     split.slot_bytes = ring.slot_bytes;
     split.pass_rows = ring.pass_rows;
@@ -343,44 +343,47 @@ mv_status launch_split(const mv_task *task, const Groups &groups, mv_error *erro
         mv_norm_rounds_twice(task->rounding) && task->norm.weight_dtype == task->dtype && task->norm.weight_offset == 0;
     mv_status status = MV_OK;
     for (int64_t i = 0; i < parts && status == MV_OK; i++) {
-        const Part part = part_of(task, groups, i, parts);
+        const DecodePart part = part_of(task, groups, i, parts);
         split.first_output = part.first_output;
         split.unit = unit_of(task);
         split.rows_per_block = part.outputs / split.unit / part.blocks * split.unit;
         split.more = part.outputs / split.unit % part.blocks;
         switch ((ring.pass_rows + kPieceRows - 1) / kPieceRows) {
-        case 1: status = launch_rows<T, kTokens, 1, kForm>(task, split, part, block_bytes, error); break;
-        case 2: status = launch_rows<T, kTokens, 2, kForm>(task, split, part, block_bytes, error); break;
-        case 3: status = launch_rows<T, kTokens, 3, kForm>(task, split, part, block_bytes, error); break;
-        case 4: status = launch_rows<T, kTokens, 4, kForm>(task, split, part, block_bytes, error); break;
-        default: status = launch_rows<T, kTokens, kMaxRowTiles, kForm>(task, split, part, block_bytes, error); break;
+        case 1: status = launch_decode_rows<T, kTokens, 1, kForm>(task, split, part, block_bytes, error); break;
+        case 2: status = launch_decode_rows<T, kTokens, 2, kForm>(task, split, part, block_bytes, error); break;
+        case 3: status = launch_decode_rows<T, kTokens, 3, kForm>(task, split, part, block_bytes, error); break;
+        case 4: status = launch_decode_rows<T, kTokens, 4, kForm>(task, split, part, block_bytes, error); break;
+        default:
+            status = launch_decode_rows<T, kTokens, kMaxRowTiles, kForm>(task, split, part, block_bytes, error);
+            break;
         }
     }
     return status;
 }
 
-template <typename T, int kTokens> mv_status launch_decode(const mv_task *task, const Groups &groups, mv_error *error) {
-    return task->linear.plain_x ? launch_split<T, kTokens, Form::kPlain>(task, groups, error)
-                                : launch_split<T, kTokens, Form::kNorm>(task, groups, error);
+template <typename T, int kTokens>
+mv_status launch_decode_sm90a(const mv_task *task, const Groups &groups, mv_error *error) {
+    return task->linear.plain_x ? launch_split<T, kTokens, DecodeForm::kPlain>(task, groups, error)
+                                : launch_split<T, kTokens, DecodeForm::kNorm>(task, groups, error);
 }
 
-template <typename T> mv_status decode(const mv_task *task, const Groups &groups, mv_error *error) {
+template <typename T> mv_status decode_sm90a(const mv_task *task, const Groups &groups, mv_error *error) {
     if constexpr (sizeof(T) == 4) {
         switch (groups.tokens) {
-        case 1: return launch_decode<T, 1>(task, groups, error);
-        case 2: return launch_decode<T, 2>(task, groups, error);
-        default: return launch_decode<T, 4>(task, groups, error);
+        case 1: return launch_decode_sm90a<T, 1>(task, groups, error);
+        case 2: return launch_decode_sm90a<T, 2>(task, groups, error);
+        default: return launch_decode_sm90a<T, 4>(task, groups, error);
         }
     } else {
         if constexpr (Dtype<T>::value == MV_BF16)
-            if (groups.late) return launch_split<T, 8, Form::kLate>(task, groups, error);
-        return groups.tokens <= 8 ? launch_decode<T, 8>(task, groups, error)
-                                  : launch_decode<T, 16>(task, groups, error);
+            if (groups.late) return launch_split<T, 8, DecodeForm::kLate>(task, groups, error);
+        return groups.tokens <= 8 ? launch_decode_sm90a<T, 8>(task, groups, error)
+                                  : launch_decode_sm90a<T, 16>(task, groups, error);
     }
 }
 
 /* Why a split cannot serve a task; `too_many` is said of tokens. */
-const char *why_not(const mv_task *task, const Groups &groups, const char *too_many) {
+const char *decode_why_not(const mv_task *task, const Groups &groups, const char *too_many) {
     const bool narrow = task->dtype != MV_F32;
     const int per_packet = narrow ? 8 : 4;
     if (task->linear.weight_dtype != task->dtype) return "it takes weights of x's dtype";
@@ -412,7 +415,7 @@ const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decisio
     const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
     if (!mv_at_price(decision, prices::decode_sm90a_us(task, y_bytes(task, groups.tokens)), below)) return mv_too_dear;
     keep_cut(decision, groups);
-    return why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
+    return decode_why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
 }
 
 const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
@@ -420,7 +423,7 @@ const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_d
     if (const char *reason = norm_linear_why_not(task)) return reason;
     const Groups groups = counts_fit(task) ? choose_heads(task) : Groups{};
     keep_cut(decision, groups);
-    if (const char *reason = why_not(task, groups, "it takes up to 16 tokens")) return reason;
+    if (const char *reason = decode_why_not(task, groups, "it takes up to 16 tokens")) return reason;
     for (const mv_block &block : task->linear.block)
         if (block.outputs % kHeadOutputs != 0)
             return "the outputs of q, k or v are no multiple of 128, the size of a head";
@@ -429,13 +432,13 @@ const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_d
 
 #define MV_ROWS(name)                                                                                                  \
     mv_status mv_rms_norm_qkv_f32_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
-        return decode<float>(task, cut_of<Groups>(decision), error);                                                   \
+        return decode_sm90a<float>(task, cut_of<Groups>(decision), error);                                             \
     }                                                                                                                  \
     mv_status mv_rms_norm_qkv_f16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
-        return decode<__half>(task, cut_of<Groups>(decision), error);                                                  \
+        return decode_sm90a<__half>(task, cut_of<Groups>(decision), error);                                            \
     }                                                                                                                  \
     mv_status mv_rms_norm_qkv_bf16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {         \
-        return decode<__nv_bfloat16>(task, cut_of<Groups>(decision), error);                                           \
+        return decode_sm90a<__nv_bfloat16>(task, cut_of<Groups>(decision), error);                                     \
     }
 MV_ROWS(decode_sm90a)
 MV_ROWS(decode_heads_sm90a)

@@ -19,7 +19,7 @@ constexpr int kMaxSlots = 24; /* of a warp */
 
 /* What a block's shared memory begins with. Behind it: of each of the block's rows its address, then of each its bias;
  * the ring; the norm weights; y; and where sums meet beside the ring, room for them. */
-template <int kTokens> struct alignas(16) Fixed {
+template <int kTokens> struct alignas(16) DecodeFixed {
     uint64_t full[kWarps][kMaxSlots]; /* a barrier for each slot */
     float squares[kTokens][kWarps];   /* parts of the tokens' sums of squares; zeros where a token has fewer */
 };
@@ -83,24 +83,24 @@ int made_for(const Groups &groups) { return groups.y_rows <= 8 ? 8 : kMaxTokens;
 
 /* Where the ring begins. */
 int ring_of(const mv_task *task, const Groups &groups) {
-    const size_t fixed = made_for(groups) == 8 ? sizeof(Fixed<8>) : sizeof(Fixed<kMaxTokens>);
+    const size_t fixed = made_for(groups) == 8 ? sizeof(DecodeFixed<8>) : sizeof(DecodeFixed<kMaxTokens>);
     return (static_cast<int>(fixed) + rows_of(task, groups) * kRowBytes + 127) / 128 * 128;
 }
 
 /* What the ring of a block is cut into. A pass is the rows that are multiplied at a time: all, where each warp has
  * slots enough for so many, and else fewer, whose sums then meet beside the ring. No slots: there is no room. */
-struct Ring {
+struct DecodeRing {
     int pass_rows, slots, slot_bytes;
 };
 
-Ring ring_for(const mv_task *task, const Groups &groups, int block_bytes) {
+DecodeRing ring_for(const mv_task *task, const Groups &groups, int block_bytes) {
     constexpr int kMinSlots = 2, kPassBytes = 128 << 10; /* of a pass, where there are several */
     const int rows = rows_of(task, groups), row_bytes = static_cast<int>(task->hidden * mv_dtype_bytes(task->dtype));
     const int room = block_bytes - ring_of(task, groups) - norm_weight_bytes(task) - y_bytes(task, groups.y_rows);
     int tiles = (rows + kPieceRows - 1) / kPieceRows;
     if (tiles > kMaxRowTiles) tiles = min(max(kPassBytes / row_bytes / kPieceRows, 1), kMaxRowTiles);
     for (;; tiles--) {
-        Ring ring = {min(tiles * kPieceRows, rows), 0, 0};
+        DecodeRing ring = {min(tiles * kPieceRows, rows), 0, 0};
         const bool meets_beside = ring.pass_rows < rows;
         const int parts = meets_beside ? kWarps * made_for(groups) * (ring.pass_rows + 4) * 4 : 0;
         /* An even number of rows, which are swapped in pairs; 10 at least, so that a slot has room for sums. */
@@ -115,7 +115,7 @@ Ring ring_for(const mv_task *task, const Groups &groups, int block_bytes) {
 int most_tokens(const mv_task *task) { return task->dtype == MV_F32 ? kMaxTokensFloat32 : kMaxTokens; }
 
 /* Have all weights of a block a slot? */
-bool holds_all(const mv_task *task, const Ring &ring, const Groups &groups) {
+bool holds_all(const mv_task *task, const DecodeRing &ring, const Groups &groups) {
     return ring.slots >= steps_of(task) && ring.pass_rows == rows_of(task, groups);
 }
 
@@ -171,7 +171,7 @@ int block_bytes_of(const mv_task *task, const Groups &groups) {
 }
 
 /* The more tokens, the later they come, and the fewer weights may be asked for before them. */
-int early_slots(const mv_task *task, const Groups &groups, const Ring &ring) {
+int early_slots(const mv_task *task, const Groups &groups, const DecodeRing &ring) {
     constexpr int kEarlyBytes = 144 << 10;
     if (holds_all(task, ring, groups)) return ring.slots;
     const int early = (kEarlyBytes - y_bytes(task, groups.y_rows) * 5 / 4) / (kWarps * ring.slot_bytes);
@@ -179,7 +179,7 @@ int early_slots(const mv_task *task, const Groups &groups, const Ring &ring) {
 }
 
 /* What a launch takes, and its blocks. */
-struct Part {
+struct DecodePart {
     int first_output, outputs, blocks;
     unsigned cluster;
 };
@@ -191,7 +191,7 @@ int64_t parts_of(const mv_task *task, const Groups &groups) {
     return (task->linear.outputs + most - 1) / most;
 }
 
-Part part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
+DecodePart part_of(const mv_task *task, const Groups &groups, int64_t part, int64_t parts) {
     const int64_t all = groups.head_rows ? task->linear.outputs / kHeadOutputs : units_of(task);
     const int first = static_cast<int>(all * part / parts), count = static_cast<int>(all * (part + 1) / parts) - first;
     const int unit = unit_of(task);

@@ -17,7 +17,7 @@ constexpr int kMaxHeldTokens = 8, kFewHeld = 4, kMostHeld = 10; /* tokens and a 
 using Squares = float (*)[kWarps];
 
 /* How a launch is cut: blocks that follow each other have the same rows, each with a group of the tokens. */
-struct Split {
+struct DecodeSplit {
     int first_output, rows_per_block, more, unit; /* the first `more` shares have one unit of rows more */
     int log_groups, group_tokens;                 /* of the tokens */
     int log_threads;                              /* of the threads that share a token */
@@ -39,13 +39,13 @@ template <typename T> __device__ __forceinline__ T *token_row(mv_rows rows, int 
 }
 
 /* Where this thread begins in its block's `tokens`, of which `first` is the first. kLate: y has two rows of each. */
-template <typename T, bool kLate> struct Share {
+template <typename T, bool kLate> struct TokenShare {
     int first, tokens, token, column;
     const T *x, *residual;
     char *shared; /* a pointer that the compiler knows to be one to shared memory, and a place behind it */
     int y;
 
-    __device__ __forceinline__ Share(const mv_task &task, const Split &split, int group, char *shared)
+    __device__ __forceinline__ TokenShare(const mv_task &task, const DecodeSplit &split, int group, char *shared)
         : first(group * split.group_tokens), tokens(min(split.group_tokens, static_cast<int>(task.tokens) - first)),
           token(static_cast<int>(threadIdx.x) >> split.log_threads),
           column((threadIdx.x & ((1 << split.log_threads) - 1)) * Packet<T>::size),
@@ -75,7 +75,7 @@ template <typename T, bool kLate> struct Share {
 /* Starts to copy the tokens to where y will be, each thread its share: a group of copies. A thread's packets are `step`
  * columns apart, a multiple of 128 bytes: the halves of its chunks' 128 bytes are swapped alike. */
 template <typename T>
-__device__ __forceinline__ void copy_tokens(const mv_task &task, const Split &split, Share<T, false> share) {
+__device__ __forceinline__ void copy_tokens(const mv_task &task, const DecodeSplit &split, TokenShare<T, false> share) {
     const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
     for (; share.token < share.tokens; share.token += at_once) {
@@ -114,8 +114,8 @@ template <typename T> __device__ __forceinline__ void two_parts(Packet<T> &high,
 
 /* What joins the residual; the first share's blocks write the sum out. */
 template <typename T, bool kLate>
-__device__ __forceinline__ void join(Packet<T> &s, const Packet<T> &residual, const mv_task &task, const Split &split,
-                                     const Share<T, kLate> &share, int k, int columns) {
+__device__ __forceinline__ void join(Packet<T> &s, const Packet<T> &residual, const mv_task &task,
+                                     const DecodeSplit &split, const TokenShare<T, kLate> &share, int k, int columns) {
     s = add_residual(s, residual);
     if (task.norm.residual_out.data && blockIdx.x >> split.log_groups == 0 && k < columns)
         store_packet(token_row<T>(task.norm.residual_out, share.first + share.token) + share.column + k, s,
@@ -129,15 +129,15 @@ template <typename T> __device__ __forceinline__ void add_squares(float (&square
 
 /* Leaves a token's sum of squares, in parts; kLanes threads or more have the token. */
 template <typename T, int kLanes, bool kLate> __device__ __forceinline__ void
-keep_squares(Squares squares, const Share<T, kLate> &share, int hidden, const float (&own)[2]) {
+keep_squares(Squares squares, const TokenShare<T, kLate> &share, int hidden, const float (&own)[2]) {
     const float sum = warp_sum<kLanes>(own[0] + own[1]);
     if (threadIdx.x % kLanes == 0 && share.token < share.tokens && share.column < hidden)
         squares[share.token][share.column / (32 * Packet<T>::size)] = sum;
 }
 
 /* What copy_tokens has brought joins the residual; the sums of squares. */
-template <typename T, int kLanes> __device__ __forceinline__ void read_tokens(const mv_task &task, const Split &split,
-                                                                              Share<T, false> share, Squares squares) {
+template <typename T, int kLanes> __device__ __forceinline__ void
+read_tokens(const mv_task &task, const DecodeSplit &split, TokenShare<T, false> share, Squares squares) {
     const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
     for (int first = 0; first < share.tokens; first += at_once) {
@@ -175,7 +175,7 @@ template <typename T, int kLanes> __device__ __forceinline__ void read_tokens(co
 
 /* r of a token. */
 template <typename T>
-__device__ __forceinline__ float token_factor(const mv_task &task, const Split &split, const float *squares) {
+__device__ __forceinline__ float token_factor(const mv_task &task, const DecodeSplit &split, const float *squares) {
     const float4 low = *reinterpret_cast<const float4 *>(squares),
                  high = *reinterpret_cast<const float4 *>(squares + 4);
     const float sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
@@ -191,8 +191,8 @@ normalised(const mv_task &task, bool in_pairs, const Packet<T> &s, float r, cons
 }
 
 /* Each thread finishes its share of what read_tokens has read, four packets at a time while there are as many. */
-template <typename T> __device__ __forceinline__ void normalise_tokens(const mv_task &task, const Split &split,
-                                                                       Share<T, false> share, Squares squares,
+template <typename T> __device__ __forceinline__ void normalise_tokens(const mv_task &task, const DecodeSplit &split,
+                                                                       TokenShare<T, false> share, Squares squares,
                                                                        const char *norm_weight) {
     const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
@@ -224,8 +224,8 @@ template <typename T> __device__ __forceinline__ void normalise_tokens(const mv_
 template <typename T, bool kLate, int kHeld> struct Held {
     static constexpr bool few = kHeld == kFewHeld;
     const mv_task &task;
-    const Split &split;
-    const Share<T, kLate> &share;
+    const DecodeSplit &split;
+    const TokenShare<T, kLate> &share;
     const int hidden = static_cast<int>(task.hidden), step = Packet<T>::size << split.log_threads;
     const int columns = share.token < share.tokens ? hidden - share.column : 0;
     Packet<T> s[kHeld], residual[kHeld];

@@ -32,7 +32,7 @@ constexpr int kWarpK = 4 * kChunks, kStep = kWarps * kWarpK;
 constexpr int kMinStages = 3, kMaxStages = 8;
 
 /* The lanes of a warp are 4 x 8: a lane has tokens lane / 8 + 4 i and outputs lane % 8 + 8 j. */
-template <int kOwnTokens, int kOwnOutputs> struct Tile {
+template <int kOwnTokens, int kOwnOutputs> struct FewTile {
     static constexpr int own_m = kOwnTokens, own_n = kOwnOutputs, M = 4 * own_m, N = 8 * own_n, rows = M + N;
     static constexpr int stage_bytes = rows * kRowBytes;
     static constexpr int pitch = N % 16 ? N : N + 8;   /* of the sums: lanes write to 32 different banks */
@@ -43,13 +43,13 @@ template <int kOwnTokens, int kOwnOutputs> struct Tile {
 
 /* Rows of the weight, then of x. Those past the end repeat the first one of the tile: what they give is not stored.
  * prefetched: columns of the weight that L2 is asked for where they may not be read yet. */
-template <typename Tile> struct Fixed {
+template <typename Tile> struct FewRows {
     const float *row[Tile::rows];
     float bias[Tile::N];
 };
 
-template <typename Tile>
-__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed, int64_t prefetched) {
+template <typename Tile> __device__ __forceinline__ void find_few_rows(const mv_task &task, TilePlace tile,
+                                                                       FewRows<Tile> *fixed, int64_t prefetched) {
     const int64_t tokens = task.tokens - tile.first_token, outputs = task.linear.outputs - tile.first_output;
     for (int row = threadIdx.x; row < Tile::rows; row += kThreads) {
         const int n = row, m = row - Tile::N;
@@ -64,14 +64,14 @@ __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, F
 }
 
 template <typename Tile>
-__device__ __forceinline__ void load_biases(const mv_task &task, TilePlace tile, Fixed<Tile> *fixed) {
+__device__ __forceinline__ void load_biases(const mv_task &task, TilePlace tile, FewRows<Tile> *fixed) {
     for (int n = threadIdx.x; n < Tile::N && tile.first_output + n < task.linear.outputs; n += kThreads)
         fixed->bias[n] = load_bias<float>(task, find_output(task, tile.first_output + n));
 }
 
 /* Starts to copy this warp's k of a step: of the rows from kFirst to kEnd, zeros past hidden. */
-template <int kFirst, int kEnd, typename Tile>
-__device__ __forceinline__ void copy_rows(const Fixed<Tile> *fixed, int64_t hidden, int64_t step, uint32_t stage) {
+template <int kFirst, int kEnd, typename Tile> __device__ __forceinline__ void
+copy_few_rows(const FewRows<Tile> *fixed, int64_t hidden, int64_t step, uint32_t stage) {
     const int lane = threadIdx.x % 32, row = lane / kChunks, chunk = lane % kChunks;
     const int64_t k = step * kStep + (threadIdx.x / 32 * kChunks + chunk) * 4;
     const uint32_t to = stage + row * kRowBytes + (chunk ^ row / 2) * 16;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void copy_rows(const Fixed<Tile> *fixed, int64_t hidd
 }
 
 /* Of even k, and of odd ones. */
-template <typename Tile> using Sums = float[2][Tile::own_m][Tile::own_n];
+template <typename Tile> using FewSums = float[2][Tile::own_m][Tile::own_n];
 
 __device__ __forceinline__ void load4(float (&v)[4], const char *from) {
     *reinterpret_cast<float4 *>(v) = *reinterpret_cast<const float4 *>(from);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load4(float (&v)[4], const char *from) {
 
 /* sum += x w for this warp's k of a step. Neighbouring products share an operand, which saves reading the register
  * again. */
-template <typename Tile> __device__ __forceinline__ void multiply(Sums<Tile> &sum, const char *stage) {
+template <typename Tile> __device__ __forceinline__ void multiply_few(FewSums<Tile> &sum, const char *stage) {
     const int lane = threadIdx.x % 32, m = lane / 8, n = lane % 8;
     const char *const x_rows = stage + (Tile::N + m) * kRowBytes, *const w_rows = stage + n * kRowBytes;
 #pragma unroll
@@ -119,7 +119,7 @@ template <typename Tile> __device__ __forceinline__ void multiply(Sums<Tile> &su
 
 /* The warps' sums meet, and become outputs. `parts`: those of warp 0; the others' are ring_bytes apart. */
 template <typename Tile> __device__ __forceinline__ void
-store_outputs(const mv_task &task, TilePlace tile, const Fixed<Tile> *fixed, const char *parts, int ring_bytes) {
+store_few_outputs(const mv_task &task, TilePlace tile, const FewRows<Tile> *fixed, const char *parts, int ring_bytes) {
     for (int i = threadIdx.x; i < Tile::M * Tile::N; i += kThreads) {
         const int m = i / Tile::N, n = i % Tile::N;
         if (tile.first_token + m >= task.tokens || tile.first_output + n >= task.linear.outputs) continue;
@@ -137,37 +137,37 @@ template <typename Tile> __global__ void __launch_bounds__(kThreads, 1)
     rms_norm_qkv_few_kernel(const __grid_constant__ mv_task task, int stages) {
     extern __shared__ __align__(128) char smem[];
     const int ring_bytes = stages * Tile::stage_bytes, ahead = stages - 1;
-    Fixed<Tile> *const fixed = reinterpret_cast<Fixed<Tile> *>(smem + kWarps * ring_bytes);
+    FewRows<Tile> *const fixed = reinterpret_cast<FewRows<Tile> *>(smem + kWarps * ring_bytes);
     char *const ring = smem + threadIdx.x / 32 * ring_bytes;
     const uint32_t ring_at = shared_address(ring);
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int64_t steps = (task.hidden + kStep - 1) / kStep;
 
     /* Static weights do not depend on the kernel before, x does. */
-    find_rows(task, tile, fixed, int64_t{ahead} * kStep);
+    find_few_rows(task, tile, fixed, int64_t{ahead} * kStep);
     if (!task.static_weights) griddepcontrol_wait();
     load_biases(task, tile, fixed);
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < ahead; step++)
-        copy_rows<0, Tile::N>(fixed, task.hidden, step, ring_at + step * Tile::stage_bytes);
+        copy_few_rows<0, Tile::N>(fixed, task.hidden, step, ring_at + step * Tile::stage_bytes);
     griddepcontrol_wait();
     griddepcontrol_launch();
 #pragma unroll 1
     for (int step = 0; step < ahead; step++) {
-        copy_rows<Tile::N, Tile::rows>(fixed, task.hidden, step, ring_at + step * Tile::stage_bytes);
+        copy_few_rows<Tile::N, Tile::rows>(fixed, task.hidden, step, ring_at + step * Tile::stage_bytes);
         cp_async_commit();
     }
 
-    Sums<Tile> sum = {};
+    FewSums<Tile> sum = {};
     int stage = 0, next = ahead * Tile::stage_bytes;
 #pragma unroll 1
     for (int64_t step = 0; step < steps; step++) {
         cp_async_wait_all_but(ahead - 1);
         __syncwarp(); /* all lanes' copies are there, and all have left the stage that the next ones go to */
-        if (step + ahead < steps) copy_rows<0, Tile::rows>(fixed, task.hidden, step + ahead, ring_at + next);
+        if (step + ahead < steps) copy_few_rows<0, Tile::rows>(fixed, task.hidden, step + ahead, ring_at + next);
         cp_async_commit();
-        multiply<Tile>(sum, ring + stage);
+        multiply_few<Tile>(sum, ring + stage);
         stage = stage + Tile::stage_bytes == ring_bytes ? 0 : stage + Tile::stage_bytes;
         next = next + Tile::stage_bytes == ring_bytes ? 0 : next + Tile::stage_bytes;
     }
@@ -181,13 +181,13 @@ template <typename Tile> __global__ void __launch_bounds__(kThreads, 1)
             *reinterpret_cast<float *>(ring + ((m + 4 * i) * Tile::pitch + n + 8 * j) * 4) =
                 sum[0][i][j] + sum[1][i][j];
     __syncthreads();
-    store_outputs<Tile>(task, tile, fixed, smem, ring_bytes);
+    store_few_outputs<Tile>(task, tile, fixed, smem, ring_bytes);
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
 template <typename Tile> int stages_of(const mv_task *task) {
-    const int64_t room = task->smem_bytes - static_cast<int64_t>(sizeof(Fixed<Tile>));
+    const int64_t room = task->smem_bytes - static_cast<int64_t>(sizeof(FewRows<Tile>));
     const int64_t fit = room / (kWarps * Tile::stage_bytes), steps = ceil_div(task->hidden, kStep) + 1;
     return static_cast<int>(min(fit, min(max(steps, int64_t{kMinStages}), int64_t{kMaxStages})));
 }
@@ -195,17 +195,17 @@ template <typename Tile> int stages_of(const mv_task *task) {
 /* Microseconds of an H100: of a step, the tile's weights and tokens at an SM's share of what memory and L2 give, or its
  * products at three quarters of what the CUDA cores can; so many tiles one after the other. Infinite where the tile has
  * no room. */
-template <typename Tile> double tile_cost(const mv_task *task) {
+template <typename Tile> double few_tile_cost(const mv_task *task) {
     if (stages_of<Tile>(task) < kMinStages) return 1e30;
     const double copies = (Tile::N / 22e3 + Tile::M / 60e3) * kStep * 4, products = Tile::M * Tile::N * kStep / 160e3;
     const double rounds = static_cast<double>(ceil_div(tile_count(task, Tile::M, Tile::N), task->sm_count));
     return rounds * (1 + (0.02 + (copies > products ? copies : products)) * static_cast<double>(task->hidden) / kStep);
 }
 
-template <typename Tile> mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error) {
+template <typename Tile> mv_status launch_few_tile(const mv_task *task, const mv_decision *, mv_error *error) {
     const int stages = stages_of<Tile>(task);
     const Grid grid = {static_cast<unsigned>(tile_count(task, Tile::M, Tile::N)), kThreads,
-                       static_cast<size_t>(stages * kWarps * Tile::stage_bytes) + sizeof(Fixed<Tile>)};
+                       static_cast<size_t>(stages * kWarps * Tile::stage_bytes) + sizeof(FewRows<Tile>)};
     return launch<rms_norm_qkv_few_kernel<Tile>>(task, grid, error, *task, stages);
 }
 
@@ -218,10 +218,11 @@ template <int kOwnTokens, int... kOwnOutputs> void choose_outputs(const mv_task 
     const auto consider = [&](double cost, mv_kernel *launch) {
         if (cost < best.cost) best = {cost, launch};
     };
-    (consider(tile_cost<Tile<kOwnTokens, kOwnOutputs>>(task), launch_tile<Tile<kOwnTokens, kOwnOutputs>>), ...);
+    (consider(few_tile_cost<FewTile<kOwnTokens, kOwnOutputs>>(task), launch_few_tile<FewTile<kOwnTokens, kOwnOutputs>>),
+     ...);
 }
 
-Choice choose_tile(const mv_task *task) {
+Choice choose_few_tile(const mv_task *task) {
     Choice best = {1e29, nullptr};
     choose_outputs<2, 2, 4, 5, 6, 7, 8, 10>(task, best);
     choose_outputs<4, 2, 4, 5, 6, 7, 8, 10>(task, best);
@@ -232,7 +233,7 @@ Choice choose_tile(const mv_task *task) {
     return best;
 }
 
-const char *why_not(const mv_task *task) {
+const char *few_why_not(const mv_task *task) {
     if (task->linear.weight_dtype != MV_F32 || task->dtype != MV_F32) return "it takes float32";
     if (task->linear.block[0].col_stride != 1) return "it needs weights that are contiguous along the hidden size";
     if (task->hidden % 4 != 0) return "hidden is no multiple of 4";
@@ -255,9 +256,9 @@ mv_kernel mv_rms_norm_f32_sm80;
 const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, prices::norm_few_us(task), below)) return mv_too_dear;
     if (task->linear.gated) return kNotGated;
-    if (const char *reason = why_not(task)) return reason;
+    if (const char *reason = few_why_not(task)) return reason;
     decision->workspace = plan_workspace(task);
-    decision->launch = choose_tile(task).launch;
+    decision->launch = choose_few_tile(task).launch;
     return decision->launch ? nullptr : "there is too little shared memory";
 }
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ int steps_together(int64_t hidden) {
 
 /* A thread keeps own_m x own_n sums. The lanes of a warp are 8 x 4, and a lane has rows m + {0-3, 32-35, ...} and
  * columns n + {0-3, 16-19, ...}. */
-template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct Tile {
+template <int kTileM, int kTileN, int kOwnM, int kOwnN, int kCtas> struct FfmaTile {
     static constexpr int M = kTileM, N = kTileN, own_m = kOwnM, own_n = kOwnN, ctas_per_sm = kCtas;
     static constexpr int warp_m = 8 * own_m, warp_n = 4 * own_n, warps_n = N / warp_n;
     static constexpr int threads = M * N / (own_m * own_n), own = own_m * own_n;
@@ -54,12 +54,12 @@ template <> struct GroupBits<2> { using type = uint2; };
 template <> struct GroupBits<4> { using type = uint4; };
 
 /* How groups are loaded: decided by the launcher. */
-struct Access {
+struct FfmaAccess {
     bool x_whole, w_whole; /* in one load                       */
     bool w_along_n;        /* the weight's groups, else along k */
 };
 
-template <typename Tile, typename T, typename W> struct Shared {
+template <typename Tile, typename T, typename W> struct FfmaShared {
     alignas(16) float x[2][kStepK][Tile::M];
     alignas(16) float w[2][kStepK][Tile::N];
     /* Where rows begin, in bytes from the first row of x, of the residual and of the first block's weight: pointers
@@ -103,7 +103,7 @@ template <typename T> __device__ __forceinline__ const T *bytes_after(const void
 
 /* Rows past the end repeat the first one of the tile: what they give is not stored. */
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, Shared<Tile, T, W> &shared) {
+__device__ __forceinline__ void find_ffma_rows(const mv_task &task, TilePlace tile, FfmaShared<Tile, T, W> &shared) {
     const int64_t tokens = task.tokens - tile.first_token, outputs = task.linear.outputs - tile.first_output;
     for (int m = threadIdx.x; m < Tile::M; m += Tile::threads) {
         const int64_t token = tile.first_token + (m < tokens ? m : 0);
@@ -124,8 +124,8 @@ __device__ __forceinline__ void find_rows(const mv_task &task, TilePlace tile, S
 template <typename Tile, typename T> struct TokenGroups {
     Group<T> group[Tile::x_groups];
 
-    template <typename W> __device__ __forceinline__ void load(const mv_task &task, const Shared<Tile, T, W> &shared,
-                                                               int64_t k0, bool whole, bool residual) {
+    template <typename W> __device__ __forceinline__ void
+    load(const mv_task &task, const FfmaShared<Tile, T, W> &shared, int64_t k0, bool whole, bool residual) {
         const int64_t k = k0 + threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
         for (int i = 0; i < Tile::x_groups; i++) {
@@ -141,7 +141,7 @@ template <typename Tile, typename T> struct TokenGroups {
         }
     }
 
-    template <typename W> __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half,
+    template <typename W> __device__ __forceinline__ void store(FfmaShared<Tile, T, W> &shared, int half,
                                                                 const float *weights, bool norm, bool twice) const {
         const int k = threadIdx.x % kGroupsK * kGroup;
 #pragma unroll
@@ -161,7 +161,7 @@ template <typename Tile, typename W> struct WeightGroups {
     Group<W> group[Tile::w_groups];
 
     template <Through kThrough = Through::kL1, typename T> __device__ __forceinline__ void
-    load(const mv_task &task, const Shared<Tile, T, W> &shared, int64_t k0, Access access) {
+    load(const mv_task &task, const FfmaShared<Tile, T, W> &shared, int64_t k0, FfmaAccess access) {
 #pragma unroll
         for (int i = 0; i < Tile::w_groups; i++) {
             const int index = threadIdx.x + i * Tile::threads;
@@ -196,7 +196,7 @@ template <typename Tile, typename W> struct WeightGroups {
     }
 
     template <typename T>
-    __device__ __forceinline__ void store(Shared<Tile, T, W> &shared, int half, bool along_n) const {
+    __device__ __forceinline__ void store(FfmaShared<Tile, T, W> &shared, int half, bool along_n) const {
 #pragma unroll
         for (int i = 0; i < Tile::w_groups; i++) {
             const int index = threadIdx.x + i * Tile::threads;
@@ -224,11 +224,11 @@ __device__ __forceinline__ void load_group_weights(const mv_task &task, int64_t 
     }
 }
 
-template <typename Tile> using Sums = float[Tile::own_m][Tile::own_n];
+template <typename Tile> using FfmaSums = float[Tile::own_m][Tile::own_n];
 
 /* sum += x w for the 16 k of a step. Neighbouring products share an operand, which saves reading the register again. */
-template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void multiply(Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int half, int m, int n) {
+template <typename Tile, typename T, typename W> __device__ __forceinline__ void
+multiply_ffma(FfmaSums<Tile> &sum, const FfmaShared<Tile, T, W> &shared, int half, int m, int n) {
 #pragma unroll
     for (int k = 0; k < kStepK; k++) {
         float x[Tile::own_m], w[Tile::own_n];
@@ -252,7 +252,7 @@ __device__ __forceinline__ void multiply(Sums<Tile> &sum, const Shared<Tile, T, 
 
 /* This thread's totals: joins them to the sums, and keeps these as the totals. */
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void add_totals(Sums<Tile> &sum, const Shared<Tile, T, W> &shared) {
+__device__ __forceinline__ void add_totals(FfmaSums<Tile> &sum, const FfmaShared<Tile, T, W> &shared) {
 #pragma unroll
     for (int i = 0; i < Tile::own; i += 4) {
         const float4 total = shared.total[i / 4][threadIdx.x];
@@ -264,7 +264,7 @@ __device__ __forceinline__ void add_totals(Sums<Tile> &sum, const Shared<Tile, T
     }
 }
 template <typename Tile, typename T, typename W>
-__device__ __forceinline__ void keep_totals(const Sums<Tile> &sum, Shared<Tile, T, W> &shared) {
+__device__ __forceinline__ void keep_totals(const FfmaSums<Tile> &sum, FfmaShared<Tile, T, W> &shared) {
 #pragma unroll
     for (int i = 0; i < Tile::own; i += 4) {
         const float *of = sum[i / Tile::own_n] + i % Tile::own_n;
@@ -274,8 +274,8 @@ __device__ __forceinline__ void keep_totals(const Sums<Tile> &sum, Shared<Tile, 
 
 /* The thread's rows and columns of the tile, a group at a time. */
 template <bool kAdds, typename Tile, typename T, typename W>
-__device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n,
-                                              TilePlace tile, const mv_task &task) {
+__device__ __forceinline__ void store_ffma_outputs(const FfmaSums<Tile> &sum, const FfmaShared<Tile, T, W> &shared,
+                                                   int m, int n, TilePlace tile, const mv_task &task) {
 #pragma unroll
     for (int i = 0; i < Tile::own_m; i++) {
         const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
@@ -314,8 +314,9 @@ __device__ __forceinline__ void store_outputs(const Sums<Tile> &sum, const Share
 
 /* The same of a gated layer: a group has two outputs. A loop that takes the first row of sums and moves the others up
  * needs the code of the activations once, and leaves the sums in registers. */
-template <typename Tile, typename T, typename W> __device__ __forceinline__ void
-store_gated(Sums<Tile> &sum, const Shared<Tile, T, W> &shared, int m, int n, TilePlace tile, const mv_task &task) {
+template <typename Tile, typename T, typename W>
+__device__ __forceinline__ void store_ffma_gated(FfmaSums<Tile> &sum, const FfmaShared<Tile, T, W> &shared, int m,
+                                                 int n, TilePlace tile, const mv_task &task) {
 #pragma unroll 1
     for (int i = 0; i < Tile::own_m; i++) {
         const int64_t token = tile.first_token + m + i % 4 + i / 4 * 32;
@@ -340,9 +341,9 @@ enum class Loads { kAny, kAlongK, kAlongN };
 /* kAdds: an addend joins the outputs. kLoads: what is known of access when compiled. */
 template <typename T, typename W, typename Tile, bool kNorm, bool kAdds, Loads kLoads>
 __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
-    rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, Access access) {
+    rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, FfmaAccess access) {
     extern __shared__ __align__(16) char smem[];
-    Shared<Tile, T, W> &shared = *reinterpret_cast<Shared<Tile, T, W> *>(smem);
+    FfmaShared<Tile, T, W> &shared = *reinterpret_cast<FfmaShared<Tile, T, W> *>(smem);
     if (kLoads != Loads::kAny) access = {true, true, kLoads == Loads::kAlongN};
     const TilePlace tile = find_tile<Tile::M, Tile::N>(task);
     const int steps = static_cast<int>((task.hidden + kStepK - 1) / kStepK);
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
     /* Static weights do not depend on the kernel before, x does. */
     if (!task.static_weights) griddepcontrol_wait();
-    find_rows(task, tile, shared);
+    find_ffma_rows(task, tile, shared);
     __syncthreads();
     WeightGroups<Tile, W> w_next;
     w_next.template load<Through::kL2>(task, shared, 0, access);
@@ -376,7 +377,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     const int together = sizeof(T) == 4 ? steps_together(task.hidden) : steps;
     for (int step = 0; step < steps;) {
         const int first = step, end = min(step + together, steps);
-        Sums<Tile> sum = {};
+        FfmaSums<Tile> sum = {};
         /* Two steps a turn, so that addresses in shared memory are known when compiled. Behind the last come zeros. */
 #pragma unroll 1
         for (; step < end; step += 2)
@@ -386,7 +387,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
                 w_next.load(task, shared, next, access);
                 x_next.load(task, shared, next, access.x_whole, residual);
                 if (kNorm) load_group_weights<T>(task, next, norm_weights);
-                multiply<Tile>(sum, shared, half, m, n);
+                multiply_ffma<Tile>(sum, shared, half, m, n);
                 /* to where all warps have left at the last barrier */
                 x_next.store(shared, half ^ 1, norm_weights, kNorm, twice);
                 w_next.store(shared, half ^ 1, access.w_along_n);
@@ -396,9 +397,9 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
         if (step < steps)
             keep_totals<Tile>(sum, shared);
         else if (!kNorm && !kAdds && task.linear.gated)
-            store_gated<Tile>(sum, shared, m, n, tile, task);
+            store_ffma_gated<Tile>(sum, shared, m, n, tile, task);
         else
-            store_outputs<kAdds, Tile>(sum, shared, m, n, tile, task);
+            store_ffma_outputs<kAdds, Tile>(sum, shared, m, n, tile, task);
     }
 }
 
@@ -415,8 +416,8 @@ template <typename T> bool rows_fit(mv_rows rows, int64_t row_length) {
 
 int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
 
-template <typename T, typename W> Access find_access(const mv_task *task) {
-    Access access = {};
+template <typename T, typename W> FfmaAccess find_access(const mv_task *task) {
+    FfmaAccess access = {};
     access.x_whole = rows_fit<T>(task->x, task->hidden) && rows_fit<T>(task->norm.residual, task->hidden);
     access.w_along_n = magnitude(task->linear.block[0].row_stride) < magnitude(task->linear.block[0].col_stride);
     access.w_whole = true;
@@ -434,19 +435,19 @@ template <typename T, typename W> Access find_access(const mv_task *task) {
 }
 
 template <typename T, typename W, typename Tile, bool kNorm, bool kAdds, Loads kLoads = Loads::kAny>
-mv_status launch_tile(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status launch_ffma_tile(const mv_task *task, const mv_decision *decision, mv_error *error) {
     const int64_t tiles = tile_count(task, Tile::M, Tile::N);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE, "%s: %lld tokens x %lld outputs are more than one launch can take",
                        task->op, static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const Grid grid = {static_cast<unsigned>(tiles), Tile::threads,
-                       spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(Shared<Tile, T, W>))};
+                       spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(FfmaShared<Tile, T, W>))};
     return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kAdds, kLoads>>(task, grid, error, *task,
-                                                                              cut_of<Access>(decision));
+                                                                              cut_of<FfmaAccess>(decision));
 }
 
-using Large = Tile<128, 64, 8, 8, 3>;
-template <bool kNorm> using SmallTile = Tile<64, 64, 8, 4, kNorm ? 3 : 4>; /* the norm needs more registers */
+using Large = FfmaTile<128, 64, 8, 8, 3>;
+template <bool kNorm> using SmallTile = FfmaTile<64, 64, 8, 4, kNorm ? 3 : 4>; /* the norm needs more registers */
 using Small = SmallTile<false>;
 
 /* In turns of a tile: an SM computes so many, and one alone on it takes as long as one and a half. */
@@ -457,15 +458,16 @@ template <typename Tile> double turns(const mv_task *task) {
 
 /* The large tile needs fewer loads per product: of twice the size, it takes 1.8 times as long. */
 template <bool kAdds, Loads kLoads> mv_kernel *choose_float32(const mv_task *task) {
-    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_tile<float, float, Large, false, kAdds, kLoads>
-                                                         : launch_tile<float, float, Small, false, kAdds, kLoads>;
+    return 1.8 * turns<Large>(task) < turns<Small>(task) ? launch_ffma_tile<float, float, Large, false, kAdds, kLoads>
+                                                         : launch_ffma_tile<float, float, Small, false, kAdds, kLoads>;
 }
 
 /* The small tile takes anything. */
-template <typename T, typename W, bool kNorm, bool kAdds> void choose_tile(const mv_task *task, mv_decision *decision) {
-    const Access access = find_access<T, W>(task);
+template <typename T, typename W, bool kNorm, bool kAdds>
+void choose_ffma_tile(const mv_task *task, mv_decision *decision) {
+    const FfmaAccess access = find_access<T, W>(task);
     keep_cut(decision, access);
-    decision->launch = launch_tile<T, W, SmallTile<kNorm>, kNorm, kAdds>;
+    decision->launch = launch_ffma_tile<T, W, SmallTile<kNorm>, kNorm, kAdds>;
     if constexpr (!kNorm && sizeof(T) == 4)
         if (access.x_whole && access.w_whole)
             decision->launch = access.w_along_n ? choose_float32<kAdds, Loads::kAlongN>(task)
@@ -475,13 +477,13 @@ template <typename T, typename W, bool kNorm, bool kAdds> void choose_tile(const
 template <bool kNorm, bool kAdds = false> void choose(const mv_task *task, mv_decision *decision) {
     const bool wide = task->linear.weight_dtype == MV_F32;
     if (task->dtype == MV_F32)
-        choose_tile<float, float, kNorm, kAdds>(task, decision);
+        choose_ffma_tile<float, float, kNorm, kAdds>(task, decision);
     else if (task->dtype == MV_F16)
-        wide ? choose_tile<__half, float, kNorm, kAdds>(task, decision)
-             : choose_tile<__half, __half, kNorm, kAdds>(task, decision);
+        wide ? choose_ffma_tile<__half, float, kNorm, kAdds>(task, decision)
+             : choose_ffma_tile<__half, __half, kNorm, kAdds>(task, decision);
     else
-        wide ? choose_tile<__nv_bfloat16, float, kNorm, kAdds>(task, decision)
-             : choose_tile<__nv_bfloat16, __nv_bfloat16, kNorm, kAdds>(task, decision);
+        wide ? choose_ffma_tile<__nv_bfloat16, float, kNorm, kAdds>(task, decision)
+             : choose_ffma_tile<__nv_bfloat16, __nv_bfloat16, kNorm, kAdds>(task, decision);
 }
 
 } // namespace

@@ -38,7 +38,7 @@ struct TokenStep {
 /* A step is taken while the tensor cores have the other warpgroup's: without turns both would take theirs at the same
  * time, and the tensor cores wait. */
 template <typename T, typename Tile> __device__ __forceinline__ void
-multiply_late(float (&sum)[Tile::N / 2], const Ring<Tile> &ring, Slot &slot, const Product &p) {
+multiply_late(float (&sum)[Tile::N / 2], const WgmmaRing<Tile> &ring, Slot &slot, const WgmmaProduct &p) {
     const uint32_t lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), row = warp * 16 + lane % 16;
     const uint32_t in_stage = row * kRowBytes + (lane / 16 ^ row % 8) * 16;
     const int half = static_cast<int>(warp / 4);

@@ -26,16 +26,16 @@
 namespace {
 
 /* A tile: its first token, and its first output in a block of weights whose own first output is `first`. */
-struct Place {
+struct MmaPlace {
     int64_t token, output, outputs, first;
     int block;
 };
 
 template <typename Tile>
-__device__ __forceinline__ Place find_place(const mv_task &task, unsigned tile, unsigned columns) {
+__device__ __forceinline__ MmaPlace find_mma_place(const mv_task &task, unsigned tile, unsigned columns) {
     const unsigned rows = static_cast<unsigned>((task.tokens + Tile::M - 1) / Tile::M);
     const TileIndex index = index_tile(tile, rows, columns, 2048 / Tile::M);
-    Place place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.linear.outputs, 0, 0};
+    MmaPlace place = {int64_t{index.row} * Tile::M, int64_t{index.column} * Tile::N, task.linear.outputs, 0, 0};
     if (task.linear.packed || task.linear.gated) return place;
     for (; place.block < 3; place.block++) {
         place.outputs = task.linear.block[place.block].outputs;
@@ -47,7 +47,7 @@ __device__ __forceinline__ Place find_place(const mv_task &task, unsigned tile, 
 }
 
 /* The steps of a CTA's tiles, one after the other, on their way to the ring. */
-template <typename T, typename Tile, bool kInOut> struct Stream {
+template <typename T, typename Tile, bool kInOut> struct MmaStream {
     const mv_task &task;
     unsigned columns, tiles; /* of tiles; all of them */
     uint32_t ring;
@@ -62,7 +62,7 @@ template <typename T, typename Tile, bool kInOut> struct Stream {
     /* Behind the last tile come zeros. */
     __device__ __forceinline__ void begin() {
         const bool any = tile < tiles;
-        const Place place = find_place<Tile>(task, any ? tile : 0, columns);
+        const MmaPlace place = find_mma_place<Tile>(task, any ? tile : 0, columns);
         const mv_block &block = task.linear.block[place.block];
         const T *weight = static_cast<const T *>(block.weight);
         const int64_t outputs = place.outputs - place.output, hidden = any ? task.hidden : 0;
@@ -126,7 +126,7 @@ __device__ __forceinline__ Packet<T> load_addends(const T *from, int64_t left, b
 
 /* The bias joins the warp's sums, then the addend where there is one, and they become outputs. */
 template <typename T, typename Tile, bool kInOut, bool kAdds>
-__device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &task, const Place &place) {
+__device__ __forceinline__ void store_mma_outputs(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
     const mv_block &block = task.linear.block[place.block];
@@ -190,7 +190,7 @@ __device__ __forceinline__ void store_outputs(Sums<Tile> &sum, const mv_task &ta
  * that they make two neighbours. A loop that takes the first sums and moves the others up needs the code of the
  * activations once, and leaves the sums in registers. */
 template <typename T, typename Tile>
-__device__ __forceinline__ void store_gated(Sums<Tile> &sum, const mv_task &task, const Place &place) {
+__device__ __forceinline__ void store_mma_gated(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place) {
     constexpr int kColumns = Tile::warp_n / 8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
-    Stream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
+    MmaStream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
 
     /* Static weights do not depend on the kernel before, x does. Half of the ring's weights go ahead, no more: copies
      * arrive in order, and the first product should not wait for the last stage. The loops stay loops: code is loaded,
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     stream.begin();
     const int steps = stream.steps, early = min(kAhead / 2, steps);
     if (!task.static_weights) {
-        Stream<T, Tile, kInOut> ahead = stream;
+        MmaStream<T, Tile, kInOut> ahead = stream;
 #pragma unroll 1
         for (int step = 0; step < early; step++) {
             ahead.w.prefetch();
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
         }
         griddepcontrol_wait();
     }
-    Stream<T, Tile, kInOut> weights = stream;
+    MmaStream<T, Tile, kInOut> weights = stream;
 #pragma unroll 1
     for (int step = 0; step < early; step++) {
 #pragma unroll
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
     __syncthreads();
 
     uint32_t stage = stream.ring;
-    Sums<Tile> sum;
+    MmaSums<Tile> sum;
     Fragments<Tile, kInOut> fragments[2];
     fragments[0].load(stage, 0);
 #pragma unroll 1
@@ -300,14 +300,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
                 fragments[next % 2].load(stage, next);
                 stream.copy_x(next);
                 stream.copy_w(next);
-                multiply<T, Tile, kInOut>(sum, fragments[part % 2]);
+                multiply_mma<T, Tile, kInOut>(sum, fragments[part % 2]);
             }
         }
-        const Place place = find_place<Tile>(task, tile, columns);
+        const MmaPlace place = find_mma_place<Tile>(task, tile, columns);
         if (!kInOut && !kAdds && task.linear.gated)
-            store_gated<T, Tile>(sum, task, place);
+            store_mma_gated<T, Tile>(sum, task, place);
         else
-            store_outputs<T, Tile, kInOut, kAdds>(sum, task, place);
+            store_mma_outputs<T, Tile, kInOut, kAdds>(sum, task, place);
     }
 }
 
@@ -315,25 +315,25 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
 /* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. step_us: measured on an
  * H100, for 64 k of a tile; so many take their time one after the other, whether they share an SM or not. */
-struct Tile128x256 : Tile<128, 256, 2, 4, 4, 1> {
+struct Tile128x256 : MmaTile<128, 256, 2, 4, 4, 1> {
     static constexpr double step_us = 1.15;
 };
-struct Tile128x128 : Tile<128, 128, 2, 2, 3, 2> {
+struct Tile128x128 : MmaTile<128, 128, 2, 2, 3, 2> {
     static constexpr double step_us = 0.60;
 };
-struct Tile128x96 : Tile<128, 96, 2, 2, 4, 2> {
+struct Tile128x96 : MmaTile<128, 96, 2, 2, 4, 2> {
     static constexpr double step_us = 0.485;
 };
-struct Tile64x128 : Tile<64, 128, 2, 2, 4, 2> {
+struct Tile64x128 : MmaTile<64, 128, 2, 2, 4, 2> {
     static constexpr double step_us = 0.37;
 };
-struct Tile64x96 : Tile<64, 96, 2, 2, 3, 3> {
+struct Tile64x96 : MmaTile<64, 96, 2, 2, 3, 3> {
     static constexpr double step_us = 0.31;
 };
-struct Tile64x64 : Tile<64, 64, 2, 2, 3, 4> {
+struct Tile64x64 : MmaTile<64, 64, 2, 2, 3, 4> {
     static constexpr double step_us = 0.245;
 };
-struct Tile32x64 : Tile<32, 64, 2, 2, 8, 2> {
+struct Tile32x64 : MmaTile<32, 64, 2, 2, 8, 2> {
     static constexpr double step_us = 0.205;
 };
 
@@ -343,7 +343,7 @@ template <typename Tile> int64_t count_tiles(const mv_task *task) {
 
 /* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about
  * two more to begin and to end. One that is alone where several have room waits more (docs/speed/mma_sync.md). */
-template <typename Tile> double tile_cost(const mv_task *task) {
+template <typename Tile> double mma_tile_cost(const mv_task *task) {
     if (Tile::smem_bytes > task->smem_bytes) return 1e30;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStepK)) + 2.0 / Tile::ctas_per_sm;
     const int64_t share = ceil_div(count_tiles<Tile>(task), task->sm_count);
@@ -351,7 +351,7 @@ template <typename Tile> double tile_cost(const mv_task *task) {
 }
 
 template <typename T, typename Tile, bool kInOut, bool kAdds>
-mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error) {
+mv_status launch_mma_tile(const mv_task *task, const mv_decision *, mv_error *error) {
     const int64_t tiles = count_tiles<Tile>(task);
     if (tiles > INT32_MAX)
         return mv_fail(error, MV_BAD_VALUE, "%s: %lld tokens x %lld outputs are more than one launch can take",
@@ -364,8 +364,8 @@ mv_status launch_tile(const mv_task *task, const mv_decision *, mv_error *error)
 }
 
 template <typename T, bool kAdds, bool kInOut, typename... Tiles> mv_kernel *cheapest(const mv_task *task) {
-    mv_kernel *const launches[] = {launch_tile<T, Tiles, kInOut, kAdds>...};
-    const double costs[] = {tile_cost<Tiles>(task)...};
+    mv_kernel *const launches[] = {launch_mma_tile<T, Tiles, kInOut, kAdds>...};
+    const double costs[] = {mma_tile_cost<Tiles>(task)...};
     size_t best = 0;
     for (size_t i = 1; i < sizeof...(Tiles); i++)
         if (costs[i] < costs[best]) best = i;
@@ -373,7 +373,7 @@ template <typename T, bool kAdds, bool kInOut, typename... Tiles> mv_kernel *che
 }
 
 /* The last of each list fits every GPU. Fewer tiles for the rarer layout: each is code to compile, ship and load. */
-template <typename T, bool kAdds> mv_kernel *choose_tile(const mv_task *task) {
+template <typename T, bool kAdds> mv_kernel *choose_mma_tile(const mv_task *task) {
     if (task->linear.block[0].col_stride != 1)
         return cheapest<T, kAdds, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task);
     return cheapest<T, kAdds, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64, Tile32x64>(
@@ -381,7 +381,7 @@ template <typename T, bool kAdds> mv_kernel *choose_tile(const mv_task *task) {
 }
 
 template <typename T> mv_kernel *choose_end(const mv_task *task) {
-    return task->linear.addend.data ? choose_tile<T, true>(task) : choose_tile<T, false>(task);
+    return task->linear.addend.data ? choose_mma_tile<T, true>(task) : choose_mma_tile<T, false>(task);
 }
 
 /* ---- what these kernels can take ------------------------------------------------------------------------------- */

@@ -16,7 +16,7 @@ constexpr int kParts = kStepK / 16; /* a step is multiplied, and another one cop
 
 /* m x n of the tile, how many warps share it, the depth of the ring, and CTAs that the registers must leave room
  * for. */
-template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct Tile {
+template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, int kRing, int kCtas> struct MmaTile {
     static constexpr int M = kTileM, N = kTileN, stages = kRing, ctas_per_sm = kCtas;
     static constexpr int warps_n = kWarpsN, threads = 32 * kWarpsM * kWarpsN;
     static constexpr int warp_m = M / kWarpsM, warp_n = N / kWarpsN;
@@ -125,10 +125,10 @@ template <typename Tile, bool kInOut> struct Fragments {
     }
 };
 
-template <typename Tile> using Sums = float[Tile::warp_m / 16][Tile::warp_n / 8][4];
+template <typename Tile> using MmaSums = float[Tile::warp_m / 16][Tile::warp_n / 8][4];
 
 template <typename T, typename Tile, bool kInOut>
-__device__ __forceinline__ void multiply(Sums<Tile> &sum, const Fragments<Tile, kInOut> &f) {
+__device__ __forceinline__ void multiply_mma(MmaSums<Tile> &sum, const Fragments<Tile, kInOut> &f) {
 #pragma unroll
     for (int j = 0; j < Tile::warp_n / 8; j++)
 #pragma unroll

@@ -15,7 +15,7 @@ __device__ __forceinline__ int swapped(int row, int chunk) { return chunk ^ (row
 
 /* How a warp multiplies a piece by kTokens tokens. 16-bit values: by the tensor cores, the piece being the wide
  * operand. A lane's sums: of every tile of 8 tokens, four; their rows and tokens are those of mma_m16n8k16. */
-template <typename T, int kTokens> struct Product {
+template <typename T, int kTokens> struct PieceProduct {
     static constexpr int kTiles = kTokens / 8;
     static constexpr int kChains = kTiles == 1 ? 2 : 1; /* sums that do not wait for each other */
     struct Sums {
@@ -24,7 +24,7 @@ template <typename T, int kTokens> struct Product {
 
     /* A lane's token in each tile; one that does not exist is a column that nobody stores. */
     const char *row[kTiles][2]; /* of each half of 128 bytes */
-    __device__ __forceinline__ Product(const char *y, int tokens, int hidden) {
+    __device__ __forceinline__ PieceProduct(const char *y, int tokens, int hidden) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
@@ -99,13 +99,13 @@ template <typename T, int kTokens> struct Product {
 
 /* float32: by the CUDA cores. A lane has four rows of a piece, lane / 8 and every fourth further, and of those and the
  * tokens the four columns of chunk lane % 8. */
-template <int kTokens> struct Product<float, kTokens> {
+template <int kTokens> struct PieceProduct<float, kTokens> {
     struct Sums {
         float v[4][kTokens] = {};
     };
 
     const char *row[kTokens]; /* a token that does not exist is a column that nobody stores */
-    __device__ __forceinline__ Product(const char *y, int tokens, int hidden) {
+    __device__ __forceinline__ PieceProduct(const char *y, int tokens, int hidden) {
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
             const int token = t < tokens ? t : 0;

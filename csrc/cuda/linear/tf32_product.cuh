@@ -11,16 +11,14 @@
 #include "cuda/linear/tf32_tiles.cuh"
 #include "cuda/linear/token_tile.cuh"
 
-using namespace tf32;
-
 namespace {
 
-constexpr int kRowBytes = 4 * kStep;
+constexpr int kRowBytes = 4 * kTf32Step;
 /* The ring leaves shared memory to the blocks of the next call's norm. */
 constexpr int kRingBytes = 220 << 10, kMaxStages = 12, kBarrierBytes = 16 * kMaxStages + 16;
 
 /* kOnce: of products of the high parts alone, whose error is that of TF32. */
-template <int kTokens, bool kOnce> struct Tile {
+template <int kTokens, bool kOnce> struct Tf32Tile {
     static constexpr int tokens = kTokens;
     static constexpr bool once = kOnce;
     static constexpr int outputs = tile_outputs(once), blocks = outputs / 128; /* of 64 outputs, of a warpgroup */
@@ -41,14 +39,15 @@ template <int kTokens, bool kOnce> struct Tile {
     }
 };
 
-template <typename T> using Sums = float[T::sums];
+template <typename T> using Tf32Sums = float[T::sums];
 
 /* Those of a block. */
-template <typename T> __device__ __forceinline__ auto block_of(Sums<T> &sums, int block) -> float (&)[T::block_sums] {
+template <typename T> __device__ __forceinline__ auto block_of(Tf32Sums<T> &sums, int block)
+    -> float (&)[T::block_sums] {
     return reinterpret_cast<float(&)[T::block_sums]>(sums[block * T::block_sums]);
 }
 
-struct Product {
+struct Tf32Product {
     CUtensorMap y, weight[3]; /* y: the plane of high parts, then the one of low parts, where there is one */
     mv_task task;
     int64_t low_plane;             /* elements from a high part to its low one, or 0 */
@@ -67,19 +66,19 @@ struct Work {
 };
 
 /* The split tiles' steps, counted through: the first of a CTA, and the CTA that has one. */
-__device__ __forceinline__ unsigned first_step(const Product &p, unsigned cta) {
+__device__ __forceinline__ unsigned first_step(const Tf32Product &p, unsigned cta) {
     return p.split_tiles * p.steps * cta / p.sharers;
 }
-__device__ __forceinline__ unsigned cta_of(const Product &p, unsigned step) {
+__device__ __forceinline__ unsigned cta_of(const Tf32Product &p, unsigned step) {
     return ((step + 1) * p.sharers - 1) / (p.split_tiles * p.steps);
 }
 
 /* What a CTA does: a tile of each wave, then its share of the others. */
 struct Works {
-    const Product &p;
+    const Tf32Product &p;
     unsigned tile, at, end;
 
-    __device__ __forceinline__ explicit Works(const Product &p) : p(p), tile(blockIdx.x), at(0), end(0) {
+    __device__ __forceinline__ explicit Works(const Tf32Product &p) : p(p), tile(blockIdx.x), at(0), end(0) {
         if (blockIdx.x >= p.sharers) return;
         at = first_step(p, blockIdx.x);
         end = first_step(p, blockIdx.x + 1);
@@ -101,7 +100,7 @@ struct Works {
 };
 
 /* Where a tile lies: its first token, and its first output: of one block of the task, and of all. */
-struct Place {
+struct Tf32Place {
     int64_t token;
     int block;
     int64_t row, output;
@@ -111,9 +110,9 @@ __device__ __forceinline__ int64_t outputs_of(const mv_task &task, int block) {
     return task.linear.packed ? task.linear.outputs : task.linear.block[block].outputs;
 }
 
-template <typename T> __device__ __forceinline__ Place find_place(const Product &p, unsigned tile) {
+template <typename T> __device__ __forceinline__ Tf32Place find_tf32_place(const Tf32Product &p, unsigned tile) {
     const TileIndex index = index_tile<true>(tile, p.rows, p.columns, p.group);
-    Place place = {int64_t{index.row} * T::tokens, 0, int64_t{index.column} * T::outputs, 0};
+    Tf32Place place = {int64_t{index.row} * T::tokens, 0, int64_t{index.column} * T::outputs, 0};
     for (;; place.block++) {
         const int64_t outputs = outputs_of(p.task, place.block), tiles = (outputs + T::outputs - 1) / T::outputs;
         if (place.row < tiles * T::outputs) break;
@@ -125,10 +124,10 @@ template <typename T> __device__ __forceinline__ Place find_place(const Product 
 }
 
 /* The ring, and the barriers of its stages: all copies have come, all have been read. */
-template <typename T> struct Ring {
+template <typename T> struct Tf32Ring {
     static constexpr int kBytes = T::ring_bytes, kStages = T::stages;
     uint32_t at, full, empty;
-    __device__ __forceinline__ explicit Ring(uint32_t shared)
+    __device__ __forceinline__ explicit Tf32Ring(uint32_t shared)
         : at(shared), full(shared + kBytes), empty(full + 8 * kStages) {}
     __device__ __forceinline__ uint32_t stage(int slot) const { return at + slot * T::stage_bytes; }
     __device__ __forceinline__ uint32_t y(int slot) const { return stage(slot) + T::weight_bytes; }
@@ -146,14 +145,14 @@ template <typename T> struct Ring {
 
 /* By one thread: brings all steps of the CTA's works. The first weights come, or L2 is asked for them, before
  * the wait for y. */
-template <typename T> __device__ __forceinline__ void produce(const Product &p, const Ring<T> &ring) {
-    const auto load_weights = [&](const Place &place, int slot, unsigned step) {
+template <typename T> __device__ __forceinline__ void produce(const Tf32Product &p, const Tf32Ring<T> &ring) {
+    const auto load_weights = [&](const Tf32Place &place, int slot, unsigned step) {
         mbarrier_arrive_expect(ring.full + 8 * slot, T::stage_bytes);
-        load_box(ring.stage(slot), &p.weight[place.block], static_cast<int>(step) * kStep, static_cast<int>(place.row),
-                 ring.full + 8 * slot);
+        load_box(ring.stage(slot), &p.weight[place.block], static_cast<int>(step) * kTf32Step,
+                 static_cast<int>(place.row), ring.full + 8 * slot);
     };
-    const auto load_y = [&](const Place &place, int slot, unsigned step) {
-        const int column = static_cast<int>(step) * kStep, row = static_cast<int>(place.token);
+    const auto load_y = [&](const Tf32Place &place, int slot, unsigned step) {
+        const int column = static_cast<int>(step) * kTf32Step, row = static_cast<int>(place.token);
         const uint32_t to = ring.y(slot), barrier = ring.full + 8 * slot;
         load_box(to, &p.y, column, row, barrier);
         if constexpr (!T::once) load_box(to + T::plane_bytes, &p.y, column, row + p.low_row, barrier);
@@ -162,14 +161,14 @@ template <typename T> __device__ __forceinline__ void produce(const Product &p, 
     Works works(p);
     bool first = true;
     for (Work work; works.next(work);) {
-        const Place place = find_place<T>(p, work.tile);
+        const Tf32Place place = find_tf32_place<T>(p, work.tile);
         if (first) {
             const unsigned ahead = min(work.to - work.from, static_cast<unsigned>(T::stages));
             for (unsigned i = 0; i < ahead; i++) {
                 if (p.task.static_weights)
                     load_weights(place, static_cast<int>(i), work.from + i);
                 else
-                    prefetch_box(&p.weight[place.block], static_cast<int>(work.from + i) * kStep,
+                    prefetch_box(&p.weight[place.block], static_cast<int>(work.from + i) * kTf32Step,
                                  static_cast<int>(place.row));
             }
             griddepcontrol_wait();
@@ -191,14 +190,14 @@ template <typename T> __device__ __forceinline__ void produce(const Product &p, 
 /* A lane's weights of a step, and the operands of the products that come of them: rows l / 4 and l / 4 + 8 of its warp,
  * columns l % 4 and l % 4 + 4 of each 8 k. */
 struct WeightStep {
-    float value[kStep / 8][4];
-    uint32_t high[kStep / 8][4], low[kStep / 8][4];
+    float value[kTf32Step / 8][4];
+    uint32_t high[kTf32Step / 8][4], low[kTf32Step / 8][4];
 
     /* own: this lane's upper row in the stage. */
     __device__ __forceinline__ void load(const char *own) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int k = 0; k < kStep / 8; k++)
+        for (int k = 0; k < kTf32Step / 8; k++)
 #pragma unroll
             for (int i = 0; i < 4; i++) /* 16-byte pieces are swizzled with the row */
                 value[k][i] = *reinterpret_cast<const float *>(own + i % 2 * 8 * kRowBytes +
@@ -206,7 +205,7 @@ struct WeightStep {
     }
     __device__ __forceinline__ void split() {
 #pragma unroll
-        for (int k = 0; k < kStep / 8; k++)
+        for (int k = 0; k < kTf32Step / 8; k++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 high[k][i] = round_tf32(value[k][i]);
@@ -216,8 +215,8 @@ struct WeightStep {
 };
 
 /* Adds so many steps to the totals of the warpgroup. */
-template <typename T> __device__ __forceinline__ void multiply(Sums<T> &total, const char *smem, const Ring<T> &ring,
-                                                               Slot &slot, unsigned steps) {
+template <typename T> __device__ __forceinline__ void
+multiply_tf32(Tf32Sums<T> &total, const char *smem, const Tf32Ring<T> &ring, Slot &slot, unsigned steps) {
     static_assert(!T::once && T::blocks == 1);
     const int half = static_cast<int>(uniform(threadIdx.x / 128)), lane = threadIdx.x % 32;
     const char *const own = smem + T::first_row(0) * kRowBytes;
@@ -233,16 +232,16 @@ template <typename T> __device__ __forceinline__ void multiply(Sums<T> &total, c
         const int used = slot.index;
         const uint64_t high = operand_descriptor(ring.y(used));
         const uint64_t low = advance_descriptor(high, T::plane_bytes);
-        Sums<T> sum;
+        Tf32Sums<T> sum;
         await_turn(half);
         wgmma_begin();
 #pragma unroll
-        for (int k = 0; k < kStep / 8; k++) {
+        for (int k = 0; k < kTf32Step / 8; k++) {
             wgmma_tf32<T::tokens>(sum, w.low[k], advance_descriptor(high, k * 32), k > 0);
             wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(low, k * 32), true);
         }
 #pragma unroll
-        for (int k = 0; k < kStep / 8; k++)
+        for (int k = 0; k < kTf32Step / 8; k++)
             wgmma_tf32<T::tokens>(sum, w.high[k], advance_descriptor(high, k * 32), true);
         wgmma_commit();
         give_turn(half);
@@ -258,8 +257,8 @@ template <typename T> __device__ __forceinline__ void multiply(Sums<T> &total, c
 }
 
 /* The same of the high parts alone. A step's weights come from shared memory while the step before is multiplied. */
-template <typename T> __device__ __forceinline__ void multiply_once(Sums<T> &total, const char *smem,
-                                                                    const Ring<T> &ring, Slot &slot, unsigned steps) {
+template <typename T> __device__ __forceinline__ void
+multiply_once(Tf32Sums<T> &total, const char *smem, const Tf32Ring<T> &ring, Slot &slot, unsigned steps) {
     const int lane = threadIdx.x % 32;
     const char *const own = smem + T::first_row(0) * kRowBytes;
     const auto take = [&](WeightStep(&w)[T::blocks]) {
@@ -278,7 +277,7 @@ template <typename T> __device__ __forceinline__ void multiply_once(Sums<T> &tot
         const uint64_t y = operand_descriptor(ring.y(slot.index));
         wgmma_begin();
 #pragma unroll
-        for (int k = 0; k < kStep / 8; k++)
+        for (int k = 0; k < kTf32Step / 8; k++)
 #pragma unroll
             for (int b = 0; b < T::blocks; b++)
                 wgmma_tf32<T::tokens>(block_of<T>(total, b), w[b].high[k], advance_descriptor(y, k * 32), true);

@@ -4,16 +4,14 @@
 
 #include "cuda/linear/token_tile.cuh"
 
-namespace tf32 {
-
-constexpr int kStep = 32;       /* along hidden */
+constexpr int kTf32Step = 32;   /* along hidden */
 constexpr int kFewestSteps = 4; /* of a CTA, where tiles are split */
 
 /* Of a tile: where its products are single ones of TF32, no totals need registers. */
 constexpr int tile_outputs(bool once) { return once ? 256 : 128; }
 
 /* How the tokens and outputs of a task are cut. */
-struct TileChoice {
+struct Tf32TileChoice {
     int tokens, outputs; /* of a tile */
     int64_t whole_tiles, split_tiles, sharers;
     double us; /* on an H100 */
@@ -21,11 +19,11 @@ struct TileChoice {
 
 /* In tiles of so many tokens: as many waves of whole tiles as there are; the others are split among so many CTAs that
  * each has the same part of a tile, or among all. */
-static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
+static inline Tf32TileChoice cut_tiles(const mv_task *task, int tokens) {
     const int outputs = tile_outputs(task->linear.allow_tf32);
     const int64_t rows = ceil_div(task->tokens, tokens), tiles = rows * block_columns(task, outputs);
     const int64_t sms = task->sm_count;
-    const int64_t steps = ceil_div(task->hidden, kStep), split = tiles % sms;
+    const int64_t steps = ceil_div(task->hidden, kTf32Step), split = tiles % sms;
     /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums
      * (docs/speed/float32.md). */
     const double step_us = task->linear.allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
@@ -36,7 +34,7 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
         return us > least ? us : least;
     };
     const int64_t whole = tiles / sms * steps;
-    TileChoice best = {tokens, outputs, tiles - split, split, 0, products_us(whole)};
+    Tf32TileChoice best = {tokens, outputs, tiles - split, split, 0, products_us(whole)};
     const auto consider = [&](int64_t sharers, double parts, int64_t readings = 1) {
         const double us =
             products_us(whole + ceil_div(split * steps, sharers), readings) + (parts > 1 ? parts : 0) * part_us;
@@ -57,14 +55,12 @@ static inline TileChoice cut_tiles(const mv_task *task, int tokens) {
 }
 
 /* The height that takes least; a tile higher than all tokens together is none. */
-static inline TileChoice choose_tile(const mv_task *task) {
-    TileChoice best = {};
+static inline Tf32TileChoice choose_tf32_tile(const mv_task *task) {
+    Tf32TileChoice best = {};
     for (const int tokens : {8, 16, 32, 64, 96, 128}) {
-        const TileChoice choice = cut_tiles(task, tokens);
+        const Tf32TileChoice choice = cut_tiles(task, tokens);
         if (best.tokens == 0 || choice.us < best.us) best = choice;
         if (tokens >= task->tokens) break;
     }
     return best;
 }
-
-} // namespace tf32

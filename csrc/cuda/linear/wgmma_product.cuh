@@ -50,18 +50,19 @@ constexpr int boxes_at_once_of(int boxes, int most, int other_bytes, int stage_b
 /* kInOut: of an in_out weight. kLate: of x that is not normalised yet; a row of norm weights comes with each stage
  * (late_product.cuh). kAdds..: an addend joins the outputs. kGated: the first half of a tile's outputs are the gate's,
  * the second half those of up for the same columns of out, so that a thread has both sums of a pair. */
-enum class Form { kPlain, kInOut, kLate, kAdds, kAddsInOut, kGated };
+enum class WgmmaForm { kPlain, kInOut, kLate, kAdds, kAddsInOut, kGated };
 
 /* M tokens x N outputs, and what shared memory holds: boxes of outputs on their way out (a part of each warpgroup's),
  * biases, barriers, then the ring. Of 64 tokens both warpgroups multiply all, every second step each, because waiting
  * for a step takes longer than multiplying it; then each stores half of the outputs, and instead of boxes there are the
  * sums that the other one gives it. */
-template <Sharing kSharing, int kOutputs, Form kForm> struct Tile {
+template <Sharing kSharing, int kOutputs, WgmmaForm kForm> struct WgmmaTile {
     static constexpr bool shared_tokens = kSharing == Sharing::kTokens, shared_steps = kSharing == Sharing::kSteps,
                           whole = kSharing == Sharing::kTiles;
-    static constexpr bool adds = kForm == Form::kAdds || kForm == Form::kAddsInOut;
-    static constexpr bool in_out = kForm == Form::kInOut || kForm == Form::kAddsInOut, late = kForm == Form::kLate;
-    static constexpr bool gated = kForm == Form::kGated;
+    static constexpr bool adds = kForm == WgmmaForm::kAdds || kForm == WgmmaForm::kAddsInOut;
+    static constexpr bool in_out = kForm == WgmmaForm::kInOut || kForm == WgmmaForm::kAddsInOut,
+                          late = kForm == WgmmaForm::kLate;
+    static constexpr bool gated = kForm == WgmmaForm::kGated;
     static constexpr bool spare_warps = has_spare_warps(kSharing, kOutputs) && !late && !adds; /* an addend: no norm */
     static constexpr int M = tile_tokens(kSharing), N = kOutputs;
     static constexpr int own_parts = whole ? M / 64 : 1;         /* 64 tokens each, that a warpgroup multiplies */
@@ -105,7 +106,7 @@ struct Segment {
     mv_dtype bias_dtype;
 };
 
-struct Product {
+struct WgmmaProduct {
     CUtensorMap x, norm_weight;                   /* the latter where the row factor joins late */
     CUtensorMap weight[3], box[3], narrow_box[3]; /* of each segment; of its outputs */
     Segment segment[3];
@@ -131,30 +132,31 @@ struct Product {
  * that reach past the end of a matrix are slow, and what two tiles both have is the same. So do the last ones of a
  * column where the norm joins late, of the caller's x: y has padded_tokens. But an output that an addend joins is one
  * tile's: out may be where the addends are. */
-struct Place {
+struct WgmmaPlace {
     int token, segment, output;
 };
 
-template <typename Tile> __device__ __forceinline__ Place find_place(const Product &p, unsigned item, unsigned rank) {
+template <typename Tile>
+__device__ __forceinline__ WgmmaPlace find_wgmma_place(const WgmmaProduct &p, unsigned item, unsigned rank) {
     const TileIndex index = index_tile<true>(item, p.rows, p.columns, p.group);
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
     const int first = static_cast<int>(tile * Tile::columns);
-    Place place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
-                   Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::columns))};
+    WgmmaPlace place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
+                        Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::columns))};
     if (Tile::late) place.token = max(0, min(place.token, static_cast<int>(p.tokens) - Tile::M));
     return place;
 }
 
 /* The ring. The stages of a tile of 64 tokens have as many rows of x as there are tokens: products read past those, and
  * what comes of that is not stored. */
-template <typename Tile> struct Ring {
+template <typename Tile> struct WgmmaRing {
     uint32_t at, full, empty; /* the first stage, its barriers */
     uint32_t norm_weights;
     int x_bytes, stage_bytes, stages;
 
-    __device__ __forceinline__ Ring(const Product &p, uint32_t shared)
+    __device__ __forceinline__ WgmmaRing(const WgmmaProduct &p, uint32_t shared)
         : at(shared + Tile::ring_at), full(shared + Tile::barriers_at), norm_weights(shared + Tile::norm_weights_at),
           x_bytes(Tile::x_bytes), stage_bytes(Tile::stage_bytes), stages(Tile::stages) {
         if constexpr (Tile::shared_steps) {
@@ -178,15 +180,17 @@ template <typename Tile> struct Ring {
 
 /* Stages whose barriers the producer initialises itself: one takes some 50 cycles, and the first weights shall not wait
  * for those of many stages. In a cluster, all copies wait until both CTAs are ready. */
-__device__ __forceinline__ int own_stages(const Product &p, int stages) { return p.cluster > 1 ? 0 : min(4, stages); }
+__device__ __forceinline__ int own_stages(const WgmmaProduct &p, int stages) {
+    return p.cluster > 1 ? 0 : min(4, stages);
+}
 
 /* ---- the producer ---------------------------------------------------------------------------------------------- */
 
 /* Brings what a tile needs, step by step, to the ring. kShared: the weights come in halves, one from each CTA; of a
  * gated layer the gate's from the first, and those of up from the second. */
 template <typename Tile, bool kShared> struct Producer {
-    const Product &p;
-    Ring<Tile> ring;
+    const WgmmaProduct &p;
+    WgmmaRing<Tile> ring;
     unsigned rank;
 
     /* That copies bring for a step. */
@@ -194,11 +198,11 @@ template <typename Tile, bool kShared> struct Producer {
         return p.high * kRowBytes + Tile::w_bytes + (Tile::late ? kRowBytes : 0);
     }
 
-    __device__ __forceinline__ void load_x(const Place &place, int slot, int step) const {
+    __device__ __forceinline__ void load_x(const WgmmaPlace &place, int slot, int step) const {
         load_box(ring.at + slot * ring.stage_bytes, &p.x, step * kStep, place.token, ring.full + 8 * slot);
     }
 
-    __device__ __forceinline__ void load_w(const CUtensorMap *map, const Place &place, int slot, int step) const {
+    __device__ __forceinline__ void load_w(const CUtensorMap *map, const WgmmaPlace &place, int slot, int step) const {
         const uint32_t to = ring.at + slot * ring.stage_bytes + ring.x_bytes, barrier = ring.full + 8 * slot;
         if constexpr (Tile::late)
             load_box(ring.norm_weights + slot * kRowBytes, &p.norm_weight, step * kStep, 0, barrier);
@@ -229,7 +233,7 @@ template <typename Tile, bool kShared> struct Producer {
     }
 
     /* The rows of a tile are there; ordinary stores have written them, and copies read them. */
-    __device__ __forceinline__ void await(const Place &place) const {
+    __device__ __forceinline__ void await(const WgmmaPlace &place) const {
         await_rows(p.counters, place.token / kBlockRows * kBlockRows, static_cast<int>(p.tokens));
         fence_async_global();
     }
@@ -240,13 +244,13 @@ template <typename Tile, bool kShared> struct Producer {
         return min(p.static_weights ? min(ring.stages, p.early) : ring.stages, p.steps);
     }
 
-    __device__ __forceinline__ void load_early(const Place &place, int slot) const {
+    __device__ __forceinline__ void load_early(const WgmmaPlace &place, int slot) const {
         mbarrier_arrive_expect(ring.full + 8 * slot, bytes());
         load_w(&p.weight[place.segment], place, slot, slot);
     }
 
     /* The same weights, only to L2: what may still be written is not read. */
-    __device__ __forceinline__ void prefetch_early(const Place &place, int step) const {
+    __device__ __forceinline__ void prefetch_early(const WgmmaPlace &place, int step) const {
         constexpr int kRows = Tile::in_out ? kStep : Tile::N, kOwn = kShared ? kRows / kCluster : kRows;
         const CUtensorMap *const map = &p.weight[place.segment];
         const int own = kShared ? static_cast<int>(rank) * kOwn : 0;
@@ -262,12 +266,12 @@ template <typename Tile, bool kShared> struct Producer {
     }
 
     /* What comes before the wait for the kernel in front. */
-    __device__ __forceinline__ void ask_early(const Place &place, int slot) const {
+    __device__ __forceinline__ void ask_early(const WgmmaPlace &place, int slot) const {
         p.static_weights ? load_early(place, slot) : prefetch_early(place, slot);
     }
 
     /* The first stages: their weights are on their way while others still initialise barriers. */
-    __device__ __forceinline__ void start(const Place &place, int stages) const {
+    __device__ __forceinline__ void start(const WgmmaPlace &place, int stages) const {
 #pragma unroll 1
         for (int slot = 0; slot < stages; slot++) {
             ring.init_barriers(slot, slot + 1, 1, 1);
@@ -275,7 +279,8 @@ template <typename Tile, bool kShared> struct Producer {
         }
     }
 
-    __device__ __forceinline__ void run(Place place, int started, unsigned item, unsigned items, unsigned apart) const {
+    __device__ __forceinline__ void run(WgmmaPlace place, int started, unsigned item, unsigned items,
+                                        unsigned apart) const {
         const CUtensorMap *weight = &p.weight[place.segment];
 #pragma unroll 1
         for (int slot = started; slot < ahead(); slot++) ask_early(place, slot);
@@ -297,7 +302,7 @@ template <typename Tile, bool kShared> struct Producer {
             }
             item += apart;
             if (item >= items) break;
-            place = find_place<Tile>(p, item, rank);
+            place = find_wgmma_place<Tile>(p, item, rank);
             weight = &p.weight[place.segment];
             step = 0;
             await(place);
@@ -321,8 +326,8 @@ __device__ __forceinline__ void release(uint32_t empty, int slot, unsigned ctas)
  * 25 ns more of it were 0.4 us of a short row (docs/speed/many_tokens.md). So all of it is in uniform registers, and no
  * more than must be. another: the other warpgroup has a tile after this one. */
 template <typename T, typename Tile>
-__device__ __forceinline__ void multiply(float (&sum)[Tile::own_parts][Tile::N / 2], const Ring<Tile> &ring, Slot &slot,
-                                         int steps, unsigned ctas, bool another) {
+__device__ __forceinline__ void multiply_wgmma(float (&sum)[Tile::own_parts][Tile::N / 2], const WgmmaRing<Tile> &ring,
+                                               Slot &slot, int steps, unsigned ctas, bool another) {
     constexpr bool kInOut = Tile::in_out;
     const uint32_t half = uniform(threadIdx.x / 128);
     const uint32_t own_x = Tile::shared_tokens ? half * (Tile::x_bytes / 2) : 0;

@@ -19,26 +19,26 @@ namespace {
 /* Registers: what a quarter of the SM has for 3 of the 9 or 12 warps. Of 12, which multiply whole tiles, the consumers
  * get those of the others. */
 template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThreads, 1)
-    rms_norm_qkv_wgmma_kernel(const __grid_constant__ Product p) {
+    rms_norm_qkv_wgmma_kernel(const __grid_constant__ WgmmaProduct p) {
     extern __shared__ __align__(1024) char smem[];
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
     const unsigned items = p.rows * p.columns, first = blockIdx.x / p.cluster, apart = gridDim.x / p.cluster;
     const bool consumes = warp < kConsumers / 32, produces = warp == kConsumers / 32;
-    Place first_place = {};
-    const Ring<Tile> new_ring(p, uniform(shared_address(smem)));
+    WgmmaPlace first_place = {};
+    const WgmmaRing<Tile> new_ring(p, uniform(shared_address(smem)));
     const int own = own_stages(p, new_ring.stages);
     if (consumes) {
         if (elect_lane()) new_ring.init_barriers(own + warp, new_ring.stages, kConsumers / 32, p.cluster);
     } else if (produces) {
-        first_place = find_place<Tile>(p, first, rank);
+        first_place = find_wgmma_place<Tile>(p, first, rank);
         if (elect_lane()) Producer<Tile, false>{p, new_ring, rank}.start(first_place, own);
     }
     __syncwarp();
     p.cluster > 1 ? cluster_barrier() : __syncthreads(); /* all barriers are initialised */
 
     /* Once more, since uniform registers do not outlive branches that lanes take apart. */
-    const Ring<Tile> ring(p, uniform(shared_address(smem)));
+    const WgmmaRing<Tile> ring(p, uniform(shared_address(smem)));
     if (Tile::spare_warps || Tile::trades_registers ? !consumes : produces) {
         if constexpr (Tile::trades_registers) fewer_registers<Tile::other_registers>();
         if (!produces) {
@@ -62,7 +62,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
         if (Tile::whole) slot.skip(ring.stages, turn * p.steps);
         if (Tile::late && half == 1) give_turn(1); /* the first step is the first warpgroup's */
         for (unsigned item = first + turn * apart; item < items; item += Tile::tile_turns * apart) {
-            Place place = find_place<Tile>(p, item, rank);
+            WgmmaPlace place = find_wgmma_place<Tile>(p, item, rank);
             if (Tile::shared_tokens) place.token += half * 64;
             if (Tile::shared_steps) place.output += half * Tile::own_columns;
             const Segment &segment = p.segment[place.segment];
@@ -77,7 +77,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 if constexpr (Tile::late)
                     multiply_late<T, Tile>(sum[0], ring, slot, p);
                 else
-                    multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
+                    multiply_wgmma<T, Tile>(sum, ring, slot, p.steps, p.cluster, Tile::whole && item + apart < items);
                 if (Tile::whole) slot.skip(ring.stages, p.steps);
 #pragma unroll
                 for (int part = 0; part < Tile::own_parts; part++, place.token += 64) {
@@ -90,7 +90,7 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
             } else {
                 const float own_bias = thread < Tile::own_outputs ? bias_of(thread) : 0.0f;
                 const PairRows<T> rows(p, p.out, place);
-                multiply<T, Tile>(sum, ring, slot, p.steps, p.cluster, false);
+                multiply_wgmma<T, Tile>(sum, ring, slot, p.steps, p.cluster, false);
                 warps_barrier(kExchangeBarrier, kConsumers); /* all have stored the tile before */
                 if (thread < Tile::own_outputs) bias[thread] = own_bias;
                 float own[Tile::own_outputs / 2];
@@ -130,7 +130,7 @@ template <typename Tile> int few_stages(int high, int steps) {
 
 /* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All for
  * very few tokens of a long hidden, and of weights so small that they are there at once; few of narrow tiles. */
-template <typename Tile> int early_steps(const Product &p) {
+template <typename Tile> int early_steps(const WgmmaProduct &p) {
     constexpr int kFew = (Tile::N < 64 ? 2 * Tile::N - 32 : 96) << 10, kMany = 44 << 10;
     constexpr int kEarlyBytes = Tile::shared_steps ? kFew : kMany, kLeast = 3, kLongSteps = 48, kSmallBytes = 2 << 20;
     const bool all = Tile::shared_steps ? p.tokens <= kVeryFew && p.steps >= kLongSteps
@@ -139,9 +139,9 @@ template <typename Tile> int early_steps(const Product &p) {
 }
 
 template <typename T, typename Tile>
-mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+mv_status launch_wgmma_tile(const mv_task *task, const WgmmaTileChoice &choice, const Rest &rest, mv_error *error) {
     constexpr bool kInOut = Tile::in_out;
-    Product p = {};
+    WgmmaProduct p = {};
     p.out = task->out;
     p.inner = task->inner;
     p.tokens = task->tokens;
@@ -228,54 +228,56 @@ mv_status launch_tile(const mv_task *task, const TileChoice &choice, const Rest 
     return launch<rms_norm_qkv_wgmma_kernel<T, Tile>>(task, grid, error, p);
 }
 
-template <typename T, Sharing kSharing, Form kForm, int... kOutputs>
-mv_status launch_one_of(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+template <typename T, Sharing kSharing, WgmmaForm kForm, int... kOutputs>
+mv_status launch_wgmma_one_of(const mv_task *task, const WgmmaTileChoice &choice, const Rest &rest, mv_error *error) {
     mv_status status = MV_OK;
     const auto launch = [&](int outputs,
-                            mv_status (*tile)(const mv_task *, const TileChoice &, const Rest &, mv_error *)) {
+                            mv_status (*tile)(const mv_task *, const WgmmaTileChoice &, const Rest &, mv_error *)) {
         if (outputs == choice.outputs) status = tile(task, choice, rest, error);
     };
-    (launch(kOutputs, launch_tile<T, Tile<kSharing, kOutputs, kForm>>), ...);
+    (launch(kOutputs, launch_wgmma_tile<T, WgmmaTile<kSharing, kOutputs, kForm>>), ...);
     return status;
 }
 
-/* Every tile that choose_tile may choose; kTurned: the form for in_out weights. */
-template <typename T, Form kPlain, Form kTurned>
-mv_status launch_choice(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+/* Every tile that choose_wgmma_tile may choose; kTurned: the form for in_out weights. */
+template <typename T, WgmmaForm kPlain, WgmmaForm kTurned>
+mv_status launch_choice(const mv_task *task, const WgmmaTileChoice &choice, const Rest &rest, mv_error *error) {
     constexpr Sharing kTokens = Sharing::kTokens;
     if (task->linear.block[0].col_stride != 1)
-        return launch_one_of<T, kTokens, kTurned, 128, 256>(task, choice, rest, error);
+        return launch_wgmma_one_of<T, kTokens, kTurned, 128, 256>(task, choice, rest, error);
     switch (choice.sharing) {
     case Sharing::kTiles:
-        return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, kPlain>>(task, choice, rest, error);
+        return launch_wgmma_tile<T, WgmmaTile<Sharing::kTiles, kWholeOutputs, kPlain>>(task, choice, rest, error);
     case Sharing::kSteps:
-        return launch_one_of<T, Sharing::kSteps, kPlain, 32, 48, 64, 80, 96>(task, choice, rest, error);
+        return launch_wgmma_one_of<T, Sharing::kSteps, kPlain, 32, 48, 64, 80, 96>(task, choice, rest, error);
     default:
-        return launch_one_of<T, kTokens, kPlain, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
+        return launch_wgmma_one_of<T, kTokens, kPlain, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
             task, choice, rest, error);
     }
 }
 
 /* The same of a gated layer. */
 template <typename T>
-mv_status launch_gated(const mv_task *task, const TileChoice &choice, const Rest &rest, mv_error *error) {
+mv_status launch_gated(const mv_task *task, const WgmmaTileChoice &choice, const Rest &rest, mv_error *error) {
     switch (choice.sharing) {
     case Sharing::kTiles:
-        return launch_tile<T, Tile<Sharing::kTiles, kWholeOutputs, Form::kGated>>(task, choice, rest, error);
-    case Sharing::kSteps: return launch_one_of<T, Sharing::kSteps, Form::kGated, 32, 64, 96>(task, choice, rest, error);
+        return launch_wgmma_tile<T, WgmmaTile<Sharing::kTiles, kWholeOutputs, WgmmaForm::kGated>>(task, choice, rest,
+                                                                                                  error);
+    case Sharing::kSteps:
+        return launch_wgmma_one_of<T, Sharing::kSteps, WgmmaForm::kGated, 32, 64, 96>(task, choice, rest, error);
     default:
-        return launch_one_of<T, Sharing::kTokens, Form::kGated, 64, 96, 128, 160, 192, 224, 256>(task, choice, rest,
-                                                                                                 error);
+        return launch_wgmma_one_of<T, Sharing::kTokens, WgmmaForm::kGated, 64, 96, 128, 160, 192, 224, 256>(
+            task, choice, rest, error);
     }
 }
 
 /* One launch: x is read as it is. */
-mv_status launch_late(const mv_task *task, const TileChoice &choice, mv_error *error) {
-    return launch_one_of<__nv_bfloat16, Sharing::kTokens, Form::kLate, 64, 96, 128, 160, 192, 224, 256>(
+mv_status launch_late(const mv_task *task, const WgmmaTileChoice &choice, mv_error *error) {
+    return launch_wgmma_one_of<__nv_bfloat16, Sharing::kTokens, WgmmaForm::kLate, 64, 96, 128, 160, 192, 224, 256>(
         task, choice, {*task, {nullptr, INT32_MAX}}, error);
 }
 
-size_t y_bytes(const mv_task *task) {
+size_t padded_y_bytes(const mv_task *task) {
     return static_cast<size_t>(padded_tokens(task)) * static_cast<size_t>(task->hidden) * mv_dtype_bytes(task->dtype);
 }
 
@@ -284,12 +286,13 @@ size_t y_bytes(const mv_task *task) {
 template <typename T>
 mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
-    const TileChoice choice = cut_of<TileChoice>(decision);
+    const WgmmaTileChoice choice = cut_of<WgmmaTileChoice>(decision);
     Rest rest = {tasks.norm, {nullptr, INT32_MAX}};
     if (choice.meanwhile) {
         const int64_t first = first_rows(task, choice);
         tasks.norm.tokens = first;
-        tasks.norm.next.counters = reinterpret_cast<uint32_t *>(static_cast<char *>(task->workspace) + y_bytes(task));
+        tasks.norm.next.counters =
+            reinterpret_cast<uint32_t *>(static_cast<char *>(task->workspace) + padded_y_bytes(task));
         tasks.norm.next.counter_count = static_cast<int64_t>(row_counters(task->tokens));
         rest.counters = {tasks.norm.next.counters, static_cast<int>(first)};
     }
@@ -297,8 +300,8 @@ mv_status plan(const mv_task *task, const mv_decision *decision, mv_kernel *norm
     if (status != MV_OK) return status;
     if (task->linear.gated) return launch_gated<T>(&tasks.product, choice, rest, error);
     return task->linear.addend.data
-               ? launch_choice<T, Form::kAdds, Form::kAddsInOut>(&tasks.product, choice, rest, error)
-               : launch_choice<T, Form::kPlain, Form::kInOut>(&tasks.product, choice, rest, error);
+               ? launch_choice<T, WgmmaForm::kAdds, WgmmaForm::kAddsInOut>(&tasks.product, choice, rest, error)
+               : launch_choice<T, WgmmaForm::kPlain, WgmmaForm::kInOut>(&tasks.product, choice, rest, error);
 }
 
 const char *plan_why_not(const mv_task *task) {
@@ -334,11 +337,11 @@ const char *late_why_not(const mv_task *task) {
 }
 
 /* As against the plan; twice as much where it cannot serve, or has no tiles for so few tokens. */
-double late_us(const mv_task *task, const TileChoice &choice) {
+double late_us(const mv_task *task, const WgmmaTileChoice &choice) {
     constexpr double kHop = 1.5; /* us between two launches */
     const double plan_us = prices::norm_wgmma_us(task);
     if (mv_rounds_each_step(task->rounding) || task->tokens <= 64) return 2 * plan_us;
-    return plan_us * choice.us / (choose_tile(task).us + kHop);
+    return plan_us * choice.us / (choose_wgmma_tile(task).us + kHop);
 }
 
 } // namespace
@@ -351,13 +354,13 @@ mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     if (!mv_at_price(decision, prices::norm_wgmma_us(task), below)) return mv_too_dear;
     if (const char *reason = plan_why_not(task)) return reason;
-    if (!reads_x(task)) decision->workspace = y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
-    keep_cut(decision, choose_tile(task));
+    if (!reads_x(task)) decision->workspace = padded_y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
+    keep_cut(decision, choose_wgmma_tile(task));
     return nullptr;
 }
 
 const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
-    const TileChoice choice = choose_late_tile(task);
+    const WgmmaTileChoice choice = choose_late_tile(task);
     if (!mv_at_price(decision, late_us(task, choice), below)) return mv_too_dear;
     if (const char *reason = norm_linear_why_not(task)) return reason;
     keep_cut(decision, choice);
@@ -365,7 +368,7 @@ const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision
 }
 
 mv_status mv_rms_norm_qkv_bf16_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    return launch_late(task, cut_of<TileChoice>(decision), error);
+    return launch_late(task, cut_of<WgmmaTileChoice>(decision), error);
 }
 
 mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {

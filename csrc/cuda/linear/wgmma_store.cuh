@@ -21,8 +21,9 @@ __device__ __forceinline__ float2 bias_pair(const float *bias, int column) {
 
 /* A pair of outputs: of a tile with addends the bias is in its sums already; of a gated one there are the sums of the
  * gate, and half a tile behind them those of up. */
-template <typename T, typename Tile>
-__device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const Product &p, const float *bias, int column) {
+template <typename T, typename Tile> __device__ __forceinline__ uint32_t finish_pair_of(const float *sum,
+                                                                                        const WgmmaProduct &p,
+                                                                                        const float *bias, int column) {
     if constexpr (Tile::gated) {
         const float *const up = sum + Tile::own_outputs / 4;
         const float2 of_gate = bias_pair(bias, column), of_up = bias_pair(bias, Tile::own_columns + column);
@@ -38,15 +39,15 @@ __device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const Produ
 
 /* Eight columns of this thread's two rows, rounded: rows l / 4 and l / 4 + 8 of its warp. */
 template <typename T, typename Tile> __device__ __forceinline__ void
-finish_columns(uint32_t *m, const float *sum, const Product &p, const float *bias, int column) {
+finish_columns(uint32_t *m, const float *sum, const WgmmaProduct &p, const float *bias, int column) {
     m[0] = finish_pair_of<T, Tile>(sum, p, bias, column);
     m[1] = finish_pair_of<T, Tile>(sum + 2, p, bias, column);
 }
 
 /* Outputs leave through boxes in shared memory, as many at once as there is room for. */
 template <typename T, typename Tile>
-__device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const Product &p,
-                                           const Place &place, char *out, const float *bias) {
+__device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs / 2], const WgmmaProduct &p,
+                                           const WgmmaPlace &place, char *out, const float *bias) {
     constexpr int kAtOnce = Tile::boxes_at_once, kPieces = kAtOnce * kBoxPieces, kAll = Tile::own_columns / 8;
     constexpr int kWide = Tile::wide_boxes * kBoxPieces;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
 template <typename T> struct PairRows {
     T *to[2] = {};
 
-    __device__ __forceinline__ PairRows(const Product &p, mv_rows rows, const Place &place) {
+    __device__ __forceinline__ PairRows(const WgmmaProduct &p, mv_rows rows, const WgmmaPlace &place) {
         const int first = place.token + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -104,7 +105,7 @@ template <typename T> struct PairRows {
 
 /* The biases join the sums of a tile, then the addends. */
 template <typename T, typename Tile> __device__ __forceinline__ void
-add_rows(float (&sum)[Tile::own_outputs / 2], const Product &p, const Place &place, const float *bias) {
+add_rows(float (&sum)[Tile::own_outputs / 2], const WgmmaProduct &p, const WgmmaPlace &place, const float *bias) {
     const PairRows<const T> rows(p, p.addend, place);
     const int first = threadIdx.x % 4 * 2, count = p.segment[place.segment].outputs - place.output;
 #pragma unroll
@@ -133,7 +134,7 @@ add_rows(float (&sum)[Tile::own_outputs / 2], const Product &p, const Place &pla
 
 /* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
 template <typename T, typename Tile>
-__device__ __forceinline__ void store_pairs(const float (&sum)[Tile::own_outputs / 2], const Product &p,
+__device__ __forceinline__ void store_pairs(const float (&sum)[Tile::own_outputs / 2], const WgmmaProduct &p,
                                             const PairRows<T> &rows, int count, const float *bias) {
     const int first = threadIdx.x % 4 * 2;
     const auto pair = [&](int row, int j) { return finish_pair_of<T, Tile>(sum + 4 * j + 2 * row, p, bias, 8 * j); };

@@ -20,7 +20,7 @@ constexpr bool has_spare_warps(Sharing sharing, int outputs) {
     return sharing == Sharing::kTiles || (sharing == Sharing::kTokens && outputs >= 224);
 }
 
-struct TileChoice {
+struct WgmmaTileChoice {
     Sharing sharing;
     int outputs;      /* of a tile */
     unsigned cluster; /* 1 or kCluster */
@@ -36,7 +36,7 @@ static inline int64_t padded_tokens(const mv_task *task) {
 
 /* Rows of tiles that walk over all columns together: 2,048 tokens high, so that both operands are read from memory few
  * times; as high as the first wave when the rows behind it are normalised meanwhile, but at least 512 tokens. */
-static inline unsigned group_height(const mv_task *task, const TileChoice &choice) {
+static inline unsigned group_height(const mv_task *task, const WgmmaTileChoice &choice) {
     const int64_t most = 2048 / tile_tokens(choice.sharing), least = 512 / tile_tokens(choice.sharing);
     const int64_t wave = ceil_div(task->sm_count, block_columns(task, choice.outputs));
     const int64_t tiles = !choice.meanwhile ? most : wave < least ? least : wave;
@@ -44,12 +44,12 @@ static inline unsigned group_height(const mv_task *task, const TileChoice &choic
 }
 
 /* The rows of the first group. */
-static inline int64_t first_rows(const mv_task *task, const TileChoice &choice) {
+static inline int64_t first_rows(const mv_task *task, const WgmmaTileChoice &choice) {
     return int64_t{group_height(task, choice)} * choice.cluster * tile_tokens(choice.sharing);
 }
 
 /* So many tiles does an SM compute, one after the other. */
-static inline int64_t waves_of(const mv_task *task, const TileChoice &choice) {
+static inline int64_t waves_of(const mv_task *task, const WgmmaTileChoice &choice) {
     const int64_t rows = ceil_div(task->tokens, tile_tokens(choice.sharing) * int64_t{choice.cluster});
     return ceil_div(rows * block_columns(task, choice.outputs),
                     max(int64_t{task->sm_count / choice.cluster}, int64_t{1}));
@@ -64,13 +64,13 @@ static inline double norm_us(const mv_task *task, int64_t tokens) {
  * for each other. Rows are normalised meanwhile where a tile takes long enough for those of the next ones to be there
  * in time, and where that saves more than the first ones are late. Whole tiles need clusters for it: groups of few rows
  * of tiles read the weights from L2 more often. */
-static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, double tile_us) {
+static inline WgmmaTileChoice finish_choice(const mv_task *task, WgmmaTileChoice choice, double tile_us) {
     constexpr int64_t kClusterWaves = 4;
     constexpr double kMeanwhile = 9.5, kLate = 7; /* us */
     const double bytes = 2.0 * static_cast<double>((task->tokens + task->linear.outputs) * task->hidden);
     const bool whole = choice.sharing == Sharing::kTiles;
     choice.cluster = 3 * bytes > 4.0 * task->l2_bytes && waves_of(task, choice) >= kClusterWaves ? kCluster : 1;
-    TileChoice meanwhile = choice;
+    WgmmaTileChoice meanwhile = choice;
     meanwhile.meanwhile = true;
     if (whole) meanwhile.cluster = kCluster;
     const bool pays = has_spare_warps(choice.sharing, choice.outputs) && tile_us >= kMeanwhile &&
@@ -87,7 +87,7 @@ static inline TileChoice finish_choice(const mv_task *task, TileChoice choice, d
  * ask so little of L2 that more, narrower tiles pay where hidden is long, and so they do where it is short and most SMs
  * had no tile; somewhat narrower ones where a third had none. From two waves on, whole tiles: while one is stored, the
  * next one is multiplied. */
-static inline TileChoice choose_tile(const mv_task *task) {
+static inline WgmmaTileChoice choose_wgmma_tile(const mv_task *task) {
     constexpr double kFewSteps = 16, kManySteps = 40, kWholeStep = 0.62;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->linear.block[0].col_stride != 1,
@@ -98,10 +98,10 @@ static inline TileChoice choose_tile(const mv_task *task) {
     const bool idle = steps <= kFewSteps && 3 * busy <= task->sm_count;
     const bool narrow = few && (idle || (task->tokens <= kVeryFew && steps >= kManySteps));
     const int least = in_out ? 128 : narrow ? 32 : few && 3 * busy <= 2 * task->sm_count ? 48 : 64;
-    TileChoice best = {};
+    WgmmaTileChoice best = {};
     double lowest = 1e300, best_us = 0;
     for (int outputs = few ? 96 : 256; outputs >= least; outputs -= apart) {
-        const TileChoice choice = {few ? Sharing::kSteps : Sharing::kTokens, outputs, 1, false, 0};
+        const WgmmaTileChoice choice = {few ? Sharing::kSteps : Sharing::kTokens, outputs, 1, false, 0};
         const double step_us = few ? 0.05 + 0.0024 * outputs : 0.05 + 0.003 * outputs;
         const double tile_us = steps * step_us + 0.006 * outputs;
         const double cost = static_cast<double>(waves_of(task, choice)) * tile_us;
@@ -111,14 +111,14 @@ static inline TileChoice choose_tile(const mv_task *task) {
         best_us = tile_us;
     }
     best = finish_choice(task, best, best_us);
-    const auto with_norm = [&](TileChoice choice, double us) {
+    const auto with_norm = [&](WgmmaTileChoice choice, double us) {
         choice.us = us + norm_us(task, choice.meanwhile ? first_rows(task, choice) : task->tokens);
         return choice;
     };
     best = with_norm(best, lowest);
     if (few || in_out) return best;
     const double tile_us = kWholeStep * steps;
-    TileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false, 0}, tile_us);
+    WgmmaTileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false, 0}, tile_us);
     const int64_t waves = waves_of(task, whole);
     whole = with_norm(whole, static_cast<double>(waves) * tile_us + 0.006 * whole.outputs);
     return waves > 1 && whole.us < 0.99 * best.us ? whole : best;
@@ -126,11 +126,11 @@ static inline TileChoice choose_tile(const mv_task *task) {
 
 /* The same where the row factor joins late: a step takes what its copies do, some 64 bytes a ns, and 17 % more than was
  * measured, so that this is not chosen where both are equal. No clusters: multiply_late gives slots back to one CTA. */
-static inline TileChoice choose_late_tile(const mv_task *task) {
+static inline WgmmaTileChoice choose_late_tile(const mv_task *task) {
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
-    TileChoice best = {};
+    WgmmaTileChoice best = {};
     for (int outputs = 256; outputs >= 64; outputs -= 32) {
-        TileChoice choice = {Sharing::kTokens, outputs, 1, false, 0};
+        WgmmaTileChoice choice = {Sharing::kTokens, outputs, 1, false, 0};
         choice.us = static_cast<double>(waves_of(task, choice)) * (steps * (0.28 + 0.0024 * outputs) + 1);
         if (best.outputs == 0 || choice.us < 0.99 * best.us) best = choice;
     }

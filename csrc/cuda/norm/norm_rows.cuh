@@ -59,11 +59,11 @@ template <typename T> __device__ __forceinline__ NormWeights<T> wide_norm_weight
 }
 
 /* A lane's part of a round: `count` packets, kApart values apart, from k of a row. */
-struct Part {
+struct RowPart {
     int64_t row;
     int k, count;
 
-    __device__ __forceinline__ Part(const mv_task &task, int row, int round)
+    __device__ __forceinline__ RowPart(const mv_task &task, int row, int round)
         : row(row), k(round * kRoundValues + threadIdx.x % 32 * 8),
           count(min(kRoundPackets, (static_cast<int>(task.hidden) - k + kApart - 1) / kApart)) {}
     template <typename T> __device__ __forceinline__ T *of(mv_rows rows) const {
@@ -73,7 +73,7 @@ struct Part {
 
 /* Its s: zeros past the end. The residual joins; `store` writes the sum. */
 template <typename T> __device__ __forceinline__ void load_part(Packet<T> (&s)[kRoundPackets], const mv_task &task,
-                                                                const Part &part, bool store) {
+                                                                const RowPart &part, bool store) {
     const T *x = part.of<const T>(task.x);
 #pragma unroll
     for (int j = 0; j < kRoundPackets; j++) s[j] = j < part.count ? load_whole(x + j * kApart) : Packet<T>{};
@@ -94,7 +94,7 @@ template <typename T> __device__ __forceinline__ void normalise_row(const mv_tas
     Packet<T> s[kRoundPackets];
     float squares = 0;
     for (int round = 0; round < rounds; round++) {
-        load_part(s, task, Part(task, row, round), true);
+        load_part(s, task, RowPart(task, row, round), true);
 #pragma unroll
         for (int j = 0; j < kRoundPackets; j++)
 #pragma unroll
@@ -102,7 +102,7 @@ template <typename T> __device__ __forceinline__ void normalise_row(const mv_tas
     }
     const float r = row_factor<T>(warp_sum(squares), task);
     for (int round = 0; round < rounds; round++) {
-        const Part part(task, row, round);
+        const RowPart part(task, row, round);
         if (rounds > 1) load_part(s, task, part, false);
         T *to = y + part.row * task.hidden + part.k;
         const T *weights = static_cast<const T *>(task.norm.weight) + part.k;

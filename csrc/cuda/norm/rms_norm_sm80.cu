@@ -18,7 +18,7 @@ namespace {
 /* What becomes of a residual: the norm sees its sum with x, or it is added to what the norm gives. */
 enum class Residual { kNone, kBefore, kBehind };
 
-struct Access {
+struct NormAccess {
     bool whole;        /* whole packets, fit for 16-byte accesses, and weights of x's dtype: the fast path */
     bool rows, weight; /* fit for 16-byte accesses */
     bool keep;         /* L2 drops x last, and so writes back out earlier */
@@ -70,7 +70,7 @@ template <> constexpr int kMinBlocks<32, 4, Residual::kBefore> = 8;
 /* kTurns: a block takes a row after the other, as many rows apart as there are blocks. */
 template <typename T, int kThreads, int kPackets, Residual kResidual, bool kWhole, bool kTurns>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads, kPackets, kResidual>))
-    rms_norm_kernel(const __grid_constant__ mv_task task, Access access) {
+    rms_norm_kernel(const __grid_constant__ mv_task task, NormAccess access) {
     constexpr int size = Packet<T>::size;
     constexpr bool kAdd = kResidual == Residual::kBefore, kTwo = kResidual != Residual::kNone;
     const bool twice = mv_norm_rounds_twice(task.rounding);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kMinBlocks<kThreads,
 constexpr int kLongRowThreads = 1024;
 
 template <typename T, Residual kResidual> __global__ void __launch_bounds__(kLongRowThreads)
-    rms_norm_long_kernel(const __grid_constant__ mv_task task, Access access) {
+    rms_norm_long_kernel(const __grid_constant__ mv_task task, NormAccess access) {
     constexpr bool kAdd = kResidual == Residual::kBefore;
     constexpr int size = Packet<T>::size;
     constexpr int64_t step = kLongRowThreads * size;
@@ -236,7 +236,7 @@ template <typename T, Residual kResidual> __global__ void __launch_bounds__(kLon
 constexpr int kTurnBlocks = 16, kMostTurns = 4;
 
 template <typename T, Residual kResidual, int kThreads, int kPackets>
-mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
+mv_status launch_norm_rows(const mv_task *task, NormAccess access, mv_error *error) {
     constexpr int threads = kBlockThreads<kThreads>;
     constexpr int64_t rows_per_block = threads / kThreads;
     const int64_t blocks = (task->tokens + rows_per_block - 1) / rows_per_block;
@@ -255,41 +255,42 @@ mv_status launch_rows(const mv_task *task, Access access, mv_error *error) {
 }
 
 template <typename T, Residual kResidual>
-mv_status launch_long_rows(const mv_task *task, Access access, mv_error *error) {
+mv_status launch_long_rows(const mv_task *task, NormAccess access, mv_error *error) {
     const Grid grid = {static_cast<unsigned>(task->tokens), kLongRowThreads, 0};
     return launch<rms_norm_long_kernel<T, kResidual>>(task, grid, error, *task, access);
 }
 
 /* Threads for a row by its packets, as measured on an H100 (docs/speed/norms.md): 2 packets a thread are faster than 4,
  * but more blocks on an SM than have 48 KB on their way are slower than fewer. Short rows take part of a warp. */
-template <typename T> mv_status launch_plain(const mv_task *task, Access access, mv_error *error) {
+template <typename T> mv_status launch_plain(const mv_task *task, NormAccess access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    if (packets <= 16) return launch_rows<T, Residual::kNone, 16, 1>(task, access, error);
-    if (packets <= 32) return launch_rows<T, Residual::kNone, 32, 1>(task, access, error);
-    if (packets <= 128) return launch_rows<T, Residual::kNone, 64, 2>(task, access, error);
-    if (packets <= 256 && sizeof(T) == 4) return launch_rows<T, Residual::kNone, 256, 1>(task, access, error);
-    if (packets <= 256) return launch_rows<T, Residual::kNone, 128, 2>(task, access, error);
-    if (packets <= 512) return launch_rows<T, Residual::kNone, 256, 2>(task, access, error);
-    if (packets <= 1024) return launch_rows<T, Residual::kNone, 512, 2>(task, access, error);
-    if (packets <= 2048) return launch_rows<T, Residual::kNone, 512, 4>(task, access, error);
-    if (packets <= 4096) return launch_rows<T, Residual::kNone, 1024, 4>(task, access, error);
+    if (packets <= 16) return launch_norm_rows<T, Residual::kNone, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_norm_rows<T, Residual::kNone, 32, 1>(task, access, error);
+    if (packets <= 128) return launch_norm_rows<T, Residual::kNone, 64, 2>(task, access, error);
+    if (packets <= 256 && sizeof(T) == 4) return launch_norm_rows<T, Residual::kNone, 256, 1>(task, access, error);
+    if (packets <= 256) return launch_norm_rows<T, Residual::kNone, 128, 2>(task, access, error);
+    if (packets <= 512) return launch_norm_rows<T, Residual::kNone, 256, 2>(task, access, error);
+    if (packets <= 1024) return launch_norm_rows<T, Residual::kNone, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_norm_rows<T, Residual::kNone, 512, 4>(task, access, error);
+    if (packets <= 4096) return launch_norm_rows<T, Residual::kNone, 1024, 4>(task, access, error);
     return launch_long_rows<T, Residual::kNone>(task, access, error);
 }
 
 /* With a residual 1 packet a thread is faster than 2 up to 512. */
-template <typename T, Residual kResidual> mv_status launch_add(const mv_task *task, Access access, mv_error *error) {
+template <typename T, Residual kResidual>
+mv_status launch_add(const mv_task *task, NormAccess access, mv_error *error) {
     const int64_t packets = (task->hidden + Packet<T>::size - 1) / Packet<T>::size;
-    if (packets <= 16) return launch_rows<T, kResidual, 16, 1>(task, access, error);
-    if (packets <= 32) return launch_rows<T, kResidual, 32, 1>(task, access, error);
+    if (packets <= 16) return launch_norm_rows<T, kResidual, 16, 1>(task, access, error);
+    if (packets <= 32) return launch_norm_rows<T, kResidual, 32, 1>(task, access, error);
     /* More rows than 16 blocks an SM take at once, but not many times as many: a warp each. The bits are the same. */
     if (packets > 96 && packets <= 128 && task->tokens > 16 * task->sm_count && task->tokens <= 64 * task->sm_count)
-        return launch_rows<T, kResidual, 32, 4>(task, access, error);
-    if (packets <= 128) return launch_rows<T, kResidual, 128, 1>(task, access, error);
-    if (packets <= 256) return launch_rows<T, kResidual, 256, 1>(task, access, error);
-    if (packets <= 512) return launch_rows<T, kResidual, 512, 1>(task, access, error);
-    if (packets <= 1024) return launch_rows<T, kResidual, 512, 2>(task, access, error);
-    if (packets <= 2048) return launch_rows<T, kResidual, 1024, 2>(task, access, error);
-    if (packets <= 4096) return launch_rows<T, kResidual, 1024, 4>(task, access, error);
+        return launch_norm_rows<T, kResidual, 32, 4>(task, access, error);
+    if (packets <= 128) return launch_norm_rows<T, kResidual, 128, 1>(task, access, error);
+    if (packets <= 256) return launch_norm_rows<T, kResidual, 256, 1>(task, access, error);
+    if (packets <= 512) return launch_norm_rows<T, kResidual, 512, 1>(task, access, error);
+    if (packets <= 1024) return launch_norm_rows<T, kResidual, 512, 2>(task, access, error);
+    if (packets <= 2048) return launch_norm_rows<T, kResidual, 1024, 2>(task, access, error);
+    if (packets <= 4096) return launch_norm_rows<T, kResidual, 1024, 4>(task, access, error);
     return launch_long_rows<T, kResidual>(task, access, error);
 }
 
@@ -300,7 +301,7 @@ template <typename T> mv_status rms_norm(const mv_task *task, mv_error *error) {
     if (task->tokens > INT32_MAX) /* as many blocks as a grid may have */
         return mv_fail(error, MV_BAD_VALUE, "rms_norm: x has %lld rows, the CUDA kernels take fewer than 2^31",
                        static_cast<long long>(task->tokens));
-    Access access = {};
+    NormAccess access = {};
     access.rows = norm_rows_aligned<T>(task) && rows_aligned16(task->out, sizeof(T));
     access.weight = is_aligned16(task->norm.weight);
     access.whole = access.rows && access.weight && task->norm.weight && task->norm.weight_dtype == Dtype<T>::value &&
