@@ -5,7 +5,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/attention/keys.cuh"
 #include "cuda/attention/softmax.cuh"
-#include "cuda/linear/plan.cuh"
+#include "cuda/decision.cuh"
 
 namespace {
 

@@ -2,21 +2,9 @@
  * product alone, of x; only an x that does not lie as y would is copied first. */
 #pragma once
 
-#include <string.h>
-
 #include "cuda/arch/vec.cuh"
+#include "cuda/decision.cuh"
 #include "kernel.h"
-
-/* How a row cuts a task: kept when it decides, read by its launch. */
-template <typename Cut> void keep_cut(mv_decision *decision, const Cut &cut) {
-    static_assert(sizeof(Cut) <= sizeof decision->cut);
-    memcpy(decision->cut, &cut, sizeof cut);
-}
-template <typename Cut> Cut cut_of(const mv_decision *decision) {
-    Cut cut;
-    memcpy(&cut, decision->cut, sizeof cut);
-    return cut;
-}
 
 /* Of a row whose product has no pairs of outputs. */
 constexpr const char *kNotGated = "it does not multiply up by the activation of the gate";
