@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="python -m benchmarks", description="minivllm beside its peers, in one run."
     )
-    commands.add_argument("op", choices=(*OPS, *WHOLE, "all", "plot", "tables"))
+    commands.add_argument("op", choices=(*OPS, *WHOLE, "regret", "all", "plot", "tables"))
     commands.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch has one")
     commands.add_argument(
         "--shapes",
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=[],
         metavar="N",
-        help="of step: tokens in the cache; of first_token and generate: in the prompt",
+        help="of step and regret: tokens in the cache; of first_token and generate: in the prompt",
     )
     commands.add_argument(
         "--memory",
@@ -74,6 +74,18 @@ def parser() -> argparse.ArgumentParser:
         help="rms_norm_qkv on CUDA: also warm and transposed weights, a neighbour of torch's, a second stream",
     )
     commands.add_argument("--tf32", action="store_true", help="rms_norm_qkv of f32 on CUDA: also where TF32 is allowed")
+    regret = commands.add_argument_group("of regret")
+    regret.add_argument("--ops", nargs="+", default=[], metavar="OP", help="these ops only; default: all with kernels")
+    regret.add_argument("--seconds", type=float, metavar="N", help="start no point later; default: the whole grid")
+    regret.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the points")
+    regret.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: minivllm's own")
+    regret.add_argument(
+        "--isa",
+        nargs="+",
+        default=[],
+        metavar="ISA",
+        help="rows of the CPU of these instruction sets only, such as avx2; the chosen row is their cheapest",
+    )
     commands.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     commands.add_argument("--json", metavar="FILE", help="where the rows go")
     commands.add_argument("--json-dir", metavar="DIR", help="with all: DIR/<device>_<op>.json")
@@ -96,13 +108,40 @@ def shape_error(op: str, shapes: list[str]) -> str | None:
     if op == "decode_attention":
         wrong = [shape for shape in shapes if not are_heads(shape)]
         return f"--shapes of {op} are HEADSxKVHEADS, such as 16x8, not {wrong[0]}" if wrong else None
-    from minivllm.testing import models
+    from minivllm.testing import models, points
     from minivllm.testing.shapes import GATE_UPS, HEADS, MODELS, PROJECTIONS
 
     of_op = {"rms_norm_linear": HEADS, "linear": PROJECTIONS, "linear_add": PROJECTIONS, "rms_norm_gate_up": GATE_UPS}
     names = list(models.MODELS) if op in WHOLE else [shape.name for shape in of_op.get(op, MODELS)]
+    if op == "regret":
+        names = list(dict.fromkeys(shape.name for each in points.OPS.values() for shape in each.shapes))
     wrong = [shape for shape in shapes if shape not in names]
     return f"no shape {wrong[0]} for {op}; there are {', '.join(names)}" if wrong else None
+
+
+def regret_error(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options that only regret has."""
+    if args.op != "regret":
+        given = [name for name in ("ops", "seconds", "threads", "isa") if getattr(args, name)]
+        return f"--{given[0]} is an option of regret, not of {args.op}" if given else None
+    from minivllm.testing import points
+
+    if wrong := [op for op in args.ops if op not in points.OPS]:
+        return f"--ops: there is no op {wrong[0]}; there are {', '.join(points.OPS)}"
+    return isa_error(args) if args.isa else None
+
+
+def isa_error(args: argparse.Namespace) -> str | None:
+    """What is wrong with --isa."""
+    from minivllm import kernels
+    from minivllm.testing import regret
+
+    if args.device != "cpu":
+        return "--isa limits the rows of the CPU: name --device cpu"
+    usable = list(dict.fromkeys(row.isa for row in kernels() if row.usable and not row.isa.startswith("sm")))
+    if wrong := [isa for isa in args.isa if isa not in usable]:
+        return f"--isa: no kernel of {wrong[0]} runs here; there are {', '.join(usable)}"
+    return None if regret.forced_have_estimates() else f"--isa: {regret.NO_ESTIMATES}"
 
 
 def are_heads(shape: str) -> bool:
@@ -130,7 +169,7 @@ def hold_onednn(isa: str | None) -> None:
 def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
     if args.dtype:
         return tuple(args.dtype)
-    if op == "accuracy":
+    if op in ("accuracy", "regret"):
         return ALL_DTYPES
     if args.device == "cpu" and op not in WHOLE:
         return ("bf16", "f32")
@@ -141,6 +180,7 @@ def dtypes(op: str, args: argparse.Namespace) -> tuple[str, ...]:
 def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     import torch
 
+    import minivllm
     from benchmarks import (
         accuracy,
         act_and_mul,
@@ -153,6 +193,7 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
         model_accuracy,
         norms,
         qkv,
+        regret,
         step,
     )
     from benchmarks.report import Report
@@ -161,7 +202,7 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
     modules = {"host": host, "accuracy": accuracy, "rms_norm_qkv": qkv}
     modules |= {"model": model, "model_accuracy": model_accuracy, "step": step}
     modules |= {"first_token": first_token, "generate": generate}
-    modules |= {"decode_attention": attention}
+    modules |= {"decode_attention": attention, "regret": regret}
     modules |= dict.fromkeys(LINEAR, linear) | dict.fromkeys(ACTIVATIONS, act_and_mul)
     module = modules.get(op, norms)
     options = argparse.Namespace(**vars(args) | {"dtype": dtypes(op, args)})
@@ -169,6 +210,8 @@ def bench(op: str, args: argparse.Namespace, path: str | None) -> None:
         options.kernel = ["all"] if args.device == "cuda" and not args.quick else []
     if args.device == "cuda":
         busy_cuda()
+    if args.threads is not None:
+        minivllm.set_num_threads(args.threads)
     report = Report(op, args.device, sys.argv[1:], path, module.METHOD, args.commit)
     with torch.inference_mode():
         if module in (norms, act_and_mul, linear):
@@ -199,6 +242,8 @@ def main() -> int:
     import torch
 
     if error := shape_error(args.op, args.shapes):
+        parser().error(error)
+    if error := regret_error(args):
         parser().error(error)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda: torch sees no GPU")

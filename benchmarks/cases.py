@@ -6,11 +6,9 @@ import minivllm
 from benchmarks import memory
 from benchmarks.peers import DTYPES
 from benchmarks.results import OURS
-from minivllm.testing.timing import Failed, Timing, calls_per_graph, time_cpu, time_cuda
+from minivllm.testing.timing import Failed, Timing, calls_per_graph, conceivable_us, time_cpu, time_cuda
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-CUDA_BYTES_PER_US = 3.2e6  # faster than any H100: bounds only how many calls a graph holds
-CUDA_FLOPS_PER_US = {"f32": 60e6, "f16": 900e6, "bf16": 900e6}
 
 
 def rows(op: str, dtype: str, device: str, wanted: list[str]) -> list[str]:
@@ -47,7 +45,7 @@ def time_case(case: dict, variants: dict, device: str, copies: int, quick: bool)
     """(results, columns) by variant; columns: the kernel that ran and, on the CPU, the growth of memory in a call."""
     results: dict[str, Timing | Failed]
     if device == "cuda":
-        floor_us = max(case["bytes"] / CUDA_BYTES_PER_US, case["flops"] / CUDA_FLOPS_PER_US[case["dtype"]], 1.0)
+        floor_us = conceivable_us(case["bytes"], case["flops"], case["dtype"])
         calls = calls_per_graph(floor_us, copies)
         results = time_cuda(variants, calls=calls, floor_us=floor_us, replays=5 if quick else 7)
     else:

@@ -7,6 +7,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from minivllm.testing.timing import cpu_cache_bytes
+
 PACKAGES = ("torch", "transformers", "triton", "numpy", "ml_dtypes", "cupy-cuda13x", "jax", "llama-cpp-python")
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 VARIABLES = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
@@ -45,14 +47,6 @@ def cpu_field(name: str) -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def cpu_cache_bytes() -> int:
-    """The largest cache of the first core as the kernel reports it, 32 MiB where it does not."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max(
-        (int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=32 << 20
-    )
 
 
 def gpu_state() -> dict | None:

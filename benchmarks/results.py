@@ -31,6 +31,16 @@ class Case(NamedTuple):
         return next(iter(self.rows.values()))[column]
 
 
+def cases_of(run: dict) -> dict[tuple, Case]:
+    """The cases of one run, by its device and their fields."""
+    found: dict[tuple, Case] = {}
+    for row in run["rows"]:
+        key = tuple(row.get(name) for name in CASE)
+        case = found.setdefault((run["environment"]["device"], *key), Case(*key, {}, run))
+        case.rows[row["variant"]] = row
+    return found
+
+
 class Results:
     """Every case in a directory of JSON files. Where two runs on one kind of device have the same case, the newer one
     counts, whole: figures of two runs never stand beside each other in a row."""
@@ -39,12 +49,7 @@ class Results:
         self.cases: dict[tuple, Case] = {}
         runs = [json.loads(path.read_text()) for path in directory.glob("*.json")]
         for run in sorted(runs, key=lambda run: run["date"]):
-            fresh: dict[tuple, Case] = {}
-            for row in run["rows"]:
-                key = tuple(row.get(name) for name in CASE)
-                case = fresh.setdefault((run["environment"]["device"], *key), Case(*key, {}, run))
-                case.rows[row["variant"]] = row
-            self.cases |= fresh
+            self.cases |= cases_of(run)
 
     def of(self, device: str, op: str, accuracy: bool = False, **wanted) -> list[Case]:
         """The timed cases of an op on a device (or those of accuracy) whose fields are as wanted, in the order run."""

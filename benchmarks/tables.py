@@ -7,6 +7,7 @@ figure on those pages is typed by hand. NAMES at the end lists the tables.
 import re
 from pathlib import Path
 
+from benchmarks import regret_tables
 from benchmarks.columns import (
     ATTENTION_COLUMNS,
     BITS_COLUMNS,
@@ -190,11 +191,13 @@ def figures(results: Results) -> str:
         norms(results, "cuda", "rms_norm", dtype="bf16", mode="walk"),
         steps(results, "cuda"),
         model_speed(results, "cuda"),
+        regret(results, "cuda"),
     ]
     on_cpu = [
         picture("img", "cpu.png"),
         decode(results, "cpu", OVERVIEW_COLUMNS),
         prefill(results, "cpu", OVERVIEW_COLUMNS),
+        regret(results, "cpu"),
     ]
     parts = ["## On the GPU", *on_gpu, "## On the CPU", *on_cpu]
     return "\n\n".join(part.strip() for part in parts if part)
@@ -254,6 +257,17 @@ def numerics_line(cases: list[Case], name: str, peer: str) -> list[str] | None:
     ]
 
 
+def regret(results: Results, device: str, tables=regret_tables.by_dtype) -> str:
+    cases = results.of(device, "regret")
+    title = f"The choice of kernels on the {'GPU' if device == 'cuda' else 'CPU'}: time over that of the best kernel:"
+    return section(title, regret_tables.measured(cases), tables(cases))
+
+
+def regret_page(results: Results) -> str:
+    parts = [regret(results, device, regret_tables.page) for device in ("cuda", "cpu")]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
 HOST_MODES = {"host": "gradients recorded", "host, no_grad": "no_grad"}
 
 
@@ -298,6 +312,7 @@ NAMES = {
     "table: decode_attention": attention,
     "table: step": step_page,
     "table: sharded_step": sharded_steps,
+    "table: regret": regret_page,
 }
 
 

@@ -1,4 +1,4 @@
-"""python -m minivllm [--json]: what this installation is, what works here, and what does not."""
+"""python -m minivllm [--json | --regret]: what this installation is, what works here, and what does not."""
 
 import sys
 

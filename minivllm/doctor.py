@@ -1,4 +1,4 @@
-"""The doctor behind `python -m minivllm [--json]`.
+"""The doctor behind `python -m minivllm [--json | --regret]`.
 
 Every section is one function, run by `Doctor.examine`, which writes down what a section raised and goes on: a broken
 extension, driver or framework is a finding. The exit code is 1 when there was one, otherwise 0.
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .doctor_regret import report as report_regret
 from .doctor_text import render
 
 FRAMEWORKS = {
@@ -293,8 +294,16 @@ def benchmark(devices: list[str]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minivllm", description="What works here, and what does not.")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the report as JSON")
+    how.add_argument(
+        "--regret",
+        action="store_true",
+        help="instead of the report: time the kernels chosen at some points beside the others, 10 seconds a device",
+    )
     options = parser.parse_args(arguments)
+    if options.regret:
+        return report_regret()
     doctor = Doctor()
     doctor.run()
     if options.json:

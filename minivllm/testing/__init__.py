@@ -7,4 +7,6 @@ Importing this package needs NumPy alone. Each module is imported by its own nam
     models      whole models of transformers with random weights; needs torch and transformers
     numeric     one tolerance formula, error figures, and an assertion that names the first bad coordinate
     timing      the clock
+    points      calls of every op at a grid of shapes, tokens and dtypes
+    regret      how much longer the chosen kernel of such a call takes than the best one
 """

@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 Variant = Callable[[int], object]
@@ -25,6 +26,8 @@ SETTLE_SECONDS = 0.15  # threads of other libraries spin before they sleep: thos
 WARM_SECONDS = 0.02  # then caches, clocks and own threads wake up
 GRAPH_US = 1000.0  # a CUDA graph lasts about this long: the gap between two replays is then under 1 %
 GRAPH_CALLS = 512  # and holds at most so many calls
+CUDA_BYTES_PER_US = 3.2e6  # faster than any H100
+CUDA_FLOPS_PER_US = {"f32": 60e6, "f16": 900e6, "bf16": 900e6}
 TOO_SLOW = 20.0  # a CUDA variant this many times slower than the fastest conceivable one, and
 TOO_SLOW_US = 1000.0  # over this long, is not timed
 
@@ -51,6 +54,11 @@ def summary(samples_us: list[float]) -> Timing:
     return Timing(middle, low, high, min(samples_us), len(samples_us))
 
 
+def summaries(turns: Mapping[str, list[list[float]] | Failed]) -> dict[str, Timing | Failed]:
+    """Each variant's samples of all turns in one Timing; a Failed stays one."""
+    return {name: t if isinstance(t, Failed) else summary(sum(t, [])) for name, t in turns.items()}
+
+
 def failure(error: BaseException) -> Failed:
     """The first cause of an error in one line: a broken capture hides the error that broke it."""
     while error.__context__ is not None:
@@ -70,7 +78,7 @@ class Host:
     """A variant on the host: counts its calls, and keeps its samples."""
 
     def __init__(self, call: Variant, batch: int | None, between: Callable[[], object] | None):
-        self.call, self.between, self.calls, self.samples = call, between, 0, []
+        self.call, self.between, self.calls, self.turns = call, between, 0, []
         self.batch = 1
         self.sample()  # lazy initialisation
         if batch is None:
@@ -95,13 +103,13 @@ class Host:
         end = warm + seconds
         while time.perf_counter() < warm:
             self.sample()
-        count = 0
-        while count < 2 or time.perf_counter() < end:
-            self.samples.append(self.sample())
-            count += 1
+        samples = []
+        while len(samples) < 2 or time.perf_counter() < end:
+            samples.append(self.sample())
+        self.turns.append(samples)
 
 
-def time_cpu(
+def turns_cpu(
     variants: Mapping[str, Variant],
     *,
     seconds: float = 0.5,
@@ -109,13 +117,14 @@ def time_cpu(
     batch: int | None = None,
     between: Callable[[], object] | None = None,
     settle: float = SETTLE_SECONDS,
-) -> dict[str, Timing | Failed]:
-    """Times variants that are done when they return (or, for the cost of a launch, when the host is free again).
+) -> dict[str, list[list[float]] | Failed]:
+    """The samples of each turn of variants that are done when they return (or, for the cost of a launch, when the host
+    is free again): turn k of one stands beside turn k of the others.
 
     seconds: per variant, split over `rounds` turns. batch: calls per sample; None: enough for 200 us. between: called
-    before every sample, off the clock (such as a device synchronisation).
+    before every sample, off the clock (such as a device synchronisation). settle: seconds of sleep before each turn.
     """
-    results: dict[str, Timing | Failed] = {}
+    results: dict[str, Failed] = {}
     hosts: dict[str, Host] = {}
     for name, call in variants.items():
         try:
@@ -129,12 +138,37 @@ def time_cpu(
             hosts[name].turn(seconds / rounds, settle)
         except Exception as error:
             results[name] = failure(error)
-    return {name: results.get(name) or summary(hosts[name].samples) for name in variants}
+    return {name: results.get(name) or hosts[name].turns for name in variants}
+
+
+def time_cpu(variants: Mapping[str, Variant], **options) -> dict[str, Timing | Failed]:
+    """Times variants on the host: what all turns of each say together. Takes the options of turns_cpu."""
+    return summaries(turns_cpu(variants, **options))
+
+
+def once_us(call: Callable[[], object]) -> float:
+    """Microseconds of one call on the host: for a bound, not for a figure."""
+    begin = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def cpu_cache_bytes() -> int:
+    """The largest cache of the first core as the kernel reports it, 32 MiB where it does not."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(
+        (int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=32 << 20
+    )
 
 
 def copies_needed(bytes_each: int, cache_bytes: int, least: int = 2, most: int = 512) -> int:
     """How many copies of some weights to walk over so that no cache of that size ever helps: four times it."""
     return min(max(math.ceil(4 * cache_bytes / max(bytes_each, 1)), least), most)
+
+
+def conceivable_us(moved_bytes: float, flops: float, dtype: str) -> float:
+    """A time that no call on a GPU falls below: it bounds only how many calls a graph holds, and which are too slow."""
+    return max(moved_bytes / CUDA_BYTES_PER_US, flops / CUDA_FLOPS_PER_US[dtype], 1.0)
 
 
 def calls_per_graph(floor_us: float, copies: int) -> int:
@@ -172,10 +206,11 @@ def captured(torch, call: Variant, calls: int, floor_us: float):
     return graph
 
 
-def time_cuda(
+def turns_cuda(
     variants: Mapping[str, Variant], *, calls: int, floor_us: float = 1.0, replays: int = 7
-) -> dict[str, Timing | Failed]:
-    """Times variants that launch on torch's current CUDA stream, as nodes of a replayed CUDA graph.
+) -> dict[str, list[list[float]] | Failed]:
+    """The samples, one a turn, of variants that launch on torch's current CUDA stream, as nodes of a replayed CUDA
+    graph: turn k of one stands beside turn k of the others.
 
     calls: per graph. To time a dependent chain, let each call read what the call before it wrote: the nodes of a graph
     captured from one stream run in order, and only programmatic launch lets two of them overlap.
@@ -183,21 +218,26 @@ def time_cuda(
     """
     import torch
 
-    results: dict[str, Timing | Failed] = {}
-    graphs, samples = {}, {}
+    results: dict[str, Failed] = {}
+    graphs, turns = {}, {}
     for name, call in variants.items():
         try:
             graphs[name] = captured(torch, call, calls, floor_us)
-            samples[name] = []
+            turns[name] = []
         except Exception as error:
             results[name] = failure(error)
     for name in in_turns(list(graphs), replays):
         try:
             graphs[name].replay()
-            samples[name].append(event_us(torch, graphs[name].replay) / calls)
+            turns[name].append([event_us(torch, graphs[name].replay) / calls])
         except Exception as error:
             results[name] = failure(error)
-    return {name: results.get(name) or summary(samples[name]) for name in variants}
+    return {name: results.get(name) or turns[name] for name in variants}
+
+
+def time_cuda(variants: Mapping[str, Variant], **options) -> dict[str, Timing | Failed]:
+    """Times variants in replayed CUDA graphs: what all turns of each say together. Takes the options of turns_cuda."""
+    return summaries(turns_cuda(variants, **options))
 
 
 def busy_cuda(seconds: float = 0.3) -> None:
