@@ -37,8 +37,8 @@ def test_pairs_of_equal_rows_seldom_count():
 
 
 @pytest.mark.parametrize("why,us", [
-    ("tokens=3 hidden=8: cheapest that fits, estimated 12.5 us", 12.5),
-    ("tokens=3 hidden=8: forced by name, estimated 0.4 us", 0.4),
+    ("tokens=3 hidden=8: cheapest that fits, estimated 12.50 us", 12.5),
+    ("tokens=3 hidden=8: forced by name, estimated 0.40 us", 0.4),
     ("tokens=3 hidden=8: forced by name", None),
 ])  # fmt: skip
 def test_the_estimate_of_a_call(why, us):

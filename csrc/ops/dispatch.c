@@ -170,10 +170,10 @@ bool mv_last_kernel(mv_ran *ran) {
         snprintf(ran->why, sizeof ran->why, "tokens=%lld hidden=%lld", (long long)last.tokens, (long long)last.hidden);
     if (last.outputs)
         used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, " outputs=%lld", (long long)last.outputs);
-    if (last.forced)
-        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": forced by name");
-    else
-        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": cheapest that fits, estimated %.1f us", last.us);
+    used += snprintf(ran->why + used, sizeof ran->why - (size_t)used, ": %s",
+                     last.forced ? "forced by name" : "cheapest that fits");
+    if (last.us < HUGE_VAL) /* a row that is never chosen has no estimate */
+        snprintf(ran->why + used, sizeof ran->why - (size_t)used, ", estimated %.2f us", last.us);
     return true;
 }
 
