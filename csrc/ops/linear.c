@@ -65,15 +65,21 @@ mv_status mv_read_weights(const mv_linear_views *v, int64_t hidden, mv_layer *la
     }
     MV_TRY(common_layout(v, layer->blocks, hidden, &layer->layout, error));
     const int out_dim = layer->layout == MV_LAYOUT_OUT_IN ? 0 : 1;
+    const mv_block *whole = &layer->block[0];
     layer->outputs = 0;
+    layer->packed = true;
     for (int i = 0; i < layer->blocks; i++) {
         const mv_view *w = &v->weight[i];
-        layer->block[i] = (mv_block){.weight = w->data,
-                                     .outputs = w->shape[out_dim],
-                                     .row_stride = mv_stride(w, out_dim),
-                                     .col_stride = hidden == 1 ? 1 : mv_stride(w, 1 - out_dim)};
+        mv_block *block = &layer->block[i];
+        *block = (mv_block){.weight = w->data,
+                            .outputs = w->shape[out_dim],
+                            .row_stride = mv_stride(w, out_dim),
+                            .col_stride = hidden == 1 ? 1 : mv_stride(w, 1 - out_dim)};
         layer->weight_dtype[i] = w->dtype;
-        layer->outputs += layer->block[i].outputs;
+        layer->packed = layer->packed && w->dtype == layer->weight_dtype[0] && block->row_stride == whole->row_stride &&
+                        block->col_stride == whole->col_stride &&
+                        block->weight == bytes_at(whole->weight, layer->outputs * whole->row_stride, w->dtype);
+        layer->outputs += block->outputs;
     }
     return MV_OK;
 }
@@ -92,28 +98,22 @@ void mv_cut_weight(mv_layer *layer, int blocks, const int64_t *outputs) {
 }
 
 mv_status mv_read_biases(const mv_linear_views *v, mv_layer *layer, mv_error *error) {
-    const bool tuple = is_tuple(v->bias, v->most), any = tuple || mv_present(&v->bias[0]);
-    if (any && !tuple) MV_TRY(mv_check_vector(mv_bias_at(v, 0), v->x, layer->outputs, v->bias_size, error));
+    const bool tuple = is_tuple(v->bias, v->most);
+    if (!tuple && !mv_present(&v->bias[0])) return MV_OK;
+    if (!tuple) MV_TRY(mv_check_vector(mv_bias_at(v, 0), v->x, layer->outputs, v->bias_size, error));
     const mv_block *whole = &layer->block[0];
     int64_t first = 0;
-    layer->packed = true;
     for (int i = 0; i < layer->blocks; i++) {
         mv_block *block = &layer->block[i];
-        if (any) {
-            const mv_named bias = mv_bias_at(v, tuple ? i : 0);
-            if (tuple) {
-                MV_REQUIRE(mv_present(bias.view), MV_BAD_VALUE, "%s: %s is missing", bias.op, bias.name);
-                MV_TRY(mv_check_vector(bias, v->x, block->outputs, "= the outputs of its weight", error));
-            }
-            block->bias = tuple ? bias.view->data : bytes_at(bias.view->data, first, bias.view->dtype);
-            block->bias_dtype = bias.view->dtype;
+        const mv_named bias = mv_bias_at(v, tuple ? i : 0);
+        if (tuple) {
+            MV_REQUIRE(mv_present(bias.view), MV_BAD_VALUE, "%s: %s is missing", bias.op, bias.name);
+            MV_TRY(mv_check_vector(bias, v->x, block->outputs, "= the outputs of its weight", error));
         }
-        const mv_dtype dtype = layer->weight_dtype[i];
-        const void *weight_here = bytes_at(whole->weight, first * whole->row_stride, dtype);
-        const void *bias_here = any ? bytes_at(whole->bias, first, block->bias_dtype) : NULL;
-        layer->packed = layer->packed && dtype == layer->weight_dtype[0] && block->row_stride == whole->row_stride &&
-                        block->col_stride == whole->col_stride && block->weight == weight_here &&
-                        block->bias_dtype == whole->bias_dtype && block->bias == bias_here;
+        block->bias = tuple ? bias.view->data : bytes_at(bias.view->data, first, bias.view->dtype);
+        block->bias_dtype = bias.view->dtype;
+        layer->packed = layer->packed && block->bias_dtype == whole->bias_dtype &&
+                        block->bias == bytes_at(whole->bias, first, block->bias_dtype);
         first += block->outputs;
     }
     return MV_OK;

@@ -44,7 +44,7 @@ mv_named mv_bias_at(const mv_linear_views *views, int i);
 mv_status mv_read_weights(const mv_linear_views *views, int64_t hidden, mv_layer *layer, mv_error *error);
 /* One matrix becomes so many blocks. */
 void mv_cut_weight(mv_layer *layer, int blocks, const int64_t *outputs);
-/* For a layer with all its blocks: are they adjacent? And the biases. */
+/* For a layer with all its blocks. */
 mv_status mv_read_biases(const mv_linear_views *views, mv_layer *layer, mv_error *error);
 /* `out` must overlap no weight and no bias. */
 mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *views, mv_error *error);
