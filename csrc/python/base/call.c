@@ -11,6 +11,13 @@ tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view 
     return t;
 }
 
+void plan_fresh_tensor(tensor *made, const tensor *like, int ndim) {
+    contiguous_strides(ndim, made->shape, made->strides);
+    made->view.ndim = ndim;
+    made->view.dtype = like->view.dtype;
+    made->view.device = like->view.device;
+}
+
 void begin_call(call *c, PyObject *module, const char *op) {
     c->state = PyModule_GetState(module);
     c->op = op;

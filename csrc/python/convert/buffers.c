@@ -1,8 +1,6 @@
 /* buffers.c: see buffers.h. */
 #include "buffers.h"
 
-#include <string.h>
-
 #include "../base/refusals.h"
 #include "../frameworks/types.h"
 
@@ -54,16 +52,11 @@ static bool read_tensor(call *c, tensor *t) {
     return true;
 }
 
-bool view_fresh_tensor(call *c, tensor *t, const tensor *like, int ndim, const int64_t *shape) {
+bool view_fresh_tensor(call *c, tensor *t) {
     if (!t->view.data) {
         c->may_hand_over = false;
         return read_tensor(c, t);
     }
-    memcpy(t->shape, shape, (size_t)ndim * sizeof shape[0]);
-    contiguous_strides(ndim, shape, t->strides);
-    t->view.ndim = ndim;
-    t->view.dtype = like->view.dtype;
-    t->view.device = like->view.device;
     *t->slot = t->view;
     return true;
 }
