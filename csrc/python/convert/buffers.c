@@ -32,12 +32,13 @@ static bool join_stream(call *c, tensor *t) {
 
 bool settle(call *c) {
     mv_error error;
+    if (!c->streams_of) return true; /* nothing is on a GPU */
     for (int i = 0; i < c->count; i++) {
         const tensor *t = &c->tensors[i];
         if (t->has_producer && !check_status(mv_cuda_stream_wait(c->device, t->producer, c->stream, &error), &error))
             return false;
     }
-    if (!c->synchronize || !c->streams_of) return true;
+    if (!c->synchronize) return true;
     mv_status status;
     Py_BEGIN_ALLOW_THREADS status = mv_cuda_synchronize(c->device, c->stream, &error);
     Py_END_ALLOW_THREADS return check_status(status, &error);
