@@ -33,7 +33,7 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->synchronize = false;
     c->scratch = NULL;
     c->count = 0;
-    c->nested = enter_call();
+    enter_call(c);
     begin_steps(c);
 }
 
@@ -51,6 +51,6 @@ void end_call(call *c) {
     }
     if (failed) PyErr_Restore(type, value, traceback);
     if (c->hand_over) c->result = c->hand_over(c);
-    leave_call();
+    leave_call(c);
     end_step(c, STEP_RETURN);
 }

@@ -60,7 +60,8 @@ struct call {
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
     int64_t *step_ns; /* NULL: nobody counts */
     int64_t step_began;
-    bool nested;   /* runs inside of another one of its thread */
+    int *depth;    /* how many calls of its thread are under way */
+    bool nested;   /* others are */
     void *scratch; /* the workspace on the CPU; on a GPU it is a tensor */
     int count;
     tensor tensors[MAX_TENSORS];
@@ -97,8 +98,8 @@ void plan_fresh_tensor(tensor *made, const tensor *like, int ndim);
 static inline bool is_given(const mv_view *slot) { return slot->shape != NULL; }
 /* The tensor whose view went to `slot`; NULL when that argument is absent. */
 static inline tensor *tensor_of(call *c, const mv_view *slot) {
-    for (int i = 0; i < c->count; i++)
-        if (c->tensors[i].slot == slot) return &c->tensors[i];
+    for (tensor *t = c->tensors, *end = t + c->count; t < end; t++)
+        if (t->slot == slot) return t;
     return NULL;
 }
 
