@@ -35,7 +35,7 @@
 
 RMS_NORM_QKV_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_QKV_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_rms_norm_qkv_list = {"rms_norm_qkv", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_rms_norm_qkv_list = MV_LIST("rms_norm_qkv", rows);
 
 /* ---- the weights: q, k and v ----------------------------------------------------------------------------------- */
 
