@@ -116,7 +116,7 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
         values[i] = given[count + k];
         likely = i + 1;
     }
-    for (int i = 0; i < s->required; i++) {
+    for (int i = (int)count; i < s->required; i++) {
         if (!values[i]) {
             PyErr_Format(PyExc_TypeError, "%s: %s is missing (argument %d)", s->op, s->parameters[i].name, i + 1);
             return false;
