@@ -235,7 +235,7 @@ static bool to_optional_number(call *c, const parameter *p, PyObject *value, voi
 }
 
 static bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
-    PyObject *index = PyBool_Check(value) ? NULL : PyNumber_Index(value);
+    PyObject *index = PyLong_CheckExact(value) ? Py_NewRef(value) : PyBool_Check(value) ? NULL : PyNumber_Index(value);
     if (!index) return refuse_type(c, p, "an integer", value);
     const long long number = PyLong_AsLongLong(index);
     Py_DECREF(index);
