@@ -201,7 +201,7 @@ static inline size_t mv_dtype_bytes(mv_dtype dtype) {
 /* Leaves a sentence in *error and gives back status, so that a refusal is one return statement. */
 mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...)
 #if defined(__GNUC__)
-    __attribute__((format(printf, 3, 4)))
+    __attribute__((cold, format(printf, 3, 4)))
 #endif
     ;
 

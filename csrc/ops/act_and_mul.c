@@ -13,7 +13,7 @@
 
 ACT_AND_MUL_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {ACT_AND_MUL_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_act_and_mul_list = {"act_and_mul", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_act_and_mul_list = MV_LIST("act_and_mul", rows);
 
 /* ---- the ops -------------------------------------------------------------------------------------------------- */
 

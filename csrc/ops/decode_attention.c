@@ -22,7 +22,7 @@
 
 DECODE_ATTENTION_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {DECODE_ATTENTION_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_decode_attention_list = {"decode_attention", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_decode_attention_list = MV_LIST("decode_attention", rows);
 
 /* ---- what it requires ----------------------------------------------------------------------------------------- */
 

@@ -106,6 +106,19 @@ static mv_status find_forced(const mv_list *list, const char *op, const mv_task 
     return MV_OK;
 }
 
+/* A race finds the same rows twice. Of a GPU the compute capability decides besides. */
+static uint64_t usable_rows(const mv_list *list, mv_device_kind backend, mv_dtype dtype) {
+    uint64_t *known = &list->usable->bits[backend][dtype], found = __atomic_load_n(known, __ATOMIC_RELAXED);
+    if (found) return found;
+    for (int i = 0; i < list->count; i++) {
+        const mv_row *row = &list->rows[i];
+        if (row->backend == backend && row->dtype == dtype && (backend != MV_CPU || mv_cpu_supports(row->isa)))
+            found |= (uint64_t)1 << i;
+    }
+    __atomic_store_n(known, found, __ATOMIC_RELAXED);
+    return found;
+}
+
 static bool can_serve(const mv_row *row, const mv_task *task) {
     return (row->batch_invariant || !task->batch_invariant) && task->compute_capability >= row->oldest &&
            task->compute_capability <= row->newest;
@@ -124,14 +137,12 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
     }
     *choice = (mv_choice){.row = NULL, .decision.us = HUGE_VAL};
     mv_decision decision;
-    const mv_dtype dtype = task->dtype;
-    const mv_device_kind backend = task->device.kind;
-    for (const mv_row *row = list->rows, *end = row + list->count; row < end; row++) {
-        if (row->dtype != dtype || row->backend != backend || !can_serve(row, task)) continue;
+    for (uint64_t left = usable_rows(list, task->device.kind, task->dtype); left; left &= left - 1) {
+        const mv_row *row = &list->rows[__builtin_ctzll(left)];
+        if (!can_serve(row, task)) continue;
         if (row->decide(priced, choice->decision.us, &decision)) continue;
         const double us = decision.us;
         if (priced != task && row->decide(task, MV_ANY_PRICE, &decision)) continue;
-        if (row->backend == MV_CPU && !mv_cpu_supports(row->isa)) continue;
         decision.us = us;
         choice->row = row;
         choice->decision = decision;

@@ -20,11 +20,22 @@ typedef struct {
  * The prices only order the rows. */
 mv_decide mv_decide_wide, mv_decide_half, mv_decide_scalar;
 
+/* The rows of a list that may run here, by backend and by the dtype of x, as bits. 0: not asked yet. */
+typedef struct {
+    uint64_t bits[2][3];
+} mv_usable_rows;
+
 typedef struct {
     const char *op;
     const mv_row *rows;
     int count;
+    mv_usable_rows *usable;
 } mv_list;
+
+/* The list of the table `rows`. */
+#define MV_LIST(op, rows)                                                                                              \
+    {op, rows, sizeof(rows) / sizeof((rows)[0]), &(mv_usable_rows){{{0}}}};                                            \
+    _Static_assert(sizeof(rows) / sizeof((rows)[0]) <= 64, "a list has more rows than bits")
 
 /* The lists are macros of rows: K(op, dtype, DTYPE, name, isa, runs_on, invariant, decide) each. These two meanings of
  * K declare the kernels and fill the table. A build or machine without a backend has no rows of it. */

@@ -5,17 +5,21 @@
 
 #include "plan.h"
 
-/* The views, and the names that their user knows. One matrix is in weight[0]; several are a tuple, of which any may be
- * missing. The same of biases. */
+/* The names that an op's user knows. */
+typedef struct {
+    const char *weight, *weights[MV_MAX_BLOCKS]; /* of one; of the members of a tuple */
+    const char *bias, *biases[MV_MAX_BLOCKS];
+    const char *outputs;   /* what the number of outputs is called in shapes, such as "qkv" */
+    const char *bias_size; /* where that of one bias comes from, such as "= the outputs of weight" */
+    int most;              /* members that a tuple has; 1: there are no tuples */
+} mv_linear_names;
+
+/* The views. One matrix is in weight[0]; several are a tuple, of which any may be missing. The same of biases. */
 typedef struct {
     const char *op;
+    const mv_linear_names *names;
     const mv_view *x;
-    const char *weight_name, *weight_names[MV_MAX_BLOCKS]; /* of one; of the members of a tuple */
-    const char *bias_name, *bias_names[MV_MAX_BLOCKS];
-    const char *outputs;          /* what the number of outputs is called in shapes, such as "qkv" */
-    const char *bias_size;        /* where that of one bias comes from, such as "= the outputs of weight" */
-    const mv_view *weight, *bias; /* `most` each */
-    int most;                     /* members that a tuple has; 1: there are no tuples */
+    const mv_view *weight, *bias; /* names->most each */
     mv_weight_layout layout;
 } mv_linear_views;
 
@@ -37,14 +41,11 @@ mv_linear_views mv_one_weight(const char *op, const mv_view *x, const mv_view *w
 /* All of its layer, which has an output or more. */
 mv_status mv_read_one_weight(const mv_linear_views *views, mv_layer *layer, mv_error *error);
 
-mv_named mv_weight_at(const mv_linear_views *views, int i);
-mv_named mv_bias_at(const mv_linear_views *views, int i);
-
 /* Reads the matrices: one block for each. */
 mv_status mv_read_weights(const mv_linear_views *views, int64_t hidden, mv_layer *layer, mv_error *error);
 /* One matrix becomes so many blocks. */
 void mv_cut_weight(mv_layer *layer, int blocks, const int64_t *outputs);
-/* For a layer with all its blocks: are they adjacent? And the biases. */
+/* For a layer with all its blocks. */
 mv_status mv_read_biases(const mv_linear_views *views, mv_layer *layer, mv_error *error);
 /* `out` must overlap no weight and no bias. */
 mv_status mv_check_apart_from_weights(mv_named out, const mv_linear_views *views, mv_error *error);

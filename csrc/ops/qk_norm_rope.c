@@ -15,7 +15,7 @@
 
 QK_NORM_ROPE_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {QK_NORM_ROPE_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_qk_norm_rope_list = {"qk_norm_rope", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_qk_norm_rope_list = MV_LIST("qk_norm_rope", rows);
 
 /* ---- tokens --------------------------------------------------------------------------------------------------- */
 

@@ -21,7 +21,7 @@ static const char *decide_by_name(const mv_task *task, double below, mv_decision
 
 RMS_NORM_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_rms_norm_list = {"rms_norm", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_rms_norm_list = MV_LIST("rms_norm", rows);
 
 /* ---- the ops -------------------------------------------------------------------------------------------------- */
 

@@ -2,20 +2,13 @@
  * kernels are those of rms_norm_qkv. */
 #include "norm_linear.h"
 
-static mv_linear_views linear_views(const char *op, const mv_rms_norm_gate_up_args *a) {
-    return (mv_linear_views){.op = op,
-                             .x = &a->x,
-                             .weight_name = "gate_up_weight",
-                             .weight_names = {"gate_up_weight[0]", "gate_up_weight[1]"},
-                             .bias_name = "bias",
-                             .bias_names = {"bias[0]", "bias[1]"},
-                             .outputs = "2 d",
-                             .bias_size = "= the outputs of gate_up_weight",
-                             .weight = a->gate_up_weight,
-                             .bias = a->bias,
-                             .most = 2,
-                             .layout = a->weight_layout};
-}
+static const mv_linear_names names = {.weight = "gate_up_weight",
+                                      .weights = {"gate_up_weight[0]", "gate_up_weight[1]"},
+                                      .bias = "bias",
+                                      .biases = {"bias[0]", "bias[1]"},
+                                      .outputs = "2 d",
+                                      .bias_size = "= the outputs of gate_up_weight",
+                                      .most = 2};
 
 /* Two blocks of one size and dtype that lie alike, however the weights were given: a kernel computes their outputs in
  * pairs. */
@@ -44,7 +37,7 @@ static mv_status read_gate_up(const mv_linear_views *views, int64_t hidden, mv_l
 mv_status mv_rms_norm_gate_up(const mv_rms_norm_gate_up_args *a, mv_plan *plan, mv_error *error) {
     const mv_norm_linear all =
         MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_gate_up", a, mv_rms_norm_gate_up_list);
-    const mv_linear_views views = linear_views(all.op, a);
+    const mv_linear_views views = {all.op, &names, &a->x, a->gate_up_weight, a->bias, a->weight_layout};
     mv_layer layer = {.gated = true, .activation = a->activation};
     MV_REQUIRE(a->activation == MV_SILU || a->activation == MV_GELU_TANH || a->activation == MV_GELU, MV_BAD_VALUE,
                "%s: unknown activation, expected \"silu\", \"gelu_tanh\" or \"gelu\"", all.op);

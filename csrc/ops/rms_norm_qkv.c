@@ -35,24 +35,17 @@
 
 RMS_NORM_QKV_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_QKV_KERNELS(MV_TABLE_ROW)};
-const mv_list mv_rms_norm_qkv_list = {"rms_norm_qkv", rows, sizeof rows / sizeof rows[0]};
+const mv_list mv_rms_norm_qkv_list = MV_LIST("rms_norm_qkv", rows);
 
 /* ---- the weights: q, k and v ----------------------------------------------------------------------------------- */
 
-static mv_linear_views linear_views(const char *op, const mv_rms_norm_qkv_args *a) {
-    return (mv_linear_views){.op = op,
-                             .x = &a->x,
-                             .weight_name = "qkv_weight",
-                             .weight_names = {"qkv_weight[0]", "qkv_weight[1]", "qkv_weight[2]"},
-                             .bias_name = "bias",
-                             .bias_names = {"bias[0]", "bias[1]", "bias[2]"},
-                             .outputs = "qkv",
-                             .bias_size = "= the outputs of qkv_weight",
-                             .weight = a->qkv_weight,
-                             .bias = a->bias,
-                             .most = 3,
-                             .layout = a->weight_layout};
-}
+static const mv_linear_names names = {.weight = "qkv_weight",
+                                      .weights = {"qkv_weight[0]", "qkv_weight[1]", "qkv_weight[2]"},
+                                      .bias = "bias",
+                                      .biases = {"bias[0]", "bias[1]", "bias[2]"},
+                                      .outputs = "qkv",
+                                      .bias_size = "= the outputs of qkv_weight",
+                                      .most = 3};
 
 static mv_status check_count(const char *op, const char *name, int64_t count, int64_t least, mv_error *error) {
     MV_REQUIRE(count >= least, MV_BAD_VALUE, "%s: %s is %lld, expected at least 1", op, name, (long long)count);
@@ -95,7 +88,7 @@ static mv_status read_projection(const mv_linear_views *views, const mv_rms_norm
     for (int i = 0; layer->blocks == 3 && i < 3; i++)
         MV_REQUIRE(layer->block[i].outputs == sizes[i], MV_BAD_VALUE,
                    "%s: %s has %lld outputs, expected %lld (= %s * head_dim, where head_dim is %lld)%s", op,
-                   views->weight_names[i], (long long)layer->block[i].outputs, (long long)sizes[i],
+                   names.weights[i], (long long)layer->block[i].outputs, (long long)sizes[i],
                    i == 0 ? "num_heads" : "num_kv_heads", (long long)head_dim, hint);
     if (layer->blocks == 1) mv_cut_weight(layer, 3, sizes);
     return mv_read_biases(views, layer, error);
@@ -105,7 +98,7 @@ static mv_status read_projection(const mv_linear_views *views, const mv_rms_norm
 
 mv_status mv_rms_norm_qkv(const mv_rms_norm_qkv_args *a, mv_plan *plan, mv_error *error) {
     const mv_norm_linear all = MV_NORM_LINEAR(a->call.op ? a->call.op : "rms_norm_qkv", a, mv_rms_norm_qkv_list);
-    const mv_linear_views views = linear_views(all.op, a);
+    const mv_linear_views views = {all.op, &names, &a->x, a->qkv_weight, a->bias, a->weight_layout};
     mv_layer layer = {0};
     MV_TRY(check_heads(all.op, a, error));
     MV_TRY(mv_check_norm_inputs(&all, error));

@@ -239,7 +239,9 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
         const tensor *t = &c.tensors[0];
         const framework *from = t->kind.framework;
         tensor *made = add_fresh_tensor(&c, "result", t, NULL);
-        if (from->empty(&c, t, ndim, sizes, made)) {
+        memcpy(made->shape, sizes, (size_t)ndim * sizeof sizes[0]);
+        plan_fresh_tensor(made, t, ndim);
+        if (from->empty(&c, t, made)) {
             if (from->finish) {
                 result = from->finish(&c, t, made);
             } else {

@@ -11,6 +11,13 @@ tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view 
     return t;
 }
 
+void plan_fresh_tensor(tensor *made, const tensor *like, int ndim) {
+    contiguous_strides(ndim, made->shape, made->strides);
+    made->view.ndim = ndim;
+    made->view.dtype = like->view.dtype;
+    made->view.device = like->view.device;
+}
+
 void begin_call(call *c, PyObject *module, const char *op) {
     c->state = PyModule_GetState(module);
     c->op = op;
@@ -26,7 +33,7 @@ void begin_call(call *c, PyObject *module, const char *op) {
     c->synchronize = false;
     c->scratch = NULL;
     c->count = 0;
-    c->nested = enter_call();
+    enter_call(c);
     begin_steps(c);
 }
 
@@ -44,6 +51,6 @@ void end_call(call *c) {
     }
     if (failed) PyErr_Restore(type, value, traceback);
     if (c->hand_over) c->result = c->hand_over(c);
-    leave_call();
+    leave_call(c);
     end_step(c, STEP_RETURN);
 }

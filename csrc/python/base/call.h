@@ -60,7 +60,8 @@ struct call {
     bool synchronize; /* before returning: a producer that says nothing about streams is involved */
     int64_t *step_ns; /* NULL: nobody counts */
     int64_t step_began;
-    bool nested;   /* runs inside of another one of its thread */
+    int *depth;    /* how many calls of its thread are under way */
+    bool nested;   /* others are */
     void *scratch; /* the workspace on the CPU; on a GPU it is a tensor */
     int count;
     tensor tensors[MAX_TENSORS];
@@ -91,12 +92,14 @@ static inline tensor *add_tensor(call *c, const char *name, int member, PyObject
 
 /* Adds a result, to be made by like's framework. */
 tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view *slot);
+/* Its view, but for the data: C-contiguous of the `ndim` sizes in its shape, in like's dtype, on like's device. */
+void plan_fresh_tensor(tensor *made, const tensor *like, int ndim);
 /* Has a tensor been taken for it? */
 static inline bool is_given(const mv_view *slot) { return slot->shape != NULL; }
 /* The tensor whose view went to `slot`; NULL when that argument is absent. */
 static inline tensor *tensor_of(call *c, const mv_view *slot) {
-    for (int i = 0; i < c->count; i++)
-        if (c->tensors[i].slot == slot) return &c->tensors[i];
+    for (tensor *t = c->tensors, *end = t + c->count; t < end; t++)
+        if (t->slot == slot) return t;
     return NULL;
 }
 
@@ -114,9 +117,9 @@ struct framework {
     bool (*view)(call *c, tensor *t);
     /* The stream that the framework is working on. NULL: it has none, the legacy default stream serves. */
     bool (*stream)(call *c, const tensor *t, void **stream);
-    /* A new C-contiguous array on like's device, in like's dtype: made->object, or made->unfinished; and where the
-     * framework knows without a view of it, made->view.data. */
-    bool (*empty)(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+    /* A new array, which made->view describes: made->object, or made->unfinished; and where the framework knows without
+     * a view of it, made->view.data. */
+    bool (*empty)(call *c, const tensor *like, tensor *made);
     /* `bytes` bytes of scratch on like's GPU: the same, and always made->view.data. */
     bool (*scratch)(call *c, const tensor *like, size_t bytes, tensor *made);
     /* q, k and v: a tuple of views of `out`, which is [..., heads, head_dim] when fresh, else [..., qkv]; who needs to

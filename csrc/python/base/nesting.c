@@ -10,9 +10,10 @@ enum { LEAST_STACK = 64 * 1024 }; /* what a nested call, its exporters and its k
 static _Thread_local int depth;
 static _Thread_local uintptr_t stack_end; /* its lowest address; 0: not asked yet */
 
-bool enter_call(void) { return depth++ > 0; }
-
-void leave_call(void) { depth--; }
+void enter_call(call *c) {
+    c->depth = &depth;
+    c->nested = (*c->depth)++ > 0;
+}
 
 static uintptr_t ask_for_stack_end(void) {
     pthread_attr_t attributes;
@@ -25,8 +26,7 @@ static uintptr_t ask_for_stack_end(void) {
 }
 
 /* On a stack that is not the thread's own the difference is large, and nothing is refused. */
-bool check_stack(const call *c) {
-    if (!c->nested) return true;
+bool check_rest_of_stack(const call *c) {
     if (!stack_end) stack_end = ask_for_stack_end();
     if ((uintptr_t)__builtin_frame_address(0) - stack_end >= LEAST_STACK) return true;
     PyErr_Format(

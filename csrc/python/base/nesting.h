@@ -5,9 +5,10 @@
 
 #include "call.h"
 
-bool enter_call(void); /* is another call of this thread under way? */
-void leave_call(void);
+void enter_call(call *c); /* is another call of this thread under way? */
+static inline void leave_call(call *c) { --*c->depth; }
+bool check_rest_of_stack(const call *c);
 /* A call's frames take some 25 kB. False with RecursionError where a nested one finds little of the thread's stack. */
-bool check_stack(const call *c);
+static inline bool check_stack(const call *c) { return !c->nested || check_rest_of_stack(c); }
 
 #endif

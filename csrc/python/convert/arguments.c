@@ -116,7 +116,7 @@ static bool match(const call *c, const signature *s, PyObject *const *given, Py_
         values[i] = given[count + k];
         likely = i + 1;
     }
-    for (int i = 0; i < s->required; i++) {
+    for (int i = (int)count; i < s->required; i++) {
         if (!values[i]) {
             PyErr_Format(PyExc_TypeError, "%s: %s is missing (argument %d)", s->op, s->parameters[i].name, i + 1);
             return false;
@@ -235,7 +235,7 @@ static bool to_optional_number(call *c, const parameter *p, PyObject *value, voi
 }
 
 static bool to_integer(call *c, const parameter *p, PyObject *value, void *target) {
-    PyObject *index = PyBool_Check(value) ? NULL : PyNumber_Index(value);
+    PyObject *index = PyLong_CheckExact(value) ? Py_NewRef(value) : PyBool_Check(value) ? NULL : PyNumber_Index(value);
     if (!index) return refuse_type(c, p, "an integer", value);
     const long long number = PyLong_AsLongLong(index);
     Py_DECREF(index);

@@ -1,8 +1,6 @@
 /* buffers.c: see buffers.h. */
 #include "buffers.h"
 
-#include <string.h>
-
 #include "../base/refusals.h"
 #include "../frameworks/types.h"
 
@@ -34,12 +32,13 @@ static bool join_stream(call *c, tensor *t) {
 
 bool settle(call *c) {
     mv_error error;
+    if (!c->streams_of) return true; /* nothing is on a GPU */
     for (int i = 0; i < c->count; i++) {
         const tensor *t = &c->tensors[i];
         if (t->has_producer && !check_status(mv_cuda_stream_wait(c->device, t->producer, c->stream, &error), &error))
             return false;
     }
-    if (!c->synchronize || !c->streams_of) return true;
+    if (!c->synchronize) return true;
     mv_status status;
     Py_BEGIN_ALLOW_THREADS status = mv_cuda_synchronize(c->device, c->stream, &error);
     Py_END_ALLOW_THREADS return check_status(status, &error);
@@ -54,16 +53,11 @@ static bool read_tensor(call *c, tensor *t) {
     return true;
 }
 
-bool view_fresh_tensor(call *c, tensor *t, const tensor *like, int ndim, const int64_t *shape) {
+bool view_fresh_tensor(call *c, tensor *t) {
     if (!t->view.data) {
         c->may_hand_over = false;
         return read_tensor(c, t);
     }
-    memcpy(t->shape, shape, (size_t)ndim * sizeof shape[0]);
-    contiguous_strides(ndim, shape, t->strides);
-    t->view.ndim = ndim;
-    t->view.dtype = like->view.dtype;
-    t->view.device = like->view.device;
     *t->slot = t->view;
     return true;
 }

@@ -9,8 +9,8 @@
 bool take_tensor(call *c, const char *name, int member, PyObject *object, mv_view *slot);
 /* The same of integers. */
 bool take_integers(call *c, const char *name, PyObject *object, mv_view *slot);
-/* Fills the slot of a result, once it is made: C-contiguous, in like's dtype, on its device. */
-bool view_fresh_tensor(call *c, tensor *t, const tensor *like, int ndim, const int64_t *shape);
+/* Fills the slot of a result, once it is made. */
+bool view_fresh_tensor(call *c, tensor *t);
 /* After the op: makes other frameworks' streams wait for it, and the host where somebody cannot. */
 bool settle(call *c);
 

@@ -1,8 +1,6 @@
 /* results.c: see results.h. */
 #include "results.h"
 
-#include <string.h>
-
 #include "../base/refusals.h"
 #include "../frameworks/slices.h"
 #include "buffers.h"
@@ -10,16 +8,15 @@
 bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last) {
     if (is_given(slot)) return true;
     const tensor *like = tensor_of(c, x);
-    int64_t shape[MAX_DIMS + 1];
     const int lead = x->ndim - 1;
     if (lead + last_count > MAX_DIMS)
         return refuse(c, like, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)x->ndim,
                       MAX_DIMS + 1 - last_count);
-    memcpy(shape, x->shape, (size_t)lead * sizeof shape[0]);
-    memcpy(shape + lead, last, (size_t)last_count * sizeof shape[0]);
     tensor *made = add_fresh_tensor(c, name, like, slot);
-    return like->kind.framework->empty(c, like, lead + last_count, shape, made) &&
-           view_fresh_tensor(c, made, like, lead + last_count, shape);
+    for (int d = 0; d < lead; d++) made->shape[d] = x->shape[d];
+    for (int d = 0; d < last_count; d++) made->shape[lead + d] = last[d];
+    plan_fresh_tensor(made, like, lead + last_count);
+    return like->kind.framework->empty(c, like, made) && view_fresh_tensor(c, made);
 }
 
 bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace) {

@@ -68,9 +68,9 @@ static PyObject *cupy_new(call *c, int index, PyObject *size, PyObject *dtype) {
     return result;
 }
 
-static bool cupy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
+static bool cupy_empty(call *c, const tensor *like, tensor *made) {
     PyObject *dtype = numpy_dtype(c->state, like->view.dtype);
-    PyObject *size = dtype ? shape_tuple(ndim, shape) : NULL;
+    PyObject *size = dtype ? shape_tuple(made->view.ndim, made->shape) : NULL;
     made->object = size ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
     Py_XDECREF(size);
     return made->object != NULL;

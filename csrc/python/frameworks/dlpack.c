@@ -157,10 +157,10 @@ static bool exchange_new(const tensor *like, dl_dtype dtype, int ndim, const int
     return made->object != NULL;
 }
 
-static bool exchange_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
+static bool exchange_empty(call *c, const tensor *like, tensor *made) {
     static const dl_dtype dtypes[] = {{DL_FLOAT, 32, 1}, {DL_FLOAT, 16, 1}, {DL_BFLOAT, 16, 1}};
     (void)c;
-    return exchange_new(like, dtypes[like->view.dtype], ndim, shape, made);
+    return exchange_new(like, dtypes[like->view.dtype], made->view.ndim, made->shape, made);
 }
 
 static bool exchange_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {

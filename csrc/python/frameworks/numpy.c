@@ -113,8 +113,8 @@ PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t
     return result;
 }
 
-static bool numpy_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
-    made->object = numpy_new(c->state, like->view.dtype, ndim, shape);
+static bool numpy_empty(call *c, const tensor *like, tensor *made) {
+    made->object = numpy_new(c->state, like->view.dtype, made->view.ndim, made->shape);
     return made->object != NULL;
 }
 

@@ -15,11 +15,12 @@ static PyObject *new_device_array(call *c, int32_t device, const char *dtype, in
     return result;
 }
 
-bool plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
+bool plain_empty(call *c, const tensor *like, tensor *made) {
     const mv_dtype dtype = like->view.dtype;
     const bool cuda = like->view.device.kind == MV_CUDA;
-    made->object = cuda ? new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, shape)
-                        : numpy_new(c->state, dtype, ndim, shape);
+    const int ndim = made->view.ndim;
+    made->object = cuda ? new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, made->shape)
+                        : numpy_new(c->state, dtype, ndim, made->shape);
     if (!made->object && !cuda && dtype == MV_BF16)
         refuse_because(c, like, PyExc_RuntimeError,
                        "is bfloat16, and a NumPy result of that dtype needs ml_dtypes "

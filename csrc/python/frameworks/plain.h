@@ -4,7 +4,7 @@
 
 #include "../base/call.h"
 
-bool plain_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+bool plain_empty(call *c, const tensor *like, tensor *made);
 bool plain_scratch(call *c, const tensor *like, size_t bytes, tensor *made);
 
 #endif

@@ -171,13 +171,7 @@ static bool is_functional(call *c, tensor *t) {
     return answer == Py_True;
 }
 
-static bool torch_view(call *c, tensor *t) {
-    if (t->kind.overrides) {
-        if (c->may_hand_over) return hand_over(c);
-        if (!check_memory(c, t)) return false;
-    }
-    if (c->may_hand_over && !check_modes(c, t)) return false;
-    if (!t->kind.api) return view_by_protocol(c, t) && check_not_negated(c, t);
+static bool view_by_exchange(call *c, tensor *t) {
     dl_tensor borrowed;
     if (t->kind.api->borrow_from_object(t->object, &borrowed) != 0) {
         if (c->may_hand_over && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
@@ -190,7 +184,16 @@ static bool torch_view(call *c, tensor *t) {
         if (is_functional(c, t)) return hand_over(c);
         if (PyErr_Occurred()) return false;
     }
-    return view_of_dl_tensor(c, t, &borrowed) && check_not_negated(c, t);
+    return view_of_dl_tensor(c, t, &borrowed);
+}
+
+static bool torch_view(call *c, tensor *t) {
+    if (t->kind.overrides) {
+        if (c->may_hand_over) return hand_over(c);
+        if (!check_memory(c, t)) return false;
+    }
+    if (c->may_hand_over && !check_modes(c, t)) return false;
+    return (t->kind.api ? view_by_exchange(c, t) : view_by_protocol(c, t)) && check_not_negated(c, t);
 }
 
 static bool torch_stream(call *c, const tensor *t, void **stream) {

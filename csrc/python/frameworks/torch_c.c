@@ -42,15 +42,15 @@ static bool find_all(torch_c *found) {
            find(tensors, "_ZN2at25compositeimplicitautograd6is_negERKNS_6TensorE", &found->is_negated);
 }
 
-const torch_c *torch_c_functions(void) {
+_Atomic(const torch_c *) torch_c_found;
+
+/* One thread looks, once; others are served through Python meanwhile. */
+const torch_c *find_torch_c(void) {
     static torch_c functions;
-    static atomic_int state; /* 0: nobody has looked; 1: somebody looks; 2: found; 3: not found */
-    int seen = atomic_load_explicit(&state, memory_order_acquire);
-    if (seen == 0 && atomic_compare_exchange_strong(&state, &seen, 1)) {
-        seen = find_all(&functions) ? 2 : 3;
-        atomic_store_explicit(&state, seen, memory_order_release);
-    }
-    return seen == 2 ? &functions : NULL;
+    static atomic_flag looked = ATOMIC_FLAG_INIT;
+    if (atomic_flag_test_and_set(&looked) || !find_all(&functions)) return NULL;
+    atomic_store_explicit(&torch_c_found, &functions, memory_order_release);
+    return &functions;
 }
 
 /* object._cdata, the slow way. */
@@ -62,6 +62,7 @@ static void *ask_for_tensor(module_state *state, PyObject *object) {
 }
 
 enum { NOT_FOUND = -1 };
+atomic_int torch_tensor_word; /* 0: nobody has looked; NOT_FOUND: each is asked */
 
 /* The only word of a torch.Tensor that holds this pointer, or NOT_FOUND. */
 static int word_of(module_state *state, PyObject *object, void *tensor) {
@@ -81,12 +82,10 @@ static int word_of(module_state *state, PyObject *object, void *tensor) {
 
 /* Where an object keeps the pointer is torch's own affair, so the first tensor that comes tells: its _cdata is the
  * pointer. */
-void *torch_tensor_of(module_state *state, PyObject *object) {
-    static atomic_int place; /* 0: nobody has looked; NOT_FOUND: each is asked */
-    int word = atomic_load_explicit(&place, memory_order_relaxed);
-    if (word > 0) return ((void *const *)(void *)object)[word];
+void *ask_for_torch_tensor(module_state *state, PyObject *object) {
     void *const tensor = ask_for_tensor(state, object);
-    if (tensor && word == 0) atomic_store_explicit(&place, word_of(state, object, tensor), memory_order_relaxed);
+    if (tensor && atomic_load_explicit(&torch_tensor_word, memory_order_relaxed) == 0)
+        atomic_store_explicit(&torch_tensor_word, word_of(state, object, tensor), memory_order_relaxed);
     return tensor;
 }
 

@@ -61,17 +61,27 @@ typedef struct {
     int32_t dtypes[4];                                /* in the order of mv_dtype, then uint8 */
 } torch_c;
 
+extern _Atomic(const torch_c *) torch_c_found; /* once it is */
+const torch_c *find_torch_c(void);
 /* NULL where the loaded torch lacks any of them. */
-const torch_c *torch_c_functions(void);
+static inline const torch_c *torch_c_functions(void) {
+    const torch_c *found = atomic_load_explicit(&torch_c_found, memory_order_acquire);
+    return found ? found : find_torch_c();
+}
 
 /* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
 static inline void torch_note_write(const torch_c *torch, const torch_handle *tensor) {
     if (torch->version(tensor)->counter) torch->bump_version(tensor);
 }
 
+extern atomic_int torch_tensor_word; /* of an object, which holds this; else 0 or less */
+void *ask_for_torch_tensor(module_state *state, PyObject *object);
 /* What the handle of a torch.Tensor points to: `void *tensor` on the caller's stack, its address the handle, for as
  * long as the object lives. NULL with an exception set. */
-void *torch_tensor_of(module_state *state, PyObject *object);
+static inline void *torch_tensor_of(module_state *state, PyObject *object) {
+    const int word = atomic_load_explicit(&torch_tensor_word, memory_order_relaxed);
+    return word > 0 ? ((void *const *)(void *)object)[word] : ask_for_torch_tensor(state, object);
+}
 
 /* How often torch has written to t, a torch.Tensor. False where torch does not count: tensors of inference mode. */
 bool torch_version_of(const call *c, const tensor *t, long long *version);

@@ -11,12 +11,11 @@
 /* ---- from C ----------------------------------------------------------------------------------------------------- */
 
 /* False, without an error set, where torch cannot: torch.empty then says why. dtype 3: uint8. */
-static bool make_handle(int dtype, mv_device device, int ndim, const int64_t *shape, tensor *made) {
+static bool make_handle(int dtype, mv_device device, int ndim, const int64_t *shape, const int64_t *strides,
+                        tensor *made) {
     const torch_c *torch = torch_c_functions();
-    int64_t strides[MAX_DIMS];
     torch_handle *handle;
     if (!torch) return false;
-    contiguous_strides(ndim, shape, strides);
     if (torch->empty(ndim, shape, strides, torch->dtypes[dtype], device.kind == MV_CPU ? TORCH_CPU : TORCH_CUDA,
                      device.index, &handle))
         return false;
@@ -141,17 +140,17 @@ static PyObject *call_split(call *c, const tensor *out, const head_counts *n) {
 
 /* ---- either ----------------------------------------------------------------------------------------------------- */
 
-bool torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made) {
-    const int dtype = (int)like->view.dtype;
-    if (make_handle(dtype, like->view.device, ndim, shape, made)) return true;
-    made->object = call_empty(c, dtype, like->view.device, ndim, shape);
+bool torch_empty(call *c, const tensor *like, tensor *made) {
+    const int dtype = (int)like->view.dtype, ndim = made->view.ndim;
+    if (make_handle(dtype, like->view.device, ndim, made->shape, made->strides, made)) return true;
+    made->object = call_empty(c, dtype, like->view.device, ndim, made->shape);
     return made->object != NULL;
 }
 
 bool torch_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
-    const int64_t size = (int64_t)bytes;
+    const int64_t size = (int64_t)bytes, stride = 1;
     const int dtype = TORCH_UINT8 - TORCH_DTYPES;
-    if (make_handle(dtype, like->view.device, 1, &size, made)) return true;
+    if (make_handle(dtype, like->view.device, 1, &size, &stride, made)) return true;
     made->object = call_empty(c, dtype, like->view.device, 1, &size);
     PyObject *pointer = made->object ? PyObject_CallMethod(made->object, "data_ptr", NULL) : NULL;
     if (pointer) made->view.data = PyLong_AsVoidPtr(pointer);

@@ -4,7 +4,7 @@
 
 #include "../base/call.h"
 
-bool torch_empty(call *c, const tensor *like, int ndim, const int64_t *shape, tensor *made);
+bool torch_empty(call *c, const tensor *like, tensor *made);
 bool torch_scratch(call *c, const tensor *like, size_t bytes, tensor *made);
 PyObject *torch_split(call *c, const tensor *like, const tensor *out, const head_counts *counts);
 PyObject *torch_finish(call *c, const tensor *like, tensor *made);

@@ -17,12 +17,11 @@ static bool has_elements(const tensor *t) {
 }
 
 bool check_view(call *c, tensor *t) {
-    bool empty = false;
-    for (int d = 0; d < t->view.ndim; d++) {
-        if (t->shape[d] < 0) return refuse(c, t, PyExc_BufferError, "was exported with a negative size");
-        empty = empty || t->shape[d] == 0;
-    }
-    if (empty) { /* nothing to step over, and NumPy's strides may be zero then */
+    int64_t least = 1;
+    for (int d = 0; d < t->view.ndim; d++)
+        if (t->shape[d] < least) least = t->shape[d];
+    if (least < 0) return refuse(c, t, PyExc_BufferError, "was exported with a negative size");
+    if (least == 0) { /* nothing to step over, and NumPy's strides may be zero then */
         t->view.strides = NULL;
         return true;
     }
@@ -60,6 +59,11 @@ static const char *dl_dtype_text(dl_dtype dtype, char *text, size_t size) {
     return text;
 }
 
+static bool refuse_dl_dtype(call *c, tensor *t, dl_dtype dtype) {
+    char text[64];
+    return refuse_dtype(c, t, dl_dtype_text(dtype, text, sizeof text));
+}
+
 static bool find_dtype(dl_dtype dtype, mv_dtype *found) {
     static const dl_dtype dtypes[] = {[MV_F32] = {DL_FLOAT, 32, 1},
                                       [MV_F16] = {DL_FLOAT, 16, 1},
@@ -84,17 +88,14 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
         return refuse(c, t, PyExc_ValueError, "is on a device of DLPack type %d, expected the CPU or a CUDA device",
                       (int)source->device.type);
     }
-    char text[64];
     if (!find_dtype(source->dtype, &view->dtype) || !is_wanted(t, view->dtype))
-        return refuse_dtype(c, t, dl_dtype_text(source->dtype, text, sizeof text));
+        return refuse_dl_dtype(c, t, source->dtype);
     if (source->ndim > 0 && !source->shape) return refuse(c, t, PyExc_BufferError, "was exported without a shape");
     if (source->ndim < 0 || source->ndim > MAX_DIMS)
         return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);
     view->ndim = source->ndim;
-    for (int d = 0; d < source->ndim; d++) {
-        t->shape[d] = source->shape[d];
-        if (source->strides) t->strides[d] = source->strides[d];
-    }
+    for (int d = 0; d < source->ndim; d++) t->shape[d] = source->shape[d];
+    for (int d = 0; source->strides && d < source->ndim; d++) t->strides[d] = source->strides[d];
     view->strides = source->strides ? t->strides : NULL;
     view->data = source->data ? (void *)((uintptr_t)source->data + source->byte_offset) : NULL;
     return check_view(c, t);

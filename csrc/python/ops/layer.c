@@ -151,11 +151,21 @@ static Py_ssize_t tail_offset; /* of any layer */
 static PyTypeObject *layer_type;
 static layer_tail *tail_of(PyObject *layer) { return (layer_tail *)((char *)layer + tail_offset); }
 
-/* Messages about the arguments name the layer; what ran is the op.
- *
- * By its counters a layer vouches for weights that have not changed since its last call. After a change, whose kernel
+/* By its counters a layer vouches for weights that have not changed since its last call. After a change, whose kernel
  * may not have finished, one call is launched plainly: it begins when everything in front of it has finished, and
  * whatever comes after it begins later still. */
+static PyObject *run_by_counters(call *c, mv_rms_norm_qkv_args *a, layer_tail *tail) {
+    weight_versions now = {0};
+    if (read_versions(c, a, &now)) {
+        a->static_weights = same_versions(&now, &tail->seen);
+        a->call.plain_launch = !a->static_weights;
+    }
+    PyObject *result = PyErr_Occurred() ? NULL : run_qkv(c, a, false);
+    if (result) tail->seen = now;
+    return result;
+}
+
+/* Messages about the arguments name the layer; what ran is the op. */
 static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *given, Py_ssize_t count,
                             PyObject *names) {
     layer_args a = {.qkv.call.op = "rms_norm_qkv"};
@@ -165,14 +175,8 @@ static PyObject *call_layer(PyObject *module, PyObject *layer, PyObject *const *
     c.self = layer;
     if (parse(&c, &layer_call_signature, &a, given, count, names) &&
         read_attributes(&c, &layer_held_signature, &a, layer) && check_width(&c, &a.qkv)) {
-        weight_versions now = {0};
         const bool looks = a.by_counters && a.qkv.x.device.kind == MV_CUDA;
-        if (looks && read_versions(&c, &a.qkv, &now)) {
-            a.qkv.static_weights = same_versions(&now, &tail_of(layer)->seen);
-            a.qkv.call.plain_launch = !a.qkv.static_weights;
-        }
-        if (!PyErr_Occurred()) c.result = run_qkv(&c, &a.qkv, false);
-        if (looks && c.result) tail_of(layer)->seen = now;
+        c.result = looks ? run_by_counters(&c, &a.qkv, tail_of(layer)) : run_qkv(&c, &a.qkv, false);
     }
     end_call(&c);
     return c.result;
