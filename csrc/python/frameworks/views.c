@@ -94,8 +94,10 @@ bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source) {
     if (source->ndim < 0 || source->ndim > MAX_DIMS)
         return refuse(c, t, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)source->ndim, MAX_DIMS);
     view->ndim = source->ndim;
-    for (int d = 0; d < source->ndim; d++) t->shape[d] = source->shape[d];
-    for (int d = 0; source->strides && d < source->ndim; d++) t->strides[d] = source->strides[d];
+    for (int d = 0; d < source->ndim; d++) {
+        t->shape[d] = source->shape[d];
+        if (source->strides) t->strides[d] = source->strides[d];
+    }
     view->strides = source->strides ? t->strides : NULL;
     view->data = source->data ? (void *)((uintptr_t)source->data + source->byte_offset) : NULL;
     return check_view(c, t);
