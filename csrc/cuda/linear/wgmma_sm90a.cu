@@ -122,10 +122,12 @@ struct Rest {
 };
 
 /* Stages of the ring of 64 tokens, of which x has so many: at most one a step. Products read 64 rows from where the
- * last one begins. */
+ * last one begins. Where there are more steps than stages, every stage has to be the same warpgroup's in each round: a
+ * wait knows a round by its parity, and so cannot tell it from the one two rounds before. */
 template <typename Tile> int few_stages(int high, int steps) {
     const int bytes = high * kRowBytes + Tile::w_bytes, past = Tile::x_bytes > bytes ? Tile::x_bytes - bytes : 0;
-    return min(min((Tile::ring_bytes - past) / bytes, kMaxStages), max(steps, Tile::step_turns));
+    const int fit = min((Tile::ring_bytes - past) / bytes, kMaxStages) / Tile::step_turns * Tile::step_turns;
+    return min(fit, max(steps, Tile::step_turns));
 }
 
 /* Steps of weights that are asked for before the tokens, which must not come later: memory answers in order. All for
