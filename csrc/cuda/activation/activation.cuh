@@ -13,12 +13,22 @@ template <mv_activation kActivation> __device__ __forceinline__ float activation
 
 /* An output of a gated layer, from the finished sums of the gate and of up: rn(activation(gate) * up), where all
  * but "fp32" round gate, up and the activation, too. */
-template <typename T> __device__ __forceinline__ T finish_gated(const mv_task &task, float gate, float up) {
+template <typename T, mv_activation kActivation>
+__device__ __forceinline__ T finish_gated(const mv_task &task, float gate, float up) {
     const bool rounds = mv_rounds_each_step(task.rounding);
     if (rounds) gate = round_to<T>(gate), up = round_to<T>(up);
-    float active = task.activation == MV_SILU        ? activation<MV_SILU>(gate)
-                   : task.activation == MV_GELU_TANH ? activation<MV_GELU_TANH>(gate)
-                                                     : activation<MV_GELU>(gate);
+    float active = activation<kActivation>(gate);
     if (rounds) active = round_to<T>(active);
     return from_float<T>(active * up);
+}
+template <mv_activation kActivation> struct KnownActivation { static constexpr mv_activation value = kActivation; };
+
+/* Calls act with the activation of a task, as a constant. */
+template <typename Act> __device__ __forceinline__ auto with_activation(const mv_task &task, const Act &act) {
+    if (task.activation == MV_SILU) return act(KnownActivation<MV_SILU>{});
+    if (task.activation == MV_GELU_TANH) return act(KnownActivation<MV_GELU_TANH>{});
+    return act(KnownActivation<MV_GELU>{});
+}
+template <typename T> __device__ __forceinline__ T finish_gated(const mv_task &task, float gate, float up) {
+    return with_activation(task, [&](auto known) { return finish_gated<T, known.value>(task, gate, up); });
 }

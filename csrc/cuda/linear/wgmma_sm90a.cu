@@ -66,6 +66,8 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
             if (Tile::shared_tokens) place.token += half * 64;
             if (Tile::shared_steps) place.output += half * Tile::own_columns;
             const Segment &segment = p.segment[place.segment];
+            TileAddends<T, Tile> addends;
+            if constexpr (Tile::adds) addends.load_early(p, place);
             const auto bias_of = [&](int n) {
                 const Segment &of = Tile::gated ? p.segment[n / Tile::own_columns] : segment;
                 const int output = place.output + (Tile::gated ? n % Tile::own_columns : n);
@@ -83,9 +85,10 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 for (int part = 0; part < Tile::own_parts; part++, place.token += 64) {
                     if constexpr (Tile::adds) {
                         if (part == 0) warps_barrier(1 + half, 128); /* all biases are there */
-                        add_rows<T, Tile>(sum[part], p, place, bias);
+                        addends.join(sum[part], p, place, bias);
                     }
-                    store_tile<T, Tile>(sum[part], p, place, out, bias);
+                    by_activation<Tile>(
+                        p, [&](auto known) { store_tile<T, Tile, known.value>(sum[part], p, place, out, bias); });
                 }
             } else {
                 const float own_bias = thread < Tile::own_outputs ? bias_of(thread) : 0.0f;
@@ -95,8 +98,10 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 if (thread < Tile::own_outputs) bias[thread] = own_bias;
                 float own[Tile::own_outputs / 2];
                 exchange<Tile>(own, sum[0], smem, half);
-                if constexpr (Tile::adds) add_rows<T, Tile>(own, p, place, bias);
-                store_pairs<T, Tile>(own, p, rows, segment.outputs - place.output, bias);
+                if constexpr (Tile::adds) addends.join(own, p, place, bias);
+                by_activation<Tile>(p, [&](auto known) {
+                    store_pairs<T, Tile, known.value>(own, p, rows, segment.outputs - place.output, bias);
+                });
             }
         }
         if (Tile::late && half == 0) await_turn(0); /* nobody's: the last step was the other one's */
