@@ -134,14 +134,13 @@ def regret_error(args: argparse.Namespace) -> str | None:
 def isa_error(args: argparse.Namespace) -> str | None:
     """What is wrong with --isa."""
     from minivllm import kernels
-    from minivllm.testing import regret
 
     if args.device != "cpu":
         return "--isa limits the rows of the CPU: name --device cpu"
     usable = list(dict.fromkeys(row.isa for row in kernels() if row.usable and not row.isa.startswith("sm")))
     if wrong := [isa for isa in args.isa if isa not in usable]:
         return f"--isa: no kernel of {wrong[0]} runs here; there are {', '.join(usable)}"
-    return None if regret.forced_have_estimates() else f"--isa: {regret.NO_ESTIMATES}"
+    return None
 
 
 def are_heads(shape: str) -> bool:

@@ -14,6 +14,7 @@ import minivllm
 from benchmarks import peers
 from benchmarks.cases import ELEMENT_BYTES, ours, rows, time_case
 from benchmarks.report import Report
+from minivllm.testing.points import CUDA_CACHE_BYTES
 from minivllm.testing.timing import copies_needed
 
 SHAPES = ("16x8", "32x8")  # query heads x key-value heads
@@ -21,7 +22,6 @@ HEAD_DIM = 128
 BATCHES, QUICK_BATCHES, CPU_BATCHES = (1, 16, 64), (1, 16), (1,)
 CONTEXTS, QUICK_CONTEXTS, CPU_CONTEXTS = (512, 2048, 8192, 32768), (512, 8192), (512, 4096)
 MOST_CACHE_BYTES = 16 * 2**30  # of all copies; what needs more is left out
-CUDA_CACHE_BYTES = 100_000_000  # more than the L2 cache of any GPU tried; the copies are four times this
 PAGE = 16  # keys of a page, as FlashInfer is given the same memory
 WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends it
 # A chain of calls writes no weights and none of the older rows, so it promises that both are static; this variant is

@@ -6,9 +6,8 @@ import minivllm
 from benchmarks import memory
 from benchmarks.peers import DTYPES
 from benchmarks.results import OURS
+from minivllm.testing.points import ELEMENT_BYTES as ELEMENT_BYTES
 from minivllm.testing.timing import Failed, Timing, calls_per_graph, conceivable_us, time_cpu, time_cuda
-
-ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 def rows(op: str, dtype: str, device: str, wanted: list[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from minivllm.testing.points import DTYPES as DTYPES
+
 EPS = 1e-6
-DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
 COMPILE_MODES = {"torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
 
 

@@ -38,7 +38,6 @@ TOO_DEAR = 4.0
 PAIRS, REPEATS = 5, 4
 RANKING_ROUNDS = 2
 PARTS = (64, 8, 1)  # the first calls of a row on the CPU: with a 64th of the tokens, an 8th, all
-NO_ESTIMATES = "this build of the extension does not say what a row forced by name is estimated at"
 NOT_LEGAL = "cannot serve this call"  # a refusal of a row, not of the call
 
 
@@ -128,16 +127,10 @@ def turns(calls: Calls, names: Iterable[str], rounds: int, seconds: float) -> di
     return turns_cpu(variants, seconds=rounds * seconds, rounds=rounds, settle=0.0)
 
 
-def forced_have_estimates() -> bool:
-    """Whether the extension says what a row forced by name is estimated at, without which `isas` cannot be used."""
-    Calls(Point("rms_norm", "qwen2.5-0.5b", 1, "f32"), "cpu", 1)(kernel="f32_portable")
-    return estimate_us(_C.last_kernel()[2]) is not None
-
-
 def cheapest(estimates: Mapping[str, float | None]) -> str:
     """The row that the dispatch would take if there were only these. RuntimeError where an estimate is unknown."""
     if None in estimates.values():
-        raise RuntimeError(NO_ESTIMATES)
+        raise RuntimeError("of a row it is not known what it is estimated at, so none can be called the cheapest")
     return min(estimates, key=estimates.__getitem__)
 
 
