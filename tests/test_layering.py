@@ -196,8 +196,9 @@ def rows():
     found = {}
     for op in OPS:
         text = (CSRC / "ops" / f"{op}.c").read_text().replace("\\\n", " ")
-        each = re.findall(rf"MV_(?:ALL|16BIT)_DTYPES\(\s*K,\s*{op},\s*(\w+),\s*(\w+),", text)
-        each += re.findall(rf"[^A-Z_]K\(\s*{op},\s*\w+,\s*\w+,\s*(\w+),\s*(\w+),", text)
+        family = "linear" if op == "rms_norm_qkv" else op  # its kernels serve all linear ops
+        each = re.findall(rf"MV_(?:ALL|16BIT)_DTYPES\(\s*K,\s*{family},\s*(\w+),\s*(\w+),", text)
+        each += re.findall(rf"[^A-Z_]K\(\s*{family},\s*\w+,\s*\w+,\s*(\w+),\s*(\w+),", text)
         found[op] = set(each)
     return found
 

@@ -11,27 +11,27 @@
 
 /*                      name, isa, backend, batch invariant, decide */
 #define RMS_NORM_QKV_KERNELS(K)                                                                                        \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm80, sm80, MV_CUDA, false, mv_decode_sm80_decide))                   \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_decide))                \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, decode_heads_sm90a, sm90a, MV_CUDA, false, mv_decode_heads_sm90a_decide))    \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_sm80_decide))              \
-    MV_GPU(MV_16BIT_DTYPES(K, rms_norm_qkv, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_sm90a_decide))       \
-    MV_GPU(K(rms_norm_qkv, bf16, MV_BF16, wgmma_sm90a, sm90a, MV_CUDA, false, mv_wgmma_sm90a_decide))                  \
-    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_sm80_decide))                  \
-    MV_GPU(K(rms_norm_qkv, f32, MV_F32, norm_3xtf32_sm90a, sm90a, MV_CUDA, true, mv_norm_3xtf32_sm90a_decide))         \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, ffma_sm80, sm80, MV_CUDA, false, mv_ffma_sm80_decide))                       \
-    MV_GPU(MV_ALL_DTYPES(K, rms_norm_qkv, norm_ffma_sm80, sm80, MV_CUDA, true, mv_norm_ffma_sm80_decide))              \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_decode_avx512bf16_decide))  \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_amx, amx, MV_CPU, true, mv_prefill_amx_decide))                      \
-    MV_X86(K(rms_norm_qkv, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_prefill_avx512bf16_decide)) \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx512, avx512, MV_CPU, false, mv_decode_avx512_decide))              \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx512, avx512, MV_CPU, true, mv_prefill_avx512_decide))             \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, decode_avx2, avx2, MV_CPU, false, mv_decode_avx2_decide))                    \
-    MV_ARM64(MV_ALL_DTYPES(K, rms_norm_qkv, decode_neon, neon, MV_CPU, false, mv_decode_neon_decide))                  \
-    MV_X86(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_avx2, avx2, MV_CPU, true, mv_prefill_avx2_decide))                   \
-    MV_ARM64(MV_ALL_DTYPES(K, rms_norm_qkv, prefill_neon, neon, MV_CPU, true, mv_prefill_neon_decide))                 \
-    MV_ALL_DTYPES(K, rms_norm_qkv, decode_portable, portable, MV_CPU, false, mv_decode_portable_decide)                \
-    MV_ALL_DTYPES(K, rms_norm_qkv, prefill_portable, portable, MV_CPU, true, mv_prefill_portable_decide)
+    MV_GPU(MV_ALL_DTYPES(K, linear, decode_sm80, sm80, MV_CUDA, false, mv_decode_sm80_decide))                         \
+    MV_GPU(MV_ALL_DTYPES(K, linear, decode_sm90a, sm90a, MV_CUDA, false, mv_decode_sm90a_decide))                      \
+    MV_GPU(MV_ALL_DTYPES(K, linear, decode_heads_sm90a, sm90a, MV_CUDA, false, mv_decode_heads_sm90a_decide))          \
+    MV_GPU(MV_16BIT_DTYPES(K, linear, norm_mma_sm80, sm80, MV_CUDA, true, mv_norm_mma_sm80_decide))                    \
+    MV_GPU(MV_16BIT_DTYPES(K, linear, norm_wgmma_sm90a, sm90a, MV_CUDA, true, mv_norm_wgmma_sm90a_decide))             \
+    MV_GPU(K(linear, bf16, MV_BF16, wgmma_sm90a, sm90a, MV_CUDA, false, mv_wgmma_sm90a_decide))                        \
+    MV_GPU(K(linear, f32, MV_F32, norm_few_sm80, sm80, MV_CUDA, true, mv_norm_few_sm80_decide))                        \
+    MV_GPU(K(linear, f32, MV_F32, norm_3xtf32_sm90a, sm90a, MV_CUDA, true, mv_norm_3xtf32_sm90a_decide))               \
+    MV_GPU(MV_ALL_DTYPES(K, linear, ffma_sm80, sm80, MV_CUDA, false, mv_ffma_sm80_decide))                             \
+    MV_GPU(MV_ALL_DTYPES(K, linear, norm_ffma_sm80, sm80, MV_CUDA, true, mv_norm_ffma_sm80_decide))                    \
+    MV_X86(K(linear, bf16, MV_BF16, decode_avx512bf16, avx512bf16, MV_CPU, false, mv_decode_avx512bf16_decide))        \
+    MV_X86(K(linear, bf16, MV_BF16, prefill_amx, amx, MV_CPU, true, mv_prefill_amx_decide))                            \
+    MV_X86(K(linear, bf16, MV_BF16, prefill_avx512bf16, avx512bf16, MV_CPU, true, mv_prefill_avx512bf16_decide))       \
+    MV_X86(MV_ALL_DTYPES(K, linear, decode_avx512, avx512, MV_CPU, false, mv_decode_avx512_decide))                    \
+    MV_X86(MV_ALL_DTYPES(K, linear, prefill_avx512, avx512, MV_CPU, true, mv_prefill_avx512_decide))                   \
+    MV_X86(MV_ALL_DTYPES(K, linear, decode_avx2, avx2, MV_CPU, false, mv_decode_avx2_decide))                          \
+    MV_ARM64(MV_ALL_DTYPES(K, linear, decode_neon, neon, MV_CPU, false, mv_decode_neon_decide))                        \
+    MV_X86(MV_ALL_DTYPES(K, linear, prefill_avx2, avx2, MV_CPU, true, mv_prefill_avx2_decide))                         \
+    MV_ARM64(MV_ALL_DTYPES(K, linear, prefill_neon, neon, MV_CPU, true, mv_prefill_neon_decide))                       \
+    MV_ALL_DTYPES(K, linear, decode_portable, portable, MV_CPU, false, mv_decode_portable_decide)                      \
+    MV_ALL_DTYPES(K, linear, prefill_portable, portable, MV_CPU, true, mv_prefill_portable_decide)
 
 RMS_NORM_QKV_KERNELS(MV_DECLARE_KERNEL)
 static const mv_row rows[] = {RMS_NORM_QKV_KERNELS(MV_TABLE_ROW)};

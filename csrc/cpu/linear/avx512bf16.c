@@ -2,7 +2,7 @@
 #include "cpu/linear/outputs.h"
 
 #if defined(__x86_64__)
-mv_kernel mv_rms_norm_qkv_bf16_decode_avx512, mv_rms_norm_qkv_bf16_prefill_avx512;
+mv_kernel mv_linear_bf16_decode_avx512, mv_linear_bf16_prefill_avx512;
 
 MV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 

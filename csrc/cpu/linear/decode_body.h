@@ -1,4 +1,4 @@
-/* decode_body.h: mv_rms_norm_qkv_<DTYPE>_decode_<ISA>: a few tokens, bound by reading the weights.
+/* decode_body.h: mv_linear_<DTYPE>_decode_<ISA>: a few tokens, bound by reading the weights.
  *
  * First y of every token goes into the workspace, as the units that the products take; it is small and stays in the
  * nearest cache. Then the threads share out the rows of the weights. DOT_ROWS rows are read side by side, each once
@@ -125,15 +125,15 @@ static void MV_NAME(decode_outputs, DTYPE)(void *context, int64_t begin, int64_t
     }
 }
 
-mv_kernel MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA);
+mv_kernel MV_NAME(MV_NAME(MV_NAME(mv_linear, DTYPE), prefill), ISA);
 
-mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), decode), ISA)(const mv_task *task,
-                                                                         const mv_decision *decision, mv_error *error) {
+mv_status MV_NAME(MV_NAME(MV_NAME(mv_linear, DTYPE), decode), ISA)(const mv_task *task, const mv_decision *decision,
+                                                                   mv_error *error) {
 #if UNIT == 2
-    if (task->linear.weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_decode_avx512(task, decision, error);
+    if (task->linear.weight_dtype == MV_F32) return mv_linear_bf16_decode_avx512(task, decision, error);
 #endif
     if (!rows_are_contiguous(task))
-        return MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill), ISA)(task, decision, error);
+        return MV_NAME(MV_NAME(MV_NAME(mv_linear, DTYPE), prefill), ISA)(task, decision, error);
     const int64_t hidden = task->hidden;
     MV_NAME(decode, DTYPE) decode = {task, 0, 0, task->workspace, padded_units(hidden) / UNIT};
     for (; decode.first < task->tokens; decode.first += CHUNK_TOKENS) {

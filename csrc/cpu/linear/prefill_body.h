@@ -1,4 +1,4 @@
-/* prefill_body.h: mv_rms_norm_qkv_<DTYPE>_prefill_<ISA>: any number of tokens, bound by arithmetic.
+/* prefill_body.h: mv_linear_<DTYPE>_prefill_<ISA>: any number of tokens, bound by arithmetic.
  *
  * The lanes run over tokens. CHUNK_TOKENS tokens at a time: their row factors, then y as a panel of units [k][tokens],
  * then the product, output rows shared out among the threads. There a weight is one broadcast, straight from the
@@ -179,13 +179,13 @@ static void MV_NAME(chunk_outputs, DTYPE)(void *context, int64_t begin, int64_t 
     MV_NAME(end_tiles, DTYPE)();
 }
 
-mv_status MV_NAME(MV_NAME(MV_NAME(mv_rms_norm_qkv, DTYPE), prefill),
-                  ISA)(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status MV_NAME(MV_NAME(MV_NAME(mv_linear, DTYPE), prefill), ISA)(const mv_task *task, const mv_decision *decision,
+                                                                    mv_error *error) {
 #if UNIT == 2
-    if (task->linear.weight_dtype == MV_F32) return mv_rms_norm_qkv_bf16_prefill_avx512(task, decision, error);
+    if (task->linear.weight_dtype == MV_F32) return mv_linear_bf16_prefill_avx512(task, decision, error);
 #endif
 #ifdef TILES_OF_AMX
-    if (!rows_are_contiguous(task)) return mv_rms_norm_qkv_bf16_prefill_avx512bf16(task, decision, error);
+    if (!rows_are_contiguous(task)) return mv_linear_bf16_prefill_avx512bf16(task, decision, error);
 #endif
     (void)decision;
     const int64_t hidden = task->hidden, tiles = (out_columns(task) + TILE_OUTPUTS - 1) / TILE_OUTPUTS;

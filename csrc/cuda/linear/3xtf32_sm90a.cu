@@ -130,7 +130,7 @@ store_tf32_outputs(const Tf32Product &p, const Tf32Place &place, int first, cons
 }
 
 template <typename T, bool kAdds> __global__ void __launch_bounds__(T::threads, 1)
-    rms_norm_qkv_3xtf32_kernel(const __grid_constant__ Tf32Product p) {
+    tf32_kernel(const __grid_constant__ Tf32Product p) {
     extern __shared__ __align__(1024) char smem[];
     const Tf32Ring<T> ring(uniform(shared_address(smem)));
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
@@ -223,8 +223,8 @@ template <typename T> mv_status launch_tf32_tile(const mv_task *task, const Work
 
     const unsigned ctas = p.whole_tiles > 0 ? static_cast<unsigned>(task->sm_count) : p.sharers;
     const Grid grid = {ctas, T::threads, T::ring_bytes + kBarrierBytes};
-    return task->linear.addend.data ? launch<rms_norm_qkv_3xtf32_kernel<T, true>>(task, grid, error, p)
-                                    : launch<rms_norm_qkv_3xtf32_kernel<T, false>>(task, grid, error, p);
+    return task->linear.addend.data ? launch<tf32_kernel<T, true>>(task, grid, error, p)
+                                    : launch<tf32_kernel<T, false>>(task, grid, error, p);
 }
 
 template <bool kOnce, int... kTokens>
@@ -274,7 +274,7 @@ const char *mv_norm_3xtf32_sm90a_decide(const mv_task *task, double below, mv_de
     return nullptr;
 }
 
-mv_status mv_rms_norm_qkv_f32_norm_3xtf32_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_f32_norm_3xtf32_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     PlanTasks tasks = plan_tasks(task);
     tasks.product.x = tasks.norm.out; /* also of a plain x, which it does not take in one part */
     const Workspace workspace(task, cut_of<Tf32TileChoice>(decision));

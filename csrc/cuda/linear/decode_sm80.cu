@@ -362,8 +362,7 @@ write_gated(const mv_task &task, int64_t first_token, int first_row, int rows, G
 
 template <typename T, typename W, bool kAligned, int kTokens, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, int64_t first_token, RowSplit split,
-                               Aligned aligned) {
+    decode_sm80_kernel(const __grid_constant__ mv_task task, int64_t first_token, RowSplit split, Aligned aligned) {
     extern __shared__ float shared[];
     float *const open = shared + kPartials;
     const Tokens<Packet<W>::size> tokens = {shared + 2 * kPartials, split.steps_per_row * kColumns<W>};
@@ -440,10 +439,10 @@ mv_status launch_decode_sm80(const mv_task *task, int64_t first_token, mv_error 
     const Grid grid = {static_cast<unsigned>(task->sm_count), kThreads,
                        decode_shared_bytes<W>(kTokens, task->hidden, task->linear.gated ? rows_of_block(split) : 0)};
     return weights_aligned<W>(task)
-               ? launch<rms_norm_qkv_decode_kernel<T, W, true, kTokens, kPlain>>(task, grid, error, *task, first_token,
-                                                                                 split, aligned)
-               : launch<rms_norm_qkv_decode_kernel<T, W, false, kTokens, kPlain>>(task, grid, error, *task, first_token,
-                                                                                  split, aligned);
+               ? launch<decode_sm80_kernel<T, W, true, kTokens, kPlain>>(task, grid, error, *task, first_token, split,
+                                                                         aligned)
+               : launch<decode_sm80_kernel<T, W, false, kTokens, kPlain>>(task, grid, error, *task, first_token, split,
+                                                                          aligned);
 }
 
 /* A few tokens at a time; each time the weights are read again. */
@@ -482,12 +481,12 @@ extern "C" const char *mv_decode_sm80_decide(const mv_task *task, double below, 
     return nullptr;
 }
 
-extern "C" mv_status mv_rms_norm_qkv_f32_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
+extern "C" mv_status mv_linear_f32_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode_sm80<float>(task, error);
 }
-extern "C" mv_status mv_rms_norm_qkv_f16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
+extern "C" mv_status mv_linear_f16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode_sm80<__half>(task, error);
 }
-extern "C" mv_status mv_rms_norm_qkv_bf16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
+extern "C" mv_status mv_linear_bf16_decode_sm80(const mv_task *task, const mv_decision *, mv_error *error) {
     return decode_sm80<__nv_bfloat16>(task, error);
 }

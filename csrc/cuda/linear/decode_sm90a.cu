@@ -94,7 +94,7 @@ enum class DecodeForm { kNorm, kLate, kPlain };
 
 /* kRowTiles: tiles of 16 rows of the weight. */
 template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ void __launch_bounds__(kThreads, 2)
-    rms_norm_qkv_decode_kernel(const __grid_constant__ mv_task task, const __grid_constant__ DecodeSplit split) {
+    decode_sm90a_kernel(const __grid_constant__ mv_task task, const __grid_constant__ DecodeSplit split) {
     constexpr bool kLate = kForm == DecodeForm::kLate, kPlain = kForm == DecodeForm::kPlain;
     using Product = ::PieceProduct<T, kTokens>;
     using DecodeFixed = ::DecodeFixed<kTokens>;
@@ -311,7 +311,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> mv_status
 launch_decode_rows(const mv_task *task, DecodeSplit split, const DecodePart &part, int block_bytes, mv_error *error) {
     const Grid grid = {static_cast<unsigned>(part.blocks) << split.log_groups, kThreads,
                        static_cast<size_t>(block_bytes), part.cluster};
-    return launch<rms_norm_qkv_decode_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
+    return launch<decode_sm90a_kernel<T, kTokens, kRowTiles, kForm>>(task, grid, error, *task, split);
 }
 
 template <typename T, int kTokens, DecodeForm kForm>
@@ -431,13 +431,13 @@ const char *mv_decode_heads_sm90a_decide(const mv_task *task, double below, mv_d
 }
 
 #define MV_ROWS(name)                                                                                                  \
-    mv_status mv_rms_norm_qkv_f32_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
+    mv_status mv_linear_f32_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {                \
         return decode_sm90a<float>(task, cut_of<Groups>(decision), error);                                             \
     }                                                                                                                  \
-    mv_status mv_rms_norm_qkv_f16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {          \
+    mv_status mv_linear_f16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {                \
         return decode_sm90a<__half>(task, cut_of<Groups>(decision), error);                                            \
     }                                                                                                                  \
-    mv_status mv_rms_norm_qkv_bf16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {         \
+    mv_status mv_linear_bf16_##name(const mv_task *task, const mv_decision *decision, mv_error *error) {               \
         return decode_sm90a<__nv_bfloat16>(task, cut_of<Groups>(decision), error);                                     \
     }
 MV_ROWS(decode_sm90a)

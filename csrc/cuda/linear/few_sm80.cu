@@ -134,7 +134,7 @@ store_few_outputs(const mv_task &task, TilePlace tile, const FewRows<Tile> *fixe
 }
 
 template <typename Tile> __global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_qkv_few_kernel(const __grid_constant__ mv_task task, int stages) {
+    few_kernel(const __grid_constant__ mv_task task, int stages) {
     extern __shared__ __align__(128) char smem[];
     const int ring_bytes = stages * Tile::stage_bytes, ahead = stages - 1;
     FewRows<Tile> *const fixed = reinterpret_cast<FewRows<Tile> *>(smem + kWarps * ring_bytes);
@@ -206,7 +206,7 @@ template <typename Tile> mv_status launch_few_tile(const mv_task *task, const mv
     const int stages = stages_of<Tile>(task);
     const Grid grid = {static_cast<unsigned>(tile_count(task, Tile::M, Tile::N)), kThreads,
                        static_cast<size_t>(stages * kWarps * Tile::stage_bytes) + sizeof(FewRows<Tile>)};
-    return launch<rms_norm_qkv_few_kernel<Tile>>(task, grid, error, *task, stages);
+    return launch<few_kernel<Tile>>(task, grid, error, *task, stages);
 }
 
 struct Choice {
@@ -262,7 +262,7 @@ const char *mv_norm_few_sm80_decide(const mv_task *task, double below, mv_decisi
     return decision->launch ? nullptr : "there is too little shared memory";
 }
 
-mv_status mv_rms_norm_qkv_f32_norm_few_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_f32_norm_few_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return norm_then_product(task, decision, mv_rms_norm_f32_sm80, error);
 }
 }

@@ -341,7 +341,7 @@ enum class Loads { kAny, kAlongK, kAlongN };
 /* kAdds: an addend joins the outputs. kLoads: what is known of access when compiled. */
 template <typename T, typename W, typename Tile, bool kNorm, bool kAdds, Loads kLoads>
 __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
-    rms_norm_qkv_ffma_kernel(const __grid_constant__ mv_task task, FfmaAccess access) {
+    ffma_kernel(const __grid_constant__ mv_task task, FfmaAccess access) {
     extern __shared__ __align__(16) char smem[];
     FfmaShared<Tile, T, W> &shared = *reinterpret_cast<FfmaShared<Tile, T, W> *>(smem);
     if (kLoads != Loads::kAny) access = {true, true, kLoads == Loads::kAlongN};
@@ -442,8 +442,8 @@ mv_status launch_ffma_tile(const mv_task *task, const mv_decision *decision, mv_
                        task->op, static_cast<long long>(task->tokens), static_cast<long long>(task->linear.outputs));
     const Grid grid = {static_cast<unsigned>(tiles), Tile::threads,
                        spread_blocks(task, tiles, Tile::ctas_per_sm, sizeof(FfmaShared<Tile, T, W>))};
-    return launch<rms_norm_qkv_ffma_kernel<T, W, Tile, kNorm, kAdds, kLoads>>(task, grid, error, *task,
-                                                                              cut_of<FfmaAccess>(decision));
+    return launch<ffma_kernel<T, W, Tile, kNorm, kAdds, kLoads>>(task, grid, error, *task,
+                                                                 cut_of<FfmaAccess>(decision));
 }
 
 using Large = FfmaTile<128, 64, 8, 8, 3>;
@@ -514,11 +514,10 @@ const char *mv_norm_ffma_sm80_decide(const mv_task *task, double below, mv_decis
 }
 
 #define MV_ROWS(dtype)                                                                                                 \
-    mv_status mv_rms_norm_qkv_##dtype##_ffma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) { \
+    mv_status mv_linear_##dtype##_ffma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {       \
         return decision->launch(task, decision, error);                                                                \
     }                                                                                                                  \
-    mv_status mv_rms_norm_qkv_##dtype##_norm_ffma_sm80(const mv_task *task, const mv_decision *decision,               \
-                                                       mv_error *error) {                                              \
+    mv_status mv_linear_##dtype##_norm_ffma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {  \
         if (task->linear.plain_x) return decision->launch(task, decision, error);                                      \
         return norm_then_product(task, decision, mv_rms_norm_##dtype##_sm80, error);                                   \
     }

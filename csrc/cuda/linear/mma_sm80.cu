@@ -231,7 +231,7 @@ __device__ __forceinline__ void store_mma_gated(MmaSums<Tile> &sum, const mv_tas
 
 template <typename T, typename Tile, bool kInOut, bool kAdds>
 __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
-    rms_norm_qkv_mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
+    mma_kernel(const __grid_constant__ mv_task task, unsigned columns, unsigned tiles) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int kAhead = Tile::stages - 1, kLast = kParts - 1;
     MmaStream<T, Tile, kInOut> stream = {task, columns, tiles, shared_address(smem)};
@@ -359,7 +359,7 @@ mv_status launch_mma_tile(const mv_task *task, const mv_decision *, mv_error *er
     const int64_t ctas = Tile::ctas_per_sm == 1 && tiles > task->sm_count ? task->sm_count : tiles;
     const Grid grid = {static_cast<unsigned>(ctas), Tile::threads,
                        spread_blocks(task, ctas, Tile::ctas_per_sm, Tile::smem_bytes)};
-    return launch<rms_norm_qkv_mma_kernel<T, Tile, kInOut, kAdds>>(
+    return launch<mma_kernel<T, Tile, kInOut, kAdds>>(
         task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));
 }
 
@@ -425,11 +425,11 @@ extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below
 extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
-mv_status mv_rms_norm_qkv_f16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_f16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return norm_then_product(task, decision, mv_rms_norm_f16_sm80, error);
 }
 
-mv_status mv_rms_norm_qkv_bf16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_bf16_norm_mma_sm80(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return norm_then_product(task, decision, mv_rms_norm_bf16_sm80, error);
 }
 }

@@ -19,7 +19,7 @@ namespace {
 /* Registers: what a quarter of the SM has for 3 of the 9 or 12 warps. Of 12, which multiply whole tiles, the consumers
  * get those of the others. */
 template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThreads, 1)
-    rms_norm_qkv_wgmma_kernel(const __grid_constant__ WgmmaProduct p) {
+    wgmma_kernel(const __grid_constant__ WgmmaProduct p) {
     extern __shared__ __align__(1024) char smem[];
     const unsigned rank = p.cluster > 1 ? cluster_rank() : 0;
     const int warp = static_cast<int>(uniform(threadIdx.x / 32));
@@ -232,7 +232,7 @@ mv_status launch_wgmma_tile(const mv_task *task, const WgmmaTileChoice &choice, 
     Grid grid = {static_cast<unsigned>((clusters < at_once ? clusters : at_once) * p.cluster),
                  static_cast<unsigned>(threads), static_cast<size_t>(smem_bytes)};
     grid.cluster = p.cluster;
-    return launch<rms_norm_qkv_wgmma_kernel<T, Tile>>(task, grid, error, p);
+    return launch<wgmma_kernel<T, Tile>>(task, grid, error, p);
 }
 
 template <typename T, Sharing kSharing, WgmmaForm kForm, int... kOutputs>
@@ -374,15 +374,15 @@ const char *mv_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision
     return late_why_not(task);
 }
 
-mv_status mv_rms_norm_qkv_bf16_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_bf16_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return launch_late(task, cut_of<WgmmaTileChoice>(decision), error);
 }
 
-mv_status mv_rms_norm_qkv_f16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_f16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return plan<__half>(task, decision, mv_rms_norm_f16_sm80, error);
 }
 
-mv_status mv_rms_norm_qkv_bf16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
+mv_status mv_linear_bf16_norm_wgmma_sm90a(const mv_task *task, const mv_decision *decision, mv_error *error) {
     return plan<__nv_bfloat16>(task, decision, mv_rms_norm_bf16_sm80, error);
 }
 }
