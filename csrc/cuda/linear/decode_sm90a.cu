@@ -46,6 +46,7 @@ template <typename T> constexpr int kStep = kWarps *kPieceColumns<T>; /* columns
 /* Starts to copy the norm weights, each thread a part: a group of copies. */
 __device__ __forceinline__ void copy_norm_weight(const mv_task &task, uint32_t to) {
     const int bytes = static_cast<int>(task.hidden) * (task.norm.weight_dtype == MV_F32 ? 4 : 2);
+#pragma unroll 1
     for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16)
         cp_async16(to + at, static_cast<const char *>(task.norm.weight) + at, true);
     cp_async_commit();
@@ -96,15 +97,17 @@ enum class DecodeForm { kNorm, kLate, kPlain };
 template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ void __launch_bounds__(kThreads, 2)
     decode_sm90a_kernel(const __grid_constant__ mv_task task, const __grid_constant__ DecodeSplit split) {
     constexpr bool kLate = kForm == DecodeForm::kLate, kPlain = kForm == DecodeForm::kPlain;
-    using Product = ::PieceProduct<T, kTokens>;
+    using Product = ::PieceProduct<T, kTokens, kForm == DecodeForm::kNorm ? 2 : 4>;
     using DecodeFixed = ::DecodeFixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
     DecodeFixed *const fixed = reinterpret_cast<DecodeFixed *>(shared);
     const void **const row_at = reinterpret_cast<const void **>(fixed + 1);
     const int block = blockIdx.x >> split.log_groups, group = blockIdx.x & ((1 << split.log_groups) - 1);
     const int warp = threadIdx.x / 32;
-    const int first_row = split.first_output + block * split.rows_per_block + min(block, split.more) * split.unit;
-    const int rows = split.rows_per_block + (block < split.more) * split.unit;
+    int first_row = split.first_output + block * split.rows_per_block + min(block, split.more) * split.unit;
+    int rows = split.rows_per_block + (block < split.more) * split.unit;
+    compute_now(first_row);
+    compute_now(rows);
     const int hidden = static_cast<int>(task.hidden);
     float *const bias = reinterpret_cast<float *>(row_at + rows);
     char *const ring = shared + split.ring + warp * split.slots * split.slot_bytes;
@@ -113,6 +116,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
 
     /* What does not depend on the kernel before. */
     griddepcontrol_launch();
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads) {
         const T *const row = weight_row<T>(task, find_output(task, first_row + i));
         if (!task.static_weights && i < split.pass_rows)
@@ -129,6 +133,10 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
     const TokenShare<T, kLate> share(task, split, group, shared);
     if (!kPlain) copy_norm_weight(task, shared_address(norm_weight));
     const int first_column = warp * kPieceColumns<T>;
+    int steps = max(hidden - first_column + kStep<T> - 1, 0) / kStep<T>; /* in which the warp multiplies a pass */
+    compute_now(steps);
+    T *out = token_row<T>(task.out, share.first);
+    compute_now(out);
     Asked asked = {first_column, first_column < hidden ? 0 : rows};
     const uint64_t policy = l2_evict_first(); /* each weight is read once */
     const auto fill_slot = [&](int slot) {
@@ -141,6 +149,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
         for (int slot = first; slot < end; slot++) fill_slot(slot);
     };
     fill(0, split.early);
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads) bias[i] = load_bias<T>(task, find_output(task, first_row + i));
     const Product product(shared + split.y, kLate ? 2 * share.tokens : share.tokens, hidden);
     if (kLate) {
@@ -165,7 +174,11 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
     const auto await_copies = [&] {
-        cp_async_wait<0>(); /* of norm weights and tokens; those of weights report to barriers */
+        /* The weights are mostly there by now, but a look at each slot takes time: here the tokens are not there yet. */
+        if (split.resident)
+#pragma unroll 1
+            for (int slot = 0; slot < steps; slot++) mbarrier_wait(full + slot * 8, 0);
+        cp_async_wait<0>(); /* of norm weights and tokens */
         __syncthreads();
     };
     const auto hold_tokens = [&](auto held) {
@@ -242,9 +255,8 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
                 }
             };
             if (split.resident) {
-                for (int k = first_column; counts && k < hidden; k += kStep<T>) mbarrier_wait(full + slot++ * 8, 0);
-                slot = 0;
-                for (int k = first_column; k < hidden; k += kStep<T>) multiply_step(k, slot++);
+#pragma unroll 2
+                for (int i = 0; i < steps; i++) multiply_step(first_column + i * kStep<T>, i);
             } else {
 #pragma unroll 1
                 for (int k = first_column; k < hidden; k += kStep<T>) {
@@ -273,9 +285,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
             const int of_block = base + row; /* the row among the block's */
             if (row >= split.pass_rows || of_block >= rows) continue;
             const int first_token = threadIdx.x / kRowSlots;
-            const auto place_of = [&](int token) {
-                return token_row<T>(task.out, share.first + token) + first_row + of_block;
-            };
+            const auto place_of = [&](int token) { return out + token * task.out.inner_stride + first_row + of_block; };
             if constexpr (kPlain) {
 #pragma unroll
                 for (int i = 0; i < kOwn; i++) {
@@ -295,8 +305,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
                     }
                     const float gate = sum + bias[of_block],
                                 up = total_of(token, row + 1) * factor + bias[of_block + 1];
-                    token_row<T>(task.out, share.first + token)[(first_row + of_block) / 2] =
-                        finish_gated<T>(task, gate, up);
+                    out[token * task.out.inner_stride + (first_row + of_block) / 2] = finish_gated<T>(task, gate, up);
                 }
             }
         }

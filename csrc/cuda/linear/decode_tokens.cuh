@@ -79,7 +79,7 @@ __device__ __forceinline__ void copy_tokens(const mv_task &task, const DecodeSpl
     const int hidden = static_cast<int>(task.hidden);
     const int step = Packet<T>::size << split.log_threads, at_once = kThreads >> split.log_threads;
     for (; share.token < share.tokens; share.token += at_once) {
-#pragma unroll 4
+#pragma unroll 1
         for (int k = 0; k < hidden - share.column; k += step)
             cp_async16(shared_address(&share.packet(k)), share.x + k, true);
         share.x += at_once * task.x.inner_stride;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/arch/mma.cuh"
+#include "cuda/arch/ptx.cuh"
 #include "cuda/arch/reduce.cuh"
 #include "kernel.h"
 
@@ -13,25 +14,29 @@ template <typename T> constexpr int kPieceColumns = 128 / sizeof(T);
  * that the eight lanes that read 4 chunks of two neighbouring rows meet no bank twice. */
 __device__ __forceinline__ int swapped(int row, int chunk) { return chunk ^ (row % 2 * 4); }
 
-/* How a warp multiplies a piece by kTokens tokens. 16-bit values: by the tensor cores, the piece being the wide
+/* How a warp multiplies a piece by kTokens tokens. kMostChains: sums for each output that the caller has registers for;
+ * the products of one wait for each other. 16-bit values: by the tensor cores, the piece being the wide
  * operand. A lane's sums: of every tile of 8 tokens, four; their rows and tokens are those of mma_m16n8k16. */
-template <typename T, int kTokens> struct PieceProduct {
+template <typename T, int kTokens, int kMostChains> struct PieceProduct {
     static constexpr int kTiles = kTokens / 8;
-    static constexpr int kChains = kTiles == 1 ? 2 : 1; /* sums that do not wait for each other */
+    static constexpr int kChains = kTiles == 1 ? kMostChains : 1; /* sums that do not wait for each other: 1, 2 or 4 */
     struct Sums {
         float v[kChains][kTiles][4] = {};
     };
 
     /* A lane's token in each tile; one that does not exist is a column that nobody stores. */
-    const char *row[kTiles][2]; /* of each half of 128 bytes */
-    __device__ __forceinline__ PieceProduct(const char *y, int tokens, int hidden) {
+    const char *const y;
+    int row[kTiles][2]; /* where it begins in y, for each half of 128 bytes */
+    __device__ __forceinline__ PieceProduct(const char *y, int tokens, int hidden) : y(y) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
             const int token = tile * 8 + lane / 4, other = lane / 4 % 2, parity = token < tokens ? token : other;
-            const char *const of_token = y + (parity < tokens ? parity : 0) * hidden * 2;
+            const int of_token = (parity < tokens ? parity : 0) * hidden * 2;
             row[tile][0] = of_token + swapped(parity, lane % 4) * 16;
             row[tile][1] = of_token + (swapped(parity, lane % 4) ^ 4) * 16;
+            compute_now(row[tile][0]);
+            compute_now(row[tile][1]);
         }
     }
 
@@ -45,7 +50,7 @@ template <typename T, int kTokens> struct PieceProduct {
         for (int tile = 0; tile < kTiles; tile++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                columns.half[half][tile] = *reinterpret_cast<const uint4 *>(row[tile][half] + k * 2);
+                columns.half[half][tile] = *reinterpret_cast<const uint4 *>(y + (row[tile][half] + k * 2));
         return columns;
     }
 
@@ -70,12 +75,12 @@ template <typename T, int kTokens> struct PieceProduct {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint4 low = piece.low[half], high = piece.high[half];
+            const int chain = half * kChains / 2, next = chain + kChains / 4;
             const uint32_t a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
             for (int n = 0; n < kTiles; n++) {
-                float(&part)[4] = sums.v[half * (kChains - 1)][n];
-                mma_m16n8k16<T>(part, a, y.half[half][n].x, y.half[half][n].y);
-                mma_m16n8k16<T>(part, b, y.half[half][n].z, y.half[half][n].w);
+                mma_m16n8k16<T>(sums.v[chain][n], a, y.half[half][n].x, y.half[half][n].y);
+                mma_m16n8k16<T>(sums.v[next][n], b, y.half[half][n].z, y.half[half][n].w);
             }
         }
     }
@@ -84,7 +89,10 @@ template <typename T, int kTokens> struct PieceProduct {
     template <bool kPairs> static __device__ __forceinline__ void store(float *part, int pitch, const Sums &sums) {
         const int lane = threadIdx.x % 32;
         const auto sum = [&](int n, int i) {
-            return kChains == 2 ? sums.v[0][n][i] + sums.v[kChains - 1][n][i] : sums.v[0][n][i];
+            float sum = sums.v[0][n][i];
+#pragma unroll
+            for (int chain = 1; chain < kChains; chain++) sum += sums.v[chain][n][i];
+            return sum;
         };
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
@@ -99,7 +107,7 @@ template <typename T, int kTokens> struct PieceProduct {
 
 /* float32: by the CUDA cores. A lane has four rows of a piece, lane / 8 and every fourth further, and of those and the
  * tokens the four columns of chunk lane % 8. */
-template <int kTokens> struct PieceProduct<float, kTokens> {
+template <int kTokens, int kMostChains> struct PieceProduct<float, kTokens, kMostChains> {
     struct Sums {
         float v[4][kTokens] = {};
     };
