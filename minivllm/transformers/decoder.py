@@ -112,8 +112,17 @@ class Decoder:
         model = self._checked_model("prefill")
         ids, starts, lengths = self._checked_prompt(input_ids, attention_mask)
         self._cursor.rotary.refresh()
-        if self.uses_graph:
+        if self.uses_graph and self._graph is None:
             self._capture(model)
+        logits = self._prompt(model, ids, starts, lengths)
+        # Whether the graph still is of this model takes the host a millisecond or two, while a GPU works on the prompt.
+        if self.uses_graph and self._captured_from != fingerprint(model):
+            self._capture(model)  # which writes to the caches
+            logits = self._prompt(model, ids, starts, lengths)
+        return logits
+
+    def _prompt(self, model: Any, ids: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
+        """The prompts' tokens into the caches, and the decoder's counters behind them; the logits of the last tokens."""
         batch, longest = len(ids), max(lengths)
         columns = torch.arange(longest, device=self.device)
         numbers = torch.tensor([starts, lengths], device=self.device)
@@ -126,9 +135,8 @@ class Decoder:
             mask = (rows >= 0).long()
             sequences, where = mask.nonzero(as_tuple=True)
             self._cursor.prompt = (sequences, where, rows[sequences, where])
-        for layer in self._cache.layers:  # what an earlier text left there may be no number at all
-            layer.keys.zero_()
-            layer.values.zero_()
+        # What an earlier text left there may be no number at all.
+        torch._foreach_zero_([x for layer in self._cache.layers for x in (layer.keys, layer.values)])
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=rows.clamp_min(0), past_key_values=self._cache,
             use_cache=True, logits_to_keep=1, return_dict=True)  # fmt: skip
@@ -291,11 +299,9 @@ class Decoder:
         self._history.index_copy_(1, self._count, self._tokens[:, None])
 
     def _capture(self, model: Any) -> None:
-        """The graph of a step, unless there is one of this very model: of its code and its weights where they are."""
-        now = fingerprint(model)
-        if self._graph is not None and self._captured_from == now:
-            return
-        self._graph = None
+        """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the first
+        rows of the caches."""
+        self._graph, now = None, fingerprint(model)
         for x in (self._counters, self._tokens):
             x.zero_()
         with torch.cuda.device(self.device):
