@@ -122,7 +122,7 @@ class Decoder:
         return logits
 
     def _prompt(self, model: Any, ids: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
-        """The prompts' tokens into the caches, and the decoder's counters behind them; the logits of the last tokens."""
+        """The prompts' tokens into the caches, the decoder's counters behind them; the logits of the last tokens."""
         batch, longest = len(ids), max(lengths)
         columns = torch.arange(longest, device=self.device)
         numbers = torch.tensor([starts, lengths], device=self.device)
@@ -299,8 +299,8 @@ class Decoder:
         self._history.index_copy_(1, self._count, self._tokens[:, None])
 
     def _capture(self, model: Any) -> None:
-        """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the first
-        rows of the caches."""
+        """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the
+        first rows of the caches."""
         self._graph, now = None, fingerprint(model)
         for x in (self._counters, self._tokens):
             x.zero_()
