@@ -19,7 +19,7 @@ import numpy as np
 from frameworks import TORCH_CPU, TORCH_CUDA
 
 import minivllm
-from fuzz import calls, cases, expect
+from fuzz import calls, cases
 from fuzz.drawing import Case
 from fuzz.layouts import Block
 from fuzz.memory import OnTorch
@@ -30,10 +30,6 @@ EAGER = 24  # calls of a program outside of graphs
 CAPTURED, REPLAYS = 6, 60  # calls in a graph, and how often it runs
 FIELDS = ("programs", "eager", "in graphs", "refused", "wrong")
 MOST_FAILURES = 20
-
-
-class Wrong(AssertionError):
-    pass
 
 
 def variants_of(case: Case) -> list[list[np.ndarray]]:
@@ -59,7 +55,7 @@ class Program:
         self.torch = TORCH_CUDA.torch
         self.memory = OnTorch(case.blocks, device)
         self.images = variants_of(case)
-        self.masters = [[self.memory._new(Block(image, False)) for image in images] for images in self.images]
+        self.masters = [[self.memory.copy(image) for image in images] for images in self.images]
         self.arguments = calls.prepare(case, self.memory)
         self.arguments.pop("static_weights", None)
         self.bad = self.torch.zeros((), dtype=self.torch.int64, device=device)
@@ -113,25 +109,9 @@ class Program:
 
     def judge(self, variant: int, results):
         """The variant's results against float64, on the device."""
-        case = self.case
-
-        def wide(spec):
-            found = spec.of(self.images[variant][spec.block])
-            return self.torch.from_numpy(found.astype(np.float64)).to(self.device)
-
-        inputs = calls.inputs_of(case, wide, self.torch.cat)
-        dtype = case.tensors["x"].dtype
-        expected = cases.OPS[case.op].expect(inputs, case.judged_by(), dtype, case.wild)
-        if "num_heads" in case.options:
-            lead = case.tensors["x"].shape[:-1]
-            if 0 in lead:
-                return
-            got = self.torch.cat([part.double().reshape(*lead, -1) for part in results[:3]], -1)
-        else:
-            got = results[0].double()
-        wrong = expect.first_wrong(got, expected, dtype)
-        if wrong:
-            raise Wrong(f"variant {variant}, first call: out{wrong}; ran {minivllm.last_kernel()}")
+        judge, lead = calls.Judge(self.case, self.memory, self.masters[variant]), self.case.tensors["x"].shape[:-1]
+        what = f"variant {variant}, first call, by {minivllm.last_kernel()}: "
+        judge.check(calls.results_of(self.case, results, lead), what)
 
     def start(self):
         """The first call of each variant."""
@@ -139,14 +119,16 @@ class Program:
             self.churn()
             self.write(variant)
             results = self.call()
-            self.first.append([part.clone().contiguous() for part in results])
+            self.first.append(tuple(part.clone().contiguous() for part in results))
             self.judge(variant, self.first[-1])
 
     def check(self, what: str):
         bad = int(self.bad)
         if bad:
             ran = minivllm.last_kernel()
-            raise Wrong(f"{what}: {bad} elements differ in a bit from the first call with the same values; ran {ran}")
+            raise calls.Wrong(
+                f"{what}: {bad} elements differ in a bit from the first call with the same values; ran {ran}"
+            )
 
     def eager(self):
         for turn in range(EAGER):
