@@ -107,23 +107,9 @@ class Inputs:
 
 
 def attended(q, keys, values, scale, soft_cap, dtype):
-    """(exact, bound) of one sequence, [heads, dim].
-
-    The bound: the last rounding, and L = 6 standard deviations of what float32 arithmetic loses, whose errors are
-    random. An error of a score, which is a sum over dim, changes p_j by as much relative to it, and the result by that
-    times p_j (v_j - out); errors of the sums over the keys come with p_j v_j.
-    """
+    """(exact, bound) of one sequence, [heads, dim]."""
     exact, p = reference.attention(q, keys, values, scale=scale, soft_cap=soft_cap)
-    of_sums = numeric.LAMBDA * (len(keys) ** 0.5 / 2 + 4) * numeric.UNIT_F32
-    of_scores = numeric.LAMBDA * (q.shape[1] ** 0.5 / 2 + 4) * numeric.UNIT_F32
-    bound = np.zeros_like(exact)
-    for h, of_head in enumerate(p):
-        kv_head = h * keys.shape[1] // len(q)
-        k, v = keys[:, kv_head], values[:, kv_head]
-        score = scale * (np.sqrt(((q[h] * k) ** 2).sum(1)) + abs(k @ q[h])) + 1
-        changed = (of_head * of_scores * score)[:, None] * (v - exact[h])
-        bound[h] = np.sqrt((changed**2 + (of_head[:, None] * of_sums * v) ** 2).sum(0))
-    return exact, numeric.quantum(exact, dtype) / 2 + 2 * numeric.UNIT_F32 * abs(exact) + bound
+    return exact, numeric.attention_tolerance(exact, p, q, keys, values, dtype, scale=scale)
 
 
 # ---- a call ---------------------------------------------------------------------------------------------------------

@@ -220,9 +220,9 @@ def with_torch():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("op", range(len(cases.OPS)), ids=list(cases.OPS))
+@pytest.mark.parametrize("op", range(len(soak.OPS)), ids=soak.OPS)
 def test_soak_on_cpu_tensors(op, with_torch):
-    made = [soak.run(1, index, "cpu") for index in range(op, 4 * len(cases.OPS), len(cases.OPS))]
+    made = [soak.run(1, index, "cpu") for index in range(op, 4 * len(soak.OPS), len(soak.OPS))]
     assert sum(counts.get("eager", 0) + counts.get("in graphs", 0) for counts in made) > 100
 
 
@@ -237,7 +237,7 @@ def test_soak_finds_stale_weights(with_torch, monkeypatch):
     stale.__signature__ = inspect.signature(honest)
     monkeypatch.setattr(minivllm, "rms_norm", stale)
     with pytest.raises(calls.Wrong, match="differ in a bit from the first call"):
-        for index in range(0, 50, len(cases.OPS)):
+        for index in range(0, 50, len(soak.OPS)):
             held.clear()
             soak.run(2, index, "cpu")
 

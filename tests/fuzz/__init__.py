@@ -13,5 +13,6 @@ GPU computes. So they take longer each, and need gigabytes of its memory: about 
 
 values.py draws numbers, layouts.py where tensors lie, cases.py a whole call of each op; expect.py says what it must
 give; memory.py places it and watches the memory around; calls.py runs and judges it; objects.py is about what is no
-honest tensor; campaign.py counts, and lives on when a case kills its process.
+honest tensor; campaign.py counts, and lives on when a case kills its process. Of the soak, program.py calls one case in
+every way, attention.py draws and judges decode_attention, and soak.py shares the GPU among processes.
 """
