@@ -35,10 +35,8 @@ def draw(seed: int, index: int, device: str) -> Case:
 
     shape = (batch, heads + 2 * kv_heads, dim)
     packed = d.at.fill(d.at.place(shape, d.dtype, c_strides(shape)))
-    start = 0
-    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+    for name, start, count in (("q", 0, heads), ("k", heads, kv_heads), ("v", heads + kv_heads, kv_heads)):
         d.tensors[name] = packed._replace(shape=(batch, count, dim), offset=packed.offset + start * dim)
-        start += count
 
     def integers(values, dtype: str) -> Spec:
         spec = d.at.place(np.shape(values), dtype, c_strides(np.shape(values)))
@@ -92,7 +90,7 @@ class Attention(Program):
 
     def expected(self, inputs: dict):
         """(out, bound); puts the new keys and values into the caches among the inputs."""
-        options, q = self.case.options, inputs["q"]
+        options, q, dtype = self.case.options, inputs["q"], self.case.tensors["q"].dtype
         nhd = options.get("cache_layout") == "NHD"
         caches = [inputs[name] if nhd else inputs[name].transpose(1, 2) for name in CACHES]  # [.., rows, kv_heads, dim]
         scale, exact, bound = options["scale"] or q.shape[-1] ** -0.5, q.clone(), q.clone()
@@ -106,11 +104,7 @@ class Attention(Program):
                 page = inputs["block_table"][sequence].long()[at // rows]
             for cache, new in zip(caches, ("k", "v")):
                 cache[page[-1], position % rows] = inputs[new][sequence]
-            keys, values = (cache[page, at % rows] for cache in caches)
-            exact[sequence], p = reference.attention(
-                q[sequence], keys, values, scale=scale, soft_cap=options["soft_cap"]
-            )
-            bound[sequence] = numeric.attention_tolerance(
-                exact[sequence], p, q[sequence], keys, values, self.case.tensors["q"].dtype, scale=scale
-            )
+            given = q[sequence], *(cache[page, at % rows] for cache in caches)
+            found = reference.attention(*given, scale=scale, soft_cap=options["soft_cap"])
+            exact[sequence], bound[sequence] = found[0], numeric.attention_tolerance(*found, *given, dtype, scale=scale)
         return exact, bound

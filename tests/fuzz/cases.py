@@ -75,11 +75,13 @@ def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> S
     rng = d.rng
     by_column = rng.random() < 0.3 and not d.tidy
     outer, inner = (hidden, outputs) if by_column else (outputs, hidden)
-    step = 1 if d.tidy else rng.choice((1, 1, 1, 1, 1, 2))
-    row = inner if d.tidy else inner * step + rng.choice((0, 0, 0, 1, 3, 8))
-    if rng.random() < 0.04 and not d.tidy:
+    step = rng.choice((1, 1, 1, 1, 1, 2))
+    row = inner * step + rng.choice((0, 0, 0, 1, 3, 8))
+    if d.tidy:
+        row, step = inner, 1
+    elif rng.random() < 0.04:
         row = 0
-    elif rng.random() < 0.08 and not d.tidy:
+    elif rng.random() < 0.08:
         row = -row
     spec = d.at.place((outer, inner), dtype, (row, step))
     if by_column != in_out:

@@ -100,8 +100,8 @@ class Drawing:
         self.wild = rng.random() < 0.25
         self.dtype = rng.choice(DTYPES)
         self.most_weights = MODEL_BYTES // ITEMSIZE[self.dtype] if self.model_like else self.most_products // 4
-        period = PRIME if self.model_like else POOL
-        self.at = Layouts(rng, TAME + WILD if self.wild else TAME, self.wild, self.tidy, period)
+        kinds, period = TAME + WILD if self.wild else TAME, PRIME if self.model_like else POOL
+        self.at = Layouts(rng, kinds, self.wild, self.tidy, period)
         self.tensors: dict = {}
         self.options: dict = {}
         self.refused: Refused | None = None

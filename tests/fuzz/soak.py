@@ -19,7 +19,6 @@ import numpy as np
 from frameworks import TORCH_CPU, TORCH_CUDA
 
 from fuzz import attention, cases
-from fuzz.attention import Attention
 from fuzz.drawing import Case
 from fuzz.program import CAPTURED, EAGER, REPLAYS, VARIANTS, Program
 from minivllm.testing.timing import stopwatch
@@ -39,8 +38,8 @@ def draw(seed: int, index: int, device: str) -> Case:
 
 def run(seed: int, index: int, device: str) -> dict:
     """The counts of one program; raises where something is wrong."""
-    case = draw(seed, index, device)
-    program = (Attention if case.op == attention.OP else Program)(case, device, random.Random((seed << 40) + index))
+    case, rng = draw(seed, index, device), random.Random((seed << 40) + index)
+    program = (attention.Attention if case.op == attention.OP else Program)(case, device, rng)
     try:
         program.start()
     except ValueError as error:
