@@ -12,14 +12,9 @@ from minivllm.testing.reference import to_float64
 
 
 def arguments(**changes):
-    shapes = {
-        "q": (3, 4, 64),
-        "k": (3, 2, 64),
-        "v": (3, 2, 64),
-        "key_cache": (3, 2, 9, 64),
-        "value_cache": (3, 2, 9, 64),
-    }
-    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    shapes = {"q": (3, 4, 64)} | dict.fromkeys("kv", (3, 2, 64))
+    shapes |= dict.fromkeys(("key_cache", "value_cache"), (3, 2, 9, 64))
+    arrays = {name: ones(*shape) for name, shape in shapes.items()}
     return arrays | {"positions": np.zeros(3, np.int64)} | changes
 
 
@@ -217,9 +212,10 @@ def test_a_graph_serves_every_length(cuda_torch, heads, dim, columns, static_row
     whatever may be loaded before the position is known."""
     torch, rows = cuda_torch, (2, 2, 3000, dim)
     shapes = {"q": (2, heads, dim), "k": (2, 2, dim), "v": (2, 2, dim), "key_cache": rows, "value_cache": rows}
-    shapes |= (
-        {"cos": (2, columns), "sin": (2, columns), "q_norm_weight": (dim,), "k_norm_weight": (dim,)} if columns else {}
-    )
+    if columns:
+        shapes |= dict.fromkeys(("cos", "sin"), (2, columns)) | dict.fromkeys(
+            ("q_norm_weight", "k_norm_weight"), (dim,)
+        )
     given = {name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items()}
     given["positions"] = torch.zeros(2, dtype=torch.int64, device="cuda")
     wanted = torch.zeros_like(given["positions"])

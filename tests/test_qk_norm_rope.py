@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cases import CONTIGUOUS, PADDED, RAGGED, UNALIGNED, Layout, Placed, assert_same_bits, normal, random
+from cases import CONTIGUOUS, PADDED, RAGGED, UNALIGNED, Layout, Placed, assert_same_bits, normal, random, rotary_rows
 from conftest import changed, short_dtype
 from frameworks import TORCH_CPU
 
@@ -42,12 +42,10 @@ class Case(NamedTuple):
         return int(np.prod(self.lead, dtype=np.int64))
 
 
-def rotary_rows(lead, columns, interleaved, key, theta=10000.0):
-    """cos and sin, float64, of positions drawn from POSITIONS."""
+def drawn_rows(lead, columns, interleaved, key, dtype):
+    """cos and sin of positions drawn from POSITIONS, as dtype holds them."""
     positions = random("positions", key).choice(POSITIONS, lead)
-    angles = positions[..., None] * theta ** (-np.arange(0, columns, 2) / columns)
-    angles = np.repeat(angles, 2, -1) if interleaved else np.concatenate([angles, angles], -1)
-    return np.cos(angles), np.sin(angles)
+    return (round_to(row, dtype) for row in rotary_rows(positions, columns, 1e4, interleaved))
 
 
 def of_tokens(row, lead):
@@ -112,7 +110,7 @@ class Inputs:
         if columns:
             of = "f32" if case.wide_rows else dtype
             rows = case.lead if case.rows is None else case.rows
-            self.cos, self.sin = (round_to(row, of) for row in rotary_rows(rows, columns, case.interleaved, case.lead))
+            self.cos, self.sin = drawn_rows(rows, columns, case.interleaved, case.lead, of)
             self.tensors |= {"cos": framework.tensor(self.cos, of), "sin": framework.tensor(self.sin, of)}
         self.caches = ()
         if case.cache is not None:
@@ -367,7 +365,7 @@ def test_interleaved_as_in_transformers(device, dtype, framework, torch):
     """GLM's rotary embedding of a part of each head, without a norm."""
     glm = pytest.importorskip("transformers.models.glm.modeling_glm", reason="transformers is not installed")
     q, k = (normal((2, 5, heads, 64), dtype, "glm", heads) for heads in (4, 2))
-    cos, sin = (round_to(row, dtype) for row in rotary_rows((2, 5), 32, False, "glm"))
+    cos, sin = drawn_rows((2, 5), 32, False, "glm", dtype)
     tensors = [torch.from_numpy(x).to(TORCH_CPU.dtype(dtype)) for x in (q, k, cos, sin)]
     theirs = glm.apply_rotary_pos_emb(*(x.transpose(1, 2) for x in tensors[:2]), *tensors[2:])
     repeated = [np.repeat(row[..., :16], 2, -1) for row in (cos, sin)]

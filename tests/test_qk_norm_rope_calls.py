@@ -8,6 +8,7 @@ from cases import assert_same_bits, random
 from torch_calls import largest_allocation
 
 import minivllm
+from minivllm.testing import reference
 
 # ---- torch and JAX --------------------------------------------------------------------------------------------------
 
@@ -34,12 +35,7 @@ def in_torch(q, k, cos=None, sin=None, *, q_norm_weight=None, k_norm_weight=None
     for x, weight in ((q, q_norm_weight), (k, k_norm_weight)):
         n = x if weight is None else torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
         if cos is not None:
-            first, rest = n.split([cos.shape[-1], n.shape[-1] - cos.shape[-1]], -1)
-            if interleaved:
-                other = torch.stack([-first[..., 1::2], first[..., ::2]], -1).flatten(-2)
-            else:
-                other = torch.cat([-first.chunk(2, -1)[1], first.chunk(2, -1)[0]], -1)
-            n = torch.cat([first * cos.unsqueeze(-2) + other * sin.unsqueeze(-2), rest], -1)
+            n = reference.rotary(n, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved=interleaved)
         results.append(n)
     return results
 
