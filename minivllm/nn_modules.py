@@ -14,8 +14,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ._C import linear_add, rms_norm, rms_norm_qkv
 
 Rounding = Literal["hf", "hf_once", "fp32"]
-_PACKED = ("qkv_proj",)
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
+_PROJECTIONS = {1: ("qkv_proj",), 3: ("q_proj", "k_proj", "v_proj")}  # by how many there are
 
 
 class NotFusedWarning(UserWarning):
@@ -86,7 +85,7 @@ class Projections(FusedModule):
 
     def _hold_projections(self, projections: list[torch.nn.Module], counts: tuple[int, int, int]) -> None:
         kind = type(self).__name__
-        names = {1: _PACKED, 3: _SEPARATE}.get(len(projections), ())
+        names = _PROJECTIONS.get(len(projections), ())
         if not names:
             raise TypeError(f"{kind}: {len(projections)} projections were given, expected one or three")
         head_dim: int | None = None
