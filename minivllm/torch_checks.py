@@ -9,10 +9,101 @@ import torch
 from . import _C
 from .signatures import OPS
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_IN_PLACE = dict.fromkeys(("rms_norm", "add_rms_norm", "fused_add_rms_norm"), ("x", "residual"))
+_IN_PLACE["linear_add"] = ("residual",)  # what an output may be exactly
+_MEMBERS = {op: {p.name: p.members for p in parameters} for op, parameters in OPS.items()}
 _LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache", "out_q", "out_k")
 _INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
+
+
+def wants_gradient(op, outputs, **tensors):
+    """Whether a gradient is asked for, of tensors that may be None or several. Refuses what the dispatcher could only
+    refuse in words of its own; `outputs`: those that the op is told to write to. An exported program holds the op
+    alone: the function around it would come with its forward pass only, which is detached."""
+    wants = False
+    for name, given in (tensors | outputs).items():
+        several = isinstance(given, (tuple, list))
+        for i, tensor in enumerate(given if several else (given,)):
+            if tensor is None:
+                continue
+            what = f"{op}: {name}[{i}]" if several else f"{op}: {name}"
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"{what} is of type {type(tensor).__qualname__}, expected a torch.Tensor: a gradient, a tensor "
+                    "subclass or a transformation of torch is involved"
+                )
+            if not torch.compiler.is_compiling() and tensor.is_nested:
+                raise TypeError(
+                    f"{what} is a nested tensor, expected a dense one; call this on its to_padded_tensor(0.0), or of a "
+                    "jagged one's rows on its values()"
+                )
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
+            if name in _INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{what} has dtype {tensor.dtype}, expected int32 or int64; convert it")
+            if name not in _INTEGERS and tensor.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
+                    ".to(torch.float32)"
+                )
+            # In a graph torch resolves the mark before the op runs.
+            if not torch.compiler.is_compiling() and tensor.is_neg():
+                raise ValueError(
+                    f"{what} is lazily negated (is_neg()): its memory holds the values with the other sign; pass its "
+                    "resolve_neg()"
+                )
+            if tensor.requires_grad and torch.is_grad_enabled():
+                wants = True
+                if any(output is not None for output in outputs.values()):
+                    without = f"{op.replace('fused_', '')} without {', '.join(outputs)}, or"
+                    how = "it" if "key_cache" in outputs else without  # which is not to be left out
+                    raise RuntimeError(
+                        f"{what} requires grad and grad mode is on, but an op that is told where to write carries no "
+                        f"gradients; call {how} under torch.no_grad()"
+                    )
+    # torch.compiler.is_exporting() is the name of it, and in torch 2.11 true of torch.compile as well.
+    return wants and not getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def check(op, inputs, outputs, **options):
+    """Refuses what the C function refuses. Ops of a graph do so when they run, but are not told of the outputs, nor
+    how weights were given; and where a tensor is, torch.compile does not know."""
+    if not torch.compiler.is_compiling():
+        return _check_now(op, inputs | outputs, options)
+    for name, given in inputs.items():
+        members = _MEMBERS[op][name]
+        if isinstance(given, (tuple, list)) and len(given) != len(members):
+            count = {2: "two", 3: "three"}.get(len(members))
+            raise ValueError(
+                f"{op}: {name} has {len(given)} members, expected one packed tensor or {count} ({', '.join(members)})"
+            )
+    given = {name: out for name, out in outputs.items() if out is not None}
+    if "residual_out" in given and inputs["residual"] is None:
+        raise ValueError(f"{op}: residual_out was given without a residual")
+    for name, out in given.items():
+        for other, tensor in (inputs | given).items():
+            if out is tensor and name != other and other not in _IN_PLACE.get(op, ()):
+                raise ValueError(f"{op}: {name} overlaps {other}; pass memory of its own")
+
+
+def written(op, name, out, result):
+    """`result`, written to `out` where that is given."""
+    if out is None:
+        return result
+    if out.dtype != result.dtype:
+        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype} (the dtype of x)")
+    if (out.shape, out.device) != (result.shape, result.device):
+        raise ValueError(
+            f"{op}: {name} is {list(out.shape)} on {out.device}, expected {list(result.shape)} on {result.device}"
+        )
+    out.copy_(result)
+    return out
+
+
+# ---- stand-ins, for tensors that may have no memory -----------------------------------------------------------------
 
 
 class _Unknown(Exception):
@@ -80,9 +171,9 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def check(op, tensors, **options):
-    """Refuses what minivllm.<op> refuses. tensors: by argument, a torch.Tensor, several, or None; x comes first.
-    Names of kernels are left to the device that has them."""
+def _check_now(op, tensors, options):
+    """`check` where tensors have memory. tensors: by argument, x first. Names of kernels are left to the device that
+    has them."""
     if isinstance(options.get("kernel"), str):
         options["kernel"] = None
     first, x = next(iter(tensors.items()))

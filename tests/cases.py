@@ -21,6 +21,13 @@ def normal(shape, dtype: str, *key, scale: float = 1.0, mean: float = 0.0):
     return round_to(mean + scale * random(*key).standard_normal(shape), dtype)
 
 
+def rotary_rows(positions, columns: int, theta: float, interleaved: bool):
+    """cos and sin of a rotary embedding, float64, [*positions, columns]."""
+    angles = np.maximum(positions, 0)[..., None] * theta ** (-np.arange(0, columns, 2) / columns)
+    angles = np.repeat(angles, 2, -1) if interleaved else np.concatenate([angles, angles], -1)
+    return np.cos(angles), np.sin(angles)
+
+
 def outlier_channels(x, weight):
     x = x.copy()
     x[..., ::97] *= 100.0

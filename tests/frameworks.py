@@ -37,7 +37,7 @@ class NumPy:
     def dtype(self, dtype: str):
         if dtype == "bf16":
             return np.dtype(optional("ml_dtypes").bfloat16)
-        return np.dtype({"f32": np.float32, "f16": np.float16}[dtype])
+        return np.dtype({"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64}[dtype])
 
     def why_not(self, dtype: str = "f32"):
         if dtype == "bf16" and optional("ml_dtypes") is None:
@@ -90,7 +90,8 @@ class Torch:
         return optional("torch")
 
     def dtype(self, dtype: str):
-        return {"f32": self.torch.float32, "f16": self.torch.float16, "bf16": self.torch.bfloat16}[dtype]
+        names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64"}
+        return getattr(self.torch, names[dtype])
 
     def why_not(self, dtype: str = "f32"):
         if self.torch is None:

@@ -281,7 +281,7 @@ def test_mypy_accepts_what_stands_on_torch(tmp_path):
     """In full, on the types of torch; transformers would be as much again."""
     pytest.importorskip("torch", reason="its types are torch's, which is not installed")
     package = PACKAGE / "minivllm"
-    files = [package / "nn.py", package / "torch_layers.py", *sorted((package / "transformers").glob("*.py"))]
+    files = [*package.glob("nn*.py"), package / "torch_layers.py", *sorted((package / "transformers").glob("*.py"))]
     revealed, expected = run_mypy(tmp_path, TYPED_WITH_TORCH, "transformers.*,sympy.*,numpy.*", *files)
     assert revealed == expected
 

@@ -1,7 +1,9 @@
 """The fuzzers: a short run of each; that they cover every op, argument and kernel; and that they find what is planted."""
 
+import collections
 import ctypes
 import inspect
+import math
 import os
 import re
 import signal
@@ -9,8 +11,8 @@ import signal
 import numpy as np
 import pytest
 from frameworks import TORCH_CPU
-from fuzz import calls, campaign, cases, cpu, memory, objects, soak
-from fuzz.drawing import parameters
+from fuzz import calls, campaign, cases, cpu, layouts, memory, objects, soak
+from fuzz.drawing import DTYPES, members, parameters
 from processes import run
 
 import minivllm
@@ -40,9 +42,30 @@ def test_every_usable_kernel_is_forced():
     assert wanted <= {(case.op, case.options["kernel"]) for case in drawn if "kernel" in case.options}
 
 
-def test_a_case_is_the_same_each_time():
+STEP = 64  # elements of hidden that a ring in a GPU's shared memory gets at a time
+STEPS = 64  # more than any ring holds, and several times what most of them hold
+TOKENS = (1, 16, 64, 300)  # the most that one kind of kernel is made for
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_draws_for_a_gpu_are_as_large_as_models(op, monkeypatch):
+    """Every dtype with every number of tokens, in rows of many steps, and the weights as tensor cores take them."""
+    monkeypatch.setattr(layouts.Layouts, "fill", lambda at, spec, kind=None: spec)  # the values take most of the time
+    met = collections.Counter()
+    for index in range(700):
+        case = cases.draw(0, index, "cuda", op)
+        *lead, hidden = case.tensors["x"].shape
+        dtype, weights = case.tensors["x"].dtype, members(case.tensors.get(calls.matrix_of(case), ()))
+        tidy = all(w.dtype == dtype and w.strides == (hidden, 1) for w in weights)
+        if tidy and hidden % STEP == 0 and hidden >= STEP * STEPS and 0 < math.prod(lead) <= TOKENS[-1]:
+            met[dtype, min(most for most in TOKENS if math.prod(lead) <= most)] += 1
+    assert all(met[dtype, most] for dtype in DTYPES for most in TOKENS), met
+
+
+@pytest.mark.parametrize("drawn_for", ["cpu", "cuda"])
+def test_a_case_is_the_same_each_time(drawn_for):
     for index in range(20):
-        first, second = cases.draw(3, index), cases.draw(3, index)
+        first, second = cases.draw(3, index, drawn_for), cases.draw(3, index, drawn_for)
         assert str(first) == str(second)
         assert all(np.array_equal(a.image, b.image) for a, b in zip(first.blocks, second.blocks))
 
@@ -197,9 +220,9 @@ def with_torch():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("op", range(len(cases.OPS)), ids=list(cases.OPS))
+@pytest.mark.parametrize("op", range(len(soak.OPS)), ids=soak.OPS)
 def test_soak_on_cpu_tensors(op, with_torch):
-    made = [soak.run(1, index, "cpu") for index in range(op, 4 * len(cases.OPS), len(cases.OPS))]
+    made = [soak.run(1, index, "cpu") for index in range(op, 4 * len(soak.OPS), len(soak.OPS))]
     assert sum(counts.get("eager", 0) + counts.get("in graphs", 0) for counts in made) > 100
 
 
@@ -213,8 +236,8 @@ def test_soak_finds_stale_weights(with_torch, monkeypatch):
 
     stale.__signature__ = inspect.signature(honest)
     monkeypatch.setattr(minivllm, "rms_norm", stale)
-    with pytest.raises(soak.Wrong, match="differ in a bit from the first call"):
-        for index in range(0, 50, len(cases.OPS)):
+    with pytest.raises(calls.Wrong, match="differ in a bit from the first call"):
+        for index in range(0, 50, len(soak.OPS)):
             held.clear()
             soak.run(2, index, "cpu")
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="minivllm.nn holds modules of torch"
 
 import torch.nn.functional as F  # noqa: E402
 
-from minivllm import decode_attention, nn  # noqa: E402
+from minivllm import decode_attention, nn_layer  # noqa: E402
 from minivllm.nn import Attention, DecoderLayer, GatedMLP, LinearAdd, NotFusedWarning, RMSNorm  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, EPS = 48, 80, 4, 2, 16, 1e-5
@@ -76,7 +76,7 @@ def test_what_the_caller_vouches_for(monkeypatch):
         given.append({name: options[name] for name in ("static_weights", "static_rows")})
         return decode_attention(*args, **options)
 
-    monkeypatch.setattr(nn, "decode_attention", recorded)
+    monkeypatch.setattr(nn_layer, "decode_attention", recorded)
     x, cos, sin = inputs(1)
     positions, results = torch.zeros(2, dtype=torch.int64), []
     for static in (False, True):

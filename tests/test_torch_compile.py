@@ -48,7 +48,7 @@ def test_inductor_fuses_around_an_op(torch, device):
 
 
 def test_two_views_of_one_tensor_are_written_to(torch, device):
-    """test_decode_attention.py has the caches, and what is refused."""
+    """test_decode_attention_calls.py has the caches, and what is refused."""
     inputs = Inputs(device, "f32")
     x, residual, weight = inputs.x, inputs.residual, inputs.norm
     wanted = minivllm.add_rms_norm(x, residual, weight)

@@ -201,6 +201,21 @@ def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, round
     return error + spacing(added, error) / 2
 
 
+def attention_tolerance(exact, p, q, keys, values, dtype: str, *, scale: float):
+    """How wrong decode_attention may be of one sequence, given what reference.attention finds of the other arguments:
+    the last rounding, and L standard deviations of what float32 arithmetic loses, whose errors are random. An error of
+    a score, which is a sum over dim, changes p_j by as much relative to it, and the result by that times p_j (v_j -
+    exact); errors of the sums over the keys come with p_j v_j."""
+    xp = namespace(exact)
+    kv_head = [h * keys.shape[1] // q.shape[0] for h in range(q.shape[0])]
+    v, products, p = values[:, kv_head], q * keys[:, kv_head], p.T[..., None]  # [keys, heads, dim], p [keys, heads, 1]
+    score = scale * (xp.sqrt((products**2).sum(-1)) + abs(products.sum(-1))) + 1
+    of_scores = _noise(q.shape[1]) * score[..., None] * p * (v - exact)
+    of_sums = _noise(keys.shape[0]) * p * v
+    spread = LAMBDA * xp.sqrt((of_scores**2 + of_sums**2).sum(0))
+    return quantum(exact, dtype) / 2 + 2 * UNIT_F32 * abs(exact) + spread
+
+
 class Errors(NamedTuple):
     """How far `got` is from `expected`; ulp counts spacings of the dtype at the expected value."""
 

@@ -33,17 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _C as ops
 from .cache import DecoderCache
-from .code import (
-    ALIVE,
-    Applied,
-    Family,
-    Numbered,
-    Rounding,
-    is_fused,
-    is_intercepted,
-    is_replaced,
-    is_watched,
-)
+from .code import ALIVE, Applied, Family, Numbered, Rounding, is_fused, is_intercepted, is_replaced, is_watched
 from .few import LINEARS, Few, attend, finish, is_known_attention
 from .head import END, End, Instead
 from .room import Room, Rooms, release

@@ -11,7 +11,7 @@ from fuzz.cases import OPS
 from fuzz.drawing import Case, forceable, members, parameters
 from fuzz.memory import to_numpy
 from fuzz.values import same_bits
-from minivllm.testing.reference import round_to
+from minivllm.testing.reference import namespace, round_to
 
 LAYER_CALL = ("x", "residual", "out", "residual_out")  # what the layer object takes at the call
 
@@ -48,16 +48,15 @@ def prepare(case: Case, memory) -> dict:
     return {name: placed(specs) for name, specs in case.tensors.items()} | case.options
 
 
-def inputs_of(case: Case, wide=None, concatenate=np.concatenate) -> dict:
-    """The values of the tensors before the call, float64; a weight is one matrix [outputs, hidden]. `wide` gives those
-    of a tensor, where they are not to be NumPy arrays of the blocks' images."""
-    wide = wide or (lambda spec: spec.of(case.blocks[spec.block].image).astype(np.float64))
+def inputs_of(case: Case, memory, blocks) -> dict:
+    """The values of the tensors in these blocks of bytes, in float64 and where `memory` computes with them; a weight is
+    one matrix [outputs, hidden]."""
     found = {}
     for name, specs in case.tensors.items():
-        parts = [wide(spec) for spec in members(specs)]
+        parts = [memory.wide(spec, blocks[spec.block]) for spec in members(specs)]
         if name == matrix_of(case) and is_in_out(case):
             parts = [part.T for part in parts]
-        found[name] = parts[0] if len(parts) == 1 else concatenate(parts)
+        found[name] = parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts)
     return found
 
 
@@ -134,19 +133,22 @@ def compare(first: dict, second: dict, what: str):
 
 
 class Judge:
-    """What the case must give, made once for all calls of it."""
+    """What the case must give, made once for all calls of it: for the values that its blocks hold before the call, or
+    those of other blocks. On a GPU the GPU computes it, by torch in float64: a large product takes the CPU seconds."""
 
-    def __init__(self, case: Case):
-        self.dtype, inputs = case.tensors["x"].dtype, inputs_of(case)
+    def __init__(self, case: Case, memory, blocks=None):
+        self.dtype, self.memory = case.tensors["x"].dtype, memory
+        inputs = inputs_of(case, memory, blocks or [block.image for block in case.blocks])
         self.expected = OPS[case.op].expect(inputs, case.judged_by(), self.dtype, case.wild)
         self.sums = round_to(inputs["x"] + inputs["residual"], self.dtype) if gives_sum(case) else None
 
     def check(self, results: dict, what: str = ""):
-        wrong = expect.first_wrong(results["out"].astype(np.float64), self.expected, self.dtype)
+        got = {name: self.memory.computed(values.astype(np.float64)) for name, values in results.items()}
+        wrong = expect.first_wrong(got["out"], self.expected, self.dtype)
         require(wrong is None, f"{what}out{wrong}")
         if self.sums is not None:
-            got = results["residual_out"].astype(np.float64)
-            good = (got == self.sums) | (np.isnan(got) & np.isnan(self.sums))
+            sums, xp = got["residual_out"], namespace(self.sums)
+            good = (sums == self.sums) | (xp.isnan(sums) & xp.isnan(self.sums))
             require(good.all(), f"{what}residual_out is wrong in {int((~good).sum())} places")
 
 
@@ -186,7 +188,7 @@ def run(case: Case, memory) -> tuple[int, int]:
         spec = case.tensors[argument]
         written = np.ascontiguousarray(spec.of(np.asarray(memory.after(spec.block))))
         compare({name: written}, results, "what was written and what was returned")
-    judge = Judge(case)
+    judge = Judge(case, memory)
     judge.check(results)
     made = 1 + again(case, arguments, memory, results)
     return made + other_kernels(case, arguments, memory, judge), 0

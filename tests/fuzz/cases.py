@@ -73,11 +73,13 @@ def is_distinct(spec: Spec) -> bool:
 def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> Spec:
     """A weight, [outputs, hidden] or with in_out [hidden, outputs], whichever of the two is contiguous."""
     rng = d.rng
-    by_column = rng.random() < 0.3
+    by_column = rng.random() < 0.3 and not d.tidy
     outer, inner = (hidden, outputs) if by_column else (outputs, hidden)
     step = rng.choice((1, 1, 1, 1, 1, 2))
     row = inner * step + rng.choice((0, 0, 0, 1, 3, 8))
-    if rng.random() < 0.04:
+    if d.tidy:
+        row, step = inner, 1
+    elif rng.random() < 0.04:
         row = 0
     elif rng.random() < 0.08:
         row = -row
@@ -89,7 +91,7 @@ def matrix(d: Drawing, outputs: int, hidden: int, in_out: bool, dtype: str) -> S
 
 def weights(d: Drawing, sizes, hidden: int):
     """The weight and weight_layout: one matrix, one for each size, or as many slices of one."""
-    rng, in_out, kind = d.rng, d.chance(0.4), d.rng.random()
+    rng, in_out, kind = d.rng, d.chance(0.4) and not d.tidy, d.rng.random()
     name = {1: "weight", 2: "gate_up_weight", 3: "qkv_weight"}[len(sizes)]
     if kind < 0.5 or len(sizes) == 1:
         kind = 0.0
@@ -125,24 +127,22 @@ def projection(d: Drawing):
     """rms_norm_linear, rms_norm_gate_up, rms_norm_qkv, and the layer object."""
     rng, one, gated = d.rng, d.op == "rms_norm_linear", d.op == "rms_norm_gate_up"
     hidden = d.hidden()
-    heads, kv_heads = rng.randint(1, 5), rng.randint(1, 3)
+    heads, kv_heads, head_dim = d.heads(hidden)
     total = heads + 2 * kv_heads
-    head_dim = rng.choice((1, 2, 3, 4, 5, 7, 8, 8, 10, 12, 16, 16, 20, 32, 64, 128))
-    products = d.most_products
-    head_dim = max(1, min(head_dim, products // 8 // (total * hidden)))
-    if rng.random() < 0.1 and hidden % total == 0 and hidden * hidden <= products:
+    products, is_small = d.most_products, hidden * hidden <= d.most_weights
+    if rng.random() < 0.1 and hidden % total == 0 and hidden * hidden <= products and not d.model_like:
         head_dim = hidden // total  # a square weight
-    elif rng.random() < 0.05 and hidden * hidden <= products // 4:
+    elif rng.random() < 0.05 and is_small:
         heads = kv_heads = 1  # three square ones
         total, head_dim = 3, hidden
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    if one:
-        sizes = (
-            hidden if rng.random() < 0.05 and hidden * hidden <= products // 4 else sum(sizes) + rng.randint(0, 7),
-        )
-    if gated:
+    if d.model_like and (one or gated):
+        sizes = (d.outputs(hidden),) if one else (d.outputs(2 * hidden),) * 2
+    elif one:
+        sizes = (hidden if rng.random() < 0.05 and is_small else sum(sizes) + rng.randint(0, 7),)
+    elif gated:
         sizes = (sizes[0] + rng.randint(0, 3),) * 2
-        if rng.random() < 0.05 and hidden * hidden <= products // 4:
+        if rng.random() < 0.05 and is_small:
             sizes = (hidden, hidden)
     qkv = sum(sizes)
     columns = sizes[0] if gated else qkv  # of out
@@ -216,14 +216,9 @@ def act_and_mul(d: Drawing):
 def linear(d: Drawing):
     """linear and linear_add."""
     rng, adds = d.rng, d.op == "linear_add"
-    hidden, products = d.hidden(), d.most_products
-    outputs = rng.choice(
-        (rng.randint(1, 70), rng.choice((64, 128, 192, 256)) + rng.randint(-1, 1), rng.randint(1, 500))
-    )
-    if rng.random() < 0.1 and hidden * hidden <= products // 4:
-        outputs = hidden
-    outputs = max(1, min(outputs, products // 4 // hidden))
-    lead = d.lead(max(1, min(products // (hidden * outputs), d.most_elements // max(hidden, outputs))))
+    hidden = d.hidden()
+    outputs = d.outputs(hidden)
+    lead = d.lead(max(1, min(d.most_products // (hidden * outputs), d.most_elements // max(hidden, outputs))))
     shape = (*lead, hidden)
     given = rng.random()
     in_place, out = adds and given < 0.3, 0.3 <= given < 0.7
@@ -274,7 +269,7 @@ OPS = {
     "gelu_and_mul": Op(act_and_mul, expect.act_and_mul),
 }
 # Ops whose tests draw cases of their own: of caches, integers, and results that depend on both.
-DRAWN_ELSEWHERE = frozenset(("decode_attention", "qk_norm_rope"))  # test_drawn_cases of tests/test_<op>.py
+DRAWN_ELSEWHERE = frozenset(("decode_attention", "qk_norm_rope"))  # by test_<op>.py, attention.py
 # What the package exports besides: no op, nothing to draw.
 NO_OPS = frozenset(("DeviceArray", "Kernel", "QKVShard", "Ran", "empty", "get_num_threads", "kernels", "last_kernel",
                     "set_num_threads", "shard_qkv", "to_device"))  # fmt: skip

@@ -1,4 +1,9 @@
-"""What a case is, and what the draws of all ops share."""
+"""What a case is, and what the draws of all ops share.
+
+Most calls are small, so that there are many of them: odd sizes, and every way in which tensors may lie. They cannot
+show what goes wrong only in a long row, such as a ring of copies in a GPU's shared memory, which must be full several
+times over. So of the draws for a GPU a third are `model_like`: they have the hidden sizes, outputs and tokens of
+models. Most of these are `tidy`, as the kernels on tensor cores ask for it."""
 
 import functools
 import inspect
@@ -8,11 +13,14 @@ from typing import NamedTuple
 
 import minivllm
 from fuzz.layouts import Block, Layouts, Spec
-from fuzz.values import TAME, WILD
+from fuzz.values import ITEMSIZE, POOL, PRIME, TAME, WILD
 
 DTYPES = ("f32", "f16", "bf16")
 LONG = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 USABLE = [row for row in minivllm.kernels() if row.usable]
+MODEL_LIKE = 1 / 3  # of the draws for a GPU
+MODEL_BYTES = 64 << 20  # of a weight at most: twelve processes with several copies of it share a GPU
+MODEL_HIDDEN = (896, 1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192)
 PARAMETER_KINDS = ("near one", "small", "normal", "near one", "small", "every exponent")
 
 
@@ -84,12 +92,16 @@ class Drawing:
     def __init__(self, op: str, rng: random.Random, device: str):
         self.op, self.rng, self.device = op, rng, device
         self.large = rng.random() < 0.01  # enough work for several threads
+        self.model_like = device == "cuda" and rng.random() < MODEL_LIKE
+        self.tidy = self.model_like and rng.random() < 0.8  # contiguous, and in one dtype
         scale = 16 if device == "cuda" else 1
-        self.most_elements = scale << (18 if self.large else 13)  # of x or of a result
-        self.most_products = scale << (24 if self.large else 18)
+        self.most_elements = 1 << 23 if self.model_like else scale << (18 if self.large else 13)  # of x or of a result
+        self.most_products = 1 << 32 if self.model_like else scale << (24 if self.large else 18)
         self.wild = rng.random() < 0.25
         self.dtype = rng.choice(DTYPES)
-        self.at = Layouts(rng, TAME + WILD if self.wild else TAME, self.wild)
+        self.most_weights = MODEL_BYTES // ITEMSIZE[self.dtype] if self.model_like else self.most_products // 4
+        kinds, period = TAME + WILD if self.wild else TAME, PRIME if self.model_like else POOL
+        self.at = Layouts(rng, kinds, self.wild, self.tidy, period)
         self.tensors: dict = {}
         self.options: dict = {}
         self.refused: Refused | None = None
@@ -100,6 +112,8 @@ class Drawing:
 
     def hidden(self) -> int:
         rng, kind = self.rng, self.rng.random()
+        if self.model_like:
+            return 64 * rng.randint(14, 128) if kind < 0.5 else rng.choice(MODEL_HIDDEN)
         if kind < 0.5:
             return rng.randint(1, 70)
         if kind < 0.8:
@@ -108,9 +122,38 @@ class Drawing:
             return rng.randint(71, 700)
         return rng.choice((1024, 2047, 3001, 4096, 5125, 8192, 9000))
 
+    def heads(self, hidden: int) -> tuple[int, int, int]:
+        """How many heads q has, how many k and v have, and the size of each."""
+        rng = self.rng
+        if self.model_like:
+            kv_heads, head_dim = rng.choice((1, 2, 4, 8)), rng.choice((64, 128))
+            most = self.most_weights // (hidden * head_dim) - 2 * kv_heads
+            return max(1, min(kv_heads * rng.randint(1, 8), most)), kv_heads, head_dim
+        heads, kv_heads = rng.randint(1, 5), rng.randint(1, 3)
+        head_dim = rng.choice((1, 2, 3, 4, 5, 7, 8, 8, 10, 12, 16, 16, 20, 32, 64, 128))
+        most = self.most_weights // 2 // ((heads + 2 * kv_heads) * hidden)
+        return heads, kv_heads, max(1, min(head_dim, most))
+
+    def outputs(self, hidden: int) -> int:
+        """Of a linear layer."""
+        rng, most = self.rng, self.most_weights // hidden
+        if self.model_like:
+            outputs = 64 * rng.randint(8, max(8, min(384, most // 64)))
+        else:
+            outputs = rng.choice(
+                (rng.randint(1, 70), rng.choice((64, 128, 192, 256)) + rng.randint(-1, 1), rng.randint(1, 500))
+            )
+        if rng.random() < 0.1 and hidden <= most:
+            outputs = hidden
+        return max(1, min(outputs, most))
+
     def lead(self, most: int) -> tuple:
         """Leading dimensions with at most so many rows in all, now and then none."""
         rng = self.rng
+        if self.model_like:  # one token, those of a few sequences, and prompts: each has kernels of its own
+            tokens = rng.choice((1, rng.randint(2, 16), rng.randint(17, 64), rng.randint(65, 300)))
+            tokens = max(1, min(tokens, most))
+            return rng.choice(((tokens,), (1, tokens), (tokens, 1)))
         lead = []
         for _ in range(rng.choice((0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 6))):
             size = min(rng.choice((1, 1, 2, 2, 3, 4, 5, 7)), max(1, most // max(math.prod(lead), 1)))
@@ -122,7 +165,7 @@ class Drawing:
         return tuple(lead)
 
     def parameter_dtype(self) -> str:
-        return "f32" if self.chance(0.2) else self.dtype
+        return "f32" if not self.tidy and self.chance(0.2) else self.dtype
 
     def parameter_kind(self) -> str:
         return self.rng.choice(PARAMETER_KINDS if self.wild else PARAMETER_KINDS[:5])

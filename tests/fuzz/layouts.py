@@ -72,10 +72,11 @@ def c_strides(shape):
 
 
 class Layouts:
-    """Draws tensors into blocks."""
+    """Draws tensors into blocks. tidy: rows are contiguous. period: after so many numbers a long tensor repeats them."""
 
-    def __init__(self, rng: random.Random, kinds, special_values: bool):
+    def __init__(self, rng: random.Random, kinds, special_values: bool, tidy: bool = False, period: int = POOL):
         self.rng, self.kinds, self.special_values = rng, kinds, special_values
+        self.tidy, self.period = tidy, period
         self.blocks: list[Block] = []
 
     def block(self, elements: int, dtype: str) -> tuple[int, int]:
@@ -106,7 +107,7 @@ class Layouts:
 
     def rows(self, shape, dtype: str, *, distinct: bool) -> Spec:
         """A tensor of rows, contiguous or not."""
-        plain = self.rng.random() < 0.4
+        plain = self.tidy or self.rng.random() < 0.4
         return self.place(shape, dtype, c_strides(shape) if plain else row_strides(self.rng, shape, distinct=distinct))
 
     def fill(self, spec: Spec, kind: str | None = None) -> Spec:
@@ -115,7 +116,7 @@ class Layouts:
         values = pool(spec.dtype, kind or self.rng.choice(self.kinds))
         at = self.rng.randrange(POOL)
         if at + size > POOL:
-            values = np.resize(np.roll(values, -at), size)
+            values = np.resize(np.roll(values, -at)[: self.period], size)
             at = 0
         target = spec.of(self.blocks[spec.block].image)
         target[...] = values[at : at + size].reshape(spec.shape)

@@ -1,5 +1,6 @@
 """Where a case's blocks come to lie: between pages that nobody may touch, or in a framework's memory, copied there and
-back. Both give tensors of a block, and its bytes after the call."""
+back. Both give tensors of a block, and its bytes after the call; and for what the call must give, the float64 numbers
+of a tensor (`wide`), and those of a result where these are (`computed`)."""
 
 import ctypes
 import functools
@@ -56,8 +57,11 @@ class Guarded:
     def after(self, index: int) -> np.ndarray:
         return self.memory[index]
 
-    def empty(self, shape, dtype: str):
-        return NUMPY.full(shape, 0.0, dtype)
+    def wide(self, spec: Spec, block: np.ndarray) -> np.ndarray:
+        return spec.of(block).astype(np.float64)
+
+    def computed(self, values: np.ndarray) -> np.ndarray:
+        return values
 
 
 def _torch_view(block, spec: Spec):
@@ -73,10 +77,16 @@ class OnTorch:
 
     def __init__(self, blocks: list[Block], device: str = "cuda"):
         self.device, self.torch = device, TORCH_CUDA.torch
-        self.memory = [self._new(block) for block in blocks]
+        self.memory = [self.copy(block.image) for block in blocks]
 
-    def _new(self, block: Block):
-        return self.torch.from_numpy(block.image).to(self.device, copy=True)
+    def copy(self, values: np.ndarray):
+        return self.torch.from_numpy(values).to(self.device, copy=True)
+
+    def wide(self, spec: Spec, block):
+        """`block`: an array, or a tensor on the device."""
+        return _torch_view(self.torch.as_tensor(block, device=self.device), spec).double()
+
+    computed = copy
 
     def restore(self, blocks: list[Block]):
         for memory, block in zip(self.memory, blocks):

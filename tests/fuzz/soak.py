@@ -18,186 +18,32 @@ from pathlib import Path
 import numpy as np
 from frameworks import TORCH_CPU, TORCH_CUDA
 
-import minivllm
-from fuzz import calls, cases, expect
+from fuzz import attention, cases
 from fuzz.drawing import Case
-from fuzz.layouts import Block
-from fuzz.memory import OnTorch
+from fuzz.program import CAPTURED, EAGER, REPLAYS, VARIANTS, Program
 from minivllm.testing.timing import stopwatch
 
-VARIANTS = 3
-EAGER = 24  # calls of a program outside of graphs
-CAPTURED, REPLAYS = 6, 60  # calls in a graph, and how often it runs
+OPS = (*cases.OPS, attention.OP)
 FIELDS = ("programs", "eager", "in graphs", "refused", "wrong")
 MOST_FAILURES = 20
 
 
-class Wrong(AssertionError):
-    pass
-
-
-def variants_of(case: Case) -> list[list[np.ndarray]]:
-    """The images of the blocks with other values at the same places: those of each input, moved on by some elements."""
-    written = {case.tensors[name] for name in case.outputs.values()}
-    images = []
-    for variant in range(VARIANTS):
-        copies = [block.image.copy() for block in case.blocks]
-        for spec in set(case.specs()):
-            only_output = spec in written and "x" not in case.outputs.values()
-            if not only_output and 0 not in spec.shape:
-                values = spec.of(case.blocks[spec.block].image)
-                spec.of(copies[spec.block])[...] = np.roll(values.copy(), 7 * variant)
-        images.append(copies)
-    return images
-
-
-class Program:
-    """A case on a device, with its variants, its expectations and its ways to write and to call."""
-
-    def __init__(self, case: Case, device: str, rng: random.Random):
-        self.case, self.device, self.rng = case, device, rng
-        self.torch = TORCH_CUDA.torch
-        self.memory = OnTorch(case.blocks, device)
-        self.images = variants_of(case)
-        self.masters = [[self.memory._new(Block(image, False)) for image in images] for images in self.images]
-        self.arguments = calls.prepare(case, self.memory)
-        self.arguments.pop("static_weights", None)
-        self.bad = self.torch.zeros((), dtype=self.torch.int64, device=device)
-        self.layer = None
-        self.prepacked = bool(case.options.get("prepack"))
-        if case.op == "FusedRMSNormQKV" and (self.prepacked or rng.random() < 0.7):
-            constant = {name: value for name, value in self.arguments.items() if name not in calls.LAYER_CALL}
-            self.layer = minivllm.FusedRMSNormQKV(**constant)
-        self.first: list = []
-
-    def write(self, variant: int):
-        """All that the call reads, by a kernel or by a copy."""
-        for memory, master in zip(self.memory.memory, self.masters[variant]):
-            way = self.rng.randrange(3)
-            if way == 0:
-                memory.copy_(master)
-            elif way == 1:
-                self.torch.bitwise_or(master, 0, out=memory)
-            else:
-                memory.fill_(0xFF)
-                self.torch.bitwise_and(memory, master, out=memory)
-
-    def call(self):
-        """The results as tensors, whatever the op returns."""
-        if self.prepacked:
-            self.layer.refresh()
-        if self.layer is not None:
-            at_call = {name: self.arguments[name] for name in calls.LAYER_CALL if name in self.arguments}
-            returned = self.layer(at_call.pop("x"), **at_call)
-        else:
-            returned = calls.call(self.case, self.arguments)
-        return returned if isinstance(returned, tuple) else (returned,)
-
-    def churn(self):
-        """Memory that comes next from the allocator holds what would show."""
-        for _ in range(self.rng.randint(0, 3)):
-            elements = 1 << self.rng.randint(8, 20 if self.device == "cuda" else 14)
-            value = self.rng.choice((float("inf"), float("-inf"), float("nan")))
-            self.torch.full((elements,), value, device=self.device)
-
-    def synchronize(self):
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-    def differs(self, results, variant: int):
-        """Counts, on the device, what differs from the variant's first results in a bit."""
-        for got, first in zip(results, self.first[variant]):
-            bits = {4: self.torch.int32, 2: self.torch.int16}[got.element_size()]
-            same = (got.contiguous().view(bits) == first.view(bits)) | ((got != got) & (first != first))
-            self.bad += (~same).sum()
-
-    def judge(self, variant: int, results):
-        """The variant's results against float64, on the device."""
-        case = self.case
-
-        def wide(spec):
-            found = spec.of(self.images[variant][spec.block])
-            return self.torch.from_numpy(found.astype(np.float64)).to(self.device)
-
-        inputs = calls.inputs_of(case, wide, self.torch.cat)
-        dtype = case.tensors["x"].dtype
-        expected = cases.OPS[case.op].expect(inputs, case.judged_by(), dtype, case.wild)
-        if "num_heads" in case.options:
-            lead = case.tensors["x"].shape[:-1]
-            if 0 in lead:
-                return
-            got = self.torch.cat([part.double().reshape(*lead, -1) for part in results[:3]], -1)
-        else:
-            got = results[0].double()
-        wrong = expect.first_wrong(got, expected, dtype)
-        if wrong:
-            raise Wrong(f"variant {variant}, first call: out{wrong}; ran {minivllm.last_kernel()}")
-
-    def start(self):
-        """The first call of each variant."""
-        for variant in range(VARIANTS):
-            self.churn()
-            self.write(variant)
-            results = self.call()
-            self.first.append([part.clone().contiguous() for part in results])
-            self.judge(variant, self.first[-1])
-
-    def check(self, what: str):
-        bad = int(self.bad)
-        if bad:
-            ran = minivllm.last_kernel()
-            raise Wrong(f"{what}: {bad} elements differ in a bit from the first call with the same values; ran {ran}")
-
-    def eager(self):
-        for turn in range(EAGER):
-            variant = turn % VARIANTS
-            self.churn()
-            if self.rng.random() < 0.3:
-                self.synchronize()  # a launch after the host has waited comes early
-            self.write(variant)
-            self.differs(self.call(), variant)
-        self.check("eager")
-
-    def _captured(self):
-        for turn in range(CAPTURED):
-            self.write(turn % VARIANTS)
-            self.differs(self.call(), turn % VARIANTS)
-
-    def graphs(self):
-        if self.device != "cuda":
-            for _ in range(REPLAYS):
-                self._captured()
-            return self.check("loop")
-        self.synchronize()
-        graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph):
-            self._captured()
-        for _ in range(REPLAYS):
-            self.churn()
-            if self.rng.random() < 0.3:
-                self.synchronize()
-            graph.replay()
-        return self.check("graph")
-
-    def finish(self):
-        """The memory around the tensors, after the last call."""
-        variant = (CAPTURED - 1) % VARIANTS
-        images = [Block(image, block.at_end) for image, block in zip(self.images[variant], self.case.blocks)]
-        calls.check_memory(self.case._replace(blocks=images), self.memory, self.case.outputs.values())
-
-
 def draw(seed: int, index: int, device: str) -> Case:
     """A case that torch holds, and that must be served."""
-    return cases.draw(seed, index, device, allowed=lambda case: case.fits_torch() and not case.refused)
+    op = OPS[index % len(OPS)]
+    if op == attention.OP:
+        return attention.draw(seed, index, device)
+    return cases.draw(seed, index, device, op, allowed=lambda case: case.fits_torch() and not case.refused)
 
 
 def run(seed: int, index: int, device: str) -> dict:
     """The counts of one program; raises where something is wrong."""
-    program = Program(draw(seed, index, device), device, random.Random((seed << 40) + index))
+    case, rng = draw(seed, index, device), random.Random((seed << 40) + index)
+    program = (attention.Attention if case.op == attention.OP else Program)(case, device, rng)
     try:
         program.start()
     except ValueError as error:
-        if program.case.may_refuse and "cannot serve this call" in str(error):
+        if case.may_refuse and "cannot serve this call" in str(error):
             return {"refused": 1}
         raise
     program.eager()

@@ -7,7 +7,8 @@ from cases import random
 from frameworks import NUMPY
 
 POOL = 1 << 16
-ITEMSIZE = {"f32": 4, "f16": 2, "bf16": 2}
+PRIME = 65521  # the largest below POOL: a weight that repeats so many numbers has no two rows alike
+ITEMSIZE = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 BITS = {"f32": np.uint32, "f16": np.uint16, "bf16": np.uint16}
 SUBNORMAL = {"f32": 2.0**-149, "f16": 2.0**-24, "bf16": 2.0**-133}  # the smallest
 LARGEST = {"f32": 2.0**128 - 2.0**104, "f16": 65504.0, "bf16": 2.0**128 - 2.0**120}
