@@ -4,19 +4,14 @@
  * speed of their memory and the rest of these. The tiles of a product have figures of their own, beside them. */
 #pragma once
 
-#include "kernel.h"
+#include "cuda/prices/memory.cuh"
 
 namespace prices {
-
-static inline double larger(double a, double b) { return a > b ? a : b; }
 
 static inline double weight_bytes(const mv_task *t) {
     return static_cast<double>(t->linear.outputs) * static_cast<double>(t->hidden) *
            static_cast<double>(mv_dtype_bytes(t->linear.weight_dtype));
 }
-
-/* Bytes per microsecond that memory delivers: 93 % of what its clock and width say, as both GPUs reach. */
-static inline double memory_rate(const mv_task *t) { return 0.93e3 * (t->memory_gbs > 0 ? t->memory_gbs : 3352); }
 
 /* Reading the weights. */
 static inline double read_us(const mv_task *t) { return weight_bytes(t) / memory_rate(t); }
@@ -66,28 +61,6 @@ static inline double norm_ffma_us(const mv_task *t) {
     const int64_t tiles = (t->tokens + 63) / 64 * ((t->linear.outputs + 63) / 64);
     const double turns = static_cast<double>((tiles + t->sm_count - 1) / t->sm_count);
     return 5 + static_cast<double>(t->hidden) * larger(0.056, turns * 64 * 64 * 2 / 2.9e5);
-}
-
-/* decode_attention with so many bytes of keys and values in full caches. The CUDA cores take longer the more query
- * heads share a key, and for each sequence; the tensor cores start sooner, soonest in clusters, and what the blocks of
- * one sequence and head of keys take together is limited. */
-static inline double attention_us(const mv_task *t, double start, double rate, double rate_of_head, double bytes) {
-    const mv_attention &a = t->attention;
-    const double heads = static_cast<double>(t->tokens / a.heads * a.kv_heads), all = 0.95 * memory_rate(t);
-    const double most = heads * rate_of_head < all ? heads * rate_of_head : all;
-    return start + bytes / (rate < most ? rate : most);
-}
-static inline double attention_cores_us(const mv_task *t, double bytes) {
-    const mv_attention &a = t->attention;
-    const int64_t of_key = a.heads / a.kv_heads;
-    const double rate = of_key <= 2 ? 4.2e6 : of_key <= 4 ? 2.8e6 : of_key <= 8 ? 1.5e6 : 0.8e6;
-    return attention_us(t, 5.5 + 0.2 * static_cast<double>(t->tokens / a.heads), rate, rate, bytes);
-}
-static inline double attention_mma_us(const mv_task *t, double bytes) {
-    return attention_us(t, 5.5, 4.2e6, 0.5e6, bytes);
-}
-static inline double attention_clusters_us(const mv_task *t, double bytes) {
-    return attention_us(t, 4, 4.5e6, 0.5e6, bytes);
 }
 
 } // namespace prices
