@@ -1,9 +1,11 @@
 """The CUDA kernels, compiled for the CPU (tests/emulation), against float64: what they compute is tested where there is no
 GPU."""
 
+import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ from processes import ROOT, SANITIZED
 from test_prefill import LATE, MEANWHILE, SHAPES
 from test_rms_norm_gate_up import TILES as GATED
 from test_tf32 import SHAPES as TF32
+
+from minivllm.testing import points
 
 EMULATION = ROOT / "tests" / "emulation"
 # A GPU ends a kernel whose address is not aligned for what it loads, where this CPU would go on.
@@ -62,8 +66,8 @@ def tree(tmp_path_factory):
     return build, [*cpp, *CHECKS, "-fno-pie", "-I", build / "csrc", "-DMV_WITH_CUDA=1"]
 
 
-def run_driver(tree, sources, *arguments, driver="driver"):
-    """What a driver prints, of the kernels in these files."""
+def run_driver(tree, sources, *arguments, driver="driver", given=None):
+    """What a driver prints, of the kernels in these files; what has been compiled before is not again. given: its input."""
     build, cpp = tree
     cuda = build / "csrc" / "cuda"
     jobs = [[*cpp, "-w", "-c", "-x", "c++", path, "-o", path.with_suffix(".o")] for path in sources]
@@ -72,11 +76,11 @@ def run_driver(tree, sources, *arguments, driver="driver"):
     for name in LISTS:
         jobs += [[*c, build / "csrc" / "ops" / f"{name}.c", "-o", cuda / f"ops_{name}.o"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, jobs))
+        list(pool.map(compiled, [job for job in jobs if not Path(job[-1]).exists()]))
     # The lists name the kernels of the CPU too: those are not linked.
     objects, program = [job[-1] for job in jobs], build / driver
     compiled(["g++", *CHECKS, "-no-pie", "-Wl,--unresolved-symbols=ignore-all", *objects, "-o", program])
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=1200)
+    return subprocess.run([program, *arguments], input=given, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,64 @@ def test_the_shapes_of_the_gpu_tests_take_every_tile(tree):
         assert any(sharers % split == 0 and sharers > split for split, sharers in shared), f"{what}: whole parts"
         if what == "tf32":  # with wider tiles it is never the cheapest
             assert any(sharers % split for split, sharers in shared), "parts of two tiles"
+
+
+def sizes_of(point):
+    """What the driver of the choice reads of a point: five sizes."""
+    shape = next(shape for shape in points.OPS[point.op].shapes if shape.name == point.shape)
+    if point.context:
+        return point.tokens, shape.head_dim, point.context, shape.num_heads, shape.num_kv_heads
+    return point.tokens, shape.hidden, shape.qkv if point.op == "rms_norm_qkv" else shape.outputs, 0, 0
+
+
+def estimates(tree, report, gpu, asked):
+    """Of (point, dtype): each row's estimate by name, on a GPU of so many SMs and GB/s. report: all is compiled."""
+    build, _ = tree
+    sources = [path for path in (build / "csrc" / "cuda").rglob("*.cu") if path.name != "device.cu"]
+    lines = [" ".join(map(str, (*gpu, point.op, point.dtype, *sizes_of(point)))) for point in asked]
+    done = run_driver(tree, sources, driver="choice", given="\n".join(lines))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(asked), done.stderr
+    words = map(str.split, done.stdout.splitlines())
+    return [dict(zip(each[::2], map(float, each[1::2]), strict=True)) for each in words]
+
+
+H100, H200 = (132, 3352), (132, 4800)  # SMs, GB/s
+PRICED = ("rms_norm_qkv", "rms_norm_linear", "rms_norm_gate_up", "linear", "linear_add", "decode_attention")
+MEASURED = ROOT / "benchmarks" / "results" / "log" / "regret_1_h100.json"
+
+
+def test_the_choice_by_measured_times(tree, report):
+    """Of the rows that were measured on an H100 the one that would be chosen is the fastest, or close to it. Gated layers
+    and addends of many tokens have become faster since."""
+    times = {}
+    for row in json.loads(MEASURED.read_text())["rows"]:
+        point = points.Point(row["of"], row["shape"], row["tokens"], row["dtype"], row.get("context"))
+        older = point.op in ("rms_norm_gate_up", "linear_add") and point.tokens > 64 and point.dtype != "f32"
+        if row.get("us") and not older and point.op in PRICED:
+            times.setdefault(point, {})[row["kernel"]] = row["us"]
+    found = []
+    for (point, us), estimated in zip(times.items(), estimates(tree, report, H100, list(times)), strict=True):
+        chosen = min(estimated, key=estimated.__getitem__)
+        found.append((us[chosen] / min(us.values()), estimated[chosen] / us[chosen], point))
+    assert len(found) > 200 and max(found)[0] < 1.15, max(found)
+    assert statistics.geometric_mean(regret for regret, *_ in found) < 1.004
+    assert statistics.mean(0.8 < estimate < 1.25 for _, estimate, _ in found) > 0.95
+
+
+@pytest.mark.parametrize("gpu", [H100, H200])
+def test_the_choice_at_some_shapes(tree, report, gpu):
+    """Where the fastest row was found by forcing all, on an H100; an H200 differs by its memory."""
+    expected = {
+        points.Point("linear_add", "qwen2.5-0.5b-o", 96, "bf16"): "bf16_norm_mma_sm80",
+        points.Point("linear_add", "qwen2.5-0.5b-o", 200, "f16"): "f16_norm_mma_sm80",
+        points.Point("linear", "qwen3-14b-o", 16, "f16"): "f16_norm_wgmma_sm90a",
+        points.Point("rms_norm_qkv", "qwen3-0.6b", 8, "bf16"): "bf16_decode_sm90a",
+        points.Point("rms_norm_gate_up", "qwen2.5-0.5b-gate_up", 2048, "bf16"): "bf16_norm_wgmma_sm90a",
+        points.Point("decode_attention", "qwen3-8b", 4, "bf16", 4096): "bf16_mma_sm80",
+        points.Point("decode_attention", "llama-70b", 2, "f16", 512): "f16_mma_sm90a",
+    }
+    for point, estimated in zip(expected, estimates(tree, report, gpu, list(expected)), strict=True):
+        assert min(estimated, key=estimated.__getitem__) == expected[point], (point, estimated)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rms_norm_qkv"])

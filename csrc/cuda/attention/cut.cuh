@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/attention/merge.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/attention.cuh"
 
 namespace {
 
@@ -47,41 +47,22 @@ double bytes_of_head(const mv_task *task) {
     return 4.0 * static_cast<double>(most_keys(task)) * static_cast<double>(task->hidden);
 }
 
-/* What `blocks` blocks of so many bytes take, in microseconds, if `room` of them run at a time. A block alone reads
- * what its ring has room for in a latency of memory, as an H200 showed it; all together read what memory delivers; and
- * where the two are near each other, less than either. */
-double blocks_us(const mv_task *task, double blocks, double room, double bytes) {
-    constexpr double rate_of_block = 47e3, turn_us = 0.5;
-    const auto turn = [&](double running) {
-        const double alone = bytes / rate_of_block, shared = bytes * running / prices::memory_rate(task);
-        return running > 0 ? turn_us + sqrt(sqrt(alone * alone * alone * alone + shared * shared * shared * shared))
-                           : 0;
-    };
-    const double turns = floor(blocks / room);
-    return turns * turn(room) + turn(blocks - turns * room);
-}
-
-/* Chooses the pieces of a sequence, and who merges them: a cluster, whose blocks wait for each other and are not spread
- * evenly over the SMs, or a second launch, which loads kMergePieces pieces at a time. All figures are fitted to the
- * times of forced cuts on an H200, 1 to 32 sequences of 512 to 32,768 keys. */
-void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
-    constexpr double of_cluster_us = 0.2, of_each_us = 0.25, evenness = 0.96, launch_us = 4.5, of_more_us = 1.5;
-    /* How a sequence is cut may depend on how many others there are only where its bits may. */
-    const int64_t sequences = task->batch_invariant ? 1 : task->tokens / task->attention.heads;
-    const double heads = static_cast<double>(sequences * task->attention.kv_heads * cut.passes);
-    const double room = static_cast<double>(blocks_of_sm) * task->sm_count, bytes = bytes_of_head(task);
+/* Chooses the pieces of a sequence, and who merges them: a cluster, or a second launch. How full the caches are is not
+ * known here, so they count twice, full and an eighth of it. Returns what full ones take, in microseconds. */
+double choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, double ring_bytes, Cut &cut) {
+    const double heads = static_cast<double>(priced_sequences(task) * task->attention.kv_heads * cut.passes);
+    const prices::AttentionRoom room = {static_cast<double>(blocks_of_sm) * task->sm_count, ring_bytes};
     const int64_t most = parts(most_keys(task), kLeastOfPiece);
     /* Part of a GPU, or blocks that have an SM each, may not have room for more than the 8 that any GPU promises. */
     const int64_t most_of_cluster = blocks_of_sm > 1 && task->sm_count >= 100 ? kMostCluster : kMostCluster / 2;
-    double best = INFINITY;
+    double best = INFINITY, lowest = INFINITY;
     const auto consider = [&](int64_t pieces, bool in_cluster) {
-        const double count = static_cast<double>(pieces), blocks = heads * count;
-        double us = blocks_us(task, blocks, room, bytes / count);
-        if (in_cluster)
-            us = us / (pieces > 2 ? evenness : 1) + of_cluster_us + of_each_us * count;
-        else if (pieces > 1)
-            us += launch_us + of_more_us * static_cast<double>((pieces - 1) / kMergePieces);
-        if (us >= best) return;
+        const auto filled = [&](double bytes) {
+            return prices::attention_cut_us(task, heads, bytes, room, pieces, in_cluster, kMergePieces);
+        };
+        const double us = filled(bytes_of_head(task)), both = us * filled(bytes_of_head(task) / 8);
+        if (both >= lowest) return;
+        lowest = both;
         best = us;
         cut.pieces = static_cast<int32_t>(pieces);
         cut.cluster = in_cluster ? cut.pieces : 0;
@@ -94,8 +75,9 @@ void choose_cut(const mv_task *task, bool hopper, int blocks_of_sm, Cut &cut) {
         consider(least(pieces, most), false);
     }
     for (int turn = 1; turn <= 4; turn++) /* as many pieces as there is room for */
-        if (const int64_t pieces = least(static_cast<int64_t>(turn * room / heads), most); pieces > kMostCluster)
+        if (const int64_t pieces = least(static_cast<int64_t>(turn * room.blocks / heads), most); pieces > kMostCluster)
             consider(pieces, false);
+    return best + prices::attention_queries_us(cut.group) + (is_merged_later(cut) ? prices::kAttentionLaunch : 0);
 }
 
 /* Are all rows within 2^32 packets of 16 bytes? */

@@ -36,7 +36,6 @@
 
 #include "cuda/arch/tma.cuh"
 #include "cuda/attention/products.cuh"
-#include "cuda/prices.cuh"
 
 namespace {
 
@@ -393,14 +392,16 @@ template <typename S> mv_status launch_instance(const mv_task *task, const mv_de
     return status == MV_OK ? launch_merge<typename S::T>(task, cut, error) : status;
 }
 
-/* An instance as the host knows it: what it launches, the blocks that an SM has room for, what each needs. */
+/* An instance as the host knows it: what it launches, the blocks that an SM has room for, their longest rings, and all
+ * that each needs. */
 struct KnownInstance {
     mv_kernel *launch;
     int blocks;
-    size_t shared_bytes;
+    size_t ring_bytes, shared_bytes;
 };
-template <typename S>
-constexpr KnownInstance known = {launch_instance<S>, S::kBlocks, attention_shared_bytes<S>(S::kSlots *S::kUnitBytes)};
+template <typename S> constexpr KnownInstance known = {launch_instance<S>, S::kBlocks,
+                                                       size_t{S::kWarps} * S::kSlots *S::kUnitBytes,
+                                                       attention_shared_bytes<S>(S::kSlots *S::kUnitBytes)};
 
 template <typename T, int kColumns, bool kHopper, bool kCommon> KnownInstance for_group(int group) {
     return group <= kTileHeads ? known<MmaInstance<T, kColumns, 1, kHopper, kCommon>>
@@ -419,9 +420,8 @@ template <typename T, bool kHopper> KnownInstance instance_for(int64_t dim, int 
 
 template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, double below, mv_decision *decision) {
     const mv_attention &a = task->attention;
-    const double bytes = static_cast<double>(task->tokens / a.heads * a.kv_heads) * bytes_of_head(task);
-    const double us = kHopper ? prices::attention_clusters_us(task, bytes) : prices::attention_mma_us(task, bytes);
-    if (!mv_at_price(decision, us, below)) return mv_too_dear;
+    const double bytes = static_cast<double>(priced_sequences(task) * a.kv_heads) * bytes_of_head(task);
+    if (!mv_at_price(decision, bytes / prices::memory_rate(task), below)) return mv_too_dear; /* at least */
     if (task->hidden % 8 != 0 || task->hidden > 256) return "it takes heads of 8, 16, 24, .. 256 columns";
     if (Dtype<T>::value == MV_F16 && task->rounding == MV_ROUNDING_FP32 && (a.q_norm.weight || a.rotary.columns))
         return "queries that are not rounded may be too large for float16";
@@ -431,7 +431,8 @@ template <typename T, bool kHopper> const char *decide_mma(const mv_task *task, 
     const KnownInstance instance = instance_for<T, kHopper>(task->hidden, cut.group, is_common(task));
     if (instance.shared_bytes > static_cast<size_t>(task->smem_bytes))
         return "the GPU has too little shared memory for heads this wide";
-    choose_cut(task, kHopper, instance.blocks, cut);
+    const double us = choose_cut(task, kHopper, instance.blocks, static_cast<double>(instance.ring_bytes), cut);
+    if (!mv_at_price(decision, us, below)) return mv_too_dear;
     cut.early = task->programmatic_launch ? instance.blocks * task->sm_count : 0;
     cut.early_rows = a.static_rows && !a.block_table;
     decision->launch = instance.launch;

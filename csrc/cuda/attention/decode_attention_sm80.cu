@@ -20,7 +20,7 @@
  * been written is read back by nobody. Only this block writes to the cache. */
 #include "cuda/attention/block.cuh"
 #include "cuda/attention/merge.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/attention.cuh"
 
 namespace {
 
@@ -174,37 +174,28 @@ template <typename T, int kLanes, int kPackets> ShapeInstance for_heads(int64_t 
     return instance_of<Shape<T, kLanes, kPackets, 4, true>>;
 }
 
-/* Into how many pieces the keys of a sequence are cut. There are `blocks` blocks for each piece, of which `room` run at
- * a time. Each such turn takes a latency, and the time in which memory delivers its share of the bytes; both figures
- * are an H200's. */
-int64_t choose_pieces(const mv_task *task, int64_t keys, int64_t blocks, int64_t room) {
-    const double latency_us = 2, bytes_per_us = 4e6 / static_cast<double>(room);
-    const double us =
-        static_cast<double>(2 * keys * task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype)) / bytes_per_us;
+/* Into how many pieces the keys of a sequence, of so many bytes for each head, are cut. There are `blocks` blocks for
+ * each piece, of which `room` run at a time; they share what memory delivers. */
+int64_t choose_pieces(int64_t keys, double bytes, int64_t blocks, int64_t room) {
+    const double us = bytes * static_cast<double>(room) / prices::kAttentionCoresRate;
     double best_us = INFINITY;
     int64_t best = 1;
     for (int64_t turn = 1; turn <= 4; turn++) { /* with as many pieces as there is room for */
         const int64_t fit = least(turn * room / blocks, parts(keys, kLeastKeys)), pieces = fit > 1 ? fit : 1;
         const double turns = static_cast<double>(parts(blocks * pieces, room));
-        const double all_us = turns * (latency_us + us / static_cast<double>(pieces));
+        const double all_us = turns * (prices::kAttentionCoresTurn + us / static_cast<double>(pieces));
         if (all_us < best_us) best_us = all_us, best = pieces;
     }
     return best;
 }
 
-double price(const mv_task *task) {
-    const mv_attention &a = task->attention;
-    const double keys = static_cast<double>(least(a.rows, a.window)),
-                 heads = static_cast<double>(task->tokens / a.heads * a.kv_heads);
-    const double bytes_of_key =
-        static_cast<double>(2 * task->hidden) * static_cast<double>(mv_dtype_bytes(task->dtype));
-    return prices::attention_cores_us(task, keys * heads * bytes_of_key);
-}
-
 template <typename T> const char *decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, price(task), below)) return mv_too_dear;
     constexpr int64_t size = Packet<T>::size;
     const mv_attention &a = task->attention;
+    const int64_t keys = least(a.rows, a.window), heads = priced_sequences(task) * a.kv_heads;
+    const double bytes_of_head = 2 * sizeof(T) * static_cast<double>(keys * task->hidden);
+    const double bytes = bytes_of_head * static_cast<double>(heads);
+    if (!mv_at_price(decision, bytes / prices::memory_rate(task), below)) return mv_too_dear; /* at least */
     const int64_t packets = parts(task->hidden, size);
     const bool whole = task->hidden % size == 0 && cache_aligned(a.keys, size) && cache_aligned(a.values, size);
     const bool fast = whole && packets <= (size == 4 ? 64 : 32);
@@ -217,10 +208,10 @@ template <typename T> const char *decide(const mv_task *task, double below, mv_d
                                    : packets <= 32 ? for_heads<T, 32, 1>(of_warp)
                                                    : for_heads<T, 32, most_packets>(of_warp);
     decision->launch = instance.launch;
-    /* How a sequence is cut may depend on how many others there are only where its bits may. */
-    const int64_t sequences = task->batch_invariant ? 1 : task->tokens / a.heads;
-    cut.pieces = static_cast<int32_t>(choose_pieces(task, least(a.rows, a.window), sequences * a.kv_heads * cut.passes,
-                                                    int64_t{instance.blocks} * task->sm_count));
+    const int64_t blocks = heads * cut.passes, room = int64_t{instance.blocks} * task->sm_count;
+    cut.pieces = static_cast<int32_t>(choose_pieces(keys, bytes_of_head, blocks, room));
+    const double turns = static_cast<double>(parts(blocks * cut.pieces, room));
+    if (!mv_at_price(decision, prices::attention_cores_us(task, bytes, turns), below)) return mv_too_dear;
     keep_cut(decision, cut);
     decision->workspace = workspace_bytes(task, cut);
     return nullptr;

@@ -88,6 +88,12 @@ template <typename T> __global__ void __launch_bounds__(kMergeThreads)
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+/* The sequences that a cut is chosen for, and its price: how one is cut may depend on how many others there are only
+ * where its bits may. */
+int64_t priced_sequences(const mv_task *task) {
+    return task->batch_invariant ? 1 : task->tokens / task->attention.heads;
+}
+
 /* The second launch, where there is one. */
 template <typename T> mv_status launch_merge(const mv_task *task, const Cut &cut, mv_error *error) {
     if (!is_merged_later(cut)) return MV_OK;

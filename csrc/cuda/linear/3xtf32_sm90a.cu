@@ -19,7 +19,7 @@
 #include "cuda/linear/epilogue.cuh"
 #include "cuda/linear/plan.cuh"
 #include "cuda/linear/tf32_product.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 

@@ -18,7 +18,7 @@
 #include "cuda/cuda.h"
 #include "cuda/linear/epilogue.cuh"
 #include "cuda/norm/rms_norm.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 

@@ -35,7 +35,6 @@
 #include "cuda/linear/decode_split.cuh"
 #include "cuda/linear/epilogue.cuh"
 #include "cuda/linear/plan.cuh"
-#include "cuda/prices.cuh"
 
 namespace {
 
@@ -422,7 +421,8 @@ bool counts_fit(const mv_task *task) { return task->hidden <= 1 << 16 && task->l
 extern "C" {
 const char *mv_decode_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
     const Groups groups = counts_fit(task) ? choose_groups(task) : Groups{};
-    if (!mv_at_price(decision, prices::decode_sm90a_us(task, y_bytes(task, groups.tokens)), below)) return mv_too_dear;
+    const prices::DecodeRun run = run_of(task, groups);
+    if (!mv_at_price(decision, prices::decode_sm90a_us(task, run), below)) return mv_too_dear;
     keep_cut(decision, groups);
     return decode_why_not(task, groups, "it takes up to 16 tokens, or 64 where the weights are small");
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/linear/decode_tokens.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 
@@ -168,6 +169,14 @@ int block_bytes_of(const mv_task *task, const Groups &groups) {
     const int64_t weight_bytes = rows * task->hidden * static_cast<int64_t>(mv_dtype_bytes(task->dtype));
     const bool few = groups.log_groups > 0 || weight_bytes <= few_bytes * task->sm_count;
     return few && ring_for(task, groups, kHalfBytes).slots > 0 ? kHalfBytes : kWholeBytes;
+}
+
+/* What the price depends on; the tokens do not fit if there are none. */
+prices::DecodeRun run_of(const mv_task *task, const Groups &groups) {
+    if (groups.tokens == 0) return {};
+    const DecodeRing ring = ring_for(task, groups, block_bytes_of(task, groups));
+    const bool grouped = groups.log_groups > 0;
+    return {static_cast<double>(y_bytes(task, groups.tokens)), grouped, !grouped && holds_all(task, ring, groups)};
 }
 
 /* The more tokens, the later they come, and the fewer weights may be asked for before them. */

@@ -22,7 +22,7 @@
 #include "cuda/linear/epilogue.cuh"
 #include "cuda/linear/plan.cuh"
 #include "cuda/linear/token_tile.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 
@@ -192,14 +192,11 @@ template <typename Tile> int stages_of(const mv_task *task) {
     return static_cast<int>(min(fit, min(max(steps, int64_t{kMinStages}), int64_t{kMaxStages})));
 }
 
-/* Microseconds of an H100: of a step, the tile's weights and tokens at an SM's share of what memory and L2 give, or its
- * products at three quarters of what the CUDA cores can; so many tiles one after the other. Infinite where the tile has
- * no room. */
+/* So many tiles one after the other. Infinite where the tile has no room. */
 template <typename Tile> double few_tile_cost(const mv_task *task) {
     if (stages_of<Tile>(task) < kMinStages) return 1e30;
-    const double copies = (Tile::N / 22e3 + Tile::M / 60e3) * kStep * 4, products = Tile::M * Tile::N * kStep / 160e3;
     const double rounds = static_cast<double>(ceil_div(tile_count(task, Tile::M, Tile::N), task->sm_count));
-    return rounds * (1 + (0.02 + (copies > products ? copies : products)) * static_cast<double>(task->hidden) / kStep);
+    return rounds * prices::few_tile_us(Tile::M, Tile::N, kStep, static_cast<double>(task->hidden) / kStep);
 }
 
 template <typename Tile> mv_status launch_few_tile(const mv_task *task, const mv_decision *, mv_error *error) {

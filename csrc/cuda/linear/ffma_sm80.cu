@@ -21,7 +21,7 @@
 #include "cuda/linear/plan.cuh"
 #include "cuda/linear/token_tile.cuh"
 #include "cuda/norm/rms_norm.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 

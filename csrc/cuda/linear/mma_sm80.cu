@@ -21,7 +21,7 @@
 #include "cuda/linear/plan.cuh"
 #include "cuda/linear/token_tile.cuh"
 #include "cuda/norm/rms_norm.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 
@@ -313,41 +313,32 @@ __global__ void __launch_bounds__(Tile::threads, Tile::ctas_per_sm)
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
 
-/* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. step_us: measured on an
- * H100, for 64 k of a tile; so many take their time one after the other, whether they share an SM or not. */
-struct Tile128x256 : MmaTile<128, 256, 2, 4, 4, 1> {
-    static constexpr double step_us = 1.15;
-};
-struct Tile128x128 : MmaTile<128, 128, 2, 2, 3, 2> {
-    static constexpr double step_us = 0.60;
-};
-struct Tile128x96 : MmaTile<128, 96, 2, 2, 4, 2> {
-    static constexpr double step_us = 0.485;
-};
-struct Tile64x128 : MmaTile<64, 128, 2, 2, 4, 2> {
-    static constexpr double step_us = 0.37;
-};
-struct Tile64x96 : MmaTile<64, 96, 2, 2, 3, 3> {
-    static constexpr double step_us = 0.31;
-};
-struct Tile64x64 : MmaTile<64, 64, 2, 2, 3, 4> {
-    static constexpr double step_us = 0.245;
-};
-struct Tile32x64 : MmaTile<32, 64, 2, 2, 8, 2> {
-    static constexpr double step_us = 0.205;
-};
+/* The large tiles read each operand fewer times, the small ones fill the GPU with few tokens. */
+using Tile128x256 = MmaTile<128, 256, 2, 4, 4, 1>;
+using Tile128x128 = MmaTile<128, 128, 2, 2, 3, 2>;
+using Tile128x96 = MmaTile<128, 96, 2, 2, 4, 2>;
+using Tile64x128 = MmaTile<64, 128, 2, 2, 4, 2>;
+using Tile64x96 = MmaTile<64, 96, 2, 2, 3, 3>;
+using Tile64x64 = MmaTile<64, 64, 2, 2, 3, 4>;
+using Tile32x64 = MmaTile<32, 64, 2, 2, 8, 2>;
 
 template <typename Tile> int64_t count_tiles(const mv_task *task) {
     return ceil_div(task->tokens, Tile::M) * block_columns(task, Tile::N);
 }
 
-/* Microseconds of an H100: an SM has so many tiles, and each takes its steps and, where no other shares the SM, about
- * two more to begin and to end. One that is alone where several have room waits more (docs/speed/mma_sync.md). */
-template <typename Tile> double mma_tile_cost(const mv_task *task) {
-    if (Tile::smem_bytes > task->smem_bytes) return 1e30;
-    const double steps = static_cast<double>(ceil_div(task->hidden, kStepK)) + 2.0 / Tile::ctas_per_sm;
+/* An instance, what its tiles take, the outputs of one, in thousands, and how many an SM has. */
+struct MmaChoice {
+    mv_kernel *launch;
+    double us, stored;
+    int64_t share;
+};
+
+template <typename Tile> MmaChoice choice_of(const mv_task *task, mv_kernel *launch) {
+    if (Tile::smem_bytes > task->smem_bytes) return {launch, 1e30, 0, 0};
     const int64_t share = ceil_div(count_tiles<Tile>(task), task->sm_count);
-    return (share < Tile::ctas_per_sm && share == 1 ? 1.15 : static_cast<double>(share)) * steps * Tile::step_us;
+    const double steps = static_cast<double>(ceil_div(task->hidden, kStepK));
+    return {launch, prices::mma_tiles_us(Tile::M, Tile::N, Tile::ctas_per_sm, steps, share), Tile::M * Tile::N / 1e3,
+            share};
 }
 
 template <typename T, typename Tile, bool kInOut, bool kAdds>
@@ -363,24 +354,23 @@ mv_status launch_mma_tile(const mv_task *task, const mv_decision *, mv_error *er
         task, grid, error, *task, static_cast<unsigned>(block_columns(task, Tile::N)), static_cast<unsigned>(tiles));
 }
 
-template <typename T, bool kAdds, bool kInOut, typename... Tiles> mv_kernel *cheapest(const mv_task *task) {
-    mv_kernel *const launches[] = {launch_mma_tile<T, Tiles, kInOut, kAdds>...};
-    const double costs[] = {mma_tile_cost<Tiles>(task)...};
+template <typename T, bool kAdds, bool kInOut, typename... Tiles> MmaChoice cheapest(const mv_task *task) {
+    const MmaChoice choices[] = {choice_of<Tiles>(task, launch_mma_tile<T, Tiles, kInOut, kAdds>)...};
     size_t best = 0;
     for (size_t i = 1; i < sizeof...(Tiles); i++)
-        if (costs[i] < costs[best]) best = i;
-    return launches[best];
+        if (choices[i].us < choices[best].us) best = i;
+    return choices[best];
 }
 
 /* The last of each list fits every GPU. Fewer tiles for the rarer layout: each is code to compile, ship and load. */
-template <typename T, bool kAdds> mv_kernel *choose_mma_tile(const mv_task *task) {
+template <typename T, bool kAdds> MmaChoice choose_mma_tile(const mv_task *task) {
     if (task->linear.block[0].col_stride != 1)
         return cheapest<T, kAdds, true, Tile128x256, Tile128x128, Tile64x128, Tile64x64>(task);
     return cheapest<T, kAdds, false, Tile128x256, Tile128x128, Tile128x96, Tile64x128, Tile64x96, Tile64x64, Tile32x64>(
         task);
 }
 
-template <typename T> mv_kernel *choose_end(const mv_task *task) {
+template <typename T> MmaChoice choose_end(const mv_task *task) {
     return task->linear.addend.data ? choose_mma_tile<T, true>(task) : choose_mma_tile<T, false>(task);
 }
 
@@ -411,12 +401,15 @@ extern "C" const char *mv_tensor_cores_why_not(const mv_task *task) {
 }
 
 extern "C" const char *mv_norm_mma_sm80_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, prices::norm_mma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_mma_us(task, 0, 0, 0), below)) return mv_too_dear; /* at least */
     if (const char *reason = mv_tensor_cores_why_not(task)) return reason;
     if (task->linear.gated && task->linear.block[0].col_stride != 1)
         return "it takes a gated layer's weights as nn.Linear keeps them, not a transposed copy";
+    const MmaChoice choice = task->dtype == MV_F16 ? choose_end<__half>(task) : choose_end<__nv_bfloat16>(task);
+    const double us = prices::norm_mma_us(task, choice.us, choice.stored, choice.share);
+    if (!mv_at_price(decision, us, below)) return mv_too_dear;
     decision->workspace = plan_workspace(task);
-    decision->launch = task->dtype == MV_F16 ? choose_end<__half>(task) : choose_end<__nv_bfloat16>(task);
+    decision->launch = choice.launch;
     return nullptr;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/linear/token_tile.cuh"
+#include "cuda/prices/linear.cuh"
 
 constexpr int kTf32Step = 32;   /* along hidden */
 constexpr int kFewestSteps = 4; /* of a CTA, where tiles are split */
@@ -14,7 +15,7 @@ constexpr int tile_outputs(bool once) { return once ? 256 : 128; }
 struct Tf32TileChoice {
     int tokens, outputs; /* of a tile */
     int64_t whole_tiles, split_tiles, sharers;
-    double us; /* on an H100 */
+    double us; /* of the product */
 };
 
 /* In tiles of so many tokens: as many waves of whole tiles as there are; the others are split among so many CTAs that
@@ -24,14 +25,11 @@ static inline Tf32TileChoice cut_tiles(const mv_task *task, int tokens) {
     const int64_t rows = ceil_div(task->tokens, tokens), tiles = rows * block_columns(task, outputs);
     const int64_t sms = task->sm_count;
     const int64_t steps = ceil_div(task->hidden, kTf32Step), split = tiles % sms;
-    /* Of a step, its products; of all, at least the weights; of a part, writing and reading its sums
-     * (docs/speed/float32.md). */
-    const double step_us = task->linear.allow_tf32 ? 0.34 + 0.0042 * tokens : 0.47 + 0.0039 * tokens;
-    const double part_us = 0.15 + (task->linear.allow_tf32 ? 0.029 : 0.024) * tokens;
-    const double weights_us = static_cast<double>(task->linear.outputs * task->hidden) * 4 / 2.7e6;
+    const double step_us = prices::tf32_step_us(task->linear.allow_tf32, tokens);
+    const double part_us = prices::tf32_part_us(task->linear.allow_tf32, tokens),
+                 weights_us = prices::tf32_read_us(task);
     const auto products_us = [&](int64_t in_a_row, int64_t readings = 1) {
-        const double us = static_cast<double>(in_a_row) * step_us, least = static_cast<double>(readings) * weights_us;
-        return us > least ? us : least;
+        return prices::larger(static_cast<double>(in_a_row) * step_us, static_cast<double>(readings) * weights_us);
     };
     const int64_t whole = tiles / sms * steps;
     Tf32TileChoice best = {tokens, outputs, tiles - split, split, 0, products_us(whole)};

@@ -12,7 +12,7 @@
 #include "cuda/linear/token_tile.cuh"
 #include "cuda/linear/wgmma_store.cuh"
 #include "cuda/norm/norm_rows.cuh"
-#include "cuda/prices.cuh"
+#include "cuda/prices/linear.cuh"
 
 namespace {
 
@@ -345,10 +345,9 @@ const char *late_why_not(const mv_task *task) {
 
 /* As against the plan; twice as much where it cannot serve, or has no tiles for so few tokens. */
 double late_us(const mv_task *task, const WgmmaTileChoice &choice) {
-    constexpr double kHop = 1.5; /* us between two launches */
-    const double plan_us = prices::norm_wgmma_us(task);
-    if (mv_rounds_each_step(task->rounding) || task->tokens <= 64) return 2 * plan_us;
-    return plan_us * choice.us / (choose_wgmma_tile(task).us + kHop);
+    if (mv_rounds_each_step(task->rounding) || task->tokens <= 64) return 2 * prices::norm_wgmma_least_us(task);
+    const WgmmaTileChoice plan = choose_wgmma_tile(task);
+    return wgmma_plan_us(task, plan) * choice.us / (plan.us + prices::kHop);
 }
 
 } // namespace
@@ -359,10 +358,12 @@ extern "C" {
 mv_kernel mv_rms_norm_f16_sm80, mv_rms_norm_bf16_sm80;
 
 const char *mv_norm_wgmma_sm90a_decide(const mv_task *task, double below, mv_decision *decision) {
-    if (!mv_at_price(decision, prices::norm_wgmma_us(task), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::norm_wgmma_least_us(task), below)) return mv_too_dear;
     if (const char *reason = plan_why_not(task)) return reason;
+    const WgmmaTileChoice choice = choose_wgmma_tile(task);
+    if (!mv_at_price(decision, wgmma_plan_us(task, choice), below)) return mv_too_dear;
     if (!reads_x(task)) decision->workspace = padded_y_bytes(task) + row_counters(task->tokens) * sizeof(uint32_t);
-    keep_cut(decision, choose_wgmma_tile(task));
+    keep_cut(decision, choice);
     return nullptr;
 }
 

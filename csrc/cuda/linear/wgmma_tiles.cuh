@@ -3,6 +3,7 @@
 
 #include "cuda/linear/token_tile.cuh"
 #include "cuda/norm/norm_rows.cuh"
+#include "cuda/prices/linear.cuh"
 
 constexpr int kStep = 64;          /* along hidden */
 constexpr unsigned kCluster = 2;   /* CTAs, where there are clusters */
@@ -25,7 +26,7 @@ struct WgmmaTileChoice {
     int outputs;      /* of a tile */
     unsigned cluster; /* 1 or kCluster */
     bool meanwhile;   /* spare warps normalise the rows behind the first wave's */
-    double us;        /* that all tiles take on an H100, with the norm that nothing hides */
+    double us;        /* that all tiles take, with the norm that nothing hides */
 };
 
 /* Rows of y in the workspace. */
@@ -55,32 +56,26 @@ static inline int64_t waves_of(const mv_task *task, const WgmmaTileChoice &choic
                     max(int64_t{task->sm_count / choice.cluster}, int64_t{1}));
 }
 
-/* Of the norm kernel, for tokens that come from memory. */
-static inline double norm_us(const mv_task *task, int64_t tokens) {
-    return 4.0 * static_cast<double>(tokens) * static_cast<double>(task->hidden) / 2.7e6;
-}
-
 /* Clusters where L2 does not hold what is multiplied: they save more by reading less than their CTAs lose by waiting
  * for each other. Rows are normalised meanwhile where a tile takes long enough for those of the next ones to be there
  * in time, and where that saves more than the first ones are late. Whole tiles need clusters for it: groups of few rows
  * of tiles read the weights from L2 more often. */
 static inline WgmmaTileChoice finish_choice(const mv_task *task, WgmmaTileChoice choice, double tile_us) {
     constexpr int64_t kClusterWaves = 4;
-    constexpr double kMeanwhile = 9.5, kLate = 7; /* us */
     const double bytes = 2.0 * static_cast<double>((task->tokens + task->linear.outputs) * task->hidden);
     const bool whole = choice.sharing == Sharing::kTiles;
     choice.cluster = 3 * bytes > 4.0 * task->l2_bytes && waves_of(task, choice) >= kClusterWaves ? kCluster : 1;
     WgmmaTileChoice meanwhile = choice;
     meanwhile.meanwhile = true;
     if (whole) meanwhile.cluster = kCluster;
-    const bool pays = has_spare_warps(choice.sharing, choice.outputs) && tile_us >= kMeanwhile &&
-                      norm_us(task, task->tokens - first_rows(task, meanwhile)) > kLate && norm_rows_fit(task) &&
-                      !task->linear.plain_x &&
+    const bool pays = has_spare_warps(choice.sharing, choice.outputs) && tile_us >= prices::kMeanwhileTile &&
+                      prices::norm_us(task, task->tokens - first_rows(task, meanwhile)) > prices::kMeanwhileLate &&
+                      norm_rows_fit(task) && !task->linear.plain_x &&
                       !task->batch_invariant; /* they add in another order than the norm kernel */
     return pays ? meanwhile : choice;
 }
 
-/* The tile that takes the fewest microseconds on an H100 (docs/speed/many_tokens.md): tiles run in waves, one on each
+/* The tile that takes the fewest microseconds: tiles run in waves, one on each
  * SM, and a tile takes some for each of its steps and some for its outputs. 64 tokens high only where that is enough:
  * two such rows of tiles would read the weights twice; and not for batch_invariant, because they add in another order.
  * Very few tokens
@@ -88,7 +83,7 @@ static inline WgmmaTileChoice finish_choice(const mv_task *task, WgmmaTileChoice
  * had no tile; somewhat narrower ones where a third had none. From two waves on, whole tiles: while one is stored, the
  * next one is multiplied. */
 static inline WgmmaTileChoice choose_wgmma_tile(const mv_task *task) {
-    constexpr double kFewSteps = 16, kManySteps = 40, kWholeStep = 0.62;
+    constexpr double kFewSteps = 16, kManySteps = 40;
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     const bool in_out = task->linear.block[0].col_stride != 1,
                few = task->tokens <= 64 && !in_out && !task->batch_invariant;
@@ -102,8 +97,8 @@ static inline WgmmaTileChoice choose_wgmma_tile(const mv_task *task) {
     double lowest = 1e300, best_us = 0;
     for (int outputs = few ? 96 : 256; outputs >= least; outputs -= apart) {
         const WgmmaTileChoice choice = {few ? Sharing::kSteps : Sharing::kTokens, outputs, 1, false, 0};
-        const double step_us = few ? 0.05 + 0.0024 * outputs : 0.05 + 0.003 * outputs;
-        const double tile_us = steps * step_us + 0.006 * outputs;
+        const double step_us = few ? prices::wgmma_few_step_us(outputs) : prices::wgmma_step_us(outputs);
+        const double tile_us = steps * step_us + prices::wgmma_store_us(outputs);
         const double cost = static_cast<double>(waves_of(task, choice)) * tile_us;
         if (cost >= 0.99 * lowest) continue; /* wide ones ask less of L2 */
         lowest = cost;
@@ -112,27 +107,36 @@ static inline WgmmaTileChoice choose_wgmma_tile(const mv_task *task) {
     }
     best = finish_choice(task, best, best_us);
     const auto with_norm = [&](WgmmaTileChoice choice, double us) {
-        choice.us = us + norm_us(task, choice.meanwhile ? first_rows(task, choice) : task->tokens);
+        choice.us = us + prices::norm_us(task, choice.meanwhile ? first_rows(task, choice) : task->tokens);
         return choice;
     };
     best = with_norm(best, lowest);
     if (few || in_out) return best;
-    const double tile_us = kWholeStep * steps;
+    const double tile_us = prices::kWgmmaWholeStep * steps;
     WgmmaTileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false, 0}, tile_us);
     const int64_t waves = waves_of(task, whole);
-    whole = with_norm(whole, static_cast<double>(waves) * tile_us + 0.006 * whole.outputs);
+    whole = with_norm(whole, static_cast<double>(waves) * tile_us + prices::wgmma_store_us(whole.outputs));
     return waves > 1 && whole.us < 0.99 * best.us ? whole : best;
 }
 
-/* The same where the row factor joins late: a step takes what its copies do, some 64 bytes a ns, and 17 % more than was
- * measured, so that this is not chosen where both are equal. No clusters: multiply_late gives slots back to one CTA. */
+/* The same where the row factor joins late. No clusters: multiply_late gives slots back to one CTA. */
 static inline WgmmaTileChoice choose_late_tile(const mv_task *task) {
     const double steps = static_cast<double>(ceil_div(task->hidden, kStep));
     WgmmaTileChoice best = {};
     for (int outputs = 256; outputs >= 64; outputs -= 32) {
         WgmmaTileChoice choice = {Sharing::kTokens, outputs, 1, false, 0};
-        choice.us = static_cast<double>(waves_of(task, choice)) * (steps * (0.28 + 0.0024 * outputs) + 1);
+        choice.us = static_cast<double>(waves_of(task, choice)) * (steps * prices::wgmma_late_step_us(outputs) + 1);
         if (best.outputs == 0 || choice.us < 0.99 * best.us) best = choice;
     }
     return best;
+}
+
+/* What the plan takes with these tiles. */
+static inline double wgmma_plan_us(const mv_task *task, const WgmmaTileChoice &choice) {
+    const prices::WgmmaRun run = {static_cast<double>(waves_of(task, choice)),
+                                  static_cast<double>(ceil_div(task->hidden, kStep)),
+                                  static_cast<double>(choice.outputs),
+                                  choice.meanwhile ? min(first_rows(task, choice), task->tokens) : task->tokens};
+    return choice.sharing == Sharing::kSteps ? prices::norm_wgmma_few_us(task, run)
+                                             : prices::norm_wgmma_us(task, run, choice.sharing == Sharing::kTiles);
 }
