@@ -21,6 +21,7 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "gelu_and_mul",
+    "greedy_tokens",
     "linear",
     "linear_add",
     "norm_add",
@@ -352,6 +353,36 @@ def qk_norm_rope(
     )
 
 
+def greedy_tokens(
+    logits, *, finished=None, ends=None, pad=None, history=None, counts=None, positions=None, kernel=None
+) -> jax.Array | tuple[jax.Array, ...]:
+    """`minivllm.greedy_tokens`: logits [..., vocabulary] -> int64 [...]; where any of finished, history, counts and
+    positions are given (out, *those, brought up to date).
+
+    Inside of `jax.jit` with those donated it works in their memory; else they are copied, and there is no `jax.vmap`.
+    No gradients. RuntimeError: without jax_enable_x64 JAX has no int64.
+    """
+    if not jax.config.jax_enable_x64:
+        raise RuntimeError(
+            "greedy_tokens: tokens are int64, which JAX has only after jax.config.update('jax_enable_x64', True)"
+        )
+    logits = lax.stop_gradient(logits)
+    out, *in_place = _call(
+        "greedy_tokens",
+        _without_none(
+            logits=logits,
+            finished=finished,
+            ends=ends,
+            pad=pad,
+            history=history,
+            counts=counts,
+            positions=positions,
+        ),
+        kernel=kernel,
+    )
+    return (out, *in_place) if in_place else out
+
+
 # ---- one call, whatever the op: the options are hashable pairs, the arrays a dict of those that there are ------------
 
 
@@ -453,8 +484,8 @@ def _repeat(size, array, is_batched):
 def _foreign_call(op, options, arrays):
     """[out] or [out, residual_out], where out is packed, [..., qkv], for q, k and v; then what the op has written to in
     place: arrays of their own, in the memory of the old ones if nobody needs those."""
-    shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
-    results = [jax.ShapeDtypeStruct(shape, arrays[names(op, "rows")[0]].dtype) for shape in shapes]
+    outputs, _, scratch_bytes, attributes = _plan(op, options, arrays)
+    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
     in_order = [name for name in names(op, *_READ) if name in arrays]
     in_place = _in_place(op, arrays)
     aliases = {in_order.index(name): len(results) + i for i, name in enumerate(in_place)}
@@ -481,8 +512,8 @@ def _plan(op, options, arrays):
             refusals.append(refusal)
     if not plans:
         raise refusals[-1]
-    shapes, in_out, _, attributes = plans[0]
-    return shapes, in_out, max(scratch for _, _, scratch, _ in plans), attributes
+    outputs, in_out, _, attributes = plans[0]
+    return outputs, in_out, max(scratch for _, _, scratch, _ in plans), attributes
 
 
 def _stand_in(array):

@@ -13,11 +13,20 @@ import torch
 
 from . import _C, torch_ops
 from .layers import FusedRMSNormQKV
-from .signatures import OPS
+from .signatures import OPS, type_of
 from .torch_checks import check
 from .torch_prepack import unpacked
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (
+    (torch.float32, torch.float16, torch.bfloat16),
+    "float32, float16 or bfloat16; convert it, such as by .to(torch.float32)",
+)
+_DTYPES = {  # by the type of a parameter, with what a refusal says
+    "tensor": _FLOATS,
+    "tensors": _FLOATS,
+    "integers": ((torch.int32, torch.int64), "int32 or int64; convert it"),
+    "flags": ((torch.bool,), "bool; convert it"),
+}
 _NORM_IN_PLACE = ("x", "residual")
 _IN_PLACE = {  # what an output may be exactly
     "rms_norm": _NORM_IN_PLACE,
@@ -25,7 +34,6 @@ _IN_PLACE = {  # what an output may be exactly
     "fused_add_rms_norm": _NORM_IN_PLACE,
     "linear_add": ("residual",),
 }
-_INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
 _MEMBERS = {op: {p.name: p.members for p in parameters} for op, parameters in OPS.items()}
 _APPROXIMATE = {"silu": None, "gelu_tanh": "tanh", "gelu": "none"}  # as torch calls them
 
@@ -318,13 +326,9 @@ def _wants_gradient(op, outputs, **tensors):
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
-            if name in _INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{what} has dtype {tensor.dtype}, expected int32 or int64; convert it")
-            if name not in _INTEGERS and tensor.dtype not in _DTYPES:
-                raise TypeError(
-                    f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
-                    ".to(torch.float32)"
-                )
+            dtypes, expected = _DTYPES[type_of(op, name)]
+            if tensor.dtype not in dtypes:
+                raise TypeError(f"{what} has dtype {tensor.dtype}, expected {expected}")
             # In a graph torch resolves the mark before the op runs.
             if not torch.compiler.is_compiling() and tensor.is_neg():
                 raise ValueError(
@@ -370,7 +374,8 @@ def _written(op, name, out, result):
     if out is None:
         return result
     if out.dtype != result.dtype:
-        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype} (the dtype of x)")
+        why = " (the dtype of x)" if result.is_floating_point() else ""
+        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype}{why}")
     if (out.shape, out.device) != (result.shape, result.device):
         raise ValueError(
             f"{op}: {name} is {list(out.shape)} on {out.device}, expected {list(result.shape)} on {result.device}"
@@ -725,6 +730,28 @@ def qk_norm_rope(
     else:
         results = torch_ops.call(op, inputs | options)
     return tuple(_written(op, name, out, result) for (name, out), result in zip(outputs.items(), results))
+
+
+def greedy_tokens(
+    logits,
+    *,
+    finished=None,
+    ends=None,
+    pad=None,
+    history=None,
+    counts=None,
+    positions=None,
+    out=None,
+    kernel=None,
+):
+    """minivllm.greedy_tokens for every torch tensor; an index has no gradient, as in torch.argmax."""
+    op, state = "greedy_tokens", {"history": history, "counts": counts, "positions": positions}
+    if isinstance(logits, torch.Tensor):
+        logits = logits.detach()
+    inputs = {"logits": logits, "finished": finished, "ends": ends, "pad": pad} | state
+    _wants_gradient(op, {"out": out}, **inputs)
+    _checked(op, inputs, {"out": out}, kernel=kernel)
+    return _written(op, "out", out, torch_ops.call(op, inputs | {"kernel": kernel}))
 
 
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):

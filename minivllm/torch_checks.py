@@ -7,10 +7,10 @@ planned, as the C function would, with stand-ins: arrays of the same shapes, str
 import torch
 
 from . import _C
-from .signatures import OPS
+from .signatures import type_of
 
 _LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache", "out_q", "out_k")
-_INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
+_KINDS = {"integers": "i", "flags": "b"}  # as NumPy calls them; others are floats
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
 
@@ -63,11 +63,16 @@ def _stand_in(numpy, kind, address, shape, strides, itemsize):
     return numpy.asarray(_Place(address, shape, strides, itemsize, kind))
 
 
+def _kind(op, name):
+    """Of the numbers of an argument, as NumPy calls it. What works in place has outputs of its own."""
+    return _KINDS.get(type_of(op.replace("fused_", ""), name), "f")
+
+
 def _check_like(op, name, tensor, first, x):
     """Dtype and device, which a stand-in does not have. first: the name of x."""
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where {first} is)")
-    if name in _INTEGERS:
+    if _kind(op, name.partition("[")[0]) != "f":
         return
     if tensor.dtype != x.dtype and (name in _LIKE_X or tensor.dtype != torch.float32):
         also = "" if name in _LIKE_X or x.dtype == torch.float32 else " or float32"
@@ -122,7 +127,7 @@ def _check_stand_ins(op, tensors, options):
     try:
         with torch._C.DisableTorchFunctionSubclass():
             for name, given in tensors.items():
-                several, kind = isinstance(given, (tuple, list)), "i" if name in _INTEGERS else "f"
+                several, kind = isinstance(given, (tuple, list)), _kind(op, name)
                 made = [
                     None if tensor is None else _stand_in(numpy, kind, *_place(name, tensor, storages))
                     for tensor in (given if several else (given,))
