@@ -2,11 +2,10 @@
  *
  * The launch is small, so latency decides. A row belongs to one block; on Hopper to a cluster of up to 16, for one SM
  * alone takes 3 us for the 300 KB of a large vocabulary. Threads go over the row 16 bytes at a time, with 4 loads on
- * their way, and ask of all 16 bytes at once whether a logit is larger than what they have. Rarely one is, and only
- * then each is looked at. Each warp has a largest logit and its index then. Those of all warps meet in the shared
- * memory of the row's first block, to which the blocks of a cluster write directly. Its first warp merges them, and one
- * thread does the rest. So no block counts others in global memory, nothing has to be zero before, and the result does
- * not depend on who is first.
+ * their way, and keep the 16 bytes with the largest logit; which of these it is, they ask at the end. Each warp has a
+ * largest logit and its index then. Those of all warps meet in the shared memory of the row's first block, to which the
+ * blocks of a cluster write directly. Its first warp merges them, and one thread does the rest. So no block counts
+ * others in global memory, nothing has to be zero before, and the result does not depend on who is first.
  *
  * Logits are compared as numbers: -0 equals 0, of equal ones the first counts, and NaN is the largest. Nothing is read
  * before the wait for the kernel in front. */
@@ -29,7 +28,7 @@ constexpr uint32_t kNone = 0xffffffff; /* the index of a logit that is there for
 template <bool kClusters> constexpr int kMostThreads = kClusters ? 512 : 1024;
 
 /* How a row is cut. */
-struct Cut {
+struct RowCut {
     int32_t blocks; /* of a row: 1, or those of its cluster */
 };
 
@@ -52,33 +51,51 @@ __device__ __forceinline__ Found largest_of_warp(const Found &found) {
     return {key, __reduce_min_sync(0xffffffff, found.key == key ? found.index : kNone)};
 }
 
-/* Is none of the packet's numbers larger, nor NaN? */
-template <typename T> __device__ __forceinline__ bool are_at_most(const Packet<T> &packet, float most) {
-    if constexpr (sizeof(T) == 4) {
-        return packet.get(0) <= most && packet.get(1) <= most && packet.get(2) <= most && packet.get(3) <= most;
-    } else {
-        using Pair = typename PairOf<T>::type;
-        const Pair *pairs = reinterpret_cast<const Pair *>(packet.word);
-        const Pair largest = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
-        return to_float(largest.x) <= most && to_float(largest.y) <= most;
+/* Does a number come in front of the largest one so far, which stands before it in the row? */
+__device__ __forceinline__ bool exceeds(float v, float most) { return v > most || (v != v && most == most); }
+
+/* Of the first `count` numbers; kWhole: of all or, where count is not positive, of none. */
+template <bool kWhole, typename T> __device__ __forceinline__ float largest_of(const Packet<T> &packet, int64_t count) {
+    if constexpr (sizeof(T) == 2) {
+        if (kWhole || count >= Packet<T>::size) {
+            using Pair = typename PairOf<T>::type;
+            const Pair *pairs = reinterpret_cast<const Pair *>(packet.word);
+            const Pair largest = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
+            return count > 0 ? to_float(__hmax_nan(largest.x, largest.y)) : -INFINITY;
+        }
     }
+    float most = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < Packet<T>::size; i++)
+        if (i < count && exceeds(packet.get(i), most)) most = packet.get(i);
+    return most;
 }
 
-/* The largest number that a thread has met, in the order of their indices. */
+/* The largest number that a thread has met, in the order of their indices, and the packet that has it. Which of the
+ * packet's numbers it is, is asked once, at the end. */
 template <typename T> struct Largest {
     float most = -INFINITY;
-    uint32_t index = kNone;
+    uint32_t first = kNone; /* the index of the packet's first number */
+    Packet<T> packet = {};
 
-    /* `count` numbers, of which the first has index `first`. */
-    __device__ __forceinline__ void meet(const Packet<T> &packet, int64_t first, int64_t count) {
-        if (count <= 0 || are_at_most(packet, most)) return; /* behind the row's end there are zeros */
+    /* Of a packet that begins `count` numbers in front of the row's end. */
+    template <bool kWhole> __device__ __forceinline__ void meet(const Packet<T> &next, int64_t index, int64_t count) {
+        const float v = largest_of<kWhole>(next, count);
+        if (!exceeds(v, most)) return;
+        most = v;
+        first = static_cast<uint32_t>(index);
+        packet = next;
+    }
+
+    __device__ __forceinline__ Found found(int64_t columns) const {
+        uint32_t index = kNone;
 #pragma unroll
-        for (int i = 0; i < Packet<T>::size; i++) {
+        for (int i = Packet<T>::size - 1; i >= 0; i--) {
             const float v = packet.get(i);
-            if (i >= count || !(v > most || (v != v && most == most))) continue;
-            most = v;
-            index = static_cast<uint32_t>(first + i);
+            const bool is_it = v == most || (v != v && most != most);
+            if (first != kNone && is_it && first + i < columns) index = first + i;
         }
+        return {key_of(most), index};
     }
 };
 
@@ -100,7 +117,8 @@ largest_of_thread(const T *row, int64_t columns, bool aligned, unsigned thread, 
                 packets[i] = load_packet(row + at, columns - at, aligned);
         }
 #pragma unroll
-        for (int i = 0; i < kAhead; i++) largest.meet(packets[i], first + i * apart, columns - first - i * apart);
+        for (int i = 0; i < kAhead; i++)
+            largest.template meet<kWhole>(packets[i], first + i * apart, columns - first - i * apart);
     }
     return largest;
 }
@@ -137,7 +155,7 @@ struct RowState {
 };
 
 template <typename T, bool kWhole, bool kClusters> __global__ void __launch_bounds__(kMostThreads<kClusters>)
-    greedy_tokens_kernel(const __grid_constant__ mv_task task, const __grid_constant__ Cut cut, bool aligned) {
+    greedy_tokens_kernel(const __grid_constant__ mv_task task, const __grid_constant__ RowCut cut, bool aligned) {
     extern __shared__ __align__(16) char smem[];
     const unsigned blocks = kClusters ? static_cast<unsigned>(cut.blocks) : 1, rank = blockIdx.x % blocks;
     const int64_t row = blockIdx.x / blocks;
@@ -160,7 +178,7 @@ template <typename T, bool kWhole, bool kClusters> __global__ void __launch_boun
     const RowState state = is_last ? RowState(task, row) : RowState();
     const Largest<T> largest = largest_of_thread<T, kWhole>(logits, task.hidden, aligned,
                                                             rank * blockDim.x + threadIdx.x, blocks * blockDim.x);
-    const Found own = largest_of_warp({key_of(largest.most), largest.index});
+    const Found own = largest_of_warp(largest.found(task.hidden));
     if constexpr (kClusters)
         if (is_cluster) {
             cluster_barrier_wait(); /* all have begun */
@@ -188,7 +206,7 @@ template <typename T, bool kWhole, bool kClusters> __global__ void __launch_boun
 
 template <typename T, bool kClusters>
 mv_status launch_rows(const mv_task *task, const mv_decision *decision, mv_error *error) {
-    const Cut cut = cut_of<Cut>(decision);
+    const RowCut cut = cut_of<RowCut>(decision);
     constexpr int64_t size = Packet<T>::size;
     if (task->tokens > INT32_MAX / cut.blocks)
         return mv_fail(error, MV_BAD_VALUE, "greedy_tokens: logits has %lld rows, more than a GPU's grid takes",
@@ -208,7 +226,7 @@ mv_status launch_rows(const mv_task *task, const mv_decision *decision, mv_error
  * GPUs whose groups of SMs are that large. */
 template <bool kClusters> const char *decide_rows(const mv_task *task, double below, mv_decision *decision) {
     const int64_t size = 16 / static_cast<int64_t>(mv_dtype_bytes(task->dtype)), most = task->sm_count >= 100 ? 16 : 8;
-    Cut cut = {1};
+    RowCut cut = {1};
     while (kClusters && 2 * cut.blocks <= most && 2 * cut.blocks * task->tokens <= task->sm_count &&
            task->hidden >= 2 * cut.blocks * kLeastPackets * size)
         cut.blocks *= 2;

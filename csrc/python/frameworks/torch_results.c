@@ -10,7 +10,7 @@
 
 /* ---- from C ----------------------------------------------------------------------------------------------------- */
 
-/* False, without an error set, where torch cannot: torch.empty then says why. dtype: a mv_dtype, or DTYPES for uint8. */
+/* False, without an error set, where torch cannot: torch.empty then says why. dtype: a mv_dtype, or DTYPES: uint8. */
 static bool make_handle(int dtype, mv_device device, int ndim, const int64_t *shape, const int64_t *strides,
                         tensor *made) {
     const torch_c *torch = torch_c_functions();

@@ -23,8 +23,8 @@ static inline int xla_views(const parameter *p, op_args *args, mv_view **views) 
 }
 
 /* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (outputs, in_out, scratch_bytes, attributes). The arguments
- * are checked in the words of the op. outputs: (shape, dtype) of each. in_out: the weights are [hidden, out]. For XLA: the bytes
- * of a result that serves as scratch, and the options. */
+ * are checked in the words of the op. outputs: (shape, dtype) of each. in_out: the weights are [hidden, out]. For XLA:
+ * the bytes of a result that serves as scratch, and the options. */
 fast_function py_plan;
 
 #endif
