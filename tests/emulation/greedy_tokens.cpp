@@ -64,12 +64,12 @@ template <typename T> int run(const mv_row &row, const Case &c, Kind kind) {
     Rows<int64_t> pad(1, 1, 0, kWritten);
     for (int r = 0; r < lines; r++) {
         finished.at(0, r) = r % 3 == 2;
-        counts.at(0, r) = r % 4 == 3 ? -1 : r % (kLength + 2); /* some are no place in the history */
+        counts.at(0, r) = r % 4 == 3 ? -1 : (r + kLength) % (kLength + 2); /* some are no place in the history */
         positions.at(0, r) = 100 * r;
         for (int i = 0; i < kLength; i++) history.at(r, i) = -5;
     }
     for (int i = 0; i < c.vocabulary; i++) ends.at(0, i) = i % 2;
-    pad.at(0, 0) = c.outer == 2 ? c.vocabulary : c.vocabulary - 1; /* outside of the vocabulary it ends nothing */
+    pad.at(0, 0) = c.outer == 2 ? c.vocabulary : c.vocabulary - 1;
     Rows<uint8_t> finished_before = finished;
     Rows<int64_t> counts_before = counts;
 

@@ -22,8 +22,10 @@ static inline void choose_token(const mv_task *task, int64_t row, int64_t larges
     int64_t token = largest;
     if (greedy->finished.data) {
         uint8_t *finished = (uint8_t *)greedy->finished.data + mv_row_offset(greedy->finished, inner, row);
-        if (*finished) token = *greedy->pad;
-        if (token >= 0 && token < task->hidden && ((const uint8_t *)greedy->ends)[token]) *finished = 1;
+        if (*finished)
+            token = *greedy->pad;
+        else
+            *finished = ((const uint8_t *)greedy->ends)[token] != 0;
     }
     *integer_of_row(task->out, inner, row) = token;
     if (greedy->counts.data) {

@@ -148,8 +148,7 @@ struct RowState {
             *row_address<int64_t>(greedy.counts, task.inner, row) = count + 1;
         }
         if (greedy.positions.data) *row_address<int64_t>(greedy.positions, task.inner, row) = position + 1;
-        if (greedy.finished.data && token >= 0 && token < task.hidden &&
-            reinterpret_cast<const uint8_t *>(greedy.ends)[token])
+        if (greedy.finished.data && !is_finished && reinterpret_cast<const uint8_t *>(greedy.ends)[largest])
             *row_address<uint8_t>(greedy.finished, task.inner, row) = 1;
     }
 };
