@@ -93,8 +93,8 @@ static inline double attention_clusters_us(const mv_task *t, double bytes) {
 /* greedy_tokens, whose rows go to so many SMs each, of which one takes 0.1 MB in a microsecond. Not measured: the
  * figures order its rows. */
 static inline double greedy_us(const mv_task *t, double sms_of_row) {
-    const double bytes = static_cast<double>(t->tokens) * static_cast<double>(t->hidden) *
-                         static_cast<double>(mv_dtype_bytes(t->dtype));
+    const double bytes =
+        static_cast<double>(t->tokens) * static_cast<double>(t->hidden) * static_cast<double>(mv_dtype_bytes(t->dtype));
     const double wanted = static_cast<double>(t->tokens) * sms_of_row, sms = static_cast<double>(t->sm_count);
     return 3 + larger(bytes / (1e5 * (wanted < sms ? wanted : sms)), bytes / memory_rate(t));
 }
