@@ -144,7 +144,7 @@ def decoder_step(model, batch: int, context: int) -> Ready:
 
     def rewind() -> None:
         decoder._positions.fill_(context)
-        decoder._count.zero_()
+        decoder._counts.zero_()
         decoder._length = context
 
     rewind()

@@ -124,6 +124,15 @@ typedef struct {
     int64_t blocks, block_rows;
 } mv_qk;
 
+/* What follows the choice of a token, for each row of logits; a part that is absent has no data. */
+typedef struct {
+    mv_rows finished; /* bool */
+    const bool *ends; /* [vocabulary], where there is finished */
+    const int64_t *pad;
+    mv_rows history, counts, positions; /* int64; of history [length], where there are counts */
+    int64_t length;
+} mv_greedy;
+
 typedef struct {
     const char *op; /* that was called: for messages */
     mv_device device;
@@ -147,7 +156,8 @@ typedef struct {
                                  [tokens, hidden] */
     mv_next_launch next;
     union {
-        mv_qk qk; /* of qk_norm_rope: there x and out are q and out_q, a row of which is a token's first head */
+        mv_greedy greedy; /* of greedy_tokens: there x is the logits, and out int64, one token for each row */
+        mv_qk qk;         /* of qk_norm_rope: there x and out are q and out_q, a row of which is a token's first head */
         mv_attention
             attention; /* of decode_attention: there x and out are the query heads of all sequences, one a row */
     };
@@ -194,7 +204,7 @@ static inline int64_t mv_row_offset(mv_rows rows, int64_t inner, int64_t r) {
 }
 
 static inline size_t mv_dtype_bytes(mv_dtype dtype) {
-    static const unsigned char bytes[] = {4, 2, 2, 4, 8}; /* in the order of mv_dtype */
+    static const unsigned char bytes[] = {4, 2, 2, 4, 8, 1}; /* in the order of mv_dtype */
     return bytes[dtype];
 }
 

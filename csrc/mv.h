@@ -26,7 +26,8 @@ extern "C" {
 
 #define MV_VERSION "0.1.0"
 
-typedef enum { MV_F32, MV_F16, MV_BF16, MV_I32, MV_I64 } mv_dtype; /* integers: of positions and indices only */
+/* Numbers; integers, of positions and indices only; and bytes of 0 and 1, of flags only. */
+typedef enum { MV_F32, MV_F16, MV_BF16, MV_I32, MV_I64, MV_BOOL } mv_dtype;
 typedef enum { MV_CPU, MV_CUDA } mv_device_kind;
 
 typedef enum {
@@ -103,7 +104,8 @@ enum { MV_MAX_OUTPUTS = 4 };
 typedef struct {
     const char *name;
     const mv_view *like;
-    int64_t columns;
+    int64_t columns; /* 0: it has no last dimension, but one number for each row */
+    mv_dtype dtype;
 } mv_output;
 
 /* A call that was checked, and its kernels. The caller owns it and may drop it at any time; it holds no reference, so
@@ -339,6 +341,31 @@ typedef struct {
 
 mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *args, mv_plan *plan, mv_error *error);
 
+/* ---- greedy_tokens --------------------------------------------------------------------------------------------
+ *
+ *   out = pad where finished, else the index of the largest of the row's logits
+ *   finished |= ends[out];  history[counts] = out;  counts += 1;  positions += 1
+ *
+ * Of equal logits the first counts, and NaN is larger than any other number, as in torch.argmax. logits:
+ * [..., vocabulary], fewer than 2^31 columns, any strides of the leading dimensions, the last one contiguous. out:
+ * int64 [...], one token for each row.
+ *
+ * What follows the choice is done where its tensors are given, in place; all but ends and pad have one number, or one
+ * row of history, for each row of logits. finished: bool [...], ends: bool [vocabulary] and pad: int64 [] or [1], all
+ * three or none; a pad outside of the vocabulary ends nothing. history: int64 [..., length] and counts: int64 [...],
+ * both or none; a count outside of the history is not written there, and grows all the same. positions: int64 [...].
+ * All are read when the kernel runs. What is written to must overlap nothing else. */
+typedef struct {
+    mv_call call;
+    mv_view logits;
+    mv_view finished, ends, pad;
+    mv_view history, counts;
+    mv_view positions;
+    mv_view out;
+} mv_greedy_tokens_args;
+
+mv_status mv_greedy_tokens(const mv_greedy_tokens_args *args, mv_plan *plan, mv_error *error);
+
 /* Every op, as OP(name, args): mv_<name>() takes an `args`. What the ops have in common is made from this list. */
 #define MV_OPS(OP)                                                                                                     \
     OP(rms_norm, mv_rms_norm_args)                                                                                     \
@@ -352,7 +379,8 @@ mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *args, mv_plan *plan, mv_er
     OP(linear, mv_linear_args)                                                                                         \
     OP(linear_add, mv_linear_args)                                                                                     \
     OP(decode_attention, mv_decode_attention_args)                                                                     \
-    OP(qk_norm_rope, mv_qk_norm_rope_args)
+    OP(qk_norm_rope, mv_qk_norm_rope_args)                                                                             \
+    OP(greedy_tokens, mv_greedy_tokens_args)
 
 /* ---- what exists, what ran ------------------------------------------------------------------------------------ */
 

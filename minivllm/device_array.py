@@ -15,14 +15,16 @@ from . import _C
 if TYPE_CHECKING:
     import numpy
 
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1}
+_KIND = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "int64": "<i8", "bool": "|b1"}  # as NumPy calls them
 _CUDA = 2  # DLPack's number for it
 
 
 class DeviceArray:
     """An array on a GPU, made by `empty`, `to_device`, `DeviceArray.from_dlpack`, or an op.
 
-    shape: a tuple of int. dtype: "float32", "float16" or "bfloat16". device: such as "cuda:0".
+    shape: a tuple of int. dtype: "float32", "float16" or "bfloat16", and "int32", "int64" or "bool" where an op takes
+    or gives those. device: such as "cuda:0".
     """
 
     shape: tuple[int, ...]
@@ -65,7 +67,7 @@ class DeviceArray:
         as float32 with the same values."""
         import numpy
 
-        bits = numpy.uint32 if self.dtype == "float32" else numpy.uint16
+        bits = _bits_of(self.dtype)
         if 0 in self.shape:
             return _from_bits(numpy.empty(self.shape, bits), self.dtype)
         reach = [(size - 1) * stride for size, stride in zip(self.shape, self._strides, strict=True)]
@@ -107,7 +109,7 @@ class DeviceArray:
         itemsize = _ITEMSIZE[self.dtype]
         return {
             "shape": self.shape,
-            "typestr": f"<f{itemsize}",
+            "typestr": _KIND[self.dtype],
             "data": (0 if 0 in self.shape else self._pointer, False),
             "strides": tuple(stride * itemsize for stride in self._strides),
             "version": 3,
@@ -134,7 +136,8 @@ class DeviceArray:
 def empty(
     shape: SupportsIndex | Sequence[SupportsIndex], dtype: Any = "float32", device: object = "cuda:0"
 ) -> DeviceArray:
-    """A new C-contiguous DeviceArray, not initialised. dtype: "float32", "float16" or "bfloat16"."""
+    """A new C-contiguous DeviceArray, not initialised. dtype: "float32", "float16", "bfloat16", "int32", "int64" or
+    "bool"."""
     return _new(_shape_of(shape), _dtype_of(dtype, "empty"), _index_of(device, "empty"), "empty")
 
 
@@ -187,13 +190,20 @@ def _is_on_gpu(array):
     return hasattr(array, "__cuda_array_interface__")
 
 
+def _bits_of(dtype):
+    """The unsigned integer of the width of `dtype`."""
+    import numpy
+
+    return numpy.dtype(f"u{_ITEMSIZE[dtype]}")
+
+
 def _to_bits(array, dtype):
     """The elements as C-contiguous unsigned integers of the width of `dtype`."""
     import numpy
 
     if dtype != "bfloat16" or array.dtype.name == dtype:
         array = numpy.ascontiguousarray(array, array.dtype.newbyteorder("=") if dtype == "bfloat16" else dtype)
-        return array.reshape(-1).view(numpy.uint32 if dtype == "float32" else numpy.uint16)
+        return array.reshape(-1).view(_bits_of(dtype))
     # To float32 first, rounding to odd: an inexact value keeps its lowest bit set, so that rounding again cannot take
     # it for a tie (Boldo and Melquiond, 2008).
     with numpy.errstate(over="ignore", invalid="ignore"):  # signalling NaNs

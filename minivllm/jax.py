@@ -15,6 +15,7 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "gelu_and_mul",
+    "greedy_tokens",
     "linear",
     "linear_add",
     "norm_add",
@@ -267,3 +268,23 @@ def qk_norm_rope(
     return call(
         "qk_norm_rope", arrays, eps=eps, weight_offset=weight_offset, interleaved=interleaved, rounding=rounding,
         cache_layout=cache_layout, kernel=kernel)  # fmt: skip
+
+
+def greedy_tokens(
+    logits, *, finished=None, ends=None, pad=None, history=None, counts=None, positions=None, kernel=None
+) -> jax.Array | tuple[jax.Array, ...]:
+    """`minivllm.greedy_tokens`: logits [..., vocabulary] -> int64 [...]; where any of finished, history, counts and
+    positions are given (out, *those, brought up to date).
+
+    Inside of `jax.jit` with those donated it works in their memory; else they are copied, and there is no `jax.vmap`.
+    No gradients. RuntimeError: without jax_enable_x64 JAX has no int64.
+    """
+    if not jax.config.jax_enable_x64:
+        raise RuntimeError(
+            "greedy_tokens: tokens are int64, which JAX has only after jax.config.update('jax_enable_x64', True)"
+        )
+    arrays = {
+        "logits": jax.lax.stop_gradient(logits), "finished": finished, "ends": ends, "pad": pad, "history": history,
+        "counts": counts, "positions": positions}  # fmt: skip
+    out, *in_place = call("greedy_tokens", arrays, kernel=kernel)
+    return (out, *in_place) if in_place else out

@@ -106,8 +106,8 @@ def _repeat(size, array, is_batched):
 def _foreign_call(op, options, arrays):
     """[out] or [out, residual_out], where out is packed, [..., qkv], for q, k and v; then what the op has written to in
     place: arrays of their own, in the memory of the old ones if nobody needs those."""
-    shapes, _, scratch_bytes, attributes = _plan(op, options, arrays)
-    results = [jax.ShapeDtypeStruct(shape, arrays[names(op, "rows")[0]].dtype) for shape in shapes]
+    outputs, _, scratch_bytes, attributes = _plan(op, options, arrays)
+    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
     in_order = [name for name in names(op, *_READ) if name in arrays]
     in_place = _in_place(op, arrays)
     aliases = {in_order.index(name): len(results) + i for i, name in enumerate(in_place)}
@@ -134,8 +134,8 @@ def _plan(op, options, arrays):
             refusals.append(refusal)
     if not plans:
         raise refusals[-1]
-    shapes, in_out, _, attributes = plans[0]
-    return shapes, in_out, max(scratch for _, _, scratch, _ in plans), attributes
+    outputs, in_out, _, attributes = plans[0]
+    return outputs, in_out, max(scratch for _, _, scratch, _ in plans), attributes
 
 
 def _stand_in(array):

@@ -8,7 +8,7 @@ from . import _C
 class Parameter(NamedTuple):
     """A parameter of an op.
 
-    type: "tensor", "tensors" (one, or a tuple), "integers" (a tensor of them), "number", "integer", "flag",
+    type: "tensor", "tensors" (one, or a tuple), "integers" or "flags" (a tensor of them), "number", "integer", "flag",
     "choice" or "text".
     role: "rows" of a tensor whose rows do not depend on each other, "weight" of one that is the same for all rows,
     "output", "in place" of one that is read and written, or "option" of what is no tensor.
@@ -27,6 +27,11 @@ class Parameter(NamedTuple):
 
 
 OPS = {op: tuple(Parameter(*row) for row in rows) for op, rows in _C._ops().items()}
+
+
+def type_of(op: str, name: str) -> str:
+    """The type of a parameter of `op`."""
+    return next(parameter.type for parameter in OPS[op] if parameter.name == name)
 
 
 def names(op: str, *roles: str) -> list[str]:

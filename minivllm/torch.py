@@ -363,6 +363,28 @@ def qk_norm_rope(
     return tuple(written(op, name, out, result) for (name, out), result in zip(outputs.items(), results))
 
 
+def greedy_tokens(
+    logits,
+    *,
+    finished=None,
+    ends=None,
+    pad=None,
+    history=None,
+    counts=None,
+    positions=None,
+    out=None,
+    kernel=None,
+):
+    """minivllm.greedy_tokens for every torch tensor; an index has no gradient, as in torch.argmax."""
+    op, state = "greedy_tokens", {"history": history, "counts": counts, "positions": positions}
+    if isinstance(logits, torch.Tensor):
+        logits = logits.detach()
+    inputs = {"logits": logits, "finished": finished, "ends": ends, "pad": pad} | state
+    wants_gradient(op, {"out": out}, **inputs)
+    check(op, inputs, {"out": out}, kernel=kernel)
+    return written(op, "out", out, torch_ops.call(op, inputs | {"kernel": kernel}))
+
+
 def _call_layer(layer, x, *, residual=None, out=None, residual_out=None):
     """A call of FusedRMSNormQKV."""
     weight = layer.norm_weight

@@ -7,14 +7,23 @@ planned, as the C function would, with stand-ins: arrays of the same shapes, str
 import torch
 
 from . import _C
-from .signatures import OPS
+from .signatures import OPS, type_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (
+    (torch.float32, torch.float16, torch.bfloat16),
+    "float32, float16 or bfloat16; convert it, such as by .to(torch.float32)",
+)
+_DTYPES = {  # by the type of a parameter, with what a refusal says
+    "tensor": _FLOATS,
+    "tensors": _FLOATS,
+    "integers": ((torch.int32, torch.int64), "int32 or int64; convert it"),
+    "flags": ((torch.bool,), "bool; convert it"),
+}
 _IN_PLACE = dict.fromkeys(("rms_norm", "add_rms_norm", "fused_add_rms_norm"), ("x", "residual"))
 _IN_PLACE["linear_add"] = ("residual",)  # what an output may be exactly
 _MEMBERS = {op: {p.name: p.members for p in parameters} for op, parameters in OPS.items()}
 _LIKE_X = ("residual", "out", "residual_out", "k", "v", "key_cache", "value_cache", "out_q", "out_k")
-_INTEGERS = {p.name for parameters in OPS.values() for p in parameters if p.type == "integers"}
+_KINDS = {"integers": "i", "flags": "b"}  # as NumPy calls them; others are floats
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _NO_MEMORY = 1 << 57  # addresses from here on are nobody's: a tensor without memory gets one for its storage
 
@@ -42,13 +51,9 @@ def wants_gradient(op, outputs, **tensors):
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{what} has layout {tensor.layout}, expected a dense tensor; pass its to_dense()")
-            if name in _INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{what} has dtype {tensor.dtype}, expected int32 or int64; convert it")
-            if name not in _INTEGERS and tensor.dtype not in _DTYPES:
-                raise TypeError(
-                    f"{what} has dtype {tensor.dtype}, expected float32, float16 or bfloat16; convert it, such as by "
-                    ".to(torch.float32)"
-                )
+            dtypes, expected = _DTYPES[type_of(op, name)]
+            if tensor.dtype not in dtypes:
+                raise TypeError(f"{what} has dtype {tensor.dtype}, expected {expected}")
             # In a graph torch resolves the mark before the op runs.
             if not torch.compiler.is_compiling() and tensor.is_neg():
                 raise ValueError(
@@ -94,7 +99,8 @@ def written(op, name, out, result):
     if out is None:
         return result
     if out.dtype != result.dtype:
-        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype} (the dtype of x)")
+        why = " (the dtype of x)" if result.is_floating_point() else ""
+        raise TypeError(f"{op}: {name} is {out.dtype}, expected {result.dtype}{why}")
     if (out.shape, out.device) != (result.shape, result.device):
         raise ValueError(
             f"{op}: {name} is {list(out.shape)} on {out.device}, expected {list(result.shape)} on {result.device}"
@@ -154,11 +160,16 @@ def _stand_in(numpy, kind, address, shape, strides, itemsize):
     return numpy.asarray(_Place(address, shape, strides, itemsize, kind))
 
 
+def _kind(op, name):
+    """Of the numbers of an argument, as NumPy calls it. What works in place has outputs of its own."""
+    return _KINDS.get(type_of(op.replace("fused_", ""), name), "f")
+
+
 def _check_like(op, name, tensor, first, x):
     """Dtype and device, which a stand-in does not have. first: the name of x."""
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} (where {first} is)")
-    if name in _INTEGERS:
+    if _kind(op, name.partition("[")[0]) != "f":
         return
     if tensor.dtype != x.dtype and (name in _LIKE_X or tensor.dtype != torch.float32):
         also = "" if name in _LIKE_X or x.dtype == torch.float32 else " or float32"
@@ -213,7 +224,7 @@ def _check_stand_ins(op, tensors, options):
     try:
         with torch._C.DisableTorchFunctionSubclass():
             for name, given in tensors.items():
-                several, kind = isinstance(given, (tuple, list)), "i" if name in _INTEGERS else "f"
+                several, kind = isinstance(given, (tuple, list)), _kind(op, name)
                 made = [
                     None if tensor is None else _stand_in(numpy, kind, *_place(name, tensor, storages))
                     for tensor in (given if several else (given,))

@@ -1,7 +1,8 @@
 """The ops as torch's dispatcher knows them: torch.ops.minivllm.<name>, on the CPU and on CUDA.
 
 They are no API. Their schemas are made from C's description of the ops. An op that may be given a residual has two:
-<name> without and add_<name> with it. Those of the projection return the packed buffer, because the outputs of an op
+<name> without and add_<name> with it. So has greedy_tokens, which need not work on anything in place: <name> does not,
+and <name>_in_place does. Those of the projection return the packed buffer, because the outputs of an op
 must not be views of each other. torch knows no gradient of them, and warns who goes backward through one that was
 called without the function around it in minivllm/torch.py, as an exported program does.
 """
@@ -14,11 +15,14 @@ from . import _C
 from .signatures import OPS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "number": "float", "integer": "int",
-          "flag": "bool", "choice": "str", "text": "str"}  # fmt: skip
+_TYPES = {"tensor": "Tensor", "tensors": "Tensor[]", "integers": "Tensor", "flags": "Tensor", "number": "float",
+          "integer": "int", "flag": "bool", "choice": "str", "text": "str"}  # fmt: skip
 _library = torch.library.Library("minivllm", "DEF")
 _SEVERAL = {op: frozenset(p.name for p in parameters if p.type == "tensors") for op, parameters in OPS.items()}
 _IN_PLACE = {op: tuple(p.name for p in parameters if p.role == "in place") for op, parameters in OPS.items()}
+# What is taken by an op that may but need not work in place, where it does not. (Inductor cannot have an op of one
+# result that writes to None.)
+_ALONE = {"greedy_tokens": ("logits", "kernel")}
 _registered = {}
 
 
@@ -30,8 +34,11 @@ def call(op, arguments):
     if torch.compiler.is_dynamo_compiling():
         for first, second in itertools.combinations(_IN_PLACE[op], 2):
             _keep_apart(given[first], given[second])
-    with_residual = f"add_{op}" in _registered and "residual" in given
-    return _registered[f"add_{op}" if with_residual else op](**given)
+    if f"add_{op}" in _registered and "residual" in given:
+        return _registered[f"add_{op}"](**given)
+    if op in _ALONE and any(value is not None for name, value in given.items() if name not in _ALONE[op]):
+        return _registered[f"{op}_in_place"](**given)
+    return _registered[op](**{name: given[name] for name in _ALONE.get(op, given)})
 
 
 def _keep_apart(first, second):
@@ -60,14 +67,13 @@ def listed(tensors):
     return [] if tensors is None else list(tensors) if isinstance(tensors, (tuple, list)) else [tensors]
 
 
-def _register(op, adds):
-    """Registers `op`, with or without the residual that it may be given."""
-    takes = [p for p in OPS[op] if p.role != "output" and (adds or p.required or p.name != "residual")]
+def _register(op, name, without=()):
+    """Registers `op` by this name, without some of the parameters that it may be given."""
+    takes = [p for p in OPS[op] if p.role != "output" and p.name not in without]
     takes.sort(key=lambda p: p.role not in ("rows", "in place"))  # those come first
     in_place = [p.name for p in takes if p.role == "in place"]
     rows = [p.name for p in takes if p.role == "rows"]
     outputs = [p.name for p in OPS[op] if p.role == "output" and (p.name != "residual_out" or "residual" in rows)]
-    name = f"add_{op}" if adds else op
     arguments = ", ".join(_declaration(p, in_place) for p in takes)
     results = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
     # Strides stay as they are in eager mode, where it depends on them what is taken as it is and what is refused.
@@ -94,7 +100,7 @@ def _declaration(parameter, in_place):
 def _implementation(op, takes, outputs):
     function = getattr(_C, f"_{op}_packed", None) or getattr(_C, op)
     names = [p.name for p in takes]
-    tensors = [p.name for p in takes if p.type in ("tensor", "integers")]
+    tensors = [p.name for p in takes if p.type in ("tensor", "integers", "flags")]
     several = [p.name for p in takes if p.type == "tensors"]
 
     def run(*values):
@@ -131,7 +137,8 @@ def _fake(op, takes, outputs):
         shapes = {"out": _shape_of_out(op, x, given)}
         if "out_k" in outputs:
             shapes["out_k"] = given["k"].shape
-        results = tuple(x.new_empty(shapes.get(name, x.shape)) for name in outputs)
+        dtype = torch.int64 if op == "greedy_tokens" else x.dtype
+        results = tuple(x.new_empty(shapes.get(name, x.shape), dtype=dtype) for name in outputs)
         return results[0] if len(results) == 1 else results or None
 
     return fake
@@ -140,6 +147,8 @@ def _fake(op, takes, outputs):
 def _shape_of_out(op, x, given):
     if op.endswith("_and_mul"):  # x is gate | up
         return (*x.shape[:-1], x.shape[-1] // 2)
+    if op == "greedy_tokens":
+        return x.shape[:-1]
     if "weight_layout" not in given:
         return x.shape
     name = next(name for name in ("qkv_weight", "gate_up_weight", "weight") if name in given)
@@ -196,6 +205,11 @@ def _batching_rule(op, rows):
 
 
 for _op, _parameters in OPS.items():
-    _register(_op, adds=False)
     if any(p.name == "residual" and not p.required for p in _parameters):
-        _register(_op, adds=True)
+        _register(_op, _op, ("residual",))
+        _register(_op, f"add_{_op}")
+    elif _op in _ALONE:
+        _register(_op, _op, [p.name for p in _parameters if p.name not in _ALONE[_op]])
+        _register(_op, f"{_op}_in_place")
+    else:
+        _register(_op, _op)

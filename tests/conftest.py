@@ -41,6 +41,7 @@ OPS_OF_ROWS = (
     "gelu_and_mul",
     "decode_attention",
     "qk_norm_rope",
+    "greedy_tokens",
 )
 ROWS = {op: minivllm.kernels(op) for op in OPS_OF_ROWS}
 

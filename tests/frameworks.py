@@ -51,6 +51,9 @@ class NumPy:
     def integers(self, values, wide: bool):
         return np.array(values, np.int64 if wide else np.int32)
 
+    def flags(self, values):
+        return np.array(values, np.bool_)
+
     def full(self, shape, value: float, dtype: str):
         return np.full(shape, value, self.dtype(dtype))
 
@@ -107,6 +110,9 @@ class Torch:
     def integers(self, values, wide: bool):
         return self.torch.tensor(values, dtype=self.torch.int64 if wide else self.torch.int32, device=self.device)
 
+    def flags(self, values):
+        return self.torch.tensor(values, dtype=self.torch.bool, device=self.device)
+
     def full(self, shape, value: float, dtype: str):
         return self.torch.full(shape, value, dtype=self.dtype(dtype), device=self.device)
 
@@ -140,6 +146,9 @@ class CuPy:
 
     def integers(self, values, wide: bool):
         return optional("cupy").asarray(NumPy().integers(values, wide))
+
+    def flags(self, values):
+        return optional("cupy").asarray(NumPy().flags(values))
 
     def tensor(self, values, dtype: str):
         return optional("cupy").asarray(NumPy().tensor(values, dtype))
@@ -194,6 +203,12 @@ class DeviceArray:
         import minivllm
 
         return minivllm.to_device(NumPy().tensor(values, dtype))
+
+    def integers(self, values, wide: bool):
+        return minivllm.to_device(NumPy().integers(values, wide))
+
+    def flags(self, values):
+        return minivllm.to_device(NumPy().flags(values))
 
     def is_mine(self, tensor) -> bool:
         import minivllm

@@ -391,8 +391,8 @@ def test_a_plan_for_jax_does_not_go_to_torch(torch):
     x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(8)
     minivllm.rms_norm(np.ones((3, 16), np.float32), np.ones(16, np.float32))
     before = minivllm.last_kernel()
-    shapes, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
-    assert shapes == ((2, 8),) and attributes["eps"] == 1e-5
+    outputs, _, _, attributes = minivllm._C._plan("rms_norm", -1, x, weight, 1e-5)
+    assert outputs == (((2, 8), "float32"),) and attributes["eps"] == 1e-5
     assert minivllm.last_kernel() == before
 
 

@@ -24,7 +24,8 @@ CHECKS = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 # Of the drivers. The kernels are nvcc's to warn of, which alone knows its pragmas.
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Of csrc/ops: the lists of kernels, and what they stand on.
-LISTS = ["rms_norm", "rms_norm_qkv", "act_and_mul", "decode_attention", "qk_norm_rope", "heads", "dispatch", "checks"]
+LISTS = ["rms_norm", "rms_norm_qkv", "act_and_mul", "decode_attention", "qk_norm_rope", "greedy_tokens", "heads", "dispatch",
+         "checks"]  # fmt: skip
 
 
 def cuda_headers():
@@ -115,6 +116,12 @@ def test_every_case_of_the_heads(tree):
     build, _ = tree
     done = run_driver(tree, (build / "csrc" / "cuda").glob("attention/qk_norm_rope_*.cu"), driver="qk_norm_rope")
     assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 3, done.stdout + done.stderr
+
+
+def test_every_case_of_the_choice(tree):
+    build, _ = tree
+    done = run_driver(tree, (build / "csrc" / "cuda").glob("sampling/*.cu"), driver="greedy_tokens")
+    assert done.returncode == 0 and done.stdout.count(" 0 wrong") == 6, done.stdout + done.stderr
 
 
 def test_every_case_of_every_kernel(report):

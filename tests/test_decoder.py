@@ -84,6 +84,31 @@ def both(model, ids, seed=0, **options):
     return results
 
 
+def test_a_model_in_float64(device):
+    """Whose logits greedy_tokens does not take as they are."""
+    model, ids = model_of("llama", device).double(), prompt(3).to(device)
+    alone, ours = both(model, ids)
+    assert ours.equal(alone)
+
+
+def test_a_step_ends_in_one_call(qwen, monkeypatch):
+    """What follows the logits is greedy_tokens and nothing else."""
+    calls = []
+    real = minivllm._C.greedy_tokens
+
+    class Spy:
+        @staticmethod
+        def greedy_tokens(logits, **options):
+            calls.append(options["positions"] is not None)
+            return real(logits, **options)
+
+    monkeypatch.setattr(minivllm.transformers.decoder, "ops", Spy)
+    decoder = Decoder(qwen, 2, 40, graph=False)
+    assert len(list(decoder.generate(prompt(2), 5))) == 5
+    assert calls == [False, True, True, True, True]
+    assert decoder._counts.tolist() == [5, 5] and decoder._positions.tolist() == [prompt(2).shape[1] + 4] * 2
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_tokens_are_those_of_transformers(kind, device):
     model = model_of(kind, device)

@@ -315,8 +315,8 @@ def test_what_a_handler_refuses():
     """What only it can see comes back as an error of XLA's, in our words; nothing is written past a result."""
     kernel = "f32_prefill_portable"
     plan = minivllm._C._plan("rms_norm_qkv", -1, X, W, M, 3, 1, 1e-6, kernel=kernel)
-    shapes, in_out, scratch, attributes = plan
-    assert (shapes, in_out) == (((3, 40),), False) and scratch > 256
+    outputs, in_out, scratch, attributes = plan
+    assert (outputs, in_out) == ((((3, 40), "float32"),), False) and scratch > 256
 
     def call(*arrays, out=(3, 5, 8), dtype=np.float32, scratch=scratch, **changes):
         results = [jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct((scratch,), np.uint8)]

@@ -22,7 +22,7 @@ MAY_INCLUDE = {
     "cuda": {"mv.h", "kernel.h"},
 }
 # Folders of csrc/cpu and csrc/cuda: of kernels, and of what kernels stand on, which includes nothing of theirs.
-KERNEL_FOLDERS = {"norm", "linear", "attention", "activation"}
+KERNEL_FOLDERS = {"norm", "linear", "attention", "activation", "sampling"}
 LOW_FOLDERS = {"cpu": {"simd", "pool"}, "cuda": {"arch"}}
 # The folders of csrc/python, from the lowest to the highest; what is in none of them stands on all.
 BINDING_FOLDERS = ["base", "frameworks", "convert", "ops", "xla", "python"]

@@ -48,7 +48,7 @@ def loops(code):
             yield [text for _, text in instructions[begin : end + 1]]
 
 
-@pytest.mark.parametrize("source, products", [("wgmma", (4, 8)), ("3xtf32", (12, 16))])
+@pytest.mark.parametrize("source, products", [("wgmma", (4, 8)), ("tf32", (12, 16))])
 def test_loop_of_the_product(machine_code, source, products):
     """Four products a step; eight for 128 tokens, which take 768 cycles and all registers; twelve of TF32, sixteen in two steps where it is allowed.
     In a step of TF32 for 128 tokens a thread may read its number again, for which there is no register left; so it may twice
@@ -61,7 +61,7 @@ def test_loop_of_the_product(machine_code, source, products):
         loop = min(hot, key=len)
         detours = [text for text in loop if re.search(r"\b(R2UR|S2UR|S2R|LDL|STL)\b", text)]
         adds = re.search("Li256ELNS_9WgmmaFormE[34]E", name) is not None
-        allowed = {"3xtf32": 1, "wgmma": 1 if sum("HGMMA" in text for text in loop) == 4 and not adds else 2}[source]
+        allowed = {"tf32": 1, "wgmma": 1 if sum("HGMMA" in text for text in loop) == 4 and not adds else 2}[source]
         assert len(detours) <= allowed, f"{name}: {detours}"
 
 

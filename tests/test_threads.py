@@ -219,6 +219,7 @@ SMALL_STACKS = """
             "qk_norm_rope": lambda: minivllm.qk_norm_rope(
                 q, kv, angles, angles, q_norm_weight=np.ones(80, dtype), **kernel
             ),
+            "greedy_tokens": lambda: minivllm.greedy_tokens(x, **kernel),
         }
         for _ in range(3):
             of[row.op]()

@@ -143,6 +143,7 @@ def test_what_the_op_refuses_it_refuses_in_a_graph(torch):
 REGISTERED = [
     *OPS,
     *(f"add_{op}" for op, takes in OPS.items() if any(p.name == "residual" and not p.required for p in takes)),
+    "greedy_tokens_in_place",
 ]
 NORM = {"eps": 1e-6, "rounding": "hf", "weight_offset": 0.0}
 QKV = NORM | {
@@ -187,6 +188,15 @@ def qk_arguments(like):
     return tensors | rows | slots | dict.fromkeys(absent)
 
 
+def greedy_arguments(logits):
+    """Of greedy_tokens as registered."""
+    lead, integers = logits.shape[:-1], logits.flatten().long()
+    numbers = {name: integers[: lead.numel()].reshape(lead) * 0 for name in ("counts", "positions")}
+    flags = {"finished": numbers["counts"] > 0, "ends": logits.flatten()[: logits.shape[-1]] > 0}
+    history = {"history": numbers["counts"].new_zeros(*lead, 4), "pad": integers[0] * 0}
+    return {"logits": logits, "kernel": None} | numbers | flags | history
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_the_registered_ops(torch, device, dtype):
     """Schema, fake implementation and tags, by torch's own checks."""
@@ -213,6 +223,8 @@ def test_the_registered_ops(torch, device, dtype):
         ops.silu_and_mul: {"x": i.x, "rounding": "fp32", "kernel": None},
         ops.decode_attention: NORM | attention_arguments(i.x),
         ops.qk_norm_rope: NORM | qk_arguments(i.x),
+        ops.greedy_tokens: {"logits": i.x, "kernel": None},
+        ops.greedy_tokens_in_place: greedy_arguments(i.x),
         ops.gelu_and_mul: {"x": i.x, "approximate": "none", "rounding": "hf", "kernel": None},
         ops.linear: PLAIN | {"x": i.x, "weight": i.wide, "bias": None},
         ops.linear_add: PLAIN | {"x": i.x, "residual": i.residual, "weight": i.square, "bias": i.bias, "scale": 0.22},
@@ -229,12 +241,14 @@ def test_a_registered_op_takes_what_the_op_takes(torch):
     import minivllm.torch  # noqa: F401
 
     for name in REGISTERED:
-        op = name if name in OPS else name.removeprefix("add_")
+        op = name if name in OPS else name.removeprefix("add_").removesuffix("_in_place")
         schema = getattr(torch.ops.minivllm, name).default._schema
         given = {
             p.name: p
             for p in OPS[op]
-            if p.role != "output" and (p.name != "residual" or p.required or name.startswith("add_"))
+            if p.role != "output"
+            and (p.name != "residual" or p.required or name.startswith("add_"))
+            and (name != "greedy_tokens" or p.name in ("logits", "kernel"))
         }
         arguments = {argument.name: argument for argument in schema.arguments}
         assert arguments.keys() == given.keys() and next(iter(arguments)) == OPS[op][0].name

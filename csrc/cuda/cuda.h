@@ -29,6 +29,9 @@ mv_decide mv_norm_few_sm80_decide, mv_norm_3xtf32_sm90a_decide, mv_ffma_sm80_dec
 /* Of decode_attention. */
 mv_decide mv_attention_sm80_decide, mv_attention_mma_sm80_decide, mv_attention_mma_sm90a_decide;
 
+/* Of greedy_tokens. */
+mv_decide mv_greedy_sm80_decide, mv_greedy_sm90a_decide;
+
 /* Why the tensor cores cannot multiply this task's 16-bit values, or NULL. */
 const char *mv_tensor_cores_why_not(const mv_task *task);
 

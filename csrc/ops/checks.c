@@ -15,7 +15,7 @@ mv_status mv_fail(mv_error *error, mv_status status, const char *format, ...) {
 }
 
 const char *mv_dtype_name(mv_dtype dtype) {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64", "bool"};
     return names[dtype];
 }
 

@@ -93,7 +93,7 @@ mv_status mv_choose(const mv_list *list, const char *op, const mv_task *task, in
 mv_status mv_run_row(const char *op, const mv_choice *choice, const mv_task *task, mv_error *error);
 
 extern const mv_list mv_rms_norm_list, mv_rms_norm_qkv_list, mv_act_and_mul_list, mv_decode_attention_list,
-    mv_qk_norm_rope_list;
+    mv_qk_norm_rope_list, mv_greedy_tokens_list;
 /* Ops whose kernels are those of another one. */
 #define mv_add_rms_norm_list mv_rms_norm_list
 #define mv_norm_add_list mv_rms_norm_list

@@ -44,13 +44,16 @@ static void keep_rows(mv_plan *plan, const mv_row_view *rows, int count, const m
     mv_plan_state *state = mv_state(plan);
     state->rows = plan->outputs = 0;
     for (int r = 0; r < count; r++) {
-        const bool present = mv_present(rows[r].view);
-        if (rows[r].output) plan->output[plan->outputs++] = (mv_output){rows[r].output, rows->view, rows[r].columns};
-        if (!present && !rows[r].output) continue;
-        kept[state->rows] = &rows[r];
-        state->row[state->rows++] =
-            (mv_row_place){rows[r].output,  rows[r].place,    present ? rows[r].view->dtype : rows->view->dtype,
-                           rows[r].divided, rows[r].optional, !present};
+        const mv_row_view *row = &rows[r];
+        const bool present = mv_present(row->view);
+        const mv_dtype of_output = row->is_index ? MV_I64 : rows->view->dtype;
+        if (row->output)
+            plan->output[plan->outputs++] =
+                (mv_output){row->output, rows->view, row->is_index ? 0 : row->columns, of_output};
+        if (!present && !row->output) continue;
+        kept[state->rows] = row;
+        state->row[state->rows++] = (mv_row_place){row->output,  row->place,    present ? row->view->dtype : of_output,
+                                                   row->divided, row->optional, !present};
     }
 }
 
@@ -122,7 +125,7 @@ mv_status mv_start_plan(mv_plan *plan, const mv_list *list, const char *op, cons
     state->leads = state->parts = 0;
     state->part[0].first_output = 0;
     mv_task *task = &state->part[0].task;
-    memset(task, 0, offsetof(mv_task, qk));
+    memset(task, 0, offsetof(mv_task, greedy));
     task->op = op;
     task->stream = call->stream;
     const mv_row_view *kept[MV_MAX_ROW_VIEWS];

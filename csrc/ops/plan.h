@@ -20,6 +20,7 @@ typedef struct {
     const char *output; /* its name, where the op writes it; else NULL */
     bool divided;       /* its columns are the outputs of the linear layer, of which each part has some */
     bool optional;      /* it is not written where there is no memory for it */
+    bool is_index;      /* an output that has no columns, but one int64 for each row; columns is 1 then */
     bool has_heads;     /* of x: what is in front of the columns is no dimension of the rows, but of their heads */
     const int *along;   /* for each dimension of x's rows that of the view, -1: it is the same all along; NULL: as x */
 } mv_row_view;

@@ -237,8 +237,8 @@ mv_status mv_qk_norm_rope(const mv_qk_norm_rope_args *a, mv_plan *plan, mv_error
     mv_task *task = &mv_state(plan)->part[0].task;
     task->qk = (mv_qk){0};
     MV_TRY(mv_start_plan(plan, &mv_qk_norm_rope_list, s.op, &a->call, tokens, sizeof tokens / sizeof tokens[0], error));
-    plan->output[0] = (mv_output){"out_q", &a->q, s.dim};
-    plan->output[1] = (mv_output){"out_k", &a->k, s.dim};
+    plan->output[0] = (mv_output){"out_q", &a->q, s.dim, a->q.dtype};
+    plan->output[1] = (mv_output){"out_k", &a->k, s.dim, a->q.dtype};
     fill_task(&s, task);
     MV_TRY(mv_finish_plan(plan, error));
     plan->is_long = plan->is_long || (mv_state(plan)->parts > 0 && task->device.kind == MV_CPU &&

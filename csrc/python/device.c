@@ -137,16 +137,19 @@ PyObject *py_to_dlpack(PyObject *module, PyObject *args) {
     if (!ints_of_tuple(shape, sizes, &ndim) || !ints_of_tuple(strides, sizes + ndim, &stride_count)) return NULL;
     if (ndim != stride_count) return PyErr_Format(PyExc_ValueError, "_to_dlpack: shape and strides differ in length");
 
+    int found = 0;
+    while (found < DTYPES && strcmp(dtype, dtype_names[found]) != 0) found++;
+    if (found == DTYPES) return PyErr_Format(PyExc_ValueError, "_to_dlpack: there is no dtype %s", dtype);
+
     exported *e = malloc(sizeof *e + 2 * (size_t)ndim * sizeof e->sizes[0]);
     if (!e) return PyErr_NoMemory();
     memcpy(e->sizes, sizes, 2 * (size_t)ndim * sizeof sizes[0]);
-    const dl_tensor tensor = {
-        .data = (void *)(uintptr_t)address,
-        .device = {DL_CUDA, device},
-        .ndim = ndim,
-        .dtype = {strcmp(dtype, "bfloat16") == 0 ? DL_BFLOAT : DL_FLOAT, strcmp(dtype, "float32") == 0 ? 32 : 16, 1},
-        .shape = e->sizes,
-        .strides = e->sizes + ndim};
+    const dl_tensor tensor = {.data = (void *)(uintptr_t)address,
+                              .device = {DL_CUDA, device},
+                              .ndim = ndim,
+                              .dtype = dl_dtypes[found],
+                              .shape = e->sizes,
+                              .strides = e->sizes + ndim};
     e->plain = (dl_managed){tensor, e, drop_plain};
     e->versioned = (dl_managed_versioned){{DL_MAJOR, DL_MINOR}, e, drop_versioned, 0, tensor};
     Py_INCREF(owner);
@@ -240,7 +243,7 @@ PyObject *py_empty(PyObject *module, PyObject *args) {
         const framework *from = t->kind.framework;
         tensor *made = add_fresh_tensor(&c, "result", t, NULL);
         memcpy(made->shape, sizes, (size_t)ndim * sizeof sizes[0]);
-        plan_fresh_tensor(made, t, ndim);
+        plan_fresh_tensor(made, t, view.dtype, ndim);
         if (from->empty(&c, t, made)) {
             if (from->finish) {
                 result = from->finish(&c, t, made);

@@ -122,6 +122,10 @@ def attention(shape: QKVShape, tokens: int, context: int) -> dict:
     return arguments | {"positions": Constant((tokens,), context - 1), "out": arguments["q"]}
 
 
+def greedy(shape: LinearShape, tokens: int) -> dict:
+    return {"logits": Normal((tokens, shape.outputs)), "out": Constant((tokens,), 0)}
+
+
 class Op(NamedTuple):
     """arguments(shape, tokens), or with contexts (shape, tokens, context)."""
 
@@ -143,6 +147,7 @@ OPS = {
     "gelu_and_mul": Op(GATE_UPS, activation),
     "qk_norm_rope": Op(MODELS, turned),
     "decode_attention": Op(MODELS, attention, CONTEXTS),
+    "greedy_tokens": Op(HEADS, greedy),
 }
 
 

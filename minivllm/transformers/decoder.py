@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import _C as ops
 from .cache import Cursor, new_cache
 from .rotary import RotaryRows
 from .served import check_model, fingerprint
@@ -68,9 +69,10 @@ class Decoder:
             )
             self._prompt_logits = torch.zeros(batch_size, shape.vocabulary, dtype=weight.dtype, device=self.device)
             self._step_logits = self._prompt_logits  # of the last step, wherever it has left them
-            self._tokens, self._pad, self._counters = integers(batch_size), integers(1), integers(batch_size + 1)
-            # The row of each sequence's next token, and how many tokens have been chosen: both grow with each step.
-            self._positions, self._count = self._counters[:-1], self._counters[-1:]
+            self._tokens, self._pad = integers(batch_size), integers(1)
+            # The row of each sequence's next token, and how many tokens have been chosen for it: both grow with each
+            # step.
+            self._positions, self._counts = integers(batch_size), integers(batch_size)
             self._finished = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
             self._ends = torch.zeros(shape.vocabulary, dtype=torch.bool, device=self.device)  # by token
             self._history = integers(batch_size, max_length + 1)
@@ -80,7 +82,8 @@ class Decoder:
     def memory(self) -> dict[str, int]:
         """Bytes that the decoder holds beside the model's weights, by what they are for."""
         layers = self._cache.layers
-        mine = (self._tokens, self._pad, self._counters, self._finished, self._ends, self._history)
+        counters = (self._positions, self._counts)
+        mine = (self._tokens, self._pad, *counters, self._finished, self._ends, self._history)
         return {
             "keys and values": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
             "logits": self._prompt_logits.nbytes,
@@ -140,7 +143,8 @@ class Decoder:
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=rows.clamp_min(0), past_key_values=self._cache,
             use_cache=True, logits_to_keep=1, return_dict=True)  # fmt: skip
-        self._counters.zero_()
+        self._counts.zero_()
+        self._positions.zero_()
         self._positions[:batch] = numbers[1]
         self._tokens.zero_()
         self._ends.fill_(False)
@@ -269,8 +273,7 @@ class Decoder:
 
     def _step(self, model: Any, rows: int, masks: Any = None) -> None:
         self._step_logits = self._forward(model, rows, self._masks(rows) if masks is None else masks)
-        self._counters += 1
-        self._choose(self._step_logits)
+        self._choose(self._step_logits, self._positions)
 
     def _masks(self, rows: int) -> Any:
         """Of `rows` rows of the cache each sequence attends to those up to its own, or to the last of them where a
@@ -291,18 +294,21 @@ class Decoder:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _choose(self, logits: Tensor) -> None:
-        """The next tokens, whether they end their sequences, and their place in the history: all on the device. The
-        counters already stand behind them."""
-        torch.where(self._finished, self._pad, logits.argmax(-1), out=self._tokens)
-        self._finished |= self._ends[self._tokens]
-        self._history.index_copy_(1, self._count, self._tokens[:, None])
+    def _choose(self, logits: Tensor, positions: Tensor | None = None) -> None:
+        """The next tokens, whether they end their sequences, and their place in the history, all on the device; then
+        the counters stand behind them, and behind the tokens that `logits` follow, at these positions."""
+        if logits.dtype == torch.float64:  # which the op does not take: of each row the largest is one, the others zero
+            logits = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, logits.argmax(-1, keepdim=True), 1)
+        ops.greedy_tokens(
+            logits, finished=self._finished, ends=self._ends, pad=self._pad, history=self._history,
+            counts=self._counts, positions=positions, out=self._tokens)  # fmt: skip
 
     def _capture(self, model: Any) -> None:
         """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the
         first rows of the caches."""
         self._graph, now = None, fingerprint(model)
-        for x in (self._counters, self._tokens):
+        counters = (self._positions, self._counts)
+        for x in (*counters, self._tokens):
             x.zero_()
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -311,7 +317,8 @@ class Decoder:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     self._step(model, self.max_length)
-                    self._counters.zero_()
+                    for x in counters:
+                        x.zero_()
             torch.cuda.current_stream().wait_stream(side)
             # Masks that no layer looks at are not computed in every step.
             masks = None if self._cursor.is_masked else self._masks(self.max_length)

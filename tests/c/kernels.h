@@ -44,7 +44,7 @@ static Tensor *new_tensor(mv_dtype dtype, int32_t ndim, const int64_t *shape) {
         tensor->strides[i] = tensor->count;
         tensor->count *= shape[i];
     }
-    const size_t each = dtype == MV_I64 ? 8 : dtype == MV_I32 ? 4 : bytes_of(dtype);
+    const size_t each = dtype == MV_I64 ? 8 : dtype == MV_I32 ? 4 : dtype == MV_BOOL ? 1 : bytes_of(dtype);
     const size_t bytes = (size_t)tensor->count * each, pages = (bytes + page - 1) / page * page;
     char *memory = mmap(NULL, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (tensors.count == MOST_TENSORS || memory == MAP_FAILED || mprotect(memory + pages, page, PROT_NONE) != 0)

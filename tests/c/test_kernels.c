@@ -4,6 +4,7 @@
  * be touched. An op without a check does not compile here. What a call may refuse, GPUs, and larger sizes are for the
  * tests in Python. */
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
+#include "check_greedy.h"
 #include "check_heads.h"
 #include "check_linear.h"
 #include "check_norms.h"

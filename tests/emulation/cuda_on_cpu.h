@@ -235,6 +235,17 @@ inline int __all_sync(unsigned, int predicate) {
     return std::all_of(of, of + 32, [](const auto &shown) { return shown[0] != 0; });
 }
 
+template <typename Choose> unsigned reduce_lanes(unsigned value, Choose choose) {
+    for (const auto &shown : cpu::show(value)) value = choose(value, shown[0]);
+    return value;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    return reduce_lanes(value, [](unsigned a, unsigned b) { return std::max(a, b); });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+    return reduce_lanes(value, [](unsigned a, unsigned b) { return std::min(a, b); });
+}
+
 using std::isinf;
 using std::max;
 using std::min;

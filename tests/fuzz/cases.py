@@ -269,7 +269,9 @@ OPS = {
     "gelu_and_mul": Op(act_and_mul, expect.act_and_mul),
 }
 # Ops whose tests draw cases of their own: of caches, integers, and results that depend on both.
-DRAWN_ELSEWHERE = frozenset(("decode_attention", "qk_norm_rope"))  # by test_<op>.py, attention.py
+DRAWN_ELSEWHERE = frozenset(  # by test_<op>.py, attention.py
+    ("decode_attention", "qk_norm_rope", "greedy_tokens")
+)
 # What the package exports besides: no op, nothing to draw.
 NO_OPS = frozenset(("DeviceArray", "Kernel", "QKVShard", "Ran", "empty", "get_num_threads", "kernels", "last_kernel",
                     "set_num_threads", "shard_qkv", "to_device"))  # fmt: skip

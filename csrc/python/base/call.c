@@ -11,10 +11,11 @@ tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view 
     return t;
 }
 
-void plan_fresh_tensor(tensor *made, const tensor *like, int ndim) {
+void plan_fresh_tensor(tensor *made, const tensor *like, mv_dtype dtype, int ndim) {
     contiguous_strides(ndim, made->shape, made->strides);
     made->view.ndim = ndim;
-    made->view.dtype = like->view.dtype;
+    made->holds = contents_of(dtype);
+    made->view.dtype = dtype;
     made->view.device = like->view.device;
 }
 

@@ -17,6 +17,11 @@ enum { MAX_TENSORS = 16 };
 
 typedef struct framework framework;
 
+typedef enum { HOLDS_FLOATS, HOLDS_INTEGERS, HOLDS_FLAGS } contents; /* of a tensor: flags are bool */
+static inline contents contents_of(mv_dtype dtype) {
+    return dtype == MV_BOOL ? HOLDS_FLAGS : dtype >= MV_I32 ? HOLDS_INTEGERS : HOLDS_FLOATS;
+}
+
 /* What torch is about: does it record gradients, or is every operation watched, by a dispatch mode or a tracer? */
 enum { TORCH_NO_GRADIENTS, TORCH_GRADIENTS, TORCH_WATCHED };
 
@@ -27,7 +32,7 @@ typedef struct tensor {
     void *unfinished; /* what a framework made, to be finished or dropped */
     const char *name; /* as the user knows it */
     int member;       /* of a tuple given under that name, or -1 */
-    bool integers;    /* it is to hold them, else floats */
+    contents holds;   /* what it is to hold */
     type_kind kind;
     mv_view *slot; /* where in the op's args its view went */
     mv_view view;  /* shape and strides point to the arrays below */
@@ -79,7 +84,7 @@ static inline tensor *add_tensor(call *c, const char *name, int member, PyObject
     t->unfinished = NULL;
     t->name = name;
     t->member = member;
-    t->integers = false;
+    t->holds = HOLDS_FLOATS;
     t->slot = slot;
     t->managed = NULL;
     t->keeper = NULL;
@@ -92,8 +97,8 @@ static inline tensor *add_tensor(call *c, const char *name, int member, PyObject
 
 /* Adds a result, to be made by like's framework. */
 tensor *add_fresh_tensor(call *c, const char *name, const tensor *like, mv_view *slot);
-/* Its view, but for the data: C-contiguous of the `ndim` sizes in its shape, in like's dtype, on like's device. */
-void plan_fresh_tensor(tensor *made, const tensor *like, int ndim);
+/* Its view, but for the data: C-contiguous of the `ndim` sizes in its shape, in this dtype, on like's device. */
+void plan_fresh_tensor(tensor *made, const tensor *like, mv_dtype dtype, int ndim);
 /* Has a tensor been taken for it? */
 static inline bool is_given(const mv_view *slot) { return slot->shape != NULL; }
 /* The tensor whose view went to `slot`; NULL when that argument is absent. */

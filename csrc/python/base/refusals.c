@@ -94,9 +94,11 @@ bool refuse_because(const call *c, const tensor *t, PyObject *type, const char *
 }
 
 bool refuse_dtype(const call *c, const tensor *t, const char *got) {
-    const char *wanted =
-        t->integers ? "expected int32 or int64; convert it" : "expected float32, float16 or bfloat16; convert it";
-    const char *conversion = t->integers ? NULL : t->kind.framework->to_float32;
+    static const char *const expected[] = {[HOLDS_FLOATS] = "expected float32, float16 or bfloat16; convert it",
+                                           [HOLDS_INTEGERS] = "expected int32 or int64; convert it",
+                                           [HOLDS_FLAGS] = "expected bool; convert it"};
+    const char *wanted = expected[t->holds];
+    const char *conversion = t->holds == HOLDS_FLOATS ? t->kind.framework->to_float32 : NULL;
     const char *such_as = conversion ? ", such as by " : "";
     if (!conversion) conversion = "";
     PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);

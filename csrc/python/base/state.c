@@ -9,6 +9,9 @@ static const struct {
     [TORCH_DTYPES + MV_F32] = {"torch", "float32"},
     [TORCH_DTYPES + MV_F16] = {"torch", "float16"},
     [TORCH_DTYPES + MV_BF16] = {"torch", "bfloat16"},
+    [TORCH_DTYPES + MV_I32] = {"torch", "int32"},
+    [TORCH_DTYPES + MV_I64] = {"torch", "int64"},
+    [TORCH_DTYPES + MV_BOOL] = {"torch", "bool"},
     [TORCH_UINT8] = {"torch", "uint8"},
     [TORCH_DEVICE] = {"torch", "device"},
     [TORCH_SPLIT] = {"torch", "split_with_sizes"},
@@ -29,6 +32,7 @@ static const struct {
     [NUMPY_TYPES + MV_BF16] = {"ml_dtypes", "bfloat16"},
     [NUMPY_TYPES + MV_I32] = {"numpy", "int32"},
     [NUMPY_TYPES + MV_I64] = {"numpy", "int64"},
+    [NUMPY_TYPES + MV_BOOL] = {"numpy", "bool_"},
     [CUPY_EMPTY] = {"cupy", "empty"},
     [CUPY_DEVICE] = {"cupy.cuda", "Device"},
     [CUPY_CURRENT_STREAM] = {"cupy.cuda", "get_current_stream"},
@@ -107,8 +111,8 @@ static void clear_slot(_Atomic(PyObject *) *slot) {
 
 void clear_state(module_state *state) {
     for (int i = 0; i < KNOWN_OBJECTS; i++) clear_slot(&state->objects[i]);
-    for (int i = 0; i < 3; i++) clear_slot(&state->numpy_dtypes[i]);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < DTYPES; i++) clear_slot(&state->numpy_dtypes[i]);
+    for (int i = 0; i <= DTYPES; i++)
         for (int d = 0; d <= MAX_CUDA_DEVICES; d++) clear_slot(&state->torch_options[i][d]);
     for (int i = 0; i < MAX_TYPES; i++) {
         PyTypeObject *type = atomic_exchange(&state->types[i].type, NULL);

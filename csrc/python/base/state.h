@@ -10,12 +10,14 @@
 
 #include "mv.h"
 
+enum { DTYPES = MV_BOOL + 1 };
+
 /* Objects of other modules, looked up at first use and kept: see the table in state.c. */
 typedef enum {
     TORCH_TENSOR,
     TORCH_EMPTY,
-    TORCH_DTYPES, /* three, in the order of mv_dtype */
-    TORCH_UINT8 = TORCH_DTYPES + 3,
+    TORCH_DTYPES, /* in the order of mv_dtype */
+    TORCH_UINT8 = TORCH_DTYPES + DTYPES,
     TORCH_DEVICE,
     TORCH_SPLIT,
     TORCH_SPLIT_FRESH,
@@ -30,8 +32,8 @@ typedef enum {
     TORCH_CURRENT_STREAM,
     NUMPY_EMPTY,
     NUMPY_DTYPE,
-    NUMPY_TYPES, /* five, in the order of mv_dtype */
-    CUPY_EMPTY = NUMPY_TYPES + 5,
+    NUMPY_TYPES, /* in the order of mv_dtype */
+    CUPY_EMPTY = NUMPY_TYPES + DTYPES,
     CUPY_DEVICE,
     CUPY_CURRENT_STREAM,
     JAX_DEVICE_PUT,
@@ -95,9 +97,9 @@ typedef struct {
     _Atomic(PyObject *) objects[KNOWN_OBJECTS];
     PyObject *names[KNOWN_NAMES];
     PyObject *keywords[SIGNATURES][MAX_PARAMETERS]; /* interned: see arguments.h */
-    /* torch.empty's keywords by dtype (3: uint8) and device (0: the CPU, then the GPUs) */
-    _Atomic(PyObject *) torch_options[4][1 + MAX_CUDA_DEVICES];
-    _Atomic(PyObject *) numpy_dtypes[5];
+    /* torch.empty's keywords by dtype (the last one: uint8) and device (0: the CPU, then the GPUs) */
+    _Atomic(PyObject *) torch_options[DTYPES + 1][1 + MAX_CUDA_DEVICES];
+    _Atomic(PyObject *) numpy_dtypes[DTYPES];
     type_slot types[MAX_TYPES];
     atomic_int types_used;
     bool counts_steps; /* see steps.h */

@@ -16,7 +16,8 @@ static int most_tensors(const signature *s) {
     int count = s->beside ? most_tensors(s->beside) : 1;
     for (int i = 0; i < s->count; i++) {
         const value_type type = s->parameters[i].kind->type;
-        if (type == TENSOR || type == INTEGERS || type == TENSORS) count += count_views(s->parameters[i].kind);
+        if (type == TENSOR || type == INTEGERS || type == FLAGS || type == TENSORS)
+            count += count_views(s->parameters[i].kind);
     }
     return count;
 }
@@ -181,7 +182,11 @@ static bool to_optional_tensor(call *c, const parameter *p, PyObject *value, voi
 }
 
 static bool to_integers(call *c, const parameter *p, PyObject *value, void *target) {
-    return (p->kind->optional && value == Py_None) || take_integers(c, p->name, value, target);
+    return (p->kind->optional && value == Py_None) || take_tensor_of(c, p->name, HOLDS_INTEGERS, value, target);
+}
+
+static bool to_optional_flags(call *c, const parameter *p, PyObject *value, void *target) {
+    return value == Py_None || take_tensor_of(c, p->name, HOLDS_FLAGS, value, target);
 }
 
 static bool refuse_count(const call *c, const parameter *p, Py_ssize_t got) {
@@ -334,6 +339,7 @@ const value_kind pair_value = {TENSORS, false, to_tensors, gate_up_members};
 const value_kind optional_pair_value = {TENSORS, true, to_optional_tensors, gate_up_members};
 const value_kind integers_value = {INTEGERS, false, to_integers, NULL};
 const value_kind optional_integers_value = {INTEGERS, true, to_integers, NULL};
+const value_kind optional_flags_value = {FLAGS, true, to_optional_flags, NULL};
 const value_kind optional_number_value = {NUMBER, true, to_optional_number, NULL};
 const value_kind number_value = {NUMBER, false, to_number, NULL};
 const value_kind integer_value = {INTEGER, false, to_integer, NULL};
@@ -349,8 +355,8 @@ const value_kind cache_layout_value = {CHOICE, true, to_choice, cache_layouts};
 /* ---- what Python is told ---------------------------------------------------------------------------------------- */
 
 static const char *const type_names[] = {
-    [TENSOR] = "tensor", [TENSORS] = "tensors", [INTEGERS] = "integers", [NUMBER] = "number", [INTEGER] = "integer",
-    [FLAG] = "flag",     [CHOICE] = "choice",   [TEXT] = "text",         [HELD] = "held"};
+    [TENSOR] = "tensor",   [TENSORS] = "tensors", [INTEGERS] = "integers", [FLAGS] = "flags", [NUMBER] = "number",
+    [INTEGER] = "integer", [FLAG] = "flag",       [CHOICE] = "choice",     [TEXT] = "text",   [HELD] = "held"};
 static const char *const role_names[] = {
     [ROWS] = "rows", [WEIGHT] = "weight", [OUTPUT] = "output", [IN_PLACE] = "in place", [OPTION] = "option"};
 

@@ -10,9 +10,9 @@
 
 typedef struct parameter parameter;
 
-/* The C types: mv_view, mv_view[] (one, or a tuple of as many as its kind has names), mv_view of integers, double,
- * int64_t, bool, an enum, const char *. HELD: what only a layer hands to itself. */
-typedef enum { TENSOR, TENSORS, INTEGERS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
+/* The C types: mv_view, mv_view[] (one, or a tuple of as many as its kind has names), mv_view of integers, mv_view of
+ * flags, double, int64_t, bool, an enum, const char *. HELD: what only a layer hands to itself. */
+typedef enum { TENSOR, TENSORS, INTEGERS, FLAGS, NUMBER, INTEGER, FLAG, CHOICE, TEXT, HELD } value_type;
 
 typedef struct {
     value_type type;
@@ -36,6 +36,7 @@ extern const value_kind tensors_value, optional_tensors_value; /* (q, k, v)  */
 extern const value_kind pair_value, optional_pair_value;       /* (gate, up) */
 extern const value_kind number_value, integer_value, optional_integer_value, flag_value, optional_text_value;
 extern const value_kind integers_value, optional_integers_value; /* tensors of int32 or int64 */
+extern const value_kind optional_flags_value;                    /* of bool */
 extern const value_kind optional_number_value, rounding_value, weight_layout_value, approximate_value, activation_value,
     cache_layout_value;
 

@@ -62,9 +62,9 @@ bool view_fresh_tensor(call *c, tensor *t) {
     return true;
 }
 
-bool take_integers(call *c, const char *name, PyObject *object, mv_view *slot) {
+bool take_tensor_of(call *c, const char *name, contents holds, PyObject *object, mv_view *slot) {
     tensor *t = add_tensor(c, name, -1, object, slot);
-    t->integers = true;
+    t->holds = holds;
     return read_tensor(c, t);
 }
 

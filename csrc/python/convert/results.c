@@ -5,17 +5,18 @@
 #include "../frameworks/slices.h"
 #include "buffers.h"
 
-bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last) {
+bool provide(call *c, const mv_output *output, mv_view *slot, int last_count, const int64_t *last) {
     if (is_given(slot)) return true;
+    const mv_view *x = output->like;
     const tensor *like = tensor_of(c, x);
     const int lead = x->ndim - 1;
     if (lead + last_count > MAX_DIMS)
         return refuse(c, like, PyExc_ValueError, "has %d dimensions, expected at most %d", (int)x->ndim,
                       MAX_DIMS + 1 - last_count);
-    tensor *made = add_fresh_tensor(c, name, like, slot);
+    tensor *made = add_fresh_tensor(c, output->name, like, slot);
     for (int d = 0; d < lead; d++) made->shape[d] = x->shape[d];
     for (int d = 0; d < last_count; d++) made->shape[lead + d] = last[d];
-    plan_fresh_tensor(made, like, lead + last_count);
+    plan_fresh_tensor(made, like, output->dtype, lead + last_count);
     return like->kind.framework->empty(c, like, made) && view_fresh_tensor(c, made);
 }
 

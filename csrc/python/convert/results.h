@@ -4,8 +4,9 @@
 
 #include "../base/call.h"
 
-/* Where the output `slot` is absent, makes one like x: of x's shape, but with `last` sizes in place of its last one. */
-bool provide(call *c, const char *name, mv_view *slot, const mv_view *x, int last_count, const int64_t *last);
+/* Where the output `slot` is absent, makes it: of the shape that it is like, but with `last` sizes in place of the last
+ * one. */
+bool provide(call *c, const mv_output *output, mv_view *slot, int last_count, const int64_t *last);
 /* Workspace for the op about to run: at least `bytes` (none: 0), 256-byte aligned, until end_call(). */
 bool provide_workspace(call *c, const mv_view *x, size_t bytes, void **workspace);
 /* What the user gets for an output: the very object that was given, or the new one. A new reference. */

@@ -21,6 +21,10 @@ static bool refuse_malformed(call *c, tensor *t, const char *key) {
 }
 
 static bool read_dtype(call *c, tensor *t, PyObject *interface) {
+    static const char *const expected[] = {[HOLDS_FLOATS] =
+                                               "'<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)",
+                                           [HOLDS_INTEGERS] = "'<i4' or '<i8'",
+                                           [HOLDS_FLAGS] = "'|b1'"};
     PyObject *typestr = item(interface, "typestr");
     bool ok = typestr && PyUnicode_Check(typestr);
     if (!ok) {
@@ -33,14 +37,14 @@ static bool read_dtype(call *c, tensor *t, PyObject *interface) {
         t->view.dtype = MV_I32;
     } else if (PyUnicode_CompareWithASCIIString(typestr, "<i8") == 0) {
         t->view.dtype = MV_I64;
+    } else if (PyUnicode_CompareWithASCIIString(typestr, "|b1") == 0) {
+        t->view.dtype = MV_BOOL;
     } else {
         ok = false;
     }
     ok = ok && is_wanted(t, t->view.dtype);
     if (!ok && !PyErr_Occurred())
-        refuse(c, t, PyExc_TypeError, "has typestr %R, expected %s", typestr,
-               t->integers ? "'<i4' or '<i8'" : "'<f4' or '<f2' (bfloat16 has none: pass an object with __dlpack__)");
-
+        refuse(c, t, PyExc_TypeError, "has typestr %R, expected %s", typestr, expected[t->holds]);
     Py_XDECREF(typestr);
     return ok;
 }

@@ -69,7 +69,7 @@ static PyObject *cupy_new(call *c, int index, PyObject *size, PyObject *dtype) {
 }
 
 static bool cupy_empty(call *c, const tensor *like, tensor *made) {
-    PyObject *dtype = numpy_dtype(c->state, like->view.dtype);
+    PyObject *dtype = numpy_dtype(c->state, made->view.dtype);
     PyObject *size = dtype ? shape_tuple(made->view.ndim, made->shape) : NULL;
     made->object = size ? cupy_new(c, like->view.device.index, size, dtype) : NULL;
     Py_XDECREF(size);

@@ -158,9 +158,8 @@ static bool exchange_new(const tensor *like, dl_dtype dtype, int ndim, const int
 }
 
 static bool exchange_empty(call *c, const tensor *like, tensor *made) {
-    static const dl_dtype dtypes[] = {{DL_FLOAT, 32, 1}, {DL_FLOAT, 16, 1}, {DL_BFLOAT, 16, 1}};
     (void)c;
-    return exchange_new(like, dtypes[like->view.dtype], made->view.ndim, made->shape, made);
+    return exchange_new(like, dl_dtypes[made->view.dtype], made->view.ndim, made->shape, made);
 }
 
 static bool exchange_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {

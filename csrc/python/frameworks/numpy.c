@@ -37,7 +37,7 @@ static bool is_bfloat16_loaded(void) {
 }
 
 bool dtype_of_numpy(module_state *state, PyObject *dtype, mv_dtype *out) {
-    for (int i = MV_F32; i <= MV_I64; i++) {
+    for (int i = 0; i < DTYPES; i++) {
         PyObject *made = atomic_load_explicit(&state->numpy_dtypes[i], memory_order_acquire);
         if (!made) made = i == MV_BF16 && !is_bfloat16_loaded() ? NULL : numpy_dtype(state, (mv_dtype)i);
         if (made && (made == dtype || PyObject_RichCompareBool(made, dtype, Py_EQ) == 1)) {
@@ -69,6 +69,8 @@ static bool dtype_of_struct(call *c, tensor *t, const array_struct *array) {
         t->view.dtype = MV_I32;
     else if (array->typekind == 'i' && array->itemsize == 8)
         t->view.dtype = MV_I64;
+    else if (array->typekind == 'b' && array->itemsize == 1)
+        t->view.dtype = MV_BOOL;
     else {
         PyObject *dtype = PyObject_GetAttr(t->object, c->state->names[NAME_DTYPE]);
         const bool found = dtype && dtype_of_numpy(c->state, dtype, &t->view.dtype);
@@ -114,7 +116,8 @@ PyObject *numpy_new(module_state *state, mv_dtype dtype, int ndim, const int64_t
 }
 
 static bool numpy_empty(call *c, const tensor *like, tensor *made) {
-    made->object = numpy_new(c->state, like->view.dtype, made->view.ndim, made->shape);
+    (void)like;
+    made->object = numpy_new(c->state, made->view.dtype, made->view.ndim, made->shape);
     return made->object != NULL;
 }
 

@@ -16,7 +16,7 @@ static PyObject *new_device_array(call *c, int32_t device, const char *dtype, in
 }
 
 bool plain_empty(call *c, const tensor *like, tensor *made) {
-    const mv_dtype dtype = like->view.dtype;
+    const mv_dtype dtype = made->view.dtype;
     const bool cuda = like->view.device.kind == MV_CUDA;
     const int ndim = made->view.ndim;
     made->object = cuda ? new_device_array(c, like->view.device.index, dtype_names[dtype], ndim, made->shape)

@@ -14,11 +14,12 @@ static bool find(void *library, const char *name, void *function) {
 static void *loaded_library(const char *name) { return dlopen(name, RTLD_LAZY | RTLD_NOLOAD); }
 
 static bool find_all(torch_c *found) {
-    static const char *const dtypes[] = {"aoti_torch_dtype_float32", "aoti_torch_dtype_float16",
-                                         "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_uint8"};
+    static const char *const dtypes[] = {
+        "aoti_torch_dtype_float32", "aoti_torch_dtype_float16", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_int32",
+        "aoti_torch_dtype_int64",   "aoti_torch_dtype_bool",    "aoti_torch_dtype_uint8"};
     void *const core = loaded_library("libc10.so"), *const tensors = loaded_library("libtorch_cpu.so"),
                 *const objects = loaded_library("libtorch_python.so");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i <= DTYPES; i++) {
         int32_t (*dtype)(void);
         if (!find(tensors, dtypes[i], &dtype)) return false;
         found->dtypes[i] = dtype();

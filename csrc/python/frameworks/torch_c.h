@@ -58,7 +58,7 @@ typedef struct {
     void (*set_version)(const torch_handle *tensor, const torch_version *version);
     void (*bump_version)(const torch_handle *tensor); /* not of one that has none */
     bool (*is_negated)(const torch_handle *tensor);   /* lazily: its memory holds the values with the other sign */
-    int32_t dtypes[4];                                /* in the order of mv_dtype, then uint8 */
+    int32_t dtypes[DTYPES + 1];                       /* in the order of mv_dtype, then uint8 */
 } torch_c;
 
 extern _Atomic(const torch_c *) torch_c_found; /* once it is */

@@ -10,7 +10,7 @@
 
 /* ---- from C ----------------------------------------------------------------------------------------------------- */
 
-/* False, without an error set, where torch cannot: torch.empty then says why. dtype 3: uint8. */
+/* False, without an error set, where torch cannot: torch.empty then says why. dtype: a mv_dtype, or DTYPES: uint8. */
 static bool make_handle(int dtype, mv_device device, int ndim, const int64_t *shape, const int64_t *strides,
                         tensor *made) {
     const torch_c *torch = torch_c_functions();
@@ -87,7 +87,7 @@ static PyObject *make_parts(make_part *make, torch_handle *packed, const tensor 
 
 /* ---- through Python --------------------------------------------------------------------------------------------- */
 
-/* dtype=, device= for torch.empty. dtype 3: uint8. Borrowed. */
+/* dtype=, device= for torch.empty, of the same dtypes. Borrowed. */
 static PyObject *options_for(module_state *state, int dtype, mv_device device) {
     const int place = device.kind == MV_CPU ? 0 : 1 + device.index;
     if (place > MAX_CUDA_DEVICES)
@@ -141,7 +141,7 @@ static PyObject *call_split(call *c, const tensor *out, const head_counts *n) {
 /* ---- either ----------------------------------------------------------------------------------------------------- */
 
 bool torch_empty(call *c, const tensor *like, tensor *made) {
-    const int dtype = (int)like->view.dtype, ndim = made->view.ndim;
+    const int dtype = (int)made->view.dtype, ndim = made->view.ndim;
     if (make_handle(dtype, like->view.device, ndim, made->shape, made->strides, made)) return true;
     made->object = call_empty(c, dtype, like->view.device, ndim, made->shape);
     return made->object != NULL;
@@ -149,7 +149,7 @@ bool torch_empty(call *c, const tensor *like, tensor *made) {
 
 bool torch_scratch(call *c, const tensor *like, size_t bytes, tensor *made) {
     const int64_t size = (int64_t)bytes, stride = 1;
-    const int dtype = TORCH_UINT8 - TORCH_DTYPES;
+    const int dtype = DTYPES;
     if (make_handle(dtype, like->view.device, 1, &size, &stride, made)) return true;
     made->object = call_empty(c, dtype, like->view.device, 1, &size);
     PyObject *pointer = made->object ? PyObject_CallMethod(made->object, "data_ptr", NULL) : NULL;

@@ -3,10 +3,14 @@
 
 #include "../base/refusals.h"
 
-const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
+const char *const dtype_names[] = {"float32", "float16", "bfloat16", "int32", "int64", "bool"};
+const dl_dtype dl_dtypes[] = {
+    [MV_F32] = {DL_FLOAT, 32, 1}, [MV_F16] = {DL_FLOAT, 16, 1}, [MV_BF16] = {DL_BFLOAT, 16, 1},
+    [MV_I32] = {DL_INT, 32, 1},   [MV_I64] = {DL_INT, 64, 1},   [MV_BOOL] = {DL_BOOL, 8, 1}};
 
 static int itemsize_log2(mv_dtype dtype) {
-    static const unsigned char powers[] = {[MV_F32] = 2, [MV_F16] = 1, [MV_BF16] = 1, [MV_I32] = 2, [MV_I64] = 3};
+    static const unsigned char powers[] = {
+        [MV_F32] = 2, [MV_F16] = 1, [MV_BF16] = 1, [MV_I32] = 2, [MV_I64] = 3, [MV_BOOL] = 0};
     return powers[dtype];
 }
 
@@ -65,14 +69,9 @@ static bool refuse_dl_dtype(call *c, tensor *t, dl_dtype dtype) {
 }
 
 static bool find_dtype(dl_dtype dtype, mv_dtype *found) {
-    static const dl_dtype dtypes[] = {[MV_F32] = {DL_FLOAT, 32, 1},
-                                      [MV_F16] = {DL_FLOAT, 16, 1},
-                                      [MV_BF16] = {DL_BFLOAT, 16, 1},
-                                      [MV_I32] = {DL_INT, 32, 1},
-                                      [MV_I64] = {DL_INT, 64, 1}};
-    for (int i = MV_F32; i <= MV_I64; i++) {
+    for (int i = 0; i < DTYPES; i++) {
         *found = (mv_dtype)i;
-        if (dtype.code == dtypes[i].code && dtype.bits == dtypes[i].bits && dtype.lanes == 1) return true;
+        if (dtype.code == dl_dtypes[i].code && dtype.bits == dl_dtypes[i].bits && dtype.lanes == 1) return true;
     }
     return false;
 }

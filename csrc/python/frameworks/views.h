@@ -5,10 +5,11 @@
 #include "../base/call.h"
 #include "dlpack_abi.h"
 
-extern const char *const dtype_names[3]; /* of floats, in the order of mv_dtype */
+extern const char *const dtype_names[DTYPES]; /* in the order of mv_dtype */
+extern const dl_dtype dl_dtypes[DTYPES];
 
-/* May t have it: is it one of integers where these are wanted, else of floats? */
-static inline bool is_wanted(const tensor *t, mv_dtype dtype) { return (dtype >= MV_I32) == t->integers; }
+/* May t have it: is it what t is to hold? */
+static inline bool is_wanted(const tensor *t, mv_dtype dtype) { return t->holds == contents_of(dtype); }
 
 bool view_of_dl_tensor(call *c, tensor *t, const dl_tensor *source);
 bool check_view(call *c, tensor *t); /* what every view must be: data where there are elements, aligned, few dims */

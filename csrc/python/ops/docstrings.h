@@ -174,6 +174,24 @@
     "last. A slot that is negative or outside of the cache is skipped. No two tokens may have the same one.\n"         \
     "eps, weight_offset, rounding, kernel: as in rms_norm.\n\n" DOC_TENSORS "\n" DOC_ERRORS
 
+#define DOC_greedy_tokens                                                                                              \
+    "greedy_tokens($module, logits, *, finished=None, ends=None, pad=None, history=None, counts=None, "                \
+    "positions=None, "                                                                                                 \
+    "out=None, kernel=None)\n--\n\n"                                                                                   \
+    "The token with the largest logit of each row, as torch.argmax finds it, and what follows the choice, in one "     \
+    "call\n\n"                                                                                                         \
+    "logits: [..., vocabulary], float32, float16 or bfloat16; any strides of the leading dimensions, the last\n"       \
+    "contiguous. Returns out, int64 [...]: of equal logits the first counts, and NaN is the largest of all.\n"         \
+    "What else is given is brought up to date in place, with one number for each row, and read when the kernel "       \
+    "runs:\n"                                                                                                          \
+    "finished (bool [...]), with ends (bool [vocabulary]) and pad (int64 [] or [1]): a row that is finished gets "     \
+    "pad\n"                                                                                                            \
+    "in place of its token, and one whose token is in ends is finished from then on. history (int64 [..., length]),\n" \
+    "with counts (int64 [...]): the token goes to history[..., counts] where there is such a place, and counts grow\n" \
+    "by 1. positions (int64 [...]) grow by 1. A pad outside of the vocabulary ends nothing. Without rows nothing is\n" \
+    "done. out, and what is brought up to date, must overlap nothing else. kernel: a name of "                         \
+    "kernels().\n\n" DOC_TENSORS "\n" DOC_ERRORS
+
 #define DOC_CALL_LAYER                                                                                                 \
     "__call__($self, x, *, residual=None, out=None, residual_out=None)\n--\n\n"                                        \
     "x: [..., hidden] -> (q, k, v): [..., heads, head_dim] each; with a residual (q, k, v, residual_out)."

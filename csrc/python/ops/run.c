@@ -13,7 +13,7 @@ bool run_plan(call *c, mv_plan *plan, const mv_view *x, mv_view *const *slots, i
     for (int i = 0; i < plan->outputs; i++) {
         const mv_output *output = &plan->output[i];
         const bool several = i == 0 && last_count > 0;
-        if (!provide(c, output->name, slots[i], output->like, several ? last_count : 1,
+        if (!provide(c, output, slots[i], several ? last_count : output->columns > 0,
                      several ? last : &output->columns))
             return false;
         memory.output[i] = slots[i]->data;

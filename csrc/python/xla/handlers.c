@@ -91,6 +91,7 @@ static bool take_view(reader *r, int64_t i, mv_device device, mv_view *view) {
     case XLA_BF16: view->dtype = MV_BF16; return true;
     case XLA_S32: view->dtype = MV_I32; return true;
     case XLA_S64: view->dtype = MV_I64; return true;
+    case XLA_PRED: view->dtype = MV_BOOL; return true;
     default:
         return fail(r, XLA_INVALID_ARGUMENT, "argument %d has XLA's dtype %d, which no op takes", (int)i,
                     buffer->dtype);
@@ -117,12 +118,13 @@ static bool take_result(reader *r, int64_t i, int dtype, int64_t wanted, void **
 
 /* The results in their order: the plan's outputs, what is in place, then scratch. */
 static bool take_memory(reader *r, const mv_plan *plan, mv_memory *memory) {
-    static const int dtypes[] = {[MV_F32] = XLA_F32, [MV_F16] = XLA_F16, [MV_BF16] = XLA_BF16};
+    static const int dtypes[] = {[MV_F32] = XLA_F32, [MV_F16] = XLA_F16, [MV_BF16] = XLA_BF16,
+                                 [MV_I32] = XLA_S32, [MV_I64] = XLA_S64, [MV_BOOL] = XLA_PRED};
     for (int i = 0; i < plan->outputs; i++) {
         const mv_output *output = &plan->output[i];
         const mv_view *like = output->like;
-        const int64_t wanted = elements(like->ndim - 1, like->shape) * output->columns;
-        if (!take_result(r, i, dtypes[like->dtype], wanted, &memory->output[i])) return false;
+        const int64_t wanted = elements(like->ndim - 1, like->shape) * (output->columns > 0 ? output->columns : 1);
+        if (!take_result(r, i, dtypes[output->dtype], wanted, &memory->output[i])) return false;
     }
     const size_t scratch = xla_scratch_bytes(plan);
     if (!take_result(r, r->frame->results.count - 1, XLA_U8, (int64_t)scratch, &memory->workspace)) return false;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../base/refusals.h"
+#include "../frameworks/views.h"
 
 static PyObject *attribute_value(const parameter *p, const op_args *args) {
     const void *field = (const char *)args + p->offset;
@@ -42,23 +43,24 @@ static PyObject *attributes_of(const op *o, op_args *args) {
     return dict;
 }
 
-static PyObject *shape_of(const mv_output *output) {
-    const int dims = output->like->ndim;
+/* (shape, dtype) */
+static PyObject *output_of(const mv_output *output) {
+    const int lead = output->like->ndim - 1, dims = lead + (output->columns > 0);
     PyObject *shape = PyTuple_New(dims);
     for (int d = 0; shape && d < dims; d++) {
-        PyObject *size = PyLong_FromLongLong(d < dims - 1 ? output->like->shape[d] : output->columns);
+        PyObject *size = PyLong_FromLongLong(d < lead ? output->like->shape[d] : output->columns);
         if (!size || PyTuple_SetItem(shape, d, size) < 0) Py_CLEAR(shape);
     }
-    return shape;
+    return shape ? Py_BuildValue("(Ns)", shape, dtype_names[output->dtype]) : NULL;
 }
 
-static PyObject *shapes_of(const mv_plan *plan) {
-    PyObject *shapes = PyTuple_New(plan->outputs);
-    for (int i = 0; shapes && i < plan->outputs; i++) {
-        PyObject *shape = shape_of(&plan->output[i]);
-        if (!shape || PyTuple_SetItem(shapes, i, shape) < 0) Py_CLEAR(shapes);
+static PyObject *outputs_of(const mv_plan *plan) {
+    PyObject *outputs = PyTuple_New(plan->outputs);
+    for (int i = 0; outputs && i < plan->outputs; i++) {
+        PyObject *output = output_of(&plan->output[i]);
+        if (!output || PyTuple_SetItem(outputs, i, output) < 0) Py_CLEAR(outputs);
     }
-    return shapes;
+    return outputs;
 }
 
 static const op *op_named(PyObject *name) {
@@ -88,7 +90,7 @@ PyObject *py_plan(PyObject *module, PyObject *const *given, Py_ssize_t count, Py
         for (int i = 0; i < c.count; i++) c.tensors[i].slot->device = device;
         if (check_status(o->plan(&args, &plan, &error), &error)) {
             PyObject *in_out = plan.weight_layout == MV_LAYOUT_IN_OUT ? Py_True : Py_False;
-            result = Py_BuildValue("(NOnN)", shapes_of(&plan), in_out, (Py_ssize_t)xla_scratch_bytes(&plan),
+            result = Py_BuildValue("(NOnN)", outputs_of(&plan), in_out, (Py_ssize_t)xla_scratch_bytes(&plan),
                                    attributes_of(o, &args));
         }
     }

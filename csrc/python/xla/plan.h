@@ -22,9 +22,9 @@ static inline int xla_views(const parameter *p, op_args *args, mv_view **views) 
     return p->role == OUTPUT || p->role == OPTION ? 0 : count_views(p->kind);
 }
 
-/* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (shapes, in_out, scratch_bytes, attributes). The arguments
- * are checked in the words of the op. shapes: of the outputs. in_out: the weights are [hidden, out]. For XLA: the bytes
- * of a result that serves as scratch, and the options. */
+/* _plan(op, GPU or -1 for the CPU, the op's arguments) -> (outputs, in_out, scratch_bytes, attributes). The arguments
+ * are checked in the words of the op. outputs: (shape, dtype) of each. in_out: the weights are [hidden, out]. For XLA:
+ * the bytes of a result that serves as scratch, and the options. */
 fast_function py_plan;
 
 #endif
