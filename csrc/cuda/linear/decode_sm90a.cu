@@ -173,7 +173,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
     const auto await_copies = [&] {
-        /* The weights are mostly there by now, but a look at each slot takes time: here the tokens are not there yet. */
+        /* The weights are mostly there by now, but a look at each slot takes time, and the tokens are not there yet. */
         if (split.resident)
 #pragma unroll 1
             for (int slot = 0; slot < steps; slot++) mbarrier_wait(full + slot * 8, 0);
