@@ -5,7 +5,8 @@
 A chain walks over the weights of enough layers that none is in L2 when it is read again, in a replayed CUDA graph with
 programmatic launch; every kernel waits for the one before it. What the layer takes beyond the sum of its kernels is
 what they do to each other: instructions that are no longer in the caches of an SM, and weights that cannot be on their
-way yet. `read` is one kernel for each weight and for the keys and values, which only reads it.
+way yet. The rounding is that of the norms, of attention and of gate and up; o_proj and down, which add a residual, have
+their default. `read` is one kernel for each weight and for the keys and values, which only reads it.
 """
 
 import argparse

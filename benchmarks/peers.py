@@ -5,7 +5,6 @@ import numpy as np
 from minivllm.testing.points import DTYPES as DTYPES
 
 EPS = 1e-6
-
 COMPILE_MODES = {"torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
 
 

@@ -96,7 +96,8 @@ enum class DecodeForm { kNorm, kLate, kPlain };
 template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ void __launch_bounds__(kThreads, 2)
     decode_sm90a_kernel(const __grid_constant__ mv_task task, const __grid_constant__ DecodeSplit split) {
     constexpr bool kLate = kForm == DecodeForm::kLate, kPlain = kForm == DecodeForm::kPlain;
-    using Product = ::PieceProduct<T, kTokens, kForm == DecodeForm::kNorm ? 2 : 4>;
+    constexpr int kMostChains = kForm == DecodeForm::kNorm ? 2 : 4; /* a norm takes the registers of more */
+    using Product = ::PieceProduct<T, kTokens, kMostChains>;
     using DecodeFixed = ::DecodeFixed<kTokens>;
     extern __shared__ __align__(128) char shared[];
     DecodeFixed *const fixed = reinterpret_cast<DecodeFixed *>(shared);
@@ -173,7 +174,8 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
 
     constexpr int kLanes = kTokens == 16 ? 16 : 32;
     const auto await_copies = [&] {
-        /* The weights are mostly there by now, but a look at each slot takes time, and the tokens are not there yet. */
+        /* The weights have mostly arrived by now. Asking each slot takes time all the same, which is hidden here, while
+         * the tokens are still on their way. */
         if (split.resident)
 #pragma unroll 1
             for (int slot = 0; slot < steps; slot++) mbarrier_wait(full + slot * 8, 0);

@@ -14,9 +14,10 @@ template <typename T> constexpr int kPieceColumns = 128 / sizeof(T);
  * that the eight lanes that read 4 chunks of two neighbouring rows meet no bank twice. */
 __device__ __forceinline__ int swapped(int row, int chunk) { return chunk ^ (row % 2 * 4); }
 
-/* How a warp multiplies a piece by kTokens tokens. kMostChains: sums for each output that the caller has registers for;
- * the products of one wait for each other. 16-bit values: by the tensor cores, the piece being the wide
- * operand. A lane's sums: of every tile of 8 tokens, four; their rows and tokens are those of mma_m16n8k16. */
+/* How a warp multiplies a piece by kTokens tokens. A product waits for the one before it that adds to the same sum, so
+ * an output's sum is taken in several parts, as many as the caller has registers for: at most kMostChains. 16-bit
+ * values: by the tensor cores, the piece being the wide operand. A lane's sums: of every tile of 8 tokens, four; their
+ * rows and tokens are those of mma_m16n8k16. */
 template <typename T, int kTokens, int kMostChains> struct PieceProduct {
     static constexpr int kTiles = kTokens / 8;
     static constexpr int kChains = kTiles == 1 ? kMostChains : 1; /* sums that do not wait for each other: 1, 2 or 4 */
