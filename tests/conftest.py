@@ -1,5 +1,7 @@
 """Fixtures: the kernels that exist, the devices that do, and why the others are skipped."""
 
+import sys
+
 import pytest
 from frameworks import TORCH_CUDA, native
 from processes import SANITIZED
@@ -141,6 +143,16 @@ def cuda_torch():
     if reason := TORCH_CUDA.why_not():
         pytest.skip(reason)
     return TORCH_CUDA.torch
+
+
+@pytest.fixture(autouse=True)
+def gigabytes_given_back(request):
+    """After a test on a GPU torch keeps no more than a gigabyte: other processes of the run need the memory."""
+    yield
+    if request.node.get_closest_marker("gpu") and "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda
+        if cuda.is_initialized() and cuda.memory_reserved() > 2**30:
+            cuda.empty_cache()
 
 
 @pytest.fixture

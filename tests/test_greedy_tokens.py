@@ -213,8 +213,6 @@ def test_rows_far_apart(kernel, framework):
         kind = framework.dtype(short_dtype(kernel.dtype))
         logits = framework.torch.empty_strided((2, 100), (2**31 + 64, 1), dtype=kind, device="cuda").normal_()
         assert minivllm.greedy_tokens(logits, kernel=kernel.name).equal(logits.argmax(-1))
-        del logits
-        framework.torch.cuda.empty_cache()  # other processes need the gigabytes
         return
     dtype = framework.dtype(short_dtype(kernel.dtype))
     logits = sparse_rows(3, 100, dtype.itemsize, dtype)

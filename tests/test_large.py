@@ -118,8 +118,6 @@ def test_more_than_two_to_the_31_elements(cuda_torch):
     for chunk in out.split(65536):
         squares = chunk.float().square().mean(-1)
         assert (squares - 1).abs().max().item() < 0.02
-    del out, x, chunk, squares
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
@@ -137,8 +135,6 @@ def test_a_large_projection(cuda_torch, batch_invariant):
     for start in (0, 2**31 // 1024 - 64, tokens - 128):
         exact = normed[start : start + 128].double() @ matrix.double().T
         assert (out[start : start + 128].double() - exact).abs().max().item() < 0.02, f"token {start}"
-    del x, out, normed
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
@@ -160,8 +156,6 @@ def test_a_projection_of_tokens_far_apart(cuda_torch):
             continue
         near = minivllm.rms_norm_qkv(x.contiguous(), norm_weight, matrix, 3, 1, kernel=row.name)
         assert torch.equal(out.reshape(2, 3, 5, 8)[..., :3, :], near[0]), row.name
-    del x, out
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
@@ -177,5 +171,3 @@ def test_rows_far_apart_with_a_late_row_factor(cuda_torch):
     minivllm.rms_norm_qkv(x, norm_weight, matrix, 3, 1, out=out, **options)
     near = minivllm.rms_norm_qkv(x.contiguous(), norm_weight, matrix, 3, 1, **options)
     assert torch.equal(out, torch.cat([part.flatten(1) for part in near], 1))
-    del x, out
-    torch.cuda.empty_cache()

@@ -186,6 +186,15 @@ def test_inline_assembly_lives_in_the_device_vocabulary():
             assert not re.search(r"\basm\b", path.read_text()), f"{path.name}: PTX belongs to {VOCABULARY}"
 
 
+def test_loads_that_the_compiler_may_move_are_not_used():
+    """__ldcg and its like are not volatile for 16-bit floats: nothing keeps them behind the wait for the kernel in
+    front, or inside the condition that guards them. load_past_l1 of arch/ptx.cuh is."""
+    for path in SOURCES:
+        if folder_of(path) == "cuda":
+            code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+            assert not (found := re.findall(r"\b__ld\w+", code)), f"{path.name}: {found}"
+
+
 # The ops are the files of csrc/ops that hold a list of kernels.
 OPS = [path.stem for path in (CSRC / "ops").glob("*.c") if re.search(r"define \w+_KERNELS\(", path.read_text())]
 BODY = re.compile(r'define BODY "([^"]+)"')

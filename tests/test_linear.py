@@ -319,6 +319,51 @@ def test_jax():
     assert_same_bits(np.asarray(each).reshape(6, 40), np.asarray(ops.linear_add(x, weight, residual)))
 
 
+@pytest.mark.rows("linear_add", "cuda")
+@pytest.mark.parametrize("outputs", [896, 6144])
+def test_addends_that_the_kernel_in_front_writes(kernel, outputs, cuda_torch):
+    """That one lets the call begin at once, and takes several times as long: what is read too early is of the round
+    before."""
+    torch, dtype, hidden = cuda_torch, getattr(cuda_torch, kernel.dtype), 896
+
+    def drawn(*shape):
+        return (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
+
+    weight, front = drawn(outputs, hidden), drawn(outputs, 8192)
+    taken = 0
+    for tokens in (1, 5, 16, 33, 130):
+        x, sources, residual = drawn(tokens, hidden), [drawn(tokens, 8192) for _ in range(2)], drawn(tokens, outputs)
+        out = torch.empty_like(residual)
+
+        def call(source, options, x=x, residual=residual, out=out):
+            minivllm.linear(source, front, weight_layout="out_in", out=residual, **options)
+            minivllm.linear_add(
+                x, weight, residual, weight_layout="out_in", out=out, kernel=kernel.name, static_weights=True
+            )
+
+        wanted = []
+        try:
+            for source in sources:
+                call(source, {})
+                torch.cuda.synchronize()
+                wanted.append(out.clone())
+        except ValueError as error:
+            assert "cannot serve this call" in str(error)
+            continue
+        taken += 1
+        assert not wanted[0].equal(wanted[1])
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(40):
+                call(sources[i % 2], {"static_weights": True})
+                wrong += (out != wanted[i % 2]).any()
+        for _ in range(10):
+            graph.replay()
+        assert int(wrong) == 0, f"{tokens} tokens: {int(wrong)} of 400 calls"
+    assert taken
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -249,7 +249,6 @@ inline unsigned __reduce_min_sync(unsigned, unsigned value) {
 using std::isinf;
 using std::max;
 using std::min;
-template <typename T> T __ldcg(const T *p) { return *p; }
 template <typename T> void __stcg(T *p, T value) { *p = value; }
 template <typename T> T atomicAdd(T *p, int value) {
     const T before = *p;

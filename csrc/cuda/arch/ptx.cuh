@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 /* Waits until the kernels this one depends on have finished and their writes are visible. */
 __device__ __forceinline__ void griddepcontrol_wait() {
@@ -62,9 +63,37 @@ __device__ __forceinline__ uint4 load_past_l1(const void *p, bool wanted) {
     return v;
 }
 
+/* One value past L1, of 2, 4, 8 or 16 bytes. This is not __ldcg, whose asm is not volatile for 16-bit floats: the
+ * compiler has moved one in front of the wait for the kernel before, and out of the condition that guarded it. */
+template <typename T> __device__ __forceinline__ T load_past_l1(const T *p) {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    T value;
+    if constexpr (sizeof(T) == 2) {
+        uint16_t bits;
+        asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(p) : "memory");
+        memcpy(&value, &bits, sizeof bits);
+    } else if constexpr (sizeof(T) == 4) {
+        uint32_t bits;
+        asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
+        memcpy(&value, &bits, sizeof bits);
+    } else if constexpr (sizeof(T) == 8) {
+        uint2 bits;
+        asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(p) : "memory");
+        memcpy(&value, &bits, sizeof bits);
+    } else {
+        uint4 bits;
+        asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                     : "l"(p)
+                     : "memory");
+        memcpy(&value, &bits, sizeof bits);
+    }
+    return value;
+}
+
 /* What the kernel in front may still be writing: good only to aim a prefetch, within bounds that are checked. It does
  * not stay in L1, where the load that counts would find it. */
-template <typename T> __device__ __forceinline__ T load_to_aim(const T *p) { return __ldcg(p); }
+template <typename T> __device__ __forceinline__ T load_to_aim(const T *p) { return load_past_l1(p); }
 
 /* How soon L2 drops what a load brings: as usual, or after everything else. */
 __device__ __forceinline__ uint64_t l2_policy(bool last) {

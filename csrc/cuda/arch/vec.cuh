@@ -35,8 +35,8 @@ template <typename T> __device__ __forceinline__ float load_as(const void *p, mv
 
 /* The same past L1: for what may be read before the wait for the previous kernel. */
 template <typename T> __device__ __forceinline__ float load_as_past_l1(const void *p, mv_dtype dtype, int64_t i) {
-    return dtype == MV_F32 ? __ldcg(static_cast<const float *>(p) + i)
-                           : to_float(__ldcg(static_cast<const T *>(p) + i));
+    return dtype == MV_F32 ? load_past_l1(static_cast<const float *>(p) + i)
+                           : to_float(load_past_l1(static_cast<const T *>(p) + i));
 }
 
 /* 16 bytes of consecutive values, kept as they come from memory: taking a packet apart is left to where a value is
@@ -95,7 +95,7 @@ template <typename T> __device__ __forceinline__ Packet<T> as_packet(uint4 bits)
 /* Through L1, or past it: for what may be read before the wait for the previous kernel. */
 enum class Through { kL1, kL2 };
 template <Through kThrough, typename T> __device__ __forceinline__ T load_through(const T *p) {
-    if constexpr (kThrough == Through::kL2) return __ldcg(p);
+    if constexpr (kThrough == Through::kL2) return load_past_l1(p);
     return *p;
 }
 

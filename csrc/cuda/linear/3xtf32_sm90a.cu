@@ -54,7 +54,7 @@ template <typename T> __device__ __forceinline__ bool join_parts(const Tf32Produ
         for (unsigned a = 0; a < kAtOnce; a++) {
             const float *const from = part_of(min(cta + a, last));
 #pragma unroll
-            for (int i = 0; i < T::sums; i++) part[a][i] = __ldcg(from + i * kConsumers);
+            for (int i = 0; i < T::sums; i++) part[a][i] = load_past_l1(from + i * kConsumers);
         }
 #pragma unroll
         for (unsigned a = 0; a < kAtOnce; a++)
@@ -97,7 +97,7 @@ store_tf32_outputs(const Tf32Product &p, const Tf32Place &place, int first, cons
     };
     const auto finished = [&](float sum, int lower, const float *addends) {
         if constexpr (!kAdds) return finish_output<float>(sum, bias[lower]);
-        return join_addend<float>(p.task, sum + bias[lower], __ldcg(addends + 8 * lower));
+        return join_addend<float>(p.task, sum + bias[lower], load_past_l1(addends + 8 * lower));
     };
     float none = 0;     /* times a sum: NaN, if that is not finite */
     uint64_t later = 0; /* outputs that are not stored yet: they may lie where their addends do */

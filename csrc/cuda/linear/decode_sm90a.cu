@@ -168,7 +168,7 @@ template <typename T, int kTokens, int kRowTiles, DecodeForm kForm> __global__ v
             const int token = static_cast<int>(threadIdx.x) / kRowSlots + i * kAtOnce;
             if (token < share.tokens)
                 addend[i] = to_float(
-                    __ldcg(token_row<const T>(task.linear.addend, share.first + token) + first_row + base + row));
+                    load_past_l1(token_row<const T>(task.linear.addend, share.first + token) + first_row + base + row));
         }
     };
 

@@ -61,7 +61,7 @@ template <typename T> __device__ __forceinline__ const T *addend_row(const mv_ta
 }
 
 template <typename T> __device__ __forceinline__ float load_addend(const mv_task &task, int64_t token, int64_t n) {
-    return to_float(__ldcg(addend_row<T>(task, token) + n));
+    return to_float(load_past_l1(addend_row<T>(task, token) + n));
 }
 
 /* An output of a task that may have addends: this is what was loaded, if so. */

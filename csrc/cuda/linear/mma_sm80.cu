@@ -108,17 +108,17 @@ __device__ __forceinline__ Packet<T> load_addends(const T *from, int64_t left, b
     const int first = output_of<kInOut>(0), second = output_of<kInOut>(1);
     Packet<T> packet = {};
     if (whole && !kInOut) {
-        const uint2 bits = __ldcg(reinterpret_cast<const uint2 *>(from + first));
+        const uint2 bits = load_past_l1(reinterpret_cast<const uint2 *>(from + first));
         packet.word[0] = bits.x, packet.word[1] = bits.y;
     } else if (whole) {
-        packet.word[0] = __ldcg(reinterpret_cast<const uint32_t *>(from + first));
-        packet.word[1] = __ldcg(reinterpret_cast<const uint32_t *>(from + second));
+        packet.word[0] = load_past_l1(reinterpret_cast<const uint32_t *>(from + first));
+        packet.word[1] = load_past_l1(reinterpret_cast<const uint32_t *>(from + second));
     } else {
         const uint16_t *halves = reinterpret_cast<const uint16_t *>(from);
 #pragma unroll
         for (int v = 0; v < 4; v++) {
             const int n = (v < 2 ? first : second) + v % 2;
-            if (n < left) packet.word[v / 2] |= static_cast<uint32_t>(__ldcg(halves + n)) << (v % 2 * 16);
+            if (n < left) packet.word[v / 2] |= static_cast<uint32_t>(load_past_l1(halves + n)) << (v % 2 * 16);
         }
     }
     return packet;

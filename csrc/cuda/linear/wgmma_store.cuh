@@ -126,13 +126,13 @@ template <typename T, typename Tile> struct RowAddends {
         const uint16_t *const halves = reinterpret_cast<const uint16_t *>(from);
 #pragma unroll
         for (int j = 0; j < Tile::own_outputs / 8; j++)
-            pair[j] = from && whole ? __ldcg(reinterpret_cast<const uint32_t *>(from + 8 * j + first)) : 0;
+            pair[j] = from && whole ? load_past_l1(reinterpret_cast<const uint32_t *>(from + 8 * j + first)) : 0;
         if (!from || whole) return;
 #pragma unroll
         for (int j = 0; j < Tile::own_outputs / 8; j++) {
             const int n = 8 * j + first;
-            if (n < outputs) pair[j] = __ldcg(halves + n);
-            if (n + 1 < outputs) pair[j] |= static_cast<uint32_t>(__ldcg(halves + n + 1)) << 16;
+            if (n < outputs) pair[j] = load_past_l1(halves + n);
+            if (n + 1 < outputs) pair[j] |= static_cast<uint32_t>(load_past_l1(halves + n + 1)) << 16;
         }
     }
 

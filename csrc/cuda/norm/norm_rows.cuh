@@ -42,7 +42,7 @@ static inline bool norm_rows_fit(const mv_task *task) {
 
 /* Packets that are whole and aligned, 16 bytes in one instruction. */
 template <typename T> __device__ __forceinline__ Packet<T> load_whole(const T *p) {
-    return as_packet<T>(__ldcg(reinterpret_cast<const uint4 *>(p)));
+    return as_packet<T>(load_past_l1(reinterpret_cast<const uint4 *>(p)));
 }
 template <typename T> __device__ __forceinline__ void store_whole(T *p, const Packet<T> &packet) {
     __stcg(reinterpret_cast<uint4 *>(p), make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]));
