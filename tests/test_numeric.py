@@ -42,3 +42,13 @@ def test_the_other_rounding_is_outside(dtype, hidden):
     numeric.assert_within(round_to(expected, dtype), expected, bound)
     with pytest.raises(AssertionError, match="are wrong"):
         numeric.assert_within(round_to(once, dtype), expected, bound)
+
+
+@pytest.mark.gpu
+def test_large_products_on_a_gpu(cuda_torch):
+    """They are those of NumPy, whose sums have another order."""
+    cuda_torch.cuda.init()
+    a, weight = normal((1200, 1024), "f32", "a")[::-1], normal((1000, 1024), "f32", "weight")
+    assert a.size * len(weight) >= reference.LARGE
+    bound = 1024 * 2.0**-53 * (abs(a) @ abs(weight).T)
+    numeric.assert_within(reference.times_rows(a, weight), a @ weight.T, 2 * bound)

@@ -42,6 +42,7 @@ from .reference import (
     rms_norm,
     round_to,
     rounds_each_step,
+    times_rows,
 )
 
 UNIT_F32 = 2.0**-24
@@ -109,7 +110,8 @@ def tolerance(
     if weight is None:
         spread = error
     else:
-        spread = xp.minimum(LAMBDA * xp.sqrt(error**2 @ (weight**2).T), error @ abs(weight).T)
+        squares, sums = times_rows(error**2, weight**2), times_rows(error, abs(weight))
+        spread = xp.minimum(LAMBDA * xp.sqrt(squares), sums)
     return quantum(result, dtype) / 2 + 2 * UNIT_F32 * abs(result) + spread
 
 

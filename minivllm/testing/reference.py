@@ -11,6 +11,7 @@ Each op comes in two forms, chosen by `dtype`:
 """
 
 import math
+import sys
 
 import numpy as np
 
@@ -26,6 +27,21 @@ def namespace(x):
 
         return torch
     return np
+
+
+LARGE = 2**30  # products of two numbers, from which on a GPU is asked
+
+
+def times_rows(a, weight):
+    """a @ weight.T in float64, a [..., k] and weight [n, k]. What is large in NumPy is computed by torch on its GPU, in
+    float64 as well, where the process uses one: it takes a CPU seconds."""
+    if namespace(a) is np and a.size * len(weight) >= LARGE and "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():
+            a, weight = (torch.tensor(np.ascontiguousarray(each), device="cuda") for each in (a, weight))
+            return (a @ weight.T).cpu().numpy()
+    return a @ weight.T
 
 
 def to_float64(x, keep_on_device: bool = False):
@@ -114,7 +130,7 @@ def rms_norm_qkv(
         dtype=dtype,
         round_last=rounds_each_step(rounding),
     )
-    out = y @ qkv_weight.T
+    out = times_rows(y, qkv_weight)
     if bias is not None:
         out = out + bias
     return (_rounder(dtype)(out) if round_last else out), y, s
@@ -162,7 +178,7 @@ def linear(x, weight, *, bias=None, residual=None, scale=1.0, rounding="hf", dty
     only where scale is not 1.
     """
     rn = _rounder(dtype)
-    sums = x @ weight.T if bias is None else x @ weight.T + bias
+    sums = times_rows(x, weight) if bias is None else times_rows(x, weight) + bias
     out = sums
     if residual is not None:
         inner = rn if rounds_each_step(rounding) else _rounder(None)
