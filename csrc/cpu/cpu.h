@@ -16,6 +16,9 @@ extern "C" {
  * "avx512", "avx512bf16", "amx", "neon". False for any other name. */
 bool mv_cpu_supports(const char *isa);
 
+/* True on AMD's Zen 4, whose vectors of AVX-512 take two turns. */
+bool mv_cpu_is_zen4(void);
+
 /* What the projection kernels of an instruction set make of a task: all can serve it. */
 mv_decide mv_decode_avx512bf16_decide, mv_decode_avx512_decide, mv_decode_avx2_decide, mv_decode_neon_decide,
     mv_decode_portable_decide;

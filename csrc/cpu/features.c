@@ -30,6 +30,7 @@ static struct {
 enum { ISA_PORTABLE, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_AMX, ISA_NEON, ISA_COUNT };
 
 static char feature_names[96];
+static bool zen4;
 static pthread_once_t asked = PTHREAD_ONCE_INIT;
 
 #if defined(__x86_64__)
@@ -56,6 +57,7 @@ static void ask_cpu(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
     const bool fma_f16c = (c & bit_FMA) && (c & bit_F16C);
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff); /* 0x19: Zen 3, which lacks AVX-512, and Zen 4 */
     const uint64_t saved = saved_registers();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
@@ -66,6 +68,7 @@ static void ask_cpu(void) {
     const bool amx_here = (d & amx) == amx && (saved & tile_state) == tile_state;
     const unsigned bit_bf16 = 1u << 5; /* leaf 7, subleaf 1, EAX */
     const bool bf16_here = last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_bf16);
+    zen4 = avx512_here && family == 0x19 && __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
     instruction_sets[ISA_AVX2].usable = avx2_here;
     instruction_sets[ISA_AVX512].usable = avx512_here;
     instruction_sets[ISA_AVX512BF16].usable = avx512_here && bf16_here;
@@ -93,6 +96,11 @@ bool mv_cpu_supports(const char *isa) {
     for (int i = 0; i < ISA_COUNT; i++)
         if (strcmp(isa, instruction_sets[i].isa) == 0) return instruction_sets[i].usable;
     return false;
+}
+
+bool mv_cpu_is_zen4(void) {
+    pthread_once(&asked, ask_once);
+    return zen4;
 }
 
 const char *mv_cpu_features(void) {

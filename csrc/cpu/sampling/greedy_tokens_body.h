@@ -20,8 +20,8 @@ MV_INLINE bool MV_NAME(may_exceed, DTYPE)(const ELEMENT *logits, float most) {
     float of_lane[LANES], sum_of_lane[LANES];
     v_store_f32(of_lane, v_max(largest[0], largest[1]), LANES);
     v_store_f32(sum_of_lane, v_add(sum[0], sum[1]), LANES);
-    bool may = false;
-    for (int lane = 0; lane < LANES; lane++) may = may || of_lane[lane] > most || isnan(sum_of_lane[lane]);
+    int may = 0; /* without branches: the compiler makes vectors of it */
+    for (int lane = 0; lane < LANES; lane++) may |= (of_lane[lane] > most) | (sum_of_lane[lane] != 0);
     return may;
 }
 
