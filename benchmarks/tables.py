@@ -159,6 +159,7 @@ SUMMARY = (
     ("cuda", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 512}),
     ("cpu", "rms_norm_qkv", {"shape": "qwen3-8b", "tokens": 1}),
     ("cuda", "step", {"shape": "qwen3-0.6b", "tokens": 1, "context": 512}),
+    ("cpu", "step", {"shape": "qwen3-0.6b", "tokens": 1, "context": 512}),
 )
 
 
@@ -197,6 +198,7 @@ def figures(results: Results) -> str:
         picture("img", "cpu.png"),
         decode(results, "cpu", OVERVIEW_COLUMNS),
         prefill(results, "cpu", OVERVIEW_COLUMNS),
+        steps(results, "cpu"),
         regret(results, "cpu"),
     ]
     parts = ["## On the GPU", *on_gpu, "## On the CPU", *on_cpu]
