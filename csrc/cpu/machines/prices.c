@@ -14,10 +14,10 @@ static double few_us(const mv_task *t, const mv_rates *rates) {
            ((double)mv_dtype_bytes(t->linear.weight_dtype) / rates->bytes + 2 * (double)t->tokens / rates->few);
 }
 
-/* 16 tokens are the lanes of one vector or two: fewer take as long. */
-static double many_us(const mv_task *t, const mv_rates *rates) {
+/* Lanes are tokens: those that fill a vector, or two of AVX2, take as long as one. */
+static double many_us(const mv_task *t, const mv_rates *rates, int at_once) {
     const double weights = t->linear.weight_dtype == MV_F32 ? rates->as_lying : rates->laid_out;
-    const double tokens = (double)((t->tokens + 15) / 16 * 16);
+    const double tokens = (double)((t->tokens + at_once - 1) / at_once * at_once);
     return weights_of(t) * (1 / weights + 2 * tokens / rates->many);
 }
 
@@ -35,14 +35,14 @@ static double attention_us(const mv_task *t, const mv_rates *rates) {
         decision->workspace = needs;                                                                                   \
         return NULL;                                                                                                   \
     }
-#define DECIDE_LINEAR(isa)                                                                                             \
+#define DECIDE_LINEAR(isa, at_once)                                                                                    \
     DECIDE(decode, isa, few_us(t, &machine()->isa), mv_decode_workspace(t))                                            \
-    DECIDE(prefill, isa, many_us(t, &machine()->isa), mv_prefill_workspace(t))
-DECIDE_LINEAR(avx512bf16)
-DECIDE_LINEAR(avx512)
-DECIDE_LINEAR(avx2)
-DECIDE_LINEAR(neon)
-DECIDE_LINEAR(portable)
+    DECIDE(prefill, isa, many_us(t, &machine()->isa, at_once), mv_prefill_workspace(t))
+DECIDE_LINEAR(avx512bf16, 16)
+DECIDE_LINEAR(avx512, 16)
+DECIDE_LINEAR(avx2, 16)
+DECIDE_LINEAR(neon, 4)
+DECIDE_LINEAR(portable, 4)
 
 #define DECIDE_ATTENTION(isa) DECIDE(attention, isa, attention_us(t, &machine()->isa), mv_attention_workspace(t, NULL))
 DECIDE_ATTENTION(avx512)
