@@ -322,8 +322,8 @@ def test_jax():
 @pytest.mark.rows("linear_add", "cuda")
 @pytest.mark.parametrize("outputs", [896, 6144])
 def test_addends_that_the_kernel_in_front_writes(kernel, outputs, cuda_torch):
-    """That one lets the call begin at once, and takes several times as long: what is read too early is of the round
-    before."""
+    """The kernel in front lets the call begin at once, and takes several times as long as it: a call that reads the
+    addends too early finds those of the round before."""
     torch, dtype, hidden = cuda_torch, getattr(cuda_torch, kernel.dtype), 896
 
     def drawn(*shape):

@@ -16,7 +16,7 @@ extern "C" {
  * "avx512", "avx512bf16", "amx", "neon". False for any other name. */
 bool mv_cpu_supports(const char *isa);
 
-/* True on AMD's Zen 4, whose vectors of AVX-512 take two turns. */
+/* True on AMD's Zen 4, whose units are 256 bits wide: an instruction of AVX-512 passes through them twice. */
 bool mv_cpu_is_zen4(void);
 
 /* What the projection kernels of an instruction set make of a task: all can serve it. */

@@ -20,7 +20,7 @@ const char mv_too_dear[] = "another kernel is faster";
         return mv_at_price(decision, us, below) ? NULL : mv_too_dear;                                                  \
     }
 DECIDE(wide, 1)
-DECIDE(wide_in_one_turn, mv_cpu_is_zen4() ? 3 : 1)
+DECIDE(wide_except_zen4, mv_cpu_is_zen4() ? 3 : 1)
 DECIDE(half, 2)
 DECIDE(scalar, 10)
 

@@ -17,9 +17,9 @@ typedef struct {
 } mv_row;
 
 /* Of ops that memory bounds: their rows can serve any task, and on one machine the widest registers win at every shape.
- * In greedy_tokens they do so only where a vector takes one turn: on Zen 4, whose AVX-512 takes two, AVX2 is up to 1.6
- * times as fast. The prices only order the rows. */
-mv_decide mv_decide_wide, mv_decide_wide_in_one_turn, mv_decide_half, mv_decide_scalar;
+ * In greedy_tokens they do not on Zen 4, whose units are 256 bits wide: there AVX2 is faster than AVX-512. The prices
+ * only order the rows. */
+mv_decide mv_decide_wide, mv_decide_wide_except_zen4, mv_decide_half, mv_decide_scalar;
 
 /* The rows of a list that may run here, by backend and by the dtype of x, as bits. 0: not asked yet. */
 typedef struct {

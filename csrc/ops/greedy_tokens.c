@@ -11,7 +11,7 @@
 #define GREEDY_TOKENS_KERNELS(K)                                                                                       \
     MV_GPU(MV_ALL_DTYPES(K, greedy_tokens, sm90a, sm90a, MV_CUDA, true, mv_greedy_sm90a_decide))                       \
     MV_GPU(MV_ALL_DTYPES(K, greedy_tokens, sm80, sm80, MV_CUDA, true, mv_greedy_sm80_decide))                          \
-    MV_X86(MV_ALL_DTYPES(K, greedy_tokens, avx512, avx512, MV_CPU, true, mv_decide_wide_in_one_turn))                  \
+    MV_X86(MV_ALL_DTYPES(K, greedy_tokens, avx512, avx512, MV_CPU, true, mv_decide_wide_except_zen4))                  \
     MV_X86(MV_ALL_DTYPES(K, greedy_tokens, avx2, avx2, MV_CPU, true, mv_decide_half))                                  \
     MV_ARM64(MV_ALL_DTYPES(K, greedy_tokens, neon, neon, MV_CPU, true, mv_decide_half))                                \
     MV_ALL_DTYPES(K, greedy_tokens, portable, portable, MV_CPU, true, mv_decide_scalar)

@@ -29,12 +29,12 @@ def namespace(x):
     return np
 
 
-LARGE = 2**30  # products of two numbers, from which on a GPU is asked
+LARGE = 2**30  # multiplications: a matrix product of so many is left to a GPU
 
 
 def times_rows(a, weight):
-    """a @ weight.T in float64, a [..., k] and weight [n, k]. What is large in NumPy is computed by torch on its GPU, in
-    float64 as well, where the process uses one: it takes a CPU seconds."""
+    """a @ weight.T in float64, a [..., k] and weight [n, k]. Where the process uses a GPU by torch, that computes
+    a large product of NumPy arrays, in float64 as well: a CPU takes seconds for it."""
     if namespace(a) is np and a.size * len(weight) >= LARGE and "torch" in sys.modules:
         import torch
 

@@ -1,7 +1,7 @@
-/* epyc9004.c: the rates of an EPYC 9004 (Zen 4), where a vector of AVX-512 takes two turns: AVX2 computes as fast, and
- * is faster with 9 to 16 tokens of float32. From decode to prefill float16 crosses between 24 and 32 tokens, float32
- * between 8 and 12. AVX512-BF16, which multiplies twice as many numbers in an instruction, was not measured beside
- * them, and is given the rates of Zen 5. */
+/* epyc9004.c: the rates of an EPYC 9004 (Zen 4), whose units are 256 bits wide, so that AVX2 computes as fast as
+ * AVX-512, and faster with 9 to 16 tokens of float32. From decode to prefill float16 crosses between 24 and 32 tokens,
+ * float32 between 8 and 12. AVX512-BF16, which multiplies twice as many numbers in an instruction, was not measured
+ * beside them, and is given the rates of Zen 5. */
 #include "cpu/machines/rates.h"
 
 const mv_machine mv_epyc9004 = {

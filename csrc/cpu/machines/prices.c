@@ -4,21 +4,32 @@
 #include "cpu/machines/rates.h"
 #include "cpu/workspace.h"
 
-static const mv_machine *machine(void) { return mv_cpu_is_zen4() ? &mv_epyc9004 : &mv_epyc9005; }
+#include <stdatomic.h>
+
+/* Asked for every row that a call prices; two threads find the same. */
+static const mv_machine *machine(void) {
+    static _Atomic(const mv_machine *) known;
+    const mv_machine *found = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!found) {
+        found = mv_cpu_is_zen4() ? &mv_epyc9004 : &mv_epyc9005;
+        atomic_store_explicit(&known, found, memory_order_relaxed);
+    }
+    return found;
+}
 
 static double weights_of(const mv_task *t) { return (double)t->linear.outputs * (double)t->hidden; }
 
 /* The weights are read as they lie, for a few tokens at a time. */
 static double few_us(const mv_task *t, const mv_rates *rates) {
     return weights_of(t) *
-           ((double)mv_dtype_bytes(t->linear.weight_dtype) / rates->bytes + 2 * (double)t->tokens / rates->few);
+           ((double)mv_dtype_bytes(t->linear.weight_dtype) / rates->bytes + 2 * (double)t->tokens / rates->few_flops);
 }
 
-/* Lanes are tokens: those that fill a vector, or two of AVX2, take as long as one. */
+/* A lane of a vector is a token, so `at_once` tokens, those of one vector or of two with AVX2, take as long as one. */
 static double many_us(const mv_task *t, const mv_rates *rates, int at_once) {
-    const double weights = t->linear.weight_dtype == MV_F32 ? rates->as_lying : rates->laid_out;
+    const double weights = t->linear.weight_dtype == MV_F32 ? rates->read : rates->converted;
     const double tokens = (double)((t->tokens + at_once - 1) / at_once * at_once);
-    return weights_of(t) * (1 / weights + 2 * tokens / rates->many);
+    return weights_of(t) * (1 / weights + 2 * tokens / rates->many_flops);
 }
 
 /* decode_attention, where every sequence has all the keys that it may have. */
@@ -26,7 +37,7 @@ static double attention_us(const mv_task *t, const mv_rates *rates) {
     const mv_attention *a = &t->attention;
     const double products = (double)(a->rows < a->window ? a->rows : a->window) * (double)t->tokens * (double)t->hidden;
     const double bytes = 2 * products * (double)a->kv_heads / (double)a->heads * (double)mv_dtype_bytes(t->dtype);
-    return bytes / rates->bytes + 4 * products / rates->few;
+    return bytes / rates->bytes + 4 * products / rates->few_flops;
 }
 
 #define DECIDE(kind, isa, us, needs)                                                                                   \

@@ -4,11 +4,11 @@
 #define MV_RATES_H
 
 typedef struct {
-    double bytes;    /* of weights or keys that a kernel for few tokens streams */
-    double few;      /* operations of that kernel */
-    double as_lying; /* weights that a kernel for many tokens multiplies where they lie, in the dtype of its products */
-    double laid_out; /* those that it converts first */
-    double many;     /* operations of that kernel */
+    double bytes;      /* of weights or keys that a kernel for few tokens reads */
+    double few_flops;  /* operations of that kernel */
+    double read;       /* weights that a kernel for many tokens reads in the dtype that it multiplies */
+    double converted;  /* weights that it converts to that dtype first */
+    double many_flops; /* operations of that kernel */
 } mv_rates;
 
 /* By instruction set. */
