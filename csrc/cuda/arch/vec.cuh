@@ -18,12 +18,13 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-/* rn: to the nearest T, ties to even. */
+/* rn: to the nearest T, ties to even. bfloat16 as one of a pair: Hopper converts a pair where it adds, but a single
+ * value in the unit for exp and reciprocals, which is slower. */
 template <typename T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
 template <> __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
-    return __float2bfloat16_rn(v);
+    return __low2bfloat16(__floats2bfloat162_rn(v, 0.0f));
 }
 
 template <typename T> __device__ __forceinline__ float round_to(float v) { return to_float(from_float<T>(v)); }
