@@ -21,7 +21,7 @@ EPS = 1e-6
 # rows that are normalised meanwhile (test_cuda_on_cpu holds the list to that)
 TILES = ((9, 3080, 512), (40, 72, 3551), (40, 72, 6144), (64, 72, 8512),
          *((130, 72, d) for d in (512, 2656, 3201, 4256)), *((300, 72, d) for d in (3552, 4257, 4960)),
-         (4300, 64, 2817), (1160, 3584, 6144), (1100, 3584, 4608), (4700, 2560, 1920), (2500, 5120, 3584))  # fmt: skip
+         (300, 328, 6441), (1160, 3584, 6144), (1100, 3584, 4608), (4700, 2560, 1920), (2500, 5120, 3584))  # fmt: skip
 
 
 def inputs_of(hidden, d, tokens, dtype, weight_dtype=None):

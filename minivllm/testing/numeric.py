@@ -117,13 +117,13 @@ def tolerance(
 
 def _activation_ends(z, kind: str):
     """Between what two numbers float32 may put the activation of z: within E u |activation| + 2^-149 (|z| + 1) of it,
-    E = 4 of silu, 12 + min(z, 0)^2 / 2 of gelu, 4 + 5 max(w, 0.4) of gelu by tanh, which is z / (1 + exp(w)). 4 and 12
-    are for exp, a sum, a quotient and the normal distribution; the rest is what exp makes of an argument that was
-    rounded. Where exp(w) exceeds float32 the activation is zero."""
+    E = 6 of silu, 12 + min(z, 0)^2 / 2 of gelu, 6 + 5 max(w, 0.4) of gelu by tanh, which is z / (1 + exp(w)). 6 and 12
+    are for exp, a sum, a reciprocal, a product and the normal distribution; the rest is what exp makes of an argument
+    that was rounded. Where exp(w) exceeds float32 the activation is zero."""
     xp, a = namespace(z), activation(z, kind)
     w = -z if kind == "silu" else gelu_exponent(z)
     below = xp.clip(z, -math.inf, 0.0)
-    units = 4.0 if kind == "silu" else 12.0 + below**2 / 2 if kind == "none" else 4.0 + 5 * xp.clip(w, 0.4, math.inf)
+    units = 6.0 if kind == "silu" else 12.0 + below**2 / 2 if kind == "none" else 6.0 + 5 * xp.clip(w, 0.4, math.inf)
     error = abs(a) * units * UNIT_F32 + (abs(z) + 1) * 2.0**-149
     low, high = a - error, a + error
     zero = xp.copysign(xp.zeros_like(z), z)

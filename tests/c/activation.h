@@ -3,15 +3,15 @@
  * With u = 2^-24 the activation of a gate z, computed in float32, lies within
  *
  *     |a - activation(z)| <= E u |activation(z)| + 2^-149 (|z| + 1)
- *     E = 4 of silu;  12 + min(z, 0)^2 / 2 of gelu;
- *     4 + 5 max(w, 0.4), w = -2 sqrt(2 / pi) (z + 0.044715 z^3), of gelu_tanh
+ *     E = 6 of silu;  12 + min(z, 0)^2 / 2 of gelu;
+ *     6 + 5 max(w, 0.4), w = -2 sqrt(2 / pi) (z + 0.044715 z^3), of gelu_tanh
  *
- * 4 and 12 are for exp (one unit in the last place), a sum, a quotient, and what the normal distribution adds. exp
- * turns the relative error of its argument into as many more as the argument is large: w has five roundings, z^2 / 2
- * has one; of positive z that is small beside 1, |w| exp(w) < 0.4. The last term is for numbers that are subnormal on
- * the way. Where exp(w) exceeds float32, the activation is zero. All that follows is monotonic, so that the ends of
- * this interval, through the roundings of the contract, are the ends of what a result may be. Its sign is that of gate
- * times up. */
+ * 6 are for exp and a reciprocal (one unit in the last place, or 2 u), a sum and a product; 12 also for what the
+ * normal distribution adds. exp turns the relative error of its argument into as many more as the argument is large: w
+ * has five roundings, z^2 / 2 has one; of positive z that is small beside 1, |w| exp(w) < 0.4. The last term is for
+ * numbers that are subnormal on the way. Where exp(w) exceeds float32, the activation is zero. All that follows is
+ * monotonic, so that the ends of this interval, through the roundings of the contract, are the ends of what a result
+ * may be. Its sign is that of gate times up. */
 #ifndef TESTS_ACTIVATION_H
 #define TESTS_ACTIVATION_H
 
@@ -49,9 +49,9 @@ static inline Interval activation_interval(mv_activation activation, double z) {
     const double w = activation == MV_SILU ? -z : -2 * sqrt(2 / acos(-1.0)) * (z + 0.044715 * z * z * z);
     if (!isfinite(z)) return (Interval){a, a};
     const double below = fmin(z, 0);
-    const double units = activation == MV_SILU   ? 4
+    const double units = activation == MV_SILU   ? 6
                          : activation == MV_GELU ? 12 + below * below / 2
-                                                 : 4 + 5 * fmax(w, 0.4);
+                                                 : 6 + 5 * fmax(w, 0.4);
     const double error = fabs(a) * units * u + (fabs(z) + 1) * ldexp(1, -149);
     Interval found = {a - error, a + error};
     if (activation != MV_GELU) {

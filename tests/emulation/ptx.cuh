@@ -19,6 +19,7 @@ inline uint4 load_if(const void *p, bool wanted) {
 }
 inline uint4 load_streaming(const void *p, bool wanted) { return load_if(p, wanted); }
 inline uint64_t l2_policy(bool) { return 0; }
+inline float reciprocal(float v) { return 1 / v; }
 inline uint4 load_past_l1(const void *p, bool wanted) { return load_if(p, wanted); }
 template <typename T> T load_past_l1(const T *p) { return *p; }
 inline uint4 load_by_policy(const void *p, bool wanted, uint64_t) { return load_if(p, wanted); }

@@ -8,7 +8,7 @@
  * thread takes one, so that a small call spreads over more of the GPU. Blocks have as many threads as divide a row
  * evenly; short rows share one.
  *
- * With exact divisions, expf and normcdff a result keeps the precision of float32, also where it is tiny. Nothing is
+ * With expf, a reciprocal and normcdff a result keeps the precision of float32, also where it is tiny. Nothing is
  * loaded before the wait for the previous kernel, which may still write x. */
 #include "cuda/activation/activation.cuh"
 #include "cuda/arch/launch.cuh"
@@ -32,7 +32,8 @@ template <typename T, mv_activation kActivation>
 __device__ __forceinline__ Packet<T> act_and_mul(const Packet<T> &gate, const Packet<T> &up, bool rounds) {
     float active[Packet<T>::size];
 #pragma unroll
-    for (int i = 0; i < Packet<T>::size; i++) active[i] = activation<kActivation>(gate.get(i));
+    for (int i = 0; i < Packet<T>::size; i++) active[i] = gate.get(i);
+    activate<kActivation>(active);
     if constexpr (sizeof(T) == 2) {
         if (rounds) { /* float32 holds the product of two such values exactly, so one instruction rounds two of them */
             Packet<T> product = pack<T>(active);

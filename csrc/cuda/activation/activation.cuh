@@ -3,23 +3,47 @@
 
 #include "cuda/arch/vec.cuh"
 
-/* tests/c/activation.h says how near these are. */
+/* The activations of some gates, which take its place; tests/c/activation.h says how near they are. A result waits for
+ * exp and for a reciprocal, so those of all are asked for together. */
+template <mv_activation kActivation, int kCount> __device__ __forceinline__ void activate(float (&z)[kCount]) {
+    if constexpr (kActivation == MV_GELU) {
+#pragma unroll
+        for (int i = 0; i < kCount; i++) z[i] *= normcdff(z[i]);
+    } else {
+        constexpr float linear = -0x1.988454p0f, cubic = -0x1.2444f2p-4f; /* -2 sqrt(2 / pi), and 0.044715 of that */
+        float r[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; i++)
+            r[i] = expf(kActivation == MV_SILU ? -z[i] : z[i] * fmaf(z[i] * z[i], cubic, linear));
+#pragma unroll /* of z / (1 + r): an eighth of that sum is infinite, or has a normal reciprocal */
+        for (int i = 0; i < kCount; i++) r[i] = reciprocal(fmaf(r[i], 0.125f, 0.125f));
+#pragma unroll
+        for (int i = 0; i < kCount; i++) z[i] *= 0.125f * r[i];
+    }
+}
 template <mv_activation kActivation> __device__ __forceinline__ float activation(float z) {
-    constexpr float linear = -0x1.988454p0f, cubic = -0x1.2444f2p-4f; /* -2 sqrt(2 / pi), and 0.044715 of that */
-    if constexpr (kActivation == MV_SILU) return z / (1 + expf(-z));
-    if constexpr (kActivation == MV_GELU_TANH) return z / (1 + expf(z * fmaf(z * z, cubic, linear)));
-    return z * normcdff(z);
+    float one[1] = {z};
+    activate<kActivation>(one);
+    return one[0];
 }
 
-/* An output of a gated layer, from the finished sums of the gate and of up: rn(activation(gate) * up), where all
- * but "fp32" round gate, up and the activation, too. */
+/* Outputs of a gated layer, from the finished sums of the gate, whose place they take, and of up: activation(gate) *
+ * up, not rounded yet, where all but "fp32" round gate, up and the activation. */
+template <typename T, mv_activation kActivation, int kCount>
+__device__ __forceinline__ void join_up(const mv_task &task, float (&gate)[kCount], const float (&up)[kCount]) {
+    const bool rounds = mv_rounds_each_step(task.rounding);
+    const auto rounded = [=](float v) { return rounds ? round_to<T>(v) : v; };
+#pragma unroll
+    for (int i = 0; i < kCount; i++) gate[i] = rounded(gate[i]);
+    activate<kActivation>(gate);
+#pragma unroll
+    for (int i = 0; i < kCount; i++) gate[i] = rounded(gate[i]) * rounded(up[i]);
+}
 template <typename T, mv_activation kActivation>
 __device__ __forceinline__ T finish_gated(const mv_task &task, float gate, float up) {
-    const bool rounds = mv_rounds_each_step(task.rounding);
-    if (rounds) gate = round_to<T>(gate), up = round_to<T>(up);
-    float active = activation<kActivation>(gate);
-    if (rounds) active = round_to<T>(active);
-    return from_float<T>(active * up);
+    float gates[1] = {gate}, ups[1] = {up};
+    join_up<T, kActivation>(task, gates, ups);
+    return from_float<T>(gates[0]);
 }
 template <mv_activation kActivation> struct KnownActivation { static constexpr mv_activation value = kActivation; };
 

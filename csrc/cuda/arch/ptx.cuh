@@ -63,6 +63,13 @@ __device__ __forceinline__ uint4 load_past_l1(const void *p, bool wanted) {
     return v;
 }
 
+/* 1 / v of a normal number, off by a unit in the last place at most. */
+__device__ __forceinline__ float reciprocal(float v) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+
 /* One value past L1, of 2, 4, 8 or 16 bytes. This is not __ldcg, whose asm is not volatile for 16-bit floats: the
  * compiler has moved one in front of the wait for the kernel before, and out of the condition that guarded it. */
 template <typename T> __device__ __forceinline__ T load_past_l1(const T *p) {

@@ -42,16 +42,29 @@ template <typename T> __device__ __forceinline__ T finish_output(float sum, floa
     return from_float<T>(sum + bias);
 }
 
-/* The addend joins an output that has its bias and is not rounded yet. With `once` there are no inner roundings; else
- * there are both, but the second only where there is a scale. */
-template <typename T> __device__ __forceinline__ float join_addend(float out, float addend, float scale, bool once) {
-    if (once) return fmaf(out, scale, addend);
+/* How an addend joins an output: without inner roundings, or with one, or where there is a scale with two. */
+enum class Joining { kOnce, kRounded, kScaled };
+template <Joining kHow> struct KnownJoining { static constexpr Joining value = kHow; };
+
+/* The output has its bias, and is not rounded yet. */
+template <typename T, Joining kHow> __device__ __forceinline__ float join_addend(float out, float addend, float scale) {
+    if constexpr (kHow == Joining::kOnce) return fmaf(out, scale, addend);
     out = round_to<T>(out);
-    if (scale != 1) out = round_to<T>(__fmul_rn(out, scale)); /* in float32, too: no fused multiply-add */
+    if constexpr (kHow == Joining::kScaled) out = round_to<T>(__fmul_rn(out, scale)); /* never a fused multiply-add */
     return out + addend;
 }
+
+/* Calls act with how the addends of a task join, as a constant. */
+template <typename Act> __device__ __forceinline__ auto with_joining(float scale, bool once, const Act &act) {
+    if (once) return act(KnownJoining<Joining::kOnce>{});
+    if (scale == 1) return act(KnownJoining<Joining::kRounded>{});
+    return act(KnownJoining<Joining::kScaled>{});
+}
+template <typename Act> __device__ __forceinline__ auto with_joining(const mv_task &task, const Act &act) {
+    return with_joining(task.linear.scale, !mv_rounds_each_step(task.rounding), act);
+}
 template <typename T> __device__ __forceinline__ float join_addend(const mv_task &task, float out, float addend) {
-    return join_addend<T>(out, addend, task.linear.scale, !mv_rounds_each_step(task.rounding));
+    return with_joining(task, [=](auto known) { return join_addend<T, known.value>(out, addend, task.linear.scale); });
 }
 
 /* The addends of a token. Kernels in front may write them, so they are read after the wait for those; and past L1, by
@@ -74,10 +87,4 @@ __device__ __forceinline__ T finish_output(const mv_task &task, float sum, float
 template <typename T>
 __device__ __forceinline__ T finish_output(const mv_task &task, int64_t token, int64_t n, float sum, float bias) {
     return finish_output<T>(task, sum, bias, task.linear.addend.data ? load_addend<T>(task, token, n) : 0.0f);
-}
-
-/* The same of two neighbours of 16 bits, in one word. */
-template <typename T> __device__ __forceinline__ uint32_t finish_pair(float low, float high, float2 bias) {
-    const float v[2] = {low + bias.x, high + bias.y};
-    return pack_word<T>(v);
 }

@@ -124,11 +124,46 @@ __device__ __forceinline__ Packet<T> load_addends(const T *from, int64_t left, b
     return packet;
 }
 
+/* The row of a lane's sums in a half of a fragment: lane / 4 or lane / 4 + 8. */
+template <typename Tile> __device__ __forceinline__ int64_t mma_token(const MmaPlace &place, int fragment, int half) {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 / Tile::warps_n * Tile::warp_m;
+    return place.token + first + fragment * 16 + half * 8 + lane / 4;
+}
+
+/* The addends join the sums, of outputs from `output` on, of which there are `left`. All are asked for before the first
+ * is waited for. */
+template <typename T, typename Tile, bool kInOut> __device__ __forceinline__ void
+join_mma_addends(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place, int64_t output, int64_t left) {
+    constexpr int kFragments = Tile::warp_m / 16, kColumns = Tile::warp_n / 8;
+    Packet<T> addends[kFragments][2][kColumns / 2]; /* half of each */
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int64_t token = mma_token<Tile>(place, i, half);
+            if (token >= task.tokens) continue;
+            const T *from = addend_row<T>(task, token) + place.first + output;
+            const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(from) % 8 == 0;
+#pragma unroll
+            for (int j = 0; j < kColumns; j += 2)
+                addends[i][half][j / 2] = load_addends<T, kInOut>(from + j * 8, left - j * 8, whole);
+        }
+    with_joining(task, [&](auto known) {
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+#pragma unroll
+            for (int j = 0; j < kColumns; j++)
+#pragma unroll
+                for (int v = 0; v < 4; v++)
+                    sum[i][j][v] = join_addend<T, known.value>(
+                        sum[i][j][v], addends[i][v / 2][j / 2].get(j % 2 * 2 + v % 2), task.linear.scale);
+    });
+}
+
 /* The bias joins the warp's sums, then the addend where there is one, and they become outputs. */
 template <typename T, typename Tile, bool kInOut, bool kAdds>
 __device__ __forceinline__ void store_mma_outputs(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
+    const int first_n = threadIdx.x / 32 % Tile::warps_n * Tile::warp_n;
     const mv_block &block = task.linear.block[place.block];
     const int64_t output = place.output + first_n, left = place.outputs - output;
     if (block.bias) {
@@ -145,25 +180,13 @@ __device__ __forceinline__ void store_mma_outputs(MmaSums<Tile> &sum, const mv_t
                 }
             }
     }
+    if constexpr (kAdds) join_mma_addends<T, Tile, kInOut>(sum, task, place, output, left);
 #pragma unroll
     for (int i = 0; i < Tile::warp_m / 16; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) { /* rows lane / 4 and lane / 4 + 8 of the fragment */
-            const int64_t token = place.token + first_m + i * 16 + half * 8 + lane / 4;
+        for (int half = 0; half < 2; half++) {
+            const int64_t token = mma_token<Tile>(place, i, half);
             if (token >= task.tokens) continue;
-            if constexpr (kAdds) {
-                const T *from = addend_row<T>(task, token) + place.first + output;
-                const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(from) % 8 == 0;
-#pragma unroll
-                for (int j = 0; j < Tile::warp_n / 8; j += 2) {
-                    const Packet<T> addends = load_addends<T, kInOut>(from + j * 8, left - j * 8, whole);
-#pragma unroll
-                    for (int v = 0; v < 4; v++) {
-                        float &of = sum[i][j + v / 2][2 * half + v % 2];
-                        of = join_addend<T>(task, of, addends.get(v));
-                    }
-                }
-            }
             T *row = row_address<T>(task.out, task.inner, token) + place.first + output;
             const bool whole = left >= Tile::warp_n && reinterpret_cast<uintptr_t>(row) % 8 == 0;
 #pragma unroll
@@ -192,8 +215,7 @@ __device__ __forceinline__ void store_mma_outputs(MmaSums<Tile> &sum, const mv_t
 template <typename T, typename Tile>
 __device__ __forceinline__ void store_mma_gated(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place) {
     constexpr int kColumns = Tile::warp_n / 8;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first_m = warp / Tile::warps_n * Tile::warp_m, first_n = warp % Tile::warps_n * Tile::warp_n;
+    const int first_n = threadIdx.x / 32 % Tile::warps_n * Tile::warp_n;
     const int64_t outputs = place.outputs / 2;
     int64_t output = (place.output + first_n + output_of<false>(0)) / 2;
 #pragma unroll 1
@@ -206,7 +228,7 @@ __device__ __forceinline__ void store_mma_gated(MmaSums<Tile> &sum, const mv_tas
         for (int i = 0; i < Tile::warp_m / 16; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int64_t token = place.token + first_m + i * 16 + half * 8 + lane / 4;
+                const int64_t token = mma_token<Tile>(place, i, half);
                 if (token >= task.tokens) continue;
                 alignas(4) T pair[2];
 #pragma unroll

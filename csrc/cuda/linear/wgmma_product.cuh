@@ -113,7 +113,8 @@ struct WgmmaProduct {
     mv_rows out;
     int64_t inner, tokens;
     int steps;              /* along hidden */
-    int high;               /* tokens of x that copies bring for a step */
+    int high, box_rows;     /* tokens of x that a stage has room for, and that copies bring */
+    int last_token;         /* where the last whole tile of x begins */
     int stages;             /* of the ring, of a tile of 64 tokens */
     int early;              /* steps of weights that are asked for before x */
     unsigned rows, columns; /* of tiles: a row is as high as the cluster has CTAs */
@@ -129,11 +130,12 @@ struct WgmmaProduct {
 };
 
 /* The tile of a CTA. The last one of a row begins early enough to be whole, where there are that many outputs: copies
- * that reach past the end of a matrix are slow, and what two tiles both have is the same. So do the last ones of a
- * column where the norm joins late, of the caller's x: y has padded_tokens. But an output that an addend joins is one
- * tile's: out may be where the addends are. */
+ * that reach past the end of a matrix are slow, and what two tiles both have is the same. So does the last one of a
+ * column, of x as the caller has it (y has padded_tokens). But where an addend joins, out may be where the addends are:
+ * there a tile stores what is its own, from own_token and own_output on, and leaves the rest to the one in front. */
 struct WgmmaPlace {
     int token, segment, output;
+    int own_token, own_output;
 };
 
 template <typename Tile>
@@ -142,11 +144,11 @@ __device__ __forceinline__ WgmmaPlace find_wgmma_place(const WgmmaProduct &p, un
     unsigned tile = index.column;
     int segment = 0;
     while (tile >= p.segment[segment].tiles) tile -= p.segment[segment++].tiles;
-    const int first = static_cast<int>(tile * Tile::columns);
-    WgmmaPlace place = {static_cast<int>((index.row * p.cluster + rank) * Tile::M), segment,
-                        Tile::adds ? first : max(0, min(first, p.segment[segment].outputs - Tile::columns))};
-    if (Tile::late) place.token = max(0, min(place.token, static_cast<int>(p.tokens) - Tile::M));
-    return place;
+    const int token = static_cast<int>((index.row * p.cluster + rank) * Tile::M),
+              output = static_cast<int>(tile * Tile::columns), outputs = p.segment[segment].outputs;
+    const bool moves = !Tile::adds || outputs % 8 == 0; /* addends: what is its own begins with a piece of eight */
+    return {min(token, p.last_token), segment, moves ? max(0, min(output, outputs - Tile::columns)) : output, token,
+            output};
 }
 
 /* The ring. The stages of a tile of 64 tokens have as many rows of x as there are tokens: products read past those, and
@@ -195,7 +197,7 @@ template <typename Tile, bool kShared> struct Producer {
 
     /* That copies bring for a step. */
     __device__ __forceinline__ uint32_t bytes() const {
-        return p.high * kRowBytes + Tile::w_bytes + (Tile::late ? kRowBytes : 0);
+        return p.box_rows * kRowBytes + Tile::w_bytes + (Tile::late ? kRowBytes : 0);
     }
 
     __device__ __forceinline__ void load_x(const WgmmaPlace &place, int slot, int step) const {

@@ -100,7 +100,8 @@ template <typename T, typename Tile> __global__ void __launch_bounds__(kMostThre
                 exchange<Tile>(own, sum[0], smem, half);
                 if constexpr (Tile::adds) addends.join(own, p, place, bias);
                 by_activation<Tile>(p, [&](auto known) {
-                    store_pairs<T, Tile, known.value>(own, p, rows, segment.outputs - place.output, bias);
+                    store_pairs<T, Tile, known.value>(own, p, rows, Tile::adds ? place.own_output - place.output : 0,
+                                                      segment.outputs - place.output, bias);
                 });
             }
         }
@@ -161,14 +162,16 @@ mv_status launch_wgmma_tile(const mv_task *task, const WgmmaTileChoice &choice, 
     p.addend = task->linear.addend;
     p.scale = task->linear.scale;
     p.once = !mv_rounds_each_step(task->rounding);
-    /* Tiles read whole rows of y behind the last one, and one lone row of tiles what its shared memory held; what comes
-     * of either is not stored. */
-    p.high = task->tokens < Tile::M ? static_cast<int>(ceil_div(task->tokens, 8) * 8) : Tile::M;
+    /* Tiles read whole rows of y behind the last one, and a lone row of tiles what shared memory held behind its
+     * tokens; what comes of either is not stored. */
+    p.box_rows = task->tokens < Tile::M ? static_cast<int>(task->tokens) : Tile::M;
+    p.high = (p.box_rows + 7) / 8 * 8;
     p.stages = Tile::shared_steps ? few_stages<Tile>(p.high, p.steps) : Tile::stages;
     const int64_t rows = task->x.data == task->workspace ? padded_tokens(task) : task->tokens;
-    const BoxedMatrix y = {task->x.data, task->dtype, rows, task->hidden, task->hidden, p.high, kStep};
+    p.last_token = static_cast<int>(rows) - p.box_rows;
+    const BoxedMatrix y = {task->x.data, task->dtype, rows, task->hidden, task->hidden, p.box_rows, kStep};
     const int64_t hidden = task->hidden, stride = row_stride(task, task->x, hidden);
-    const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.high, kStep};
+    const BoxedMatrix x = {task->x.data, task->dtype, task->tokens, hidden, stride, p.box_rows, kStep};
     const BoxedMatrix norm_weight = {task->norm.weight, task->dtype, 1, hidden, ceil_div(hidden, 8) * 8, 1, kStep};
     mv_status status = encode_map(&p.x, Tile::late ? x : y, error);
     if (Tile::late && status == MV_OK) status = encode_map(&p.norm_weight, norm_weight, error);
@@ -268,8 +271,8 @@ template <typename T>
 mv_status launch_gated(const mv_task *task, const WgmmaTileChoice &choice, const Rest &rest, mv_error *error) {
     switch (choice.sharing) {
     case Sharing::kTiles:
-        return launch_wgmma_tile<T, WgmmaTile<Sharing::kTiles, kWholeOutputs, WgmmaForm::kGated>>(task, choice, rest,
-                                                                                                  error);
+        return launch_wgmma_one_of<T, Sharing::kTiles, WgmmaForm::kGated, kNarrowWholeOutputs, kWholeOutputs>(
+            task, choice, rest, error);
     case Sharing::kSteps:
         return launch_wgmma_one_of<T, Sharing::kSteps, WgmmaForm::kGated, 32, 64, 96>(task, choice, rest, error);
     default:

@@ -30,29 +30,34 @@ __device__ __forceinline__ float2 bias_pair(const float *bias, int column) {
     return *reinterpret_cast<const float2 *>(bias + column + threadIdx.x % 4 * 2);
 }
 
-/* A pair of outputs: of a tile with addends the bias is in its sums already; of a gated one there are the sums of the
- * gate, and half a tile behind them those of up. */
-template <typename T, typename Tile, mv_activation kActivation>
-__device__ __forceinline__ uint32_t finish_pair_of(const float *sum, const WgmmaProduct &p, const float *bias,
-                                                   int column) {
+/* kColumns / 8 times this thread's pairs of eight columns, in two rows, rounded: rows l / 4 and l / 4 + 8 of its warp.
+ * Of a tile with addends the bias is in the sums already; of a gated one there are the sums of the gate, and half a
+ * tile behind them those of up. */
+template <typename T, typename Tile, mv_activation kActivation, int kColumns>
+__device__ __forceinline__ void finish_columns(uint32_t (&words)[kColumns / 4], const float *sum, const WgmmaProduct &p,
+                                               const float *bias, int column) {
+    float out[kColumns / 2];
+    const auto with_bias = [&](float(&to)[kColumns / 2], const float *from, int first) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; i += 4) {
+            const float2 b = Tile::adds ? float2{} : bias_pair(bias, first + 2 * i);
+#pragma unroll
+            for (int v = 0; v < 4; v++) to[i + v] = Tile::adds ? from[i + v] : from[i + v] + (v % 2 ? b.y : b.x);
+        }
+    };
+    with_bias(out, sum, column);
     if constexpr (Tile::gated) {
-        const float *const up = sum + Tile::own_outputs / 4;
-        const float2 of_gate = bias_pair(bias, column), of_up = bias_pair(bias, Tile::own_columns + column);
-        alignas(4) const T pair[2] = {finish_gated<T, kActivation>(p.norm, sum[0] + of_gate.x, up[0] + of_up.x),
-                                      finish_gated<T, kActivation>(p.norm, sum[1] + of_gate.y, up[1] + of_up.y)};
-        return *reinterpret_cast<const uint32_t *>(pair);
-    } else if constexpr (Tile::adds) {
-        return pack_word<T>(sum);
-    } else {
-        return finish_pair<T>(sum[0], sum[1], bias_pair(bias, column));
+        float up[kColumns / 2];
+        with_bias(up, sum + Tile::own_outputs / 4, Tile::own_columns + column);
+        join_up<T, kActivation>(p.norm, out, up);
     }
+#pragma unroll
+    for (int w = 0; w < kColumns / 4; w++) words[w] = pack_word<T>(out + 2 * w);
 }
 
-/* Eight columns of this thread's two rows, rounded: rows l / 4 and l / 4 + 8 of its warp. */
-template <typename T, typename Tile, mv_activation kActivation> __device__ __forceinline__ void
-finish_columns(uint32_t *m, const float *sum, const WgmmaProduct &p, const float *bias, int column) {
-    m[0] = finish_pair_of<T, Tile, kActivation>(sum, p, bias, column);
-    m[1] = finish_pair_of<T, Tile, kActivation>(sum + 2, p, bias, column);
+/* Is all of a tile its own? */
+__device__ __forceinline__ bool is_own(const WgmmaPlace &place) {
+    return place.token >= place.own_token && place.output >= place.own_output;
 }
 
 /* Outputs leave through boxes in shared memory, as many at once as there is room for. */
@@ -64,6 +69,7 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, half = threadIdx.x / 128;
     const uint32_t out_address = shared_address(out);
     const Segment &segment = p.segment[place.segment];
+    const bool boxed = p.out_boxes && (!Tile::adds || is_own(place));
 #pragma unroll
     for (int first = 0; first < kAll; first += kPieces) {
         if (thread == 0) store_wait_read();
@@ -73,13 +79,12 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
             const int j = first + i;
             const uint32_t to = out_address + piece_offset(warp * 16 + lane % 16, i + lane / 16, j >= kWide);
             uint32_t m[4];
-            finish_columns<T, Tile, kActivation>(m, sum + 4 * j, p, bias, 8 * j);
-            finish_columns<T, Tile, kActivation>(m + 2, sum + 4 * j + 4, p, bias, 8 * j + 8);
+            finish_columns<T, Tile, kActivation, 16>(m, sum + 4 * j, p, bias, 8 * j);
             stmatrix_x4(to, m);
         }
         fence_async_shared();
         warps_barrier(1 + half, 128);
-        if (p.out_boxes) {
+        if (boxed) {
             if (thread == 0) {
                 for (int i = 0; i < kPieces && first + i < kAll; i += kBoxPieces)
                     store_box(first + i < kWide ? &p.box[place.segment] : &p.narrow_box[place.segment],
@@ -91,6 +96,7 @@ __device__ __forceinline__ void store_tile(const float (&sum)[Tile::own_outputs 
         for (int i = thread; i < kPieces * 64; i += 128) {
             const int row = i / kPieces, piece = i % kPieces, output = place.output + (first + piece) * 8;
             if (first + piece >= kAll || place.token + row >= p.tokens || output >= segment.outputs) continue;
+            if (Tile::adds && (place.token + row < place.own_token || output < place.own_output)) continue;
             T *to = row_address<T>(p.out, p.inner, place.token + row) + segment.first_output + output;
             store_packet(to,
                          *reinterpret_cast<const Packet<T> *>(out + piece_offset(row, piece, first + piece >= kWide)),
@@ -137,16 +143,16 @@ template <typename T, typename Tile> struct RowAddends {
     }
 
     /* The biases join the sums of that row, then these. */
-    __device__ __forceinline__ void join(float (&sum)[Tile::own_outputs / 2], int row, const WgmmaProduct &p,
-                                         const float *bias) const {
+    template <Joining kHow> __device__ __forceinline__ void join(float (&sum)[Tile::own_outputs / 2], int row,
+                                                                 const WgmmaProduct &p, const float *bias) const {
 #pragma unroll
         for (int j = 0; j < Tile::own_outputs / 8; j++) {
             Packet<T> addends = {};
             addends.word[0] = pair[j];
             const float2 b = bias_pair(bias, 8 * j);
             float *const of = sum + 4 * j + 2 * row;
-            of[0] = join_addend<T>(of[0] + b.x, addends.get(0), p.scale, p.once);
-            of[1] = join_addend<T>(of[1] + b.y, addends.get(1), p.scale, p.once);
+            of[0] = join_addend<T, kHow>(of[0] + b.x, addends.get(0), p.scale);
+            of[1] = join_addend<T, kHow>(of[1] + b.y, addends.get(1), p.scale);
         }
     }
 };
@@ -175,36 +181,35 @@ template <typename T, typename Tile> struct TileAddends {
                 if (!rows.to[i]) continue; /* a branch, so that the loads of the second row stay behind the first row */
                 own.load(rows, i, p.segment[place.segment].outputs - place.output);
             }
-            own.join(sum, i, p, bias);
+            with_joining(p.scale, p.once, [&](auto known) { own.template join<known.value>(sum, i, p, bias); });
         }
     }
 };
 
-/* The outputs of few tokens leave as pairs, from the registers; there are `count` from the tile's first on. */
+/* The outputs of few tokens leave as pairs, from the registers: from the tile's column `begin` to `end`. */
 template <typename T, typename Tile, mv_activation kActivation>
 __device__ __forceinline__ void store_pairs(const float (&sum)[Tile::own_outputs / 2], const WgmmaProduct &p,
-                                            const PairRows<T> &rows, int count, const float *bias) {
+                                            const PairRows<T> &rows, int begin, int end, const float *bias) {
     const int first = threadIdx.x % 4 * 2;
-    const auto pair = [&](int row, int j) {
-        return finish_pair_of<T, Tile, kActivation>(sum + 4 * j + 2 * row, p, bias, 8 * j);
-    };
+    uint32_t words[Tile::own_columns / 4];
+    finish_columns<T, Tile, kActivation, Tile::own_columns>(words, sum, p, bias, 0);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         T *const to = rows.to[row];
         if (!to) continue;
-        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && count >= Tile::own_columns) {
+        if (reinterpret_cast<uintptr_t>(to) % 4 == 0 && begin <= 0 && end >= Tile::own_columns) {
 #pragma unroll
             for (int j = 0; j < Tile::own_columns / 8; j++)
-                *reinterpret_cast<uint32_t *>(to + 8 * j + first) = pair(row, j);
+                *reinterpret_cast<uint32_t *>(to + 8 * j + first) = words[2 * j + row];
             continue;
         }
 #pragma unroll
         for (int j = 0; j < Tile::own_columns / 8; j++) {
-            const uint32_t word = pair(row, j);
+            const uint32_t word = words[2 * j + row];
 #pragma unroll
             for (int odd = 0; odd < 2; odd++)
-                if (8 * j + first + odd < count)
-                    reinterpret_cast<uint16_t *>(to)[8 * j + first + odd] = static_cast<uint16_t>(word >> 16 * odd);
+                if (const int column = 8 * j + first + odd; column >= begin && column < end)
+                    reinterpret_cast<uint16_t *>(to)[column] = static_cast<uint16_t>(word >> 16 * odd);
         }
     }
 }

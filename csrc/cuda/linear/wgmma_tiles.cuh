@@ -5,10 +5,12 @@
 #include "cuda/norm/norm_rows.cuh"
 #include "cuda/prices/linear.cuh"
 
-constexpr int kStep = 64;          /* along hidden */
-constexpr unsigned kCluster = 2;   /* CTAs, where there are clusters */
-constexpr int kVeryFew = 32;       /* tokens */
-constexpr int kWholeOutputs = 192; /* of a tile that one warpgroup has for itself */
+constexpr int kStep = 64;        /* along hidden */
+constexpr unsigned kCluster = 2; /* CTAs, where there are clusters */
+constexpr int kVeryFew = 32;     /* tokens */
+/* Of a tile that one warpgroup has for itself. A gated layer's may be narrower: then the warpgroup has registers to
+ * finish several outputs at once, each of which waits for exp and a reciprocal. */
+constexpr int kWholeOutputs = 192, kNarrowWholeOutputs = 160;
 
 /* What the two warpgroups of a CTA share: a tile's tokens, the steps along hidden of a tile of 64 tokens, or the tiles:
  * each has every second one for itself. */
@@ -112,11 +114,15 @@ static inline WgmmaTileChoice choose_wgmma_tile(const mv_task *task) {
     };
     best = with_norm(best, lowest);
     if (few || in_out) return best;
-    const double tile_us = prices::kWgmmaWholeStep * steps;
-    WgmmaTileChoice whole = finish_choice(task, {Sharing::kTiles, kWholeOutputs, 1, false, 0}, tile_us);
-    const int64_t waves = waves_of(task, whole);
-    whole = with_norm(whole, static_cast<double>(waves) * tile_us + prices::wgmma_store_us(whole.outputs));
-    return waves > 1 && whole.us < 0.99 * best.us ? whole : best;
+    for (const int outputs : {kWholeOutputs, kNarrowWholeOutputs}) {
+        if (outputs != kWholeOutputs && !task->linear.gated) break;
+        const double tile_us = prices::wgmma_whole_tile_us(task, steps, outputs);
+        WgmmaTileChoice whole = finish_choice(task, {Sharing::kTiles, outputs, 1, false, 0}, tile_us);
+        const int64_t waves = waves_of(task, whole);
+        whole = with_norm(whole, static_cast<double>(waves) * tile_us + prices::wgmma_store_us(whole.outputs));
+        if (waves > 1 && whole.us < 0.99 * best.us) best = whole;
+    }
+    return best;
 }
 
 /* The same where the row factor joins late. No clusters: multiply_late gives slots back to one CTA. */

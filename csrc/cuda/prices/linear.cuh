@@ -116,9 +116,19 @@ static inline double norm_mma_us(const mv_task *t, double tiles_us, double store
  * and 17 % more than was measured, so that this is not chosen where both are equal; and storing a tile. */
 static inline double wgmma_few_step_us(int outputs) { return 0.05 + 0.0024 * outputs; }
 static inline double wgmma_step_us(int outputs) { return 0.05 + 0.003 * outputs; }
-constexpr double kWgmmaWholeStep = 0.62;
+static inline double wgmma_whole_step_us(double outputs) { return 0.62 * (128 + outputs) / 320; }
 static inline double wgmma_late_step_us(int outputs) { return 0.28 + 0.0024 * outputs; }
 static inline double wgmma_store_us(int outputs) { return 0.006 * outputs; }
+
+/* Finishing a tile of one warpgroup of a gated layer: the sums of a wide one leave it registers for one output at a
+ * time. */
+static inline double wgmma_gated_end_us(double outputs) { return outputs > 160 ? 13 : 3; }
+
+/* How far apart two such tiles are: one is finished while the other warpgroup multiplies. */
+static inline double wgmma_whole_tile_us(const mv_task *t, double steps, double outputs) {
+    const double products = wgmma_whole_step_us(outputs) * steps;
+    return t->linear.gated ? larger(products, (products + wgmma_gated_end_us(outputs)) / 2) : products;
+}
 
 /* Rows are normalised meanwhile where a tile takes so long, and the rows of later waves longer than the first ones are
  * late. */
@@ -153,10 +163,11 @@ static inline double norm_wgmma_few_us(const mv_task *t, const WgmmaRun &run) {
  * warpgroup has tiles of its own (whole), one finishes its tile while the other multiplies. In the waves of a single
  * row of tiles memory runs on from one to the next. */
 static inline double norm_wgmma_us(const mv_task *t, const WgmmaRun &run, bool whole) {
-    constexpr ByEnd kStart = {0.65, 0.45, 2.05, 5.75}, kEnd = {0.004, 0.059, 0.004, 0.016},
-                    kWholeEnd = {0.004, 0.059, 0.004, 0.08};
-    const double steps = run.steps * (whole ? 0.564 : 0.01 + 0.0028 * run.outputs);
-    const double end = (whole ? kWholeEnd : kEnd).of(t->linear) * run.outputs;
+    constexpr ByEnd kStart = {0.65, 0.45, 2.05, 3.0}, kEnd = {0.004, 0.045, 0.004, 0.01},
+                    kWholeEnd = {0.004, 0.059, 0.004, 0};
+    const double steps = run.steps * (whole ? 0.91 * wgmma_whole_step_us(run.outputs) : 0.01 + 0.0028 * run.outputs);
+    const double end = whole && t->linear.gated ? wgmma_gated_end_us(run.outputs)
+                                                : (whole ? kWholeEnd : kEnd).of(t->linear) * run.outputs;
     const double tile = whole ? larger(steps, (steps + end) / 2) : steps + end;
     const double norm = t->linear.plain_x ? 0 : 0.76 * norm_us(t, run.first_rows);
     const double weights = 1.07 * read_us(t), tiles = run.waves * tile + (whole ? end : 0),
