@@ -229,7 +229,7 @@ template <bool kClusters> const char *decide_rows(const mv_task *task, double be
     while (kClusters && 2 * cut.blocks <= most && 2 * cut.blocks * task->tokens <= task->sm_count &&
            task->hidden >= 2 * cut.blocks * kLeastPackets * size)
         cut.blocks *= 2;
-    if (!mv_at_price(decision, prices::greedy_us(task, cut.blocks), below)) return mv_too_dear;
+    if (!mv_at_price(decision, prices::greedy_us(task, cut.blocks, kClusters), below)) return mv_too_dear;
     keep_cut(decision, cut);
     return nullptr;
 }
