@@ -55,6 +55,11 @@ def _noise(length: int) -> float:
     return (length**0.5 / 2 + 4) * UNIT_F32
 
 
+def _truncation(length: int, dtype: str) -> float:
+    """What matrix instructions cut off a sum over `length` products of 16 bits, as an error of each term."""
+    return 0.0 if dtype == "f32" else length / 8 / LAMBDA * UNIT_F32
+
+
 def _from_tie(value, dtype: str):
     """How far each value is from where it would round to dtype's other neighbour."""
     spacing = quantum(value, dtype)
@@ -102,7 +107,7 @@ def tolerance(
     """
     xp = namespace(result)
     bits, lowest, _ = FORMATS[dtype]
-    truncation = 0.0 if weight is None or dtype == "f32" else length / 8 / LAMBDA * UNIT_F32
+    truncation = 0.0 if weight is None else _truncation(length, dtype)
     error = (_noise(length) + truncation + (2 * UNIT_TF32 if tf32 else 0.0)) * abs(y)
     factor = xp.maximum(xp.zeros_like(y) + gain, xp.ones_like(y))
     half = xp.maximum(2.0**-bits * abs(y), factor * 2.0 ** (lowest - bits))
@@ -205,15 +210,16 @@ def added_tolerance(sums, bound, added, dtype: str, *, scale: float = 1.0, round
 
 def attention_tolerance(exact, p, q, keys, values, dtype: str, *, scale: float):
     """How wrong decode_attention may be of one sequence, given what reference.attention finds of the other arguments:
-    the last rounding, and L standard deviations of what float32 arithmetic loses, whose errors are random. An error of
+    the last rounding, and L standard deviations of what float32 arithmetic and matrix instructions lose. An error of
     a score, which is a sum over dim, changes p_j by as much relative to it, and the result by that times p_j (v_j -
     exact); errors of the sums over the keys come with p_j v_j."""
     xp = namespace(exact)
     kv_head = [h * keys.shape[1] // q.shape[0] for h in range(q.shape[0])]
     v, products, p = values[:, kv_head], q * keys[:, kv_head], p.T[..., None]  # [keys, heads, dim], p [keys, heads, 1]
     score = scale * (xp.sqrt((products**2).sum(-1)) + abs(products.sum(-1))) + 1
-    of_scores = _noise(q.shape[1]) * score[..., None] * p * (v - exact)
-    of_sums = _noise(keys.shape[0]) * p * v
+    dim, count = q.shape[1], keys.shape[0]
+    of_scores = (_noise(dim) + _truncation(dim, dtype)) * score[..., None] * p * (v - exact)
+    of_sums = (_noise(count) + _truncation(count, dtype)) * p * v
     spread = LAMBDA * xp.sqrt((of_scores**2 + of_sums**2).sum(0))
     return quantum(exact, dtype) / 2 + 2 * UNIT_F32 * abs(exact) + spread
 

@@ -104,8 +104,8 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
         gain=abs(finite_gain), **lost, tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
-    bound = bound + _unlucky(_finite(out), finite_y, finite_weight, abs(finite_gain))
-    bound = bound + _flushed(finite_y, finite_weight, dtype)
+    bound = bound + _unlucky(_finite(out), finite_y, finite_weight, dtype, abs(finite_gain))
+    bound = bound + _flushed(finite_y, finite_weight, dtype, dtype == "f32" and options.get("allow_tf32", False))
     return Expected(out, bound, unsure if unsure.any() else None)
 
 
@@ -136,7 +136,8 @@ def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     finite_x, finite_weight, finite_sums, finite_out = map(_finite, (x, weight, sums, out))
     bound = numeric.tolerance(finite_sums, finite_x, dtype, weight=finite_weight, length=x.shape[-1],
                               tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
-    bound = bound + _unlucky(finite_sums, finite_x, finite_weight) + _flushed(finite_x, finite_weight, dtype)
+    bound = bound + _unlucky(finite_sums, finite_x, finite_weight, dtype)
+    bound = bound + _flushed(finite_x, finite_weight, dtype, dtype == "f32" and options.get("allow_tf32", False))
     unsure = abs(finite_x) @ abs(finite_weight).T > SAFE_SUM
     if residual is not None:
         largest = LARGEST[dtype]  # where rounding in between may give infinity, or not
@@ -147,21 +148,30 @@ def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     return Expected(out, bound, unsure if unsure.any() else None)
 
 
-def _unlucky(sums, y, weight, gain=0.0):
+def steady(sums, length: int, dtype: str):
+    """Where all terms are nearly equal, rounding errors are not independent: the partial sums grow steadily, and as long
+    as they have one exponent every addition loses the same part of a unit. A kernel adds 64 float32 terms to one sum
+    before that joins a larger one: a quarter of a unit of the whole sum at most for each of the 64, and for each that
+    joins. Nor does what matrix instructions cut off cancel: 2 u of the sum in each 16 products of 16 bits."""
+    cut_off = length / 8 if dtype != "f32" else 0.0
+    return ((64 + length / 64) / 4 + cut_off) * numeric.UNIT_F32 * abs(sums)
+
+
+def _unlucky(sums, y, weight, dtype: str, gain=0.0):
     """What a float32 sum may lose beyond the tolerance, which takes rounding errors as independent."""
-    # Where all products are nearly equal they are not: the partial sums grow steadily, and as long as they have one
-    # exponent every addition loses the same part of a unit. A kernel adds 64 float32 products to one sum before that
-    # joins a larger one: a quarter of a unit of the whole sum at most for each of the 64, and for each that joins.
-    steady = (64 + y.shape[-1] / 64) / 4 * numeric.UNIT_F32 * abs(sums)
     # Where one term dominates, every later addition rounds a sum of its size: a walk that is now and then, in 10^9
     # elements, longer than the tolerance's ||e W||_1.
     terms = namespace(sums).sqrt(y**2 @ (weight**2).T)
     steps = (gain + 1) * abs(weight) + 1
-    return steady + y.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms + SUBNORMAL_F32 * (steps.sum(-1) + 1)
+    walk = y.shape[-1] ** 0.5 * numeric.UNIT_F32 * terms
+    return steady(sums, y.shape[-1], dtype) + walk + SUBNORMAL_F32 * (steps.sum(-1) + 1)
 
 
-def _flushed(y, weight, dtype: str):
-    """What the bfloat16 products of some processors lose (docs/numerics.md): subnormal factors and sums are zero."""
+def _flushed(y, weight, dtype: str, tf32: bool = False):
+    """What the bfloat16 products of some processors lose (docs/numerics.md): subnormal factors and sums are zero. And
+    TF32 numbers below the smallest normal one: their spacing is 2^-136."""
+    if tf32:
+        return 2.0**-136 * (abs(y).sum(-1)[..., None] + abs(weight).sum(-1))
     if dtype != "bf16":
         return 0.0
     xp = namespace(y)

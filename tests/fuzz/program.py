@@ -2,12 +2,13 @@
 
 import random
 
+import late
 import numpy as np
 from frameworks import TORCH_CUDA
 
 import minivllm
 from fuzz import calls
-from fuzz.drawing import Case
+from fuzz.drawing import Case, members, parameters
 from fuzz.layouts import Block
 from fuzz.memory import OnTorch
 
@@ -16,13 +17,15 @@ EAGER = 24  # calls of a program outside of graphs
 CAPTURED, REPLAYS = 6, 60  # calls in a graph, and how often it runs
 
 
-def variants_of(case: Case) -> list[list[np.ndarray]]:
-    """The images of the blocks with other values at the same places: those of each input, moved on by some elements."""
+def variants_of(case: Case, kept: frozenset[str]) -> list[list[np.ndarray]]:
+    """The images of the blocks with other values at the same places: those of each input that is not `kept`, moved on by
+    some elements."""
     written = {case.tensors[name] for name in case.outputs.values()}
+    moved = {spec for name, specs in case.tensors.items() if name not in kept for spec in members(specs)}
     images = []
     for variant in range(VARIANTS):
         copies = [block.image.copy() for block in case.blocks]
-        for spec in set(case.specs()):
+        for spec in moved:
             only_output = spec in written and "x" not in case.outputs.values()
             if not only_output and 0 not in spec.shape:
                 values = spec.of(case.blocks[spec.block].image)
@@ -34,26 +37,43 @@ def variants_of(case: Case) -> list[list[np.ndarray]]:
 class Program:
     """A case on a device, with its variants, its expectations and its ways to write and to call."""
 
-    def __init__(self, case: Case, device: str, rng: random.Random):
-        self.case, self.device, self.rng = case, device, rng
+    PROMISES = ("static_weights",)  # the options by which a caller vouches that inputs are written by nothing in front
+
+    def __init__(self, case: Case, device: str, rng: random.Random, *, vouches: bool, writes_late: float):
+        """`vouches`: the inputs that the op's promises are about keep their values. `writes_late`: how often, of 1."""
+        self.case, self.device, self.rng, self.vouches = case, device, rng, vouches
         self.torch = TORCH_CUDA.torch
         self.memory = OnTorch(case.blocks, device)
-        self.images = variants_of(case)
+        self.images = variants_of(case, self.promised() if vouches else frozenset())
         self.masters = [[self.memory.copy(image) for image in images] for images in self.images]
         self.arguments = calls.prepare(case, self.memory)
-        self.arguments.pop("static_weights", None)
+        for name in set(self.PROMISES) & parameters(case.op):
+            self.arguments[name] = vouches
         self.bad = self.torch.zeros((), dtype=self.torch.int64, device=device)
         self.layer = None
         self.prepacked = bool(case.options.get("prepack"))
+        if case.op == "FusedRMSNormQKV":
+            self.arguments["static_weights"] = None  # torch's counters tell
         if case.op == "FusedRMSNormQKV" and (self.prepacked or rng.random() < 0.7):
             constant = {name: value for name, value in self.arguments.items() if name not in calls.LAYER_CALL}
             self.layer = minivllm.FusedRMSNormQKV(**constant)
         self.first: list = []
+        self.late = []
+        counted = case.op == "FusedRMSNormQKV" and not vouches  # torch does not see that the late copy writes
+        if writes_late and not counted and device == "cuda" and not late.why_not():
+            self.late = [late.LateCopy(self.memory.memory, masters) for masters in self.masters]
+        self.writes_late = writes_late
+
+    def promised(self) -> frozenset[str]:
+        """The inputs that `PROMISES` are about."""
+        return frozenset(name for name in self.case.tensors if name.endswith("weight") or name == "bias")
 
     def write(self, variant: int):
-        """All that the call reads, by a kernel or by a copy."""
+        """All that the call reads, by a kernel or by a copy. What is promised keeps its bytes meanwhile."""
+        if self.late and self.rng.random() < self.writes_late:
+            return self.late[variant]()
         for memory, master in zip(self.memory.memory, self.masters[variant]):
-            way = self.rng.randrange(3)
+            way = self.rng.randrange(2 if self.vouches else 3)
             if way == 0:
                 memory.copy_(master)
             elif way == 1:

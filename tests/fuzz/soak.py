@@ -1,9 +1,10 @@
 """One GPU shared by many processes: random calls of every op, eager and in CUDA graphs, whose inputs and weights are
-written just before the call, by kernels and by copies, over memory that held infinities and NaNs.
+written just before the call, by kernels and by copies, over memory that held infinities and NaNs. Some of these kernels
+let the call begin before they write (`late`).
 
 A program is a drawn case with several variants of its values. Each variant's result is held against float64 once, in
 float64 on the device; every later call of it must give the same bits. A stale read shows because the call before had
-other values. Weights are those of a caller who vouches for nothing: `static_weights` is left at its default.
+other values. Some programs vouch: with `static_weights=True` the weights keep their values, and all else changes.
 
 With `--device cpu` the same program runs on CPU tensors, its graphs as plain loops: a dry run of the logic.
 """
@@ -39,7 +40,8 @@ def draw(seed: int, index: int, device: str) -> Case:
 def run(seed: int, index: int, device: str) -> dict:
     """The counts of one program; raises where something is wrong."""
     case, rng = draw(seed, index, device), random.Random((seed << 40) + index)
-    program = (attention.Attention if case.op == attention.OP else Program)(case, device, rng)
+    kind = attention.Attention if case.op == attention.OP else Program
+    program = kind(case, device, rng, vouches=rng.random() < 0.4, writes_late=rng.choice((0, 0.4, 1)))
     try:
         program.start()
     except ValueError as error:
