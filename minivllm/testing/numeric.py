@@ -212,7 +212,9 @@ def attention_tolerance(exact, p, q, keys, values, dtype: str, *, scale: float):
     """How wrong decode_attention may be of one sequence, given what reference.attention finds of the other arguments:
     the last rounding, and L standard deviations of what float32 arithmetic and matrix instructions lose. An error of
     a score, which is a sum over dim, changes p_j by as much relative to it, and the result by that times p_j (v_j -
-    exact); errors of the sums over the keys come with p_j v_j."""
+    exact); errors of the sums over the keys come with p_j v_j. Matrix instructions take p_j in two parts of 16 bits:
+    2^-17 p_j may be lost of bfloat16, 2^-23 p_j of float16, of which the smallest number beside the largest p_j is
+    2^-24."""
     xp = namespace(exact)
     kv_head = [h * keys.shape[1] // q.shape[0] for h in range(q.shape[0])]
     v, products, p = values[:, kv_head], q * keys[:, kv_head], p.T[..., None]  # [keys, heads, dim], p [keys, heads, 1]
@@ -220,7 +222,9 @@ def attention_tolerance(exact, p, q, keys, values, dtype: str, *, scale: float):
     dim, count = q.shape[1], keys.shape[0]
     of_scores = (_noise(dim) + _truncation(dim, dtype)) * score[..., None] * p * (v - exact)
     of_sums = (_noise(count) + _truncation(count, dtype)) * p * v
-    spread = LAMBDA * xp.sqrt((of_scores**2 + of_sums**2).sum(0))
+    relative, smallest = {"f32": (0.0, 0.0), "f16": (2.0**-23, 2.0**-25), "bf16": (2.0**-17, 0.0)}[dtype]
+    of_parts = (relative * p + xp.minimum(p, smallest * xp.amax(p, 0))) * v
+    spread = LAMBDA * xp.sqrt((of_scores**2 + of_sums**2 + of_parts**2).sum(0))
     return quantum(exact, dtype) / 2 + 2 * UNIT_F32 * abs(exact) + spread
 
 

@@ -85,7 +85,7 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     bias, rounding = inputs.get("bias"), options.get("rounding", "hf")
     y, s, gain, unsure = _normed(inputs, options, dtype, wild, round_last=rounding != "fp32")
 
-    def product(rows):
+    def product(rows, weight=weight):
         return rows @ weight.T if bias is None else rows @ weight.T + bias
 
     out = product(y)
@@ -100,6 +100,8 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         if rounding != "hf":  # in "fp32" y may be rounded
             as_well = round_to(_as_well(y, s, gain, options.get("eps", 1e-6)), dtype)
             unsure = unsure | ~_same_class(out, product(as_well))
+    if dtype == "f32" and options.get("allow_tf32", False):  # infinity times what TF32 takes as zero
+        unsure = unsure | ~_same_class(out, product(_normal_tf32(y), _normal_tf32(weight)))
     lost = numeric.lost_before_the_product(finite_s, finite_gain, options.get("eps", 1e-6), dtype, rounding)
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
@@ -139,6 +141,8 @@ def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     bound = bound + _unlucky(finite_sums, finite_x, finite_weight, dtype)
     bound = bound + _flushed(finite_x, finite_weight, dtype, dtype == "f32" and options.get("allow_tf32", False))
     unsure = abs(finite_x) @ abs(finite_weight).T > SAFE_SUM
+    if dtype == "f32" and options.get("allow_tf32", False):
+        unsure = unsure | ~_same_class(x @ weight.T, _normal_tf32(x) @ _normal_tf32(weight).T)
     if residual is not None:
         largest = LARGEST[dtype]  # where rounding in between may give infinity, or not
         unsure = (
@@ -155,6 +159,11 @@ def steady(sums, length: int, dtype: str):
     joins. Nor does what matrix instructions cut off cancel: 2 u of the sum in each 16 products of 16 bits."""
     cut_off = length / 8 if dtype != "f32" else 0.0
     return ((64 + length / 64) / 4 + cut_off) * numeric.UNIT_F32 * abs(sums)
+
+
+def _normal_tf32(values):
+    """Without numbers that TF32 may take as zero."""
+    return namespace(values).where(abs(values) < 2.0**-136, 0.0 * values, values)
 
 
 def _unlucky(sums, y, weight, dtype: str, gain=0.0):
