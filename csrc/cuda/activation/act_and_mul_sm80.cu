@@ -1,12 +1,11 @@
 /* act_and_mul_sm80.cu: silu_and_mul and gelu_and_mul at memory speed on everything from Ampere up.
  *
  * Memory decides: an output of 16 bits moves 6 bytes, for which an H200 takes as long as for 37 instructions, and silu
- * has 32 of them, gelu by tanh 36 (counted in the machine code, rare branches included). Only gelu by erf, with 68, is
- * bound by arithmetic at 16 bits. A row is cut into pieces, and a thread asks for all its packets of a piece, of gate
- * and of up, before it uses any. With 2 of each a thread, and at least 1024 threads on an SM, 64 KB or more are on
- * their way there, which is what the distance of memory takes. Where one of each puts all of x on its way at once, a
- * thread takes one, so that a small call spreads over more of the GPU. Blocks have as many threads as divide a row
- * evenly; short rows share one.
+ * has 20 of them, gelu by tanh 23 (counted in the machine code). Only gelu by erf, with 68, is bound by arithmetic at
+ * 16 bits. A row is cut into pieces, and a thread asks for all its packets of a piece, of gate and of up, before it
+ * uses any. With 2 of each a thread, and at least 1024 threads on an SM, 64 KB or more are on their way there, which is
+ * what the distance of memory takes. Where one of each puts all of x on its way at once, a thread takes one, so that a
+ * small call spreads over more of the GPU. Blocks have as many threads as divide a row evenly; short rows share one.
  *
  * With expf, a reciprocal and normcdff a result keeps the precision of float32, also where it is tiny. Nothing is
  * loaded before the wait for the previous kernel, which may still write x. */
