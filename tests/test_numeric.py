@@ -51,4 +51,7 @@ def test_large_products_on_a_gpu(cuda_torch):
     a, weight = normal((1200, 1024), "f32", "a")[::-1], normal((1000, 1024), "f32", "weight")
     assert a.size * len(weight) >= reference.LARGE
     bound = 1024 * 2.0**-53 * (abs(a) @ abs(weight).T)
-    numeric.assert_within(reference.times_rows(a, weight), a @ weight.T, 2 * bound)
+    cuda_torch.cuda.reset_peak_memory_stats()
+    product = reference.times_rows(a, weight)
+    assert cuda_torch.cuda.max_memory_allocated() >= a.nbytes + weight.nbytes, "it stayed on the CPU"
+    numeric.assert_within(product, a @ weight.T, 2 * bound)
