@@ -217,8 +217,8 @@ def test_the_choice_by_measured_times(tree, report):
 def test_the_choice_at_some_shapes(tree, report, gpu):
     """Where the fastest row was found by forcing all, on an H100; an H200 differs by its memory."""
     expected = {
-        points.Point("linear_add", "qwen2.5-0.5b-o", 96, "bf16"): "bf16_norm_mma_sm80",
-        points.Point("linear_add", "qwen2.5-0.5b-o", 200, "f16"): "f16_norm_mma_sm80",
+        points.Point("linear_add", "qwen2.5-0.5b-o", 96, "bf16"): "bf16_norm_wgmma_sm90a",
+        points.Point("linear_add", "qwen2.5-0.5b-o", 200, "f16"): "f16_norm_wgmma_sm90a",
         points.Point("linear", "qwen3-14b-o", 16, "f16"): "f16_norm_wgmma_sm90a",
         points.Point("rms_norm_qkv", "qwen3-0.6b", 8, "bf16"): "bf16_decode_sm90a",
         points.Point("rms_norm_gate_up", "qwen2.5-0.5b-gate_up", 2048, "bf16"): "bf16_norm_wgmma_sm90a",
