@@ -8,6 +8,7 @@ its wait, and writes then: a load that comes too early reads old values every ti
 
 import functools
 
+import numpy as np
 from frameworks import TORCH_CUDA, optional, why_missing
 
 WAIT = 25_000  # nanoseconds, several times what a call takes before its wait
@@ -50,8 +51,8 @@ def _kernel():
 
 
 class LateCopy:
-    """Copies tensors on the current stream of torch, each over the one of the same place in `to`, late. They are whole
-    allocations."""
+    """Copies each of `sources` over the tensor at the same position of `to`, late, on torch's current stream. All are
+    whole allocations, so that they begin at multiples of 16 bytes."""
 
     def __init__(self, to, sources):
         self.torch, self.kept = TORCH_CUDA.torch, (to, sources)
@@ -60,7 +61,6 @@ class LateCopy:
         self.parts = self.torch.tensor(rows, dtype=self.torch.int64, device="cuda")
 
     def __call__(self, wait: int = WAIT):
-        numpy, cupy = optional("numpy"), optional("cupy")
-        arguments = numpy.int64(self.parts.data_ptr()), numpy.int32(len(self.parts)), numpy.int32(wait)
-        with cupy.cuda.ExternalStream(self.torch.cuda.current_stream().cuda_stream):
+        arguments = np.int64(self.parts.data_ptr()), np.int32(len(self.parts)), np.int32(wait)
+        with optional("cupy").cuda.ExternalStream(self.torch.cuda.current_stream().cuda_stream):
             _kernel()((BLOCKS,), (THREADS,), arguments)

@@ -80,6 +80,11 @@ def norm_add(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     return Expected(out, bound + quantum(finite, dtype) / 2 + 2 * numeric.UNIT_F32 * abs(finite), open_)
 
 
+def takes_tf32(options: dict, dtype: str) -> bool:
+    """Whether the products may be those of TF32 numbers."""
+    return dtype == "f32" and options.get("allow_tf32", False)
+
+
 def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
     weight = next(inputs[name] for name in ("qkv_weight", "gate_up_weight", "weight") if name in inputs)
     bias, rounding = inputs.get("bias"), options.get("rounding", "hf")
@@ -100,14 +105,14 @@ def projection(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
         if rounding != "hf":  # in "fp32" y may be rounded
             as_well = round_to(_as_well(y, s, gain, options.get("eps", 1e-6)), dtype)
             unsure = unsure | ~_same_class(out, product(as_well))
-    if dtype == "f32" and options.get("allow_tf32", False):  # infinity times what TF32 takes as zero
+    if takes_tf32(options, dtype):  # infinity times what TF32 takes as zero
         unsure = unsure | ~_same_class(out, product(_normal_tf32(y), _normal_tf32(weight)))
     lost = numeric.lost_before_the_product(finite_s, finite_gain, options.get("eps", 1e-6), dtype, rounding)
     bound = numeric.tolerance(
         _finite(out) if wild else out, finite_y, dtype, weight=finite_weight, length=s.shape[-1],
-        gain=abs(finite_gain), **lost, tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
+        gain=abs(finite_gain), **lost, tf32=takes_tf32(options, dtype))  # fmt: skip
     bound = bound + _unlucky(_finite(out), finite_y, finite_weight, dtype, abs(finite_gain))
-    bound = bound + _flushed(finite_y, finite_weight, dtype, dtype == "f32" and options.get("allow_tf32", False))
+    bound = bound + _flushed(finite_y, finite_weight, dtype, takes_tf32(options, dtype))
     return Expected(out, bound, unsure if unsure.any() else None)
 
 
@@ -137,11 +142,11 @@ def linear(inputs: dict, options: dict, dtype: str, wild: bool) -> Expected:
                                  round_last=False)  # fmt: skip
     finite_x, finite_weight, finite_sums, finite_out = map(_finite, (x, weight, sums, out))
     bound = numeric.tolerance(finite_sums, finite_x, dtype, weight=finite_weight, length=x.shape[-1],
-                              tf32=dtype == "f32" and options.get("allow_tf32", False))  # fmt: skip
+                              tf32=takes_tf32(options, dtype))  # fmt: skip
     bound = bound + _unlucky(finite_sums, finite_x, finite_weight, dtype)
-    bound = bound + _flushed(finite_x, finite_weight, dtype, dtype == "f32" and options.get("allow_tf32", False))
+    bound = bound + _flushed(finite_x, finite_weight, dtype, takes_tf32(options, dtype))
     unsure = abs(finite_x) @ abs(finite_weight).T > SAFE_SUM
-    if dtype == "f32" and options.get("allow_tf32", False):
+    if takes_tf32(options, dtype):
         unsure = unsure | ~_same_class(x @ weight.T, _normal_tf32(x) @ _normal_tf32(weight).T)
     if residual is not None:
         largest = LARGEST[dtype]  # where rounding in between may give infinity, or not

@@ -3,8 +3,9 @@
 
 #include "cuda/arch/vec.cuh"
 
-/* The activations of some gates, which take its place; tests/c/activation.h says how near they are. A result waits for
- * exp and for a reciprocal, so those of all are asked for together. */
+/* Puts the activations of some gates in their place; tests/c/activation.h says how near they are. A result waits for
+ * exp and for a reciprocal, so those of all are asked for together. An eighth of 1 + exp is infinite, or has a normal
+ * reciprocal. */
 template <mv_activation kActivation, int kCount> __device__ __forceinline__ void activate(float (&z)[kCount]) {
     if constexpr (kActivation == MV_GELU) {
 #pragma unroll
@@ -15,16 +16,11 @@ template <mv_activation kActivation, int kCount> __device__ __forceinline__ void
 #pragma unroll
         for (int i = 0; i < kCount; i++)
             r[i] = expf(kActivation == MV_SILU ? -z[i] : z[i] * fmaf(z[i] * z[i], cubic, linear));
-#pragma unroll /* of z / (1 + r): an eighth of that sum is infinite, or has a normal reciprocal */
+#pragma unroll
         for (int i = 0; i < kCount; i++) r[i] = reciprocal(fmaf(r[i], 0.125f, 0.125f));
 #pragma unroll
         for (int i = 0; i < kCount; i++) z[i] *= 0.125f * r[i];
     }
-}
-template <mv_activation kActivation> __device__ __forceinline__ float activation(float z) {
-    float one[1] = {z};
-    activate<kActivation>(one);
-    return one[0];
 }
 
 /* Outputs of a gated layer, from the finished sums of the gate, whose place they take, and of up: activation(gate) *

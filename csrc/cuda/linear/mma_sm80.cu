@@ -124,7 +124,7 @@ __device__ __forceinline__ Packet<T> load_addends(const T *from, int64_t left, b
     return packet;
 }
 
-/* The row of a lane's sums in a half of a fragment: lane / 4 or lane / 4 + 8. */
+/* The token that a lane has sums of, in a half of a fragment: row lane / 4 of the fragment, or lane / 4 + 8. */
 template <typename Tile> __device__ __forceinline__ int64_t mma_token(const MmaPlace &place, int fragment, int half) {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 / Tile::warps_n * Tile::warp_m;
     return place.token + first + fragment * 16 + half * 8 + lane / 4;
@@ -135,7 +135,7 @@ template <typename Tile> __device__ __forceinline__ int64_t mma_token(const MmaP
 template <typename T, typename Tile, bool kInOut> __device__ __forceinline__ void
 join_mma_addends(MmaSums<Tile> &sum, const mv_task &task, const MmaPlace &place, int64_t output, int64_t left) {
     constexpr int kFragments = Tile::warp_m / 16, kColumns = Tile::warp_n / 8;
-    Packet<T> addends[kFragments][2][kColumns / 2]; /* half of each */
+    Packet<T> addends[kFragments][2][kColumns / 2]; /* the first four values of each; of tokens that exist */
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
