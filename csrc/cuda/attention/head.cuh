@@ -7,6 +7,7 @@
 /* One head. Everything that it takes is loaded before any of it is used. Lane l has kPer columns, which are l, l + 32
  * and so on: dim is at most 32 kPer. */
 template <typename T, int kPer> struct Head {
+    static constexpr int kLanes = 32;
     float value[kPer], weight[kPer], cosine[kPer], sine[kPer];
 
     static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x % 32) + i * 32; }
@@ -27,7 +28,7 @@ template <typename T, int kPer> struct Head {
 
     /* row: the row of cos and sin. */
     __device__ __forceinline__ void load(const T *x, int dim, const mv_head_norm &norm, const mv_rotary &rotary,
-                                         int64_t row) {
+                                         int64_t row, bool = true) {
         const int columns = static_cast<int>(rotary.columns);
         load_values(value, x, Dtype<T>::value, 0, dim);
         if (norm.weight) load_values(weight, norm.weight, norm.weight_dtype, 0, dim);
@@ -45,8 +46,7 @@ template <typename T, int kPer> struct Head {
             float squares = 0;
 #pragma unroll
             for (int i = 0; i < kPer; i++) squares = fmaf(value[i], value[i], squares);
-            const float scale = sizeof(T) == 4 ? static_cast<float>(dim) : 1.0f / static_cast<float>(dim);
-            const float r = row_factor<T>(warp_sum(squares), scale, norm.eps);
+            const float r = row_factor<T>(warp_sum(squares), mean_scale<T>(dim), norm.eps);
 #pragma unroll
             for (int i = 0; i < kPer; i++) {
                 if (column(i) >= dim) continue;
@@ -80,35 +80,55 @@ template <typename T, int kPer> struct Head {
             if (column(i) < columns) y[column(i)] = value[i];
         __syncwarp();
     }
+
+    __device__ __forceinline__ void store_row(T *to, int dim, bool) const {
+#pragma unroll
+        for (int i = 0; i < kPer; i++)
+            if (column(i) < dim) to[column(i)] = from_float<T>(value[i]);
+    }
+    static __device__ __forceinline__ void copy_row(T *to, const T *from, int dim, bool) {
+#pragma unroll
+        for (int i = 0; i < kPer; i++)
+            if (column(i) < dim) to[column(i)] = from[column(i)];
+    }
 };
 
-/* The head of most models, in fewer instructions: of 16 bits and 64, 128 or 256 columns, all of which the rotary
- * embedding turns, in halves, by cos and sin of the same dtype; so is the weight of the norm. What another lane would
- * have is in this one: lane l has kPer / 2 columns of each half. There is always an embedding. */
-template <typename T, int kPer> struct PairedHead {
+/* The head of most models, in fewer instructions: the rotary embedding turns all of its kLanes * kPer columns, in halves,
+ * by cos and sin of the head's dtype, which the weight of the norm has, too. A lane needs nothing of another one: it has
+ * kPer / 2 columns of each half. There is always an embedding. */
+template <typename T, int kPer, int kLanes_ = 32> struct PairedHead {
+    static constexpr int kLanes = kLanes_;
     static constexpr int kHalf = kPer / 2; /* columns of a lane, of each half: a load */
+    struct alignas(kHalf * sizeof(T)) Part {
+        T value[kHalf];
+    };
     float value[kPer], weight[kPer], cosine[kPer], sine[kPer];
 
     static __device__ __forceinline__ int column(int i) {
-        return i / kHalf * 16 * kPer + static_cast<int>(threadIdx.x % 32) * kHalf + i % kHalf;
+        return i / kHalf * kLanes * kHalf + static_cast<int>(threadIdx.x % kLanes) * kHalf + i % kHalf;
     }
-    static __device__ __forceinline__ void load_values(float (&to)[kPer], const void *from) {
-        struct alignas(kHalf * sizeof(T)) Part {
-            T value[kHalf];
-        };
+    /* aligned: a lane's part can be loaded at once. */
+    static __device__ __forceinline__ Part load_part(const T *from, bool aligned) {
+        if (aligned) return *reinterpret_cast<const Part *>(from);
+        Part part;
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) part.value[i] = from[i];
+        return part;
+    }
+    static __device__ __forceinline__ void load_values(float (&to)[kPer], const void *from, bool aligned) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const Part part = *reinterpret_cast<const Part *>(static_cast<const T *>(from) + column(half * kHalf));
+            const Part part = load_part(static_cast<const T *>(from) + column(half * kHalf), aligned);
 #pragma unroll
             for (int i = 0; i < kHalf; i++) to[half * kHalf + i] = to_float(part.value[i]);
         }
     }
     __device__ __forceinline__ void load(const T *x, int, const mv_head_norm &norm, const mv_rotary &rotary,
-                                         int64_t row) {
-        load_values(value, x);
-        if (norm.weight) load_values(weight, norm.weight);
-        load_values(cosine, static_cast<const T *>(rotary.cos) + row * rotary.cos_stride);
-        load_values(sine, static_cast<const T *>(rotary.sin) + row * rotary.sin_stride);
+                                         int64_t row, bool aligned = true) {
+        load_values(value, x, aligned);
+        if (norm.weight) load_values(weight, norm.weight, aligned);
+        load_values(cosine, static_cast<const T *>(rotary.cos) + row * rotary.cos_stride, aligned);
+        load_values(sine, static_cast<const T *>(rotary.sin) + row * rotary.sin_stride, aligned);
     }
     __device__ __forceinline__ void finish(int, const mv_head_norm &norm, const mv_rotary &, mv_rounding rounding,
                                            float *, int) {
@@ -118,7 +138,7 @@ template <typename T, int kPer> struct PairedHead {
             float squares = 0;
 #pragma unroll
             for (int i = 0; i < kPer; i++) squares = fmaf(value[i], value[i], squares);
-            const float r = row_factor<T>(warp_sum(squares), 1.0f / (32 * kPer), norm.eps);
+            const float r = row_factor<T>(warp_sum<kLanes>(squares), mean_scale<T>(kLanes * kPer), norm.eps);
             const bool twice = mv_norm_rounds_twice(rounding);
 #pragma unroll
             for (int i = 0; i < kPer; i++)
@@ -132,6 +152,31 @@ template <typename T, int kPer> struct PairedHead {
             const float first = value[i], second = value[i + kHalf];
             value[i] = turned(first, cosine[i], -second, sine[i]);
             value[i + kHalf] = turned(second, cosine[i + kHalf], first, sine[i + kHalf]);
+        }
+    }
+    static __device__ __forceinline__ void store_part(T *to, const Part &part, bool aligned) {
+        if (aligned) {
+            *reinterpret_cast<Part *>(to) = part;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) to[i] = part.value[i];
+    }
+    __device__ __forceinline__ void store_row(T *to, int, bool aligned) const {
+        constexpr int kWords = sizeof(Part) / 4, kPerWord = 4 / sizeof(T);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            alignas(Part) uint32_t word[kWords];
+#pragma unroll
+            for (int w = 0; w < kWords; w++) word[w] = pack_word<T>(value + half * kHalf + w * kPerWord);
+            store_part(to + column(half * kHalf), *reinterpret_cast<const Part *>(word), aligned);
+        }
+    }
+    static __device__ __forceinline__ void copy_row(T *to, const T *from, int, bool aligned) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = column(half * kHalf);
+            store_part(to + at, load_part(from + at, aligned), aligned);
         }
     }
 };

@@ -60,9 +60,12 @@ template <typename T> __device__ __forceinline__ Packet<T> add_residual(const Pa
 }
 
 /* What the mean of a row's squares takes: 16 bits multiply their sum by this, float32 divides it. */
+template <typename T> __host__ __device__ __forceinline__ float mean_scale(int64_t columns) {
+    const float count = static_cast<float>(columns);
+    return sizeof(T) == 4 ? count : 1.0f / count;
+}
 template <typename T> __host__ __device__ __forceinline__ float mean_scale(const mv_task &task) {
-    const float hidden = static_cast<float>(task.hidden);
-    return sizeof(T) == 4 ? hidden : 1.0f / hidden;
+    return mean_scale<T>(task.hidden);
 }
 
 /* 1 / sqrt(mean + eps): of float32 rows with every step correctly rounded, for 16 bits within two units in the last
