@@ -12,7 +12,7 @@ import minivllm
 # that other tests take them to.
 SLOW_UNDER_SANITIZERS = ("accuracy", "benchmarks", "docs", "import", "nn", "nn_layer", "numeric", "paged", "shard",
                          "tensor_parallel", "torch_compile", "torch_grad", "transformers", "transformers_caches",
-                         "transformers_code", "transformers_families", "transformers_few", "transformers_head",
+                         "transformers_code", "transformers_families", "transformers_rest", "transformers_head",
                          "transformers_kept", "transformers_rounding")  # fmt: skip
 collect_ignore = [f"test_{name}.py" for name in SLOW_UNDER_SANITIZERS] if SANITIZED else []
 
@@ -179,6 +179,6 @@ def calls(monkeypatch):
 
             return call
 
-    for module in (minivllm.transformers.layer, minivllm.transformers.few, minivllm.transformers.head):
+    for module in (minivllm.transformers.layer, minivllm.transformers.rest, minivllm.transformers.head):
         monkeypatch.setattr(module, "ops", Spy())
     return counts

@@ -35,7 +35,7 @@ def whole_model(kind, dtype):
 
 @torch.no_grad()
 def results_of(model):
-    """Logits of more tokens than few.py takes and of few, of a Decoder's prefill and steps, and what generate chooses."""
+    """Logits of a prompt and of fewer tokens, of a Decoder's prefill and steps, and what generate chooses."""
     ids = prompt(6, 14).to(model.device)
     decoder = Decoder(model, len(ids), 32)
     steps = [decoder.prefill(ids[:, :-STEPS]).clone()]

@@ -135,9 +135,10 @@ def test_512_steps(rounding):
 
 def test_the_default_limit(device, monkeypatch):
     def limit(dtype):
-        model = causal_lm("tiny-llama", dtype, device)
+        model = causal_lm("tiny-llama", dtype)
         minivllm.transformers.apply(model)
-        return model.model.layers[0]._minivllm.fused_tokens
+        assert model.model.layers[0]._minivllm.limits_now() == (None, None)
+        return model.to(device).model.layers[0]._minivllm.limits_now()[0]  # where the model is now
 
     for capability in (0, 80, 90, 100):
         monkeypatch.setattr(minivllm.transformers, "_capability", lambda gpu: capability)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="transformers models need torch")
 from transformer_models import FAMILIES, SMALL, close, decoded, model_of, prompt, rms  # noqa: E402
 
 import minivllm.transformers  # noqa: E402
-from minivllm.transformers import Decoder, NotFusedWarning, layer  # noqa: E402
+from minivllm.transformers import Decoder, NotFusedWarning  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -27,8 +27,8 @@ def cached(model, ids, steps):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_logits_are_those_of_transformers(kind, attention, device, calls, monkeypatch):
-    """For few tokens and for more, one by one, in a Decoder before and after apply, and after undo."""
+def test_logits_are_those_of_transformers(kind, attention, device, calls):
+    """Of a prompt, one by one, in a Decoder before and after apply, with a hook on each MLP, and after undo."""
     model, ids = model_of(kind, attention=attention).to(device), prompt(2, 14).to(device)
     expected = model(ids).logits
     assert close(decoded(model, ids, 3), expected[:, -4:])
@@ -40,7 +40,8 @@ def test_logits_are_those_of_transformers(kind, attention, device, calls, monkey
     assert close(cached(model, ids, 3), expected[:, -4:])
     calls.clear()
     assert close(decoded(model, ids, 3), expected[:, -4:]) and calls["decode_attention"] == 2 * 3
-    monkeypatch.setattr(layer, "FEW_TOKENS", 0)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *args: None)
     calls.clear()
     assert close(model(ids).logits, expected) and "linear_add" not in calls and "linear" not in calls
     if attention == "sdpa":
@@ -80,7 +81,7 @@ def test_16_bits_are_as_near_to_float32(kind, device):
     for rounding in errors:
         if rounding != "plain":
             minivllm.transformers.apply(model, rounding=rounding)
-        for few in (ids, ids[:2]):  # more and fewer tokens than few.py takes
+        for few in (ids, ids[:2]):
             got = model(few).logits[:, -4:]
             errors[rounding] += rms(got.float() - exact[: len(few)])
         errors[rounding] += rms(decoded(model, ids, 3).float() - exact)

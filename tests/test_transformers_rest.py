@@ -1,4 +1,6 @@
-"""What fused layers compute for few tokens behind q, k and v, and when they leave that to the modules."""
+"""What fused layers compute behind q, k and v, and when they leave that to the modules."""
+
+import copy
 
 import pytest
 
@@ -9,7 +11,7 @@ from transformer_models import LAYERS, TINY, close, prompt, rms  # noqa: E402
 
 import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import causal_lm  # noqa: E402
-from minivllm.transformers import Decoder, few  # noqa: E402
+from minivllm.transformers import Decoder, rest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 STEPS = 4
@@ -164,15 +166,14 @@ def test_steps_are_as_accurate_as_those_of_transformers(dtype, rounding, device)
     assert errors["ours"] <= 1.2 * errors["plain"], errors
 
 
-def test_few_is_what_apply_found():
-    """A copy of a model looks at its own modules."""
-    import copy
-
+def test_a_copy_looks_at_its_own_modules():
     model, ids = causal_lm("tiny-qwen3"), prompt()
     minivllm.transformers.apply(model)
     twin = copy.deepcopy(model)
-    mine, other = (each.model.layers[1]._minivllm.few for each in (model, twin))
-    assert isinstance(mine, few.Few) and mine.mlp is model.model.layers[1].mlp and other.mlp is twin.model.layers[1].mlp
+    mine, other = (each.model.layers[1]._minivllm.rest for each in (model, twin))
+    assert (
+        isinstance(mine, rest.Rest) and mine.mlp is model.model.layers[1].mlp and other.mlp is twin.model.layers[1].mlp
+    )
     hook_down(twin.model.layers[1])
     assert mine.is_usable(torch.float32) and not other.is_usable(torch.float32)
     assert not close(twin(ids).logits, model(ids).logits)

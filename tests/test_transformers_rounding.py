@@ -100,7 +100,7 @@ def test_heads_round_as_in_transformers(kind, device):
     embeddings = model.model.rotary_emb(q, torch.arange(40, device=device)[None], *kinds)
     normed = [norm(x) for norm, x in zip(fused.head_norms, (q, k))] or (q, k)
     expected = fused.family.module.apply_rotary_pos_emb(*normed, *embeddings, unsqueeze_dim=2)
-    fused.norm_and_turn(q, k, embeddings)
+    fused.norm_and_turn(q, k, k, embeddings, None)
     assert all(float((got != true).float().mean()) < 0.002 for got, true in zip((q, k), expected))
 
 

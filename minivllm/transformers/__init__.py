@@ -12,6 +12,7 @@ What a fused layer computes, and when it steps aside, is in layer.py; docs/trans
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 import warnings
@@ -107,10 +108,10 @@ def apply(
     model: a torch module, such as what AutoModelForCausalLM.from_pretrained returned. Its weights stay where they are
     and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
     Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
-    tokens (batch x length) than this take a norm and torch's linear instead of the fused norm and projection; None:
-    never; "auto": None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under torch.compile; FUSED_TOKENS
-    on other GPUs. A compiled call looks at hooks when it is traced, as torch does: torch.compiler.reset() after adding
-    one.
+    tokens (batch x length) than this take norms and torch's linears instead of the ops that have both; None: never;
+    "auto": by where the model is in the call, None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under
+    torch.compile; FUSED_TOKENS on other GPUs. A compiled call looks at hooks when it is traced, as torch does:
+    torch.compiler.reset() after adding one.
     rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
     twice, as transformers does.
 
@@ -225,9 +226,13 @@ def _apply_to_layer(
         parts = matrix.split_with_sizes([linear.out_features for linear in linears])
         for linear, part in zip(linears, parts):
             linear.weight.data = part
-    eager, traced = _default_limits(linears[0].weight) if fused_tokens == "auto" else (fused_tokens, fused_tokens)
-    _put(layer, layer_forward, FusedLayer(name, layer, matrix, eager, traced, applied))
+    limits = _default_limits if fused_tokens == "auto" else functools.partial(_given_limits, fused_tokens)
+    _put(layer, layer_forward, FusedLayer(name, layer, matrix, limits, applied))
     return 0 if matrix is None else matrix.nbytes
+
+
+def _given_limits(fused_tokens: int | None, weight: torch.Tensor) -> tuple[int | None, int | None]:
+    return fused_tokens, fused_tokens
 
 
 def _default_limits(weight: torch.Tensor) -> tuple[int | None, int | None]:

@@ -20,6 +20,7 @@ class Cursor:
     """Where the layers write in the present call, set by the Decoder.
 
     prompt: (sequences, columns, rows) of the tokens of a prompt, int64 [tokens] each; None where no column is padding.
+    slots: int64 [batch, columns], during a prompt the row of each token, counted through all sequences; -1: padding.
     positions: int64 [batch], the row of each sequence's new token, on the device; None during a prompt. rows: how many
     rows of the cache a new token looks at, under the mask of the call. rotary: stands in for the model's. is_masked:
     whether a layer has asked for the rows, and so for the mask, since it was set to False.
@@ -28,6 +29,7 @@ class Cursor:
     def __init__(self, rotary: RotaryRows) -> None:
         self.rotary, self.is_masked = rotary, False
         self.prompt: tuple[Tensor, Tensor, Tensor] | None = None
+        self.slots: Tensor | None = None
         self.positions: Tensor | None = None
         self.rows = 0
 

@@ -138,6 +138,8 @@ class Decoder:
             mask = (rows >= 0).long()
             sequences, where = mask.nonzero(as_tuple=True)
             self._cursor.prompt = (sequences, where, rows[sequences, where])
+        first = self.max_length * torch.arange(batch, device=self.device)
+        self._cursor.slots = torch.where(rows >= 0, first[:, None] + rows, -1)
         # What an earlier text left there may be no number at all.
         torch._foreach_zero_([x for layer in self._cache.layers for x in (layer.keys, layer.values)])
         out = model(
@@ -287,7 +289,7 @@ class Decoder:
 
     def _forward(self, model: Any, rows: int, masks: Any) -> Tensor:
         """The logits [batch, vocabulary] after self._tokens, which stand at self._positions."""
-        self._cursor.positions, self._cursor.rows = self._positions, rows
+        self._cursor.positions, self._cursor.rows, self._cursor.slots = self._positions, rows, None
         out = model(
             input_ids=self._tokens[:, None], attention_mask=masks, position_ids=self._positions[:, None],
             past_key_values=self._cache, use_cache=True, return_dict=True)  # fmt: skip

@@ -4,16 +4,20 @@ These functions stand in for `forward` of a model, of its layers and of its fina
 
     q, k, v, total = rms_norm_qkv(hidden, residual=pending)     norm, projection, and the sum the layer before left open
     q, k           = qk_norm_rope(q, k)                         norms of heads and rotary embedding, in place
-    attention, o_proj                                           as in transformers, which has the cache
+    attention                                                   as in transformers, which has the cache
+    hidden         = o_proj and MLP, by rest.py                 and nothing is pending, but for a model that is sharded
+
+In a decode step the attention is decode_attention, in place of the last two of these, where room.py finds room for it
+in the cache. Where the rest of a layer is not what rest.py takes it for, and for more tokens than norm and projection
+are fused for:
+
+    o_proj                                                      as in transformers
     y, total       = add_rms_norm(o_proj's, total)              in place
     hidden         = mlp(y)                                     and total stays pending for the next layer
 
 Where norms stand behind attention and MLP as well (Gemma), norm_add joins their results to the residual, and nothing is
-pending. What else the families differ in is in code.py.
-
-For few tokens few.py has what follows q, k and v, and in a decode step the attention too, where room.py finds room for
-it in the cache; nothing is then pending, but for a model that is sharded. What one rank of it has, and where the ranks
-add, is in sharding.py. head.py has the final norm with the language model's head.
+pending. What else the families differ in is in code.py. What one rank of a sharded model has, and where the ranks add,
+is in sharding.py. head.py has the final norm with the language model's head.
 
 Every module that is skipped by this is looked at again in each call, so that an adapter, a hook or a quantised weight
 that arrives later is not passed over: the layer then runs the code of its class, and its report says why.
@@ -34,15 +38,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import _C as ops
 from .cache import DecoderCache
 from .code import ALIVE, Applied, Family, Numbered, Rounding, is_fused, is_intercepted, is_replaced, is_watched
-from .few import LINEARS, Few, attend, finish, is_known_attention
 from .head import END, End, Instead
+from .rest import LINEARS, Rest, attend, finish, is_known_attention
 from .room import Room, Rooms, release
 from .step import Step
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEP = "minivllm_step"  # the keyword argument in which a Step goes from the model to its layers
 LONE_HEADS = 64  # fewer heads of keys than this, each on one SM, take longer than copying them does once it is compiled
-FEW_TOKENS = 64  # with more, products of torch and a norm are as fast as the ops that have the residual in them
 STATIC_WEIGHTS = True  # `apply` vouches for it: no unfinished work in front of a call writes the weights of the model
 GRADIENTS = "gradient mode is on: call it under torch.no_grad() or torch.inference_mode()"
 INTERCEPTED = "a TorchFunctionMode is active"
@@ -71,6 +74,12 @@ def why_not_now(number: int) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_limit(number: int) -> int | None:
+    """How many tokens the FusedLayer with this number takes in a call that is traced."""
+    return cast(FusedLayer, ALIVE[number]).limits_now()[1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def note(number: int, why: str) -> None:
     """`note` of the FusedLayer with this number, for a call that is traced."""
     cast(FusedLayer, ALIVE[number]).note(why)
@@ -87,9 +96,9 @@ def heads_of(attention: Any, projections: tuple[Any, ...]) -> tuple[int, int]:
 class FusedLayer(Numbered):
     """A decoder layer's parts, and whether a call may use them. Lives on the layer as `_minivllm`.
 
-    packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. fused_tokens: calls with
-    more tokens take the norm and torch's linear, None: no limit; traced_tokens: the same under torch.compile, where
-    more take the code of the layer's class.
+    packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. limits: of the weight of
+    q_proj, how many tokens a call may have that takes the ops with weights, eagerly and under torch.compile, None: any
+    number. With more it takes norms and torch's linears, or under torch.compile the code of the layer's class.
     """
 
     def __init__(
@@ -97,13 +106,13 @@ class FusedLayer(Numbered):
         name: str,
         layer: Any,
         packed: Tensor | None,
-        fused_tokens: int | None,
-        traced_tokens: int | None,
+        limits: Callable[[Tensor], tuple[int | None, int | None]],
         applied: Applied,
     ) -> None:
         attention, traits = layer.self_attn, applied.family.traits
         self.name, self.packed, self.applied, self.rounding = name, packed, applied, applied.rounding
-        self.fused_tokens, self.traced_tokens = fused_tokens, traced_tokens
+        self.limits = limits
+        self.known_limits: tuple[Any, Any, tuple[int | None, int | None]] = (None, None, (None, None))
         self.layer, self.attention, self.o_proj, self.mlp = layer, attention, attention.o_proj, layer.mlp
         self.norms = tuple(getattr(layer, norm) for norm in traits.norms)
         self.projections = tuple(getattr(attention, name) for name in traits.projections)
@@ -112,7 +121,7 @@ class FusedLayer(Numbered):
         self.skipped = (*self.norms, attention, *self.projections, *self.head_norms, *self.dropouts)
         self.parts, self.types = self._parts(), tuple(map(type, self.skipped))
         self.hooks = [hooks for module in self.skipped for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        self.family, self.few = applied.family, Few(layer, applied.family)
+        self.family, self.rest = applied.family, Rest(layer, applied.family)
         self.head_dim = attention.head_dim
         self.heads, self.kv_heads = heads_of(attention, self.projections)
         self.enter()
@@ -176,13 +185,19 @@ class FusedLayer(Numbered):
 
     def is_fused_for(self, x: Tensor) -> bool:
         """Whether norm and projection of so many tokens are one call."""
-        limit = self.traced_tokens if torch.compiler.is_compiling() else self.fused_tokens
+        limit = traced_limit(self.number) if torch.compiler.is_compiling() else self.limits_now()[0]
         return limit is None or x.shape[0] * x.shape[1] <= limit
 
-    def is_few(self, x: Tensor) -> bool:
-        """Whether few.py has the rest of the layer."""
-        few = x.shape[0] * x.shape[1] <= FEW_TOKENS and self.is_fused_for(x)
-        return few and self.few.is_usable(x.dtype)
+    def limits_now(self) -> tuple[int | None, int | None]:
+        """`limits` where the model is now."""
+        weight = self.projections[0].weight
+        if self.known_limits[:2] != (weight.device, weight.dtype):
+            self.known_limits = weight.device, weight.dtype, self.limits(weight)
+        return self.known_limits[2]
+
+    def has_rest(self, x: Tensor) -> bool:
+        """Whether rest.py has the rest of the layer."""
+        return self.is_fused_for(x) and self.rest.is_usable(x.dtype)
 
     def norm_options(self, norm: Any) -> dict[str, Any]:
         return self.family.norm_options(norm, self.rounding)
@@ -243,13 +258,20 @@ class FusedLayer(Numbered):
             address += linear.weight.numel() * itemsize
         return True
 
-    def norm_and_turn(self, q: Tensor, k: Tensor, embeddings: tuple[Tensor, Tensor]) -> None:
-        """The norms of heads and the rotary embedding, in place."""
+    def norm_and_turn(self, q: Tensor, k: Tensor, v: Tensor, embeddings: tuple[Tensor, Tensor], cache: Any) -> Any:
+        """The norms of heads and the rotary embedding, in place. Of a Decoder's prompt k and v go to its cache as well.
+        Returns the cache in which the attention still has to put them, if any."""
         turns = self.turns()
-        if turns or self.head_norms:
-            cos, sin = embeddings if turns else (None, None)
-            options = self.family.head_options(self.head_norms, self.rounding)
-            ops.qk_norm_rope(q, k, cos, sin, out_q=q, out_k=k, **options)
+        if not turns and not self.head_norms:
+            return cache
+        cos, sin = embeddings if turns else (None, None)
+        options = self.family.head_options(self.head_norms, self.rounding)
+        if isinstance(cache, DecoderCache) and (slots := cache.cursor.slots) is not None:
+            rows = cache.layers[self.attention.layer_idx]
+            options |= {"v": v, "key_cache": rows.keys, "value_cache": rows.values, "slots": slots}
+            cache = None
+        ops.qk_norm_rope(q, k, cos, sin, out_q=q, out_k=k, **options)
+        return cache
 
     def room_for(self, k: Tensor, rooms: Rooms, mask: Tensor | None, cache: Any) -> Room | None:
         """Where decode_attention puts the key and value of one more token, and attends; None where transformers has to,
@@ -339,10 +361,10 @@ def eager_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """(the MLP's output, the residual that belongs to it; None: it is in it). Writes to its own buffers wherever
     it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
-    is_few = fused.is_few(x)
+    has_rest = fused.has_rest(x)
     q, k, v, total = fused.norm_qkv(x, pending) if fused.is_fused_for(x) else fused.norm_then_qkv(x, pending)
     rooms, room = Rooms(is_causal=False) if step is None else step.rooms, None
-    if is_few and x.shape[1] == 1 and cache is not None:
+    if has_rest and x.shape[1] == 1 and cache is not None:
         room = fused.room_for(k, rooms, mask, cache)
     if room is not None:
         out = attend(
@@ -351,11 +373,11 @@ def eager_layer(
         if step is None:
             rooms.finish()
     else:
-        fused.norm_and_turn(q, k, embeddings)
+        cache = fused.norm_and_turn(q, k, v, embeddings, cache)
         release(cache, fused.attention.layer_idx)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
-    if is_few:
-        return finish(fused.few, out, total, fused.rounding, static_weights=STATIC_WEIGHTS)
+    if has_rest:
+        return finish(fused.rest, out, total, fused.rounding, static_weights=STATIC_WEIGHTS)
     o_proj = fused.o_proj
     out = o_proj(out)
     if len(fused.norms) > 2:
@@ -364,12 +386,12 @@ def eager_layer(
         y = ops.rms_norm(total, before.weight, **fused.norm_options(before))
         return fused.norm_add(last, fused.mlp(y), total), None
     is_plain = type(o_proj) in LINEARS and not o_proj._forward_hooks and not is_replaced(o_proj)
-    out = fused.few.scaled(out)
+    out = fused.rest.scaled(out)
     if total is x or not is_plain:  # not ours alone
         y, total = fused.add_norm(fused.norms[1], out, total)
     else:
         y, total = fused.add_norm(fused.norms[1], out, total, out=out, residual_out=total)
-    return fused.few.scaled(fused.mlp(y)), total
+    return fused.rest.scaled(fused.mlp(y)), total
 
 
 def traced_layer(
@@ -395,8 +417,8 @@ def traced_layer(
         _, after, before, last = fused.norms
         total = total + traced_norm(family, after, out, rounding)
         return traced_norm(family, last, fused.mlp(traced_norm(family, before, total, rounding)), rounding), total
-    total = total + fused.few.scaled(out)
-    return fused.few.scaled(fused.mlp(traced_norm(family, fused.norms[1], total, rounding))), total
+    total = total + fused.rest.scaled(out)
+    return fused.rest.scaled(fused.mlp(traced_norm(family, fused.norms[1], total, rounding))), total
 
 
 @named_forward

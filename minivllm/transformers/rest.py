@@ -1,4 +1,4 @@
-"""The rest of a decoder layer for few tokens, behind norm and q, k, v, on ops that join the residual to a product:
+"""The rest of a decoder layer, behind norm and q, k, v, on ops that join the residual to a product:
 
     out   = decode_attention(q, k, v, keys, values)          a decode step: norms of heads, rotary embedding, cache
     total = linear_add(out, o_proj, total)
@@ -41,7 +41,7 @@ LINEARS = (torch.nn.Linear, SummedLinear)  # what o_proj and down_proj may be
 SILU, ATTENTION = F.silu, F.scaled_dot_product_attention
 
 
-class Few:
+class Rest:
     """o_proj and the MLP of a layer as `apply` found them. Every layer asks in every call whether they are so still,
     and reads what torch's modules would look up."""
 
@@ -119,24 +119,24 @@ def attend(
     return out.view(q.shape[0], 1, -1)
 
 
-def finish(few: Few, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> tuple[Tensor, Tensor | None]:
+def finish(rest: Rest, out: Tensor, total: Tensor, rounding: Rounding, **options: Any) -> tuple[Tensor, Tensor | None]:
     """o_proj, the norm behind it and the MLP: (the layer's hidden states, None), or where these are a sum over ranks
     (the MLP's output, the residual that belongs to it). total stays as it is."""
     options["weight_layout"] = "out_in"
-    family, norms, down = few.family, few.norms, few.linears[-1]
+    family, norms, down = rest.family, rest.norms, rest.linears[-1]
     if len(norms) > 1:
         after, before, last = norms
-        out = project(few.o_proj, out, rounding, **options)
+        out = project(rest.o_proj, out, rounding, **options)
         total = ops.norm_add(out, after.weight, total, **family.norm_options(after, rounding))
-        out = project(down, gated(few, before, total, rounding, **options), rounding, **options)
+        out = project(down, gated(rest, before, total, rounding, **options), rounding, **options)
         return ops.norm_add(out, last.weight, total, out=total, **family.norm_options(last, rounding)), None
-    if SummedLinear in (type(few.o_proj), type(down)):
-        out = few.scaled(project(few.o_proj, out, rounding, **options))
-        h, total = gated(few, norms[0], out, rounding, residual=total, **options)
-        return few.scaled(project(down, h, rounding, **options)), total
-    scaled = options | {"rounding": rounding, "scale": family.multiplier(few.layer)}
-    total = ops.linear_add(out, few.o_proj.weight, total, bias=few.o_proj.bias, **scaled)
-    h = gated(few, norms[0], total, rounding, **options)
+    if SummedLinear in (type(rest.o_proj), type(down)):
+        out = rest.scaled(project(rest.o_proj, out, rounding, **options))
+        h, total = gated(rest, norms[0], out, rounding, residual=total, **options)
+        return rest.scaled(project(down, h, rounding, **options)), total
+    scaled = options | {"rounding": rounding, "scale": family.multiplier(rest.layer)}
+    total = ops.linear_add(out, rest.o_proj.weight, total, bias=rest.o_proj.bias, **scaled)
+    h = gated(rest, norms[0], total, rounding, **options)
     return ops.linear_add(h, down.weight, total, bias=down.bias, out=total, **scaled), None
 
 
@@ -146,11 +146,11 @@ def project(linear: Any, x: Tensor, rounding: Rounding, **options: Any) -> Tenso
     return linear.sum_over_ranks(y) if type(linear) is SummedLinear else y
 
 
-def gated(few: Few, norm: Any, x: Tensor, rounding: Rounding, **options: Any) -> Any:
+def gated(rest: Rest, norm: Any, x: Tensor, rounding: Rounding, **options: Any) -> Any:
     """What down_proj takes: the norm, gate and up, and the activation of the gate times up. With a residual, which x
     joins before the norm, the sum too."""
-    linears, (_, activation) = few.linears[:-1], ACTIVATIONS[type(few.activation)]
-    options |= few.family.norm_options(norm, rounding)
+    linears, (_, activation) = rest.linears[:-1], ACTIVATIONS[type(rest.activation)]
+    options |= rest.family.norm_options(norm, rounding)
     weights, biases = tuple(linear.weight for linear in linears), tuple(linear.bias for linear in linears)
     weight: Any = weights if len(weights) > 1 else weights[0]
     bias: Any = None if biases[0] is None else biases if len(biases) > 1 else biases[0]

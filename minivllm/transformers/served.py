@@ -91,13 +91,13 @@ def check_model(model: Any) -> Shape:
 def fingerprint(model: Any) -> tuple[Any, ...]:
     """What a captured step depends on: where the weights are, the code that stands in for modules', hooks, and the
     process groups that sum over ranks."""
-    places = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
-    code: list[Any] = [model.config._attn_implementation]
+    facts: list[Any] = [model.config._attn_implementation]
     for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            facts += [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values() if tensor is not None]
         forward, fused = module.__dict__.get("forward"), module.__dict__.get("_minivllm")
         hooks = (*module._forward_pre_hooks, *module._forward_hooks)
-        if forward is not None or hooks:
-            code.append((id(getattr(forward, "__func__", forward)), getattr(fused, "number", None), hooks))
+        facts.append((id(getattr(forward, "__func__", forward)), getattr(fused, "number", None), hooks))
         if isinstance(module, SummedLinear):
-            code.append(module.process_group())
-    return (*places, *code, len(list(model.modules())))
+            facts.append(module.process_group())
+    return tuple(facts)
