@@ -15,6 +15,7 @@ from transformer_models import close, prompt, save_checkpoint  # noqa: E402
 import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import causal_lm  # noqa: E402
 from minivllm.transformers import Decoder, generate, generation, last_generation  # noqa: E402
+from minivllm.transformers.prompt import padded as columns_of  # noqa: E402
 
 WINDOW = 8  # shorter than the prompts
 SLIDING = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
@@ -390,6 +391,55 @@ def test_the_graph_is_captured_anew_for_other_code():
     before = [int(token) for token in decoder.generate(ids, NEW)]
     minivllm.transformers.apply(model)
     assert [int(token) for token in decoder.generate(ids, NEW)] == before and decoder.captures == 2
+
+
+def test_lengths_of_graphs_for_prompts():
+    for length in range(1, 10000):
+        assert length <= columns_of(length) <= max(length + 15, length * 9 / 8)
+    assert len({columns_of(length) for length in range(1, 4097)}) < 60
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.gpu
+def test_prompts_are_replayed(kind):
+    """From the second of a length on, to the same logits and tokens, for one sequence and for two."""
+    model = model_of(kind, "cuda")
+    minivllm.transformers.apply(model)
+    decoder, plain = Decoder(model, 2, 64), Decoder(model, 2, 64, graph=False)
+    for turn in range(3):
+        for batch, length in ((1, 1), (1, 16), (2, 17), (1, 5), (2, 30), (1, 33)):
+            ids = prompt(batch, length, seed=turn).cuda()
+            assert close(decoder.prefill(ids), plain.prefill(ids)), (turn, batch, length)
+            got, expected = ([token.tolist() for token in each.generate(ids, 6)] for each in (decoder, plain))
+            assert got == expected
+    # Of 16 and 48 tokens, and of twice 32; masks of eager attention cannot be captured.
+    assert decoder.captures == 1 and decoder._prompts.captures == (0 if kind == "eager llama" else 3)
+
+
+@pytest.mark.gpu
+def test_prompts_are_not_replayed_past_other_code(monkeypatch):
+    """Weights that moved, hooks, and code that was replaced, in a module or in its class."""
+    model, ids = model_of("qwen3", "cuda"), prompt(1, 9).cuda()
+    minivllm.transformers.apply(model)
+    decoder = Decoder(model, 1, 64)
+
+    def logits():
+        for _ in range(2):
+            decoder.prefill(ids)
+        return decoder.prefill(ids).clone()
+
+    before, seen = logits(), []
+    assert decoder._prompts.captures == 1
+    model.cpu().cuda()
+    assert close(logits(), before) and decoder._prompts.captures == 2
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    assert close(logits(), before) and len(seen) >= 3
+    hook.remove()
+    assert close(logits(), before) and decoder._prompts.captures == 3
+    own = type(model.model.layers[0].mlp).forward
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * own(self, x))
+    twice = Decoder(model, 1, 64, graph=False).prefill(ids)
+    assert not close(twice, before) and close(logits(), twice)
 
 
 def test_rows_past_the_cursor_do_not_matter(either, device):

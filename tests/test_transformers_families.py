@@ -53,6 +53,18 @@ def test_logits_are_those_of_transformers(kind, attention, device, calls):
     assert model(ids).logits.equal(expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_prompts_are_replayed(kind):
+    model, ids = model_of(kind, attention="sdpa").cuda(), prompt(2, 14).cuda()
+    expected = model(ids).logits[:, -1]
+    minivllm.transformers.apply(model)
+    decoder = Decoder(model, 2, 32)
+    for _ in range(3):
+        assert close(decoder.prefill(ids), expected)
+    assert decoder._prompts.captures == 1
+
+
 @pytest.mark.parametrize("kind", ["phi3 with windows", "smollm3", "gemma3"])
 def test_generate_with_padding(kind):
     """The tokens that transformers chooses for left-padded prompts, on the device's own loop."""

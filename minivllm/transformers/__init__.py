@@ -37,7 +37,7 @@ from .code import (  # noqa: E402
     is_watched,
 )
 from .head import Head, causal_forward  # noqa: E402
-from .layer import DTYPES, FusedLayer, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
+from .layer import DTYPES, FORWARDS, FusedLayer, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
 from .sharding import shard  # noqa: E402
 
 if TYPE_CHECKING:
@@ -158,9 +158,8 @@ def undo(model: torch.nn.Module) -> None:
     RuntimeError where somebody has meanwhile replaced a forward that `apply` put there: undo that first.
     """
     ours: list[Any] = []
-    forwards = (model_forward, layer_forward, norm_forward, *map(causal_forward, FAMILIES.values()))
     for name, module in model.named_modules():
-        if any(is_fused(module, forward) for forward in forwards):
+        if any(is_fused(module, forward) for forward in FORWARDS):
             ours.append(module)
         elif "_minivllm" in module.__dict__ and "forward" in module.__dict__:
             if is_replaced(module):

@@ -23,15 +23,17 @@ class Cursor:
     slots: int64 [batch, columns], during a prompt the row of each token, counted through all sequences; -1: padding.
     positions: int64 [batch], the row of each sequence's new token, on the device; None during a prompt. rows: how many
     rows of the cache a new token looks at, under the mask of the call. rotary: stands in for the model's. is_masked:
-    whether a layer has asked for the rows, and so for the mask, since it was set to False.
+    whether a layer has asked for the rows, and so for the mask, since it was set to False. tokens: of a prompt without
+    padding in front, how many columns are tokens; is_updated: whether a layer has called `update` for a prompt since
+    it was set to False.
     """
 
     def __init__(self, rotary: RotaryRows) -> None:
-        self.rotary, self.is_masked = rotary, False
+        self.rotary, self.is_masked, self.is_updated = rotary, False, False
         self.prompt: tuple[Tensor, Tensor, Tensor] | None = None
         self.slots: Tensor | None = None
         self.positions: Tensor | None = None
-        self.rows = 0
+        self.rows, self.tokens = 0, 0
 
 
 class Rows(CacheLayerMixin):  # type: ignore[misc]
@@ -51,9 +53,10 @@ class Rows(CacheLayerMixin):  # type: ignore[misc]
             for cache, new in pairs:
                 cache[self.sequences, :, cursor.positions] = new[:, :, 0]
             return self.keys[:, :, : cursor.rows], self.values[:, :, : cursor.rows]
+        cursor.is_updated = True
         for cache, new in pairs:
             if cursor.prompt is None:
-                cache[: len(new), :, : new.shape[2]] = new
+                cache[: len(new), :, : cursor.tokens] = new[:, :, : cursor.tokens]
             else:
                 sequences, columns, rows = cursor.prompt
                 cache[sequences, :, rows] = new[sequences, :, columns]

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _C as ops
 from .cache import Cursor, new_cache
+from .code import is_intercepted
+from .prompt import MOST_PRODUCTS, PromptGraphs, padded
 from .rotary import RotaryRows
-from .served import check_model, fingerprint
+from .served import Places, check_model, fingerprint
 
 LOOK_EVERY = 16  # tokens between two looks of the host at what a GPU has chosen
 WARM_UPS = 2  # forwards before a capture, in which libraries allocate what they keep
@@ -56,6 +60,9 @@ class Decoder:
         self._graph: Any = None
         self._graph_logits: Any = None  # where its replays leave them
         self._captured_from: Any = None
+        self._places: Places | None = None
+        elements = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        self._prompts = PromptGraphs(int(MOST_PRODUCTS / elements), self.device)
         self._batch, self._length = 0, 0  # sequences in use, rows of the longest; no sequence before a prefill
         self._owner: object = None  # whose tokens come next: set anew by each prefill, generate and step
 
@@ -115,45 +122,93 @@ class Decoder:
         model = self._checked_model("prefill")
         ids, starts, lengths = self._checked_prompt(input_ids, attention_mask)
         self._cursor.rotary.refresh()
-        if self.uses_graph and self._graph is None:
+        if self.uses_graph and not (self._places and self._places.hold()):
             self._capture(model)
-        logits = self._prompt(model, ids, starts, lengths)
-        # Whether the graph still is of this model takes the host a millisecond or two, while a GPU works on the prompt.
+        self._read_prompt(model, ids, starts, lengths)
+        # Whether the graphs still are of this model takes the host a millisecond, while a GPU works on the prompt.
         if self.uses_graph and self._captured_from != fingerprint(model):
             self._capture(model)  # which writes to the caches
-            logits = self._prompt(model, ids, starts, lengths)
-        return logits
+            self._read_prompt(model, ids, starts, lengths)
+        self._batch, self._length, self._owner = len(ids), max(lengths), object()
+        return self._prompt_logits[: self._batch]
 
-    def _prompt(self, model: Any, ids: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
-        """The prompts' tokens into the caches, the decoder's counters behind them; the logits of the last tokens."""
-        batch, longest = len(ids), max(lengths)
+    def _read_prompt(self, model: Any, ids: Tensor, starts: list[int], lengths: list[int]) -> None:
+        if min(lengths) == max(lengths):
+            parts = [row[start : start + lengths[0]] for row, start in zip(ids, starts)]
+            self._unpadded_prompt(model, torch.stack(parts) if max(starts) else ids[:, : lengths[0]])
+        else:
+            self._padded_prompt(model, ids, starts, lengths)
+
+    def _padded_prompt(self, model: Any, ids: Tensor, starts: list[int], lengths: list[int]) -> None:
+        """Prompts of different lengths: padded on the left whatever they were, so that all last tokens are in the last
+        column."""
+        longest = max(lengths)
         columns = torch.arange(longest, device=self.device)
         numbers = torch.tensor([starts, lengths], device=self.device)
-        # Padded on the left whatever it was, so that all last tokens are in the last column.
         shift = numbers[0] + numbers[1] - longest
         ids = ids.gather(1, (columns + shift[:, None]) % ids.shape[1])
         rows = columns - (longest - numbers[1][:, None])
-        mask, self._cursor.prompt, self._cursor.positions = None, None, None
-        if min(lengths) < longest:
-            mask = (rows >= 0).long()
-            sequences, where = mask.nonzero(as_tuple=True)
-            self._cursor.prompt = (sequences, where, rows[sequences, where])
+        mask = (rows >= 0).long()
+        sequences, where = mask.nonzero(as_tuple=True)
+        self._cursor.prompt = (sequences, where, rows[sequences, where])
+        self._take_prompt(model, ids, mask, rows.clamp_min(0), mask > 0, numbers[1], 1)
+
+    def _unpadded_prompt(self, model: Any, ids: Tensor) -> None:
+        """Prompts of one length: by the graph for it, if there is one. A prompt that shall have one is padded on the
+        right as the graph's are, so that what is captured has run before."""
+        batch, count = ids.shape
+        self._cursor.prompt, self._cursor.tokens, self._cursor.is_updated = None, count, False
+        length = torch.full((1,), count, device=self.device)
+        if not self._may_replay_prompts() or not self._prompts.serves(batch, count):
+            self._take_columns(model, ids, length, 1)
+            return
+        graph = self._prompts.find(batch, count)
+        if graph is None and self._prompts.is_due(batch, count) and self._captured_from == fingerprint(model):
+            graph = self._prompts.capture(batch, count, lambda *inputs: self._take_columns(model, *inputs))
+        if graph is not None:
+            graph.ids[:, :count] = ids
+            graph.length.copy_(length)
+            graph.graph.replay()
+            return
+        self._take_columns(model, F.pad(ids, (0, padded(count) - count)), length)
+        self._prompts.is_off = self._cursor.is_updated  # by a layer that runs the code of its class
+
+    def _may_replay_prompts(self) -> bool:
+        """Whether there is nothing around a prompt's forward that a graph would not obey."""
+        return (
+            self.uses_graph
+            and self._shape.attention == "sdpa"  # eager masks come from the host
+            and self._captured_from.is_plain
+            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+            and not is_intercepted()
+            and not torch.is_autocast_enabled(self.device.type)
+        )
+
+    def _take_columns(self, model: Any, ids: Tensor, length: Tensor, keep: int | Tensor | None = None) -> None:
+        """Prompts whose tokens are the first `length` columns, by default of which the last one's logits are kept."""
+        rows = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        self._take_prompt(model, ids, None, rows, rows < length, length, length - 1 if keep is None else keep)
+
+    def _take_prompt(
+        self, model: Any, ids: Tensor, mask: Tensor | None, rows: Tensor, exists: Tensor, lengths: Tensor, keep: Any
+    ) -> None:
+        """The prompts' tokens, which are at these rows, into the caches, and the decoder's counters behind them."""
+        batch = len(ids)
         first = self.max_length * torch.arange(batch, device=self.device)
-        self._cursor.slots = torch.where(rows >= 0, first[:, None] + rows, -1)
+        self._cursor.positions = None
+        self._cursor.slots = torch.where(exists, first[:, None] + rows, -1)
         # What an earlier text left there may be no number at all.
         torch._foreach_zero_([x for layer in self._cache.layers for x in (layer.keys, layer.values)])
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=rows.clamp_min(0), past_key_values=self._cache,
-            use_cache=True, logits_to_keep=1, return_dict=True)  # fmt: skip
+            input_ids=ids, attention_mask=mask, position_ids=rows, past_key_values=self._cache,
+            use_cache=True, logits_to_keep=keep, return_dict=True)  # fmt: skip
         self._counts.zero_()
         self._positions.zero_()
-        self._positions[:batch] = numbers[1]
+        self._positions[:batch] = lengths
         self._tokens.zero_()
         self._ends.fill_(False)
         self._finished.fill_(False)
-        self._batch, self._length, self._owner = batch, longest, object()
         self._prompt_logits[:batch] = out.logits[:, -1]
-        return self._prompt_logits[:batch]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -308,7 +363,8 @@ class Decoder:
     def _capture(self, model: Any) -> None:
         """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the
         first rows of the caches."""
-        self._graph, now = None, fingerprint(model)
+        self._graph, self._captured_from = None, fingerprint(model)
+        self._prompts.forget()
         counters = (self._positions, self._counts)
         for x in (*counters, self._tokens):
             x.zero_()
@@ -332,7 +388,7 @@ class Decoder:
                     "prefill: a layer of the model asked for its attention mask while the step was captured, and did "
                     "not in the steps before: pass graph=False to Decoder"
                 )
-        self._graph, self._graph_logits, self._captured_from = graph, self._step_logits, now
+        self._graph, self._graph_logits, self._places = graph, self._step_logits, Places(model)
         self.captures += 1
 
     def _checked_model(self, call: str) -> Any:

@@ -37,8 +37,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _C as ops
 from .cache import DecoderCache
-from .code import ALIVE, Applied, Family, Numbered, Rounding, is_fused, is_intercepted, is_replaced, is_watched
-from .head import END, End, Instead
+from .code import (
+    ALIVE,
+    FAMILIES,
+    Applied,
+    Family,
+    Numbered,
+    Rounding,
+    is_fused,
+    is_intercepted,
+    is_replaced,
+    is_watched,
+)
+from .head import END, End, Instead, causal_forward
 from .rest import LINEARS, Rest, attend, finish, is_known_attention
 from .room import Room, Rooms, release
 from .step import Step
@@ -262,16 +273,25 @@ class FusedLayer(Numbered):
         """The norms of heads and the rotary embedding, in place. Of a Decoder's prompt k and v go to its cache as well.
         Returns the cache in which the attention still has to put them, if any."""
         turns = self.turns()
-        if not turns and not self.head_norms:
+        slots = cache.cursor.slots if isinstance(cache, DecoderCache) else None
+        if not turns and not self.head_norms and slots is None:
             return cache
         cos, sin = embeddings if turns else (None, None)
         options = self.family.head_options(self.head_norms, self.rounding)
-        if isinstance(cache, DecoderCache) and (slots := cache.cursor.slots) is not None:
+        if slots is not None:
             rows = cache.layers[self.attention.layer_idx]
             options |= {"v": v, "key_cache": rows.keys, "value_cache": rows.values, "slots": slots}
             cache = None
         ops.qk_norm_rope(q, k, cos, sin, out_q=q, out_k=k, **options)
         return cache
+
+    def is_causal(self, step: Step | None, tokens: int) -> bool:
+        """Whether each token of a prompt attends to all tokens up to itself, which SDPA does without a mask, and
+        faster. transformers makes one all the same where a graph is captured."""
+        if step is None or not step.rooms.is_causal or self.attention.config._attn_implementation != "sdpa":
+            return False
+        window = self.family.window(self.attention)
+        return window is None or tokens <= window
 
     def room_for(self, k: Tensor, rooms: Rooms, mask: Tensor | None, cache: Any) -> Room | None:
         """Where decode_attention puts the key and value of one more token, and attends; None where transformers has to,
@@ -373,7 +393,9 @@ def eager_layer(
         if step is None:
             rooms.finish()
     else:
-        cache = fused.norm_and_turn(q, k, v, embeddings, cache)
+        given, cache = cache, fused.norm_and_turn(q, k, v, embeddings, cache)
+        if cache is not given and fused.is_causal(step, x.shape[1]):
+            mask = None
         release(cache, fused.attention.layer_idx)
         out = fused.attend(q, k, v, step, mask, cache, kwargs)
     if has_rest:
@@ -474,3 +496,6 @@ def norm_forward(self: Any, hidden_states: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return traced_norm(family, self, x, rounding)
     return ops.rms_norm(x, self.weight, **family.norm_options(self, rounding))
+
+
+FORWARDS = (model_forward, layer_forward, norm_forward, *map(causal_forward, FAMILIES.values()))  # that `apply` puts

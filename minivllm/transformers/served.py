@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .code import FAMILIES
+from .layer import FORWARDS
 from .sharding import SummedLinear
 
 SERVED = {family.model_type: family for family in FAMILIES.values()}
@@ -88,16 +92,54 @@ def check_model(model: Any) -> Shape:
         by_layer=family.traits.by_layer, attention=attention)  # fmt: skip
 
 
-def fingerprint(model: Any) -> tuple[Any, ...]:
-    """What a captured step depends on: where the weights are, the code that stands in for modules', hooks, and the
-    process groups that sum over ranks."""
-    facts: list[Any] = [model.config._attn_implementation]
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            facts += [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values() if tensor is not None]
-        forward, fused = module.__dict__.get("forward"), module.__dict__.get("_minivllm")
-        hooks = (*module._forward_pre_hooks, *module._forward_hooks)
-        facts.append((id(getattr(forward, "__func__", forward)), getattr(fused, "number", None), hooks))
-        if isinstance(module, SummedLinear):
+class Places:
+    """Where the weights of a model were: a quick look before a graph that reads them runs."""
+
+    def __init__(self, model: Any) -> None:
+        tensors = (*model.parameters(), *model.buffers())
+        self._places = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+
+    def hold(self) -> bool:
+        """Whether the same tensors are still there. Others may have joined them."""
+        return all((now := tensor()) is not None and now.data_ptr() == place for tensor, place in self._places)
+
+
+class Facts(NamedTuple):
+    """What a captured forward depends on. is_plain: no module has a hook, a forward that `apply` did not put there, or
+    a sum over ranks: what Python code does in a forward is what a graph of it does."""
+
+    facts: tuple[Any, ...]
+    is_plain: bool
+
+
+def fingerprint(model: Any) -> Facts:
+    """Where the weights are, the classes of modules and their code, what stands in for it, hooks, the functions around
+    it, and the process groups that sum over ranks."""
+    attention, family, is_plain = model.config._attn_implementation, SERVED[model.config.model_type], True
+    facts: list[Any] = [attention, ALL_ATTENTION_FUNCTIONS.get(attention), F.silu, F.scaled_dot_product_attention]
+    facts += [getattr(family.module, "create_causal_mask", None), *family.functions()]
+    modules, seen = [model], set()
+    while modules:
+        module = modules.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        modules.extend(each for each in own["_modules"].values() if each is not None)
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    facts += (tensor.data_ptr(), tensor.dtype)
+        function = getattr(own.get("forward"), "__func__", None)
+        facts += (type(module).forward, function, own["training"])
+        if "_minivllm" in own:
+            facts.append(getattr(own["_minivllm"], "number", None))
+        if "forward" in own and function not in FORWARDS:
+            is_plain = False
+        if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+            facts += (*own["_forward_pre_hooks"], *own["_forward_hooks"])
+            is_plain = False
+        if type(module) is SummedLinear:
             facts.append(module.process_group())
-    return tuple(facts)
+            is_plain = False
+    return Facts(tuple(facts), is_plain)
