@@ -94,7 +94,7 @@ template <typename T, int kPer> struct Head {
 };
 
 /* The head of most models, in fewer instructions: the rotary embedding turns all of its kLanes * kPer columns, in
- * halves, by cos and sin of the head's dtype, which the weight of the norm has, too. A lane needs nothing of another one:
+ * halves, by cos and sin of the head's dtype, which the weight of the norm has, too. A lane needs nothing of another:
  * it has kPer / 2 columns of each half. There is always an embedding. */
 template <typename T, int kPer, int kLanes_ = 32> struct PairedHead {
     static constexpr int kLanes = kLanes_;
