@@ -410,6 +410,19 @@ enum { MV_MAX_THREADS = 1024 };
 void mv_set_num_threads(int n);
 int mv_get_num_threads(void);
 
+/* Threads that another library keeps, such as the OpenMP of a framework: run() calls fn(argument) on `count` of them or
+ * fewer, the calling one among them, and returns when all have; number() says which of them calls it, from 0 on, and
+ * size() how many the library itself would take. */
+typedef struct {
+    void (*run)(void (*fn)(void *argument), void *argument, unsigned count, unsigned zero); /* as GOMP_parallel */
+    int (*number)(void), (*size)(void);                                                     /* as of OpenMP */
+} mv_team;
+
+/* What the calling thread runs on the CPU from now on is computed by this team, as many of it as mv_set_num_threads()
+ * says, by default all; NULL: by threads of our own again. Threads that a library leaves spinning would share their
+ * cores with ours. In a child of fork there is no team. */
+void mv_use_team(const mv_team *team);
+
 /* Names of the instruction sets the kernels may use here, such as "avx2 avx512 avx512bf16 amx", separated by spaces. */
 const char *mv_cpu_features(void);
 

@@ -172,6 +172,46 @@ def test_fork(busy):
     succeeds(FORK.replace("{busy}", str(busy)), timeout=300)
 
 
+TORCH = """
+    import os, signal
+    import numpy as np, torch, minivllm
+
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    torch.set_num_threads(3)
+    x, w, m = torch.randn(64, 1024), torch.rand(1024), torch.randn(1000, 1024)
+    arrays = [t.numpy().copy() for t in (x, w, m)]
+    x @ m.t(), torch.randn(1 << 21).exp()  # torch's threads are there
+    before = threads()
+    compute = lambda: minivllm.rms_norm_linear(x, w, m, weight_layout="out_in")
+    right = compute()
+    assert threads() == before, "torch's threads compute what torch calls"
+    for _ in range(20):
+        assert compute().equal(right) and (x @ m.t()).isfinite().all()
+    assert threads() == before
+    minivllm.set_num_threads(3)
+    assert np.array_equal(minivllm.rms_norm_linear(*arrays, weight_layout="out_in"), right.numpy())
+    assert threads() == before + 2, "and others our own"
+    assert compute().equal(right)
+    minivllm.set_num_threads(0)
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if compute().numpy().tobytes() == right.numpy().tobytes() else 1)
+        assert os.waitpid(child, 0)[1] == 0, "a forked child hung or computed something else"
+    torch.set_num_threads(1)
+    assert compute().equal(right)
+"""
+
+
+def test_torchs_threads(torch):
+    """They compute the calls on torch's tensors, but in a child of fork: they spin behind torch's own operations, and
+    ours would share their cores."""
+    succeeds(TORCH, timeout=300)
+
+
 SMALL_STACKS = """
     import ctypes, threading
     import numpy as np

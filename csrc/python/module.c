@@ -25,7 +25,9 @@ static PyMethodDef methods[] = {
     FAST(
         "set_num_threads", py_set_num_threads,
         "set_num_threads($module, n)\n--\n\nThreads used by CPU kernels; n < 1: the default, all cores of this process "
-        "or OMP_NUM_THREADS where that is less."),
+        "or OMP_NUM_THREADS where that is less. Calls on torch's tensors run on torch's own threads, by default as "
+        "many "
+        "as torch.set_num_threads() says."),
     {"get_num_threads", py_get_num_threads, METH_NOARGS,
      "get_num_threads($module, /)\n--\n\nThreads used by CPU kernels."},
     {"cpu_features", py_cpu_features, METH_NOARGS,

@@ -37,7 +37,7 @@ from .code import (  # noqa: E402
     is_watched,
 )
 from .head import Head, causal_forward  # noqa: E402
-from .layer import DTYPES, FORWARDS, FusedLayer, Limits, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
+from .layer import DTYPES, FORWARDS, FusedLayer, can_norm, heads_of, layer_forward, model_forward, norm_forward  # noqa: E402
 from .sharding import shard  # noqa: E402
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ LAZY = {"Decoder": "decoder", "Generation": "generation", "generate": "generatio
 BACKENDS = ("cpu", "cuda")
 ROUNDINGS = ("hf", "fp32")
 FUSED_TOKENS = 64  # on an H100 three products of cuBLAS catch up with the mma.sync kernels about here
-REST_TOKENS = 64  # on a CPU torch's threads spin behind each of its calls, on the cores that ours then need
 TRACED_TOKENS = 1024  # and with those of Hopper here, when torch.compile fuses the norm with what is in front of it
 
 
@@ -107,12 +106,12 @@ def apply(
     SmolLM3, Gemma 2 or Gemma 3, and returns a Report.
 
     model: a torch module, such as what AutoModelForCausalLM.from_pretrained returned. Its weights stay where they are
-    and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the
-    three Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with
-    more tokens (batch x length) than this take norms and torch's linears instead of the ops that have both; None:
-    never; "auto": by where the model is in the call, None on the CPU, but REST_TOKENS for o_proj and the MLP of 16
-    bits; None on Hopper, but TRACED_TOKENS for 16 bits under torch.compile; FUSED_TOKENS on other GPUs. A compiled
-    call looks at hooks when it is traced, as torch does: torch.compiler.reset() after adding one.
+    and state_dict() stays as it is. packed: moves the q, k and v weights of a layer into one matrix of which the three
+    Parameters are views, which makes one product of three where there are many tokens. fused_tokens: calls with more
+    tokens (batch x length) than this take norms and torch's linears instead of the ops that have both; None: never;
+    "auto": by where the model is in the call, None on the CPU and on Hopper, but TRACED_TOKENS there for 16 bits under
+    torch.compile; FUSED_TOKENS on other GPUs. A compiled call looks at hooks when it is traced, as torch does:
+    torch.compiler.reset() after adding one.
     rounding: of every norm, as the ops have it. "fp32" rounds once, which is closer to the same model in float32; "hf"
     twice, as transformers does.
 
@@ -231,18 +230,17 @@ def _apply_to_layer(
     return 0 if matrix is None else matrix.nbytes
 
 
-def _given_limits(fused_tokens: int | None, weight: torch.Tensor) -> Limits:
-    return Limits(fused_tokens, fused_tokens, fused_tokens)
+def _given_limits(fused_tokens: int | None, weight: torch.Tensor) -> tuple[int | None, int | None]:
+    return fused_tokens, fused_tokens
 
 
-def _default_limits(weight: torch.Tensor) -> Limits:
-    """fused_tokens="auto" for a weight of q_proj."""
-    is_float32 = weight.dtype == torch.float32
+def _default_limits(weight: torch.Tensor) -> tuple[int | None, int | None]:
+    """fused_tokens="auto" for a weight of q_proj: eagerly, under torch.compile."""
     if weight.device.type == "cpu":
-        return Limits(None, None, None if is_float32 else REST_TOKENS)
+        return None, None
     if _capability(weight.device.index) != 90:
-        return Limits(FUSED_TOKENS, FUSED_TOKENS, FUSED_TOKENS)
-    return Limits(None, None if is_float32 else TRACED_TOKENS, None)
+        return FUSED_TOKENS, FUSED_TOKENS
+    return None, None if weight.dtype == torch.float32 else TRACED_TOKENS
 
 
 def _capability(gpu: int) -> int:

@@ -26,7 +26,7 @@ that arrives later is not passed over: the layer then runs the code of its class
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def why_not_now(number: int) -> str:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def traced_limit(number: int) -> int | None:
     """How many tokens the FusedLayer with this number takes in a call that is traced."""
-    return cast(FusedLayer, ALIVE[number]).limits_now().traced
+    return cast(FusedLayer, ALIVE[number]).limits_now()[1]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -104,25 +104,12 @@ def heads_of(attention: Any, projections: tuple[Any, ...]) -> tuple[int, int]:
     return q_proj, k_proj
 
 
-class Limits(NamedTuple):
-    """How many tokens a call may have, None: any number, for norm, q, k and v to be one call, eagerly and under
-    torch.compile, and for rest.py to have the rest of the layer."""
-
-    qkv: int | None
-    traced: int | None
-    rest: int | None
-
-
-def is_within(limit: int | None, x: Tensor) -> bool:
-    return limit is None or x.shape[0] * x.shape[1] <= limit
-
-
 class FusedLayer(Numbered):
     """A decoder layer's parts, and whether a call may use them. Lives on the layer as `_minivllm`.
 
-    packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. limits: for the weight of
-    q_proj. With more tokens a call takes norms and torch's linears, or under torch.compile the code of the layer's
-    class.
+    packed: the q, k and v weights in one matrix, of which the Parameters are views, or None. limits: of the weight of
+    q_proj, how many tokens a call may have that takes the ops with weights, eagerly and under torch.compile, None: any
+    number. With more it takes norms and torch's linears, or under torch.compile the code of the layer's class.
     """
 
     def __init__(
@@ -130,13 +117,13 @@ class FusedLayer(Numbered):
         name: str,
         layer: Any,
         packed: Tensor | None,
-        limits: Callable[[Tensor], Limits],
+        limits: Callable[[Tensor], tuple[int | None, int | None]],
         applied: Applied,
     ) -> None:
         attention, traits = layer.self_attn, applied.family.traits
         self.name, self.packed, self.applied, self.rounding = name, packed, applied, applied.rounding
         self.limits = limits
-        self.known_limits: tuple[Any, Any, Limits] = (None, None, Limits(0, 0, 0))
+        self.known_limits: tuple[Any, Any, tuple[int | None, int | None]] = (None, None, (None, None))
         self.layer, self.attention, self.o_proj, self.mlp = layer, attention, attention.o_proj, layer.mlp
         self.norms = tuple(getattr(layer, norm) for norm in traits.norms)
         self.projections = tuple(getattr(attention, name) for name in traits.projections)
@@ -209,10 +196,10 @@ class FusedLayer(Numbered):
 
     def is_fused_for(self, x: Tensor) -> bool:
         """Whether norm and projection of so many tokens are one call."""
-        limit = traced_limit(self.number) if torch.compiler.is_compiling() else self.limits_now().qkv
-        return is_within(limit, x)
+        limit = traced_limit(self.number) if torch.compiler.is_compiling() else self.limits_now()[0]
+        return limit is None or x.shape[0] * x.shape[1] <= limit
 
-    def limits_now(self) -> Limits:
+    def limits_now(self) -> tuple[int | None, int | None]:
         """`limits` where the model is now."""
         weight = self.projections[0].weight
         if self.known_limits[:2] != (weight.device, weight.dtype):
@@ -221,7 +208,7 @@ class FusedLayer(Numbered):
 
     def has_rest(self, x: Tensor) -> bool:
         """Whether rest.py has the rest of the layer."""
-        return is_within(self.limits_now().rest, x) and self.rest.is_usable(x.dtype)
+        return self.is_fused_for(x) and self.rest.is_usable(x.dtype)
 
     def norm_options(self, norm: Any) -> dict[str, Any]:
         return self.family.norm_options(norm, self.rounding)

@@ -1,8 +1,9 @@
 /* test_pool.c: the pool of threads under everything that may happen to it at once.
  *
- * Callers with tensors of their own call every op on the CPU, while one thread changes how many threads there are and
- * another looks at what exists; then the process forks, and its child does the same with a pool of its own. Each result
- * is compared with that of the first, quiet call. Meant for ThreadSanitizer (`make tsan`), and right without it.
+ * Callers with tensors of their own, some of them with a team of threads, call every op on the CPU, while one thread
+ * changes how many threads there are and another looks at what exists; then the process forks, and its child does the
+ * same with a pool of its own. Each result is compared with that of the first, quiet call. Meant for ThreadSanitizer
+ * (`make tsan`), and right without it.
  *
  * argv[1]: how many times every caller calls, 40 where it is absent. */
 #define _POSIX_C_SOURCE 200809L
@@ -61,11 +62,46 @@ static bool call_ops(Caller *caller) {
            mv_rms_norm_qkv(&projection, &plan, &error) == MV_OK && run(caller, &plan);
 }
 
+/* A team as a framework's OpenMP has one, but of threads that are new each time. */
+typedef struct {
+    void (*fn)(void *);
+    void *argument;
+    int number;
+} Member;
+
+static _Thread_local int number;
+static int number_of_member(void) { return number; }
+static int members(void) { return 3; }
+
+static void *join_team(void *argument) {
+    const Member *member = argument;
+    number = member->number;
+    member->fn(member->argument);
+    return NULL;
+}
+
+static void run_team(void (*fn)(void *), void *argument, unsigned count, unsigned zero) {
+    pthread_t threads[8];
+    Member team[8];
+    if (zero != 0 || count < 1 || count > 8) abort();
+    for (unsigned i = 1; i < count; i++) {
+        team[i] = (Member){fn, argument, (int)i};
+        if (pthread_create(&threads[i], NULL, join_team, &team[i]) != 0) exit(1);
+    }
+    fn(argument);
+    for (unsigned i = 1; i < count; i++) pthread_join(threads[i], NULL);
+}
+
+static const mv_team own_team = {run_team, number_of_member, members};
+
+/* Every other caller brings a team, in every other round. */
 static void *keep_calling(void *argument) {
     Caller *caller = argument;
-    for (int round = 0; round < rounds && !caller->failed; round++)
+    for (int round = 0; round < rounds && !caller->failed; round++) {
+        mv_use_team((caller - callers) % 2 && round % 2 ? &own_team : NULL);
         caller->failed = !call_ops(caller) || memcmp(caller->out, first.out, sizeof first.out) != 0 ||
                          memcmp(caller->qkv, first.qkv, sizeof first.qkv) != 0;
+    }
     return NULL;
 }
 

@@ -10,7 +10,9 @@
  * sleep on a condition variable. They start at the first job that wants them and are detached: nothing has to be torn
  * down at exit. A child of fork has none of them; it finds a fresh pool and starts its own.
  *
- * Why not OpenMP: libgomp would be a dependency at run time, and hangs in a forked child.
+ * Why not OpenMP: libgomp would be a dependency at run time, and hangs in a forked child. But where the caller brings
+ * an OpenMP team with it (mv_use_team), its threads take the chunks: they may still be spinning behind a job of their
+ * own library, on the cores that threads of ours would need.
  */
 #define _GNU_SOURCE
 #include "cpu/pool/parallel.h"
@@ -61,6 +63,8 @@ static struct {
 };
 
 static _Thread_local bool inside_job;
+static _Thread_local const mv_team *callers_team;
+static bool is_child;             /* of a fork: teams have lost their threads, and may not know it */
 static atomic_int wanted_threads; /* 0: the default */
 static int default_threads;
 static pthread_key_t scratch_key; /* frees a thread's scratch when it ends */
@@ -101,6 +105,7 @@ static void forget_pool(void) {
     pool.open = false;
     pool.sleepers = pool.started = 0;
     inside_job = false;
+    is_child = true;
 }
 
 static void prepare(void) {
@@ -120,6 +125,8 @@ int mv_get_num_threads(void) {
     const int wanted = atomic_load(&wanted_threads);
     return wanted ? wanted : default_threads;
 }
+
+void mv_use_team(const mv_team *team) { callers_team = team; }
 
 bool mv_is_long_on_cpu(int64_t tokens, int64_t hidden, int64_t outputs) {
     /* One core moves a few numbers of a row and some ten products a nanosecond. */
@@ -212,10 +219,30 @@ static void wait_for_joined(void) {
     pthread_mutex_unlock(&pool.lock);
 }
 
+static int threads_for(const mv_team *team) {
+    const int wanted = team ? atomic_load(&wanted_threads) : mv_get_num_threads();
+    const int threads = wanted ? wanted : team->size();
+    return threads < 1 ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
+}
+
+/* One of a team, which has a floating-point mode of its own and may be inside a job of its caller. */
+static void work_in_team(void *team) {
+    const int me = ((const mv_team *)team)->number();
+    const float_mode before = get_float_mode();
+    const bool was_inside = inside_job;
+    inside_job = true;
+    set_float_mode(pool.mode);
+    work_on_job(me % pool.threads);
+    set_float_mode(before);
+    inside_job = was_inside;
+}
+
 void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int64_t begin, int64_t end),
                      void *context) {
     if (count <= 0) return;
-    const int allowed = count <= grain || inside_job ? 1 : mv_get_num_threads();
+    pthread_once(&prepared, prepare);
+    const mv_team *const team = is_child ? NULL : callers_team;
+    const int allowed = count <= grain || inside_job ? 1 : threads_for(team);
     if (allowed == 1 || pthread_mutex_trylock(&pool.caller) != 0) {
         fn(context, 0, count);
         return;
@@ -226,7 +253,7 @@ void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int
     const int chunks_each = grains_each < CHUNKS_PER_THREAD ? (int)grains_each : CHUNKS_PER_THREAD;
     const int64_t chunks = (int64_t)allowed * chunks_each;
     pthread_mutex_lock(&pool.lock);
-    start_threads(allowed);
+    if (!team) start_threads(allowed);
     pool.fn = fn;
     pool.context = context;
     pool.mode = get_float_mode();
@@ -236,6 +263,12 @@ void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int
     const int64_t owned = pool.chunk * chunks_each;
     pool.threads = (int)((count + owned - 1) / owned);
     for (int i = 0; i < pool.threads; i++) atomic_store_explicit(&pool.claims[i].taken, 0, memory_order_relaxed);
+    if (team) {
+        pthread_mutex_unlock(&pool.lock);
+        team->run(work_in_team, (void *)(uintptr_t)team, (unsigned)allowed, 0);
+        pthread_mutex_unlock(&pool.caller);
+        return;
+    }
     pool.open = true;
     atomic_fetch_add(&pool.generation, 1);
     if (pool.sleepers > 0) pthread_cond_broadcast(&pool.work);

@@ -133,6 +133,8 @@ struct framework {
     /* From what `empty` made, which the op filled, to what the user gets. NULL: the same object. */
     PyObject *(*finish)(call *c, const tensor *like, tensor *made);
     void (*drop)(void *unfinished); /* at the end of the call; NULL: this framework leaves nothing unfinished */
+    /* The threads of its own operations on the CPU, or NULL; NULL: it has none. */
+    const mv_team *(*team)(void);
     /* The op has written to t, which was given. NULL: nobody needs to know. */
     bool (*written)(call *c, const tensor *t);
 };

@@ -228,4 +228,5 @@ const framework torch_framework = {.name = "torch",
                                    .split = torch_split,
                                    .finish = torch_finish,
                                    .drop = torch_drop,
+                                   .team = torch_team,
                                    .written = torch_written};

@@ -54,6 +54,20 @@ const torch_c *find_torch_c(void) {
     return &functions;
 }
 
+/* OpenMP's own names, in the library that torch brings or was linked to. */
+const mv_team *torch_team(void) {
+    static mv_team team;
+    static atomic_flag looked = ATOMIC_FLAG_INIT;
+    static _Atomic(const mv_team *) found;
+    if (!atomic_flag_test_and_set(&looked)) {
+        void *const tensors = loaded_library("libtorch_cpu.so");
+        if (find(tensors, "GOMP_parallel", &team.run) && find(tensors, "omp_get_thread_num", &team.number) &&
+            find(tensors, "omp_get_max_threads", &team.size))
+            atomic_store_explicit(&found, &team, memory_order_release);
+    }
+    return atomic_load_explicit(&found, memory_order_acquire);
+}
+
 /* object._cdata, the slow way. */
 static void *ask_for_tensor(module_state *state, PyObject *object) {
     PyObject *address = PyObject_GetAttr(object, state->names[NAME_CDATA]);

@@ -69,6 +69,9 @@ static inline const torch_c *torch_c_functions(void) {
     return found ? found : find_torch_c();
 }
 
+/* The threads that torch's own operations run on, which spin for a while behind each; NULL where none are found. */
+const mv_team *torch_team(void);
+
 /* By its version autograd knows that a tensor it saved has changed since. Inference tensors have none. */
 static inline void torch_note_write(const torch_c *torch, const torch_handle *tensor) {
     if (torch->version(tensor)->counter) torch->bump_version(tensor);

@@ -21,8 +21,10 @@ bool run_plan(call *c, mv_plan *plan, const mv_view *x, mv_view *const *slots, i
     if (!provide_workspace(c, x, plan->workspace_bytes, &memory.workspace)) return false;
     end_step(c, STEP_ALLOCATE);
     if (plan->is_long) {
+        const framework *const of = c->tensors[0].kind.framework;
+        mv_use_team(of->team ? of->team() : NULL);
         Py_BEGIN_ALLOW_THREADS status = mv_run(plan, &memory, &error);
-        Py_END_ALLOW_THREADS
+        Py_END_ALLOW_THREADS mv_use_team(NULL);
     } else {
         status = mv_run(plan, &memory, &error);
     }
