@@ -363,7 +363,7 @@ class Decoder:
     def _capture(self, model: Any) -> None:
         """The graph of a step of this very model: of its code, and of its weights where they are. It writes to the
         first rows of the caches."""
-        self._graph, self._captured_from = None, fingerprint(model)
+        self._graph, self._places, self._captured_from = None, None, fingerprint(model)
         self._prompts.forget()
         counters = (self._positions, self._counts)
         for x in (*counters, self._tokens):
