@@ -206,6 +206,26 @@ TORCH = """
 """
 
 
+FORK_BEFORE_THE_FIRST_CALL = """
+    import os, signal
+    import numpy as np, torch, minivllm
+
+    torch.set_num_threads(3)
+    x, w, m = torch.randn(64, 1024), torch.rand(1024), torch.randn(1000, 1024)
+    x @ m.t(), torch.randn(1 << 21).exp()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        y = minivllm.rms_norm_linear(x, w, m, weight_layout="out_in").numpy()  # torch itself would hang here
+        os._exit(0 if np.isfinite(y).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0, "a forked child hung"
+"""
+
+
+def test_torchs_threads_and_a_fork_before_the_first_call(torch):
+    succeeds(FORK_BEFORE_THE_FIRST_CALL, timeout=300)
+
+
 def test_torchs_threads(torch):
     """They compute the calls on torch's tensors, but in a child of fork: they spin behind torch's own operations, and
     ours would share their cores."""

@@ -108,13 +108,15 @@ static void forget_pool(void) {
     is_child = true;
 }
 
+/* When this library is loaded: the first job may be in a child whose parent's team has already worked. */
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_pool); }
+
 static void prepare(void) {
     const char *limit_text = getenv("OMP_NUM_THREADS");
     const long limit = limit_text ? strtol(limit_text, NULL, 10) : 0; /* of a list "4,2" the outermost level */
     default_threads = allowed_cores();
     if (limit >= 1 && limit < default_threads) default_threads = (int)limit;
     if (default_threads > MAX_THREADS) default_threads = MAX_THREADS;
-    pthread_atfork(NULL, NULL, forget_pool);
     pthread_key_create(&scratch_key, free);
 }
 
@@ -220,8 +222,8 @@ static void wait_for_joined(void) {
 }
 
 static int threads_for(const mv_team *team) {
-    const int wanted = team ? atomic_load(&wanted_threads) : mv_get_num_threads();
-    const int threads = wanted ? wanted : team->size();
+    if (!team || atomic_load(&wanted_threads)) return mv_get_num_threads();
+    const int threads = team->size();
     return threads < 1 ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
 }
 
@@ -240,7 +242,6 @@ static void work_in_team(void *team) {
 void mv_parallel_for(int64_t count, int64_t grain, void (*fn)(void *context, int64_t begin, int64_t end),
                      void *context) {
     if (count <= 0) return;
-    pthread_once(&prepared, prepare);
     const mv_team *const team = is_child ? NULL : callers_team;
     const int allowed = count <= grain || inside_job ? 1 : threads_for(team);
     if (allowed == 1 || pthread_mutex_trylock(&pool.caller) != 0) {
