@@ -16,6 +16,7 @@ import minivllm.transformers  # noqa: E402
 from minivllm.testing.models import causal_lm  # noqa: E402
 from minivllm.transformers import Decoder, generate, generation, last_generation  # noqa: E402
 from minivllm.transformers.prompt import padded as columns_of  # noqa: E402
+from minivllm.transformers.served import fingerprint  # noqa: E402
 
 WINDOW = 8  # shorter than the prompts
 SLIDING = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
@@ -391,6 +392,16 @@ def test_the_graph_is_captured_anew_for_other_code():
     before = [int(token) for token in decoder.generate(ids, NEW)]
     minivllm.transformers.apply(model)
     assert [int(token) for token in decoder.generate(ids, NEW)] == before and decoder.captures == 2
+
+
+def test_what_a_graph_depends_on():
+    model = model_of("qwen3")
+    mlp, seen = model.model.layers[1].mlp, [fingerprint(model)]
+    for forward in (lambda x: x, lambda x: 2 * x):
+        mlp.forward = forward
+        seen.append(fingerprint(model))
+        assert seen[-1] == fingerprint(model)
+    assert seen[0] != seen[1] != seen[2]
 
 
 def test_lengths_of_graphs_for_prompts():

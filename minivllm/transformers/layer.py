@@ -206,10 +206,6 @@ class FusedLayer(Numbered):
             self.known_limits = weight.device, weight.dtype, self.limits(weight)
         return self.known_limits[2]
 
-    def has_rest(self, x: Tensor) -> bool:
-        """Whether rest.py has the rest of the layer."""
-        return self.is_fused_for(x) and self.rest.is_usable(x.dtype)
-
     def norm_options(self, norm: Any) -> dict[str, Any]:
         return self.family.norm_options(norm, self.rounding)
 
@@ -381,8 +377,9 @@ def eager_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """(the MLP's output, the residual that belongs to it; None: it is in it). Writes to its own buffers wherever
     it can: on a GPU the host is what an eager step waits for, and every allocation is as long as a launch."""
-    has_rest = fused.has_rest(x)
-    q, k, v, total = fused.norm_qkv(x, pending) if fused.is_fused_for(x) else fused.norm_then_qkv(x, pending)
+    is_fused = fused.is_fused_for(x)
+    has_rest = is_fused and fused.rest.is_usable(x.dtype)
+    q, k, v, total = fused.norm_qkv(x, pending) if is_fused else fused.norm_then_qkv(x, pending)
     rooms, room = Rooms(is_causal=False) if step is None else step.rooms, None
     if has_rest and x.shape[1] == 1 and cache is not None:
         room = fused.room_for(k, rooms, mask, cache)

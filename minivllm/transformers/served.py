@@ -130,11 +130,12 @@ def fingerprint(model: Any) -> Facts:
             for tensor in tensors.values():
                 if tensor is not None:
                     facts += (tensor.data_ptr(), tensor.dtype)
-        function = getattr(own.get("forward"), "__func__", None)
+        forward = own.get("forward")
+        function = getattr(forward, "__func__", forward)
         facts += (type(module).forward, function, own["training"])
         if "_minivllm" in own:
             facts.append(getattr(own["_minivllm"], "number", None))
-        if "forward" in own and function not in FORWARDS:
+        if forward is not None and function not in FORWARDS:
             is_plain = False
         if own["_forward_pre_hooks"] or own["_forward_hooks"]:
             facts += (*own["_forward_pre_hooks"], *own["_forward_hooks"])
